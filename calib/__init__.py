@@ -1,0 +1,1 @@
+"""Calibration and quantisation (empty until INT8 arrives)."""

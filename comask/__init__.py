@@ -1,0 +1,8 @@
+"""CoMask instance segmentation from PyTorch to TensorRT; see `comask.runtime` to run a bundle."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("comask")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"

@@ -1,0 +1,251 @@
+"""Every setting of comask, its default and its reason; presets are in `comask.presets`.
+
+Four frozen dataclasses, each owned by one part of the toolkit, joined in `Config`. A setting's dotted
+name (`model.msfem_branches`) is what `--set` takes and what a checkpoint and a manifest store.
+Defaults follow the paper, and where it is silent, the authors' configuration (docs/algorithm.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from comask.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The network and its targets. Sizes are pixels of the resized image."""
+
+    num_classes: int = 80
+
+    # Backbone. BatchNorm statistics stay those of ImageNet, as in every COCO recipe with small batches.
+    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
+    freeze_batch_norm: bool = True
+    frozen_stages: int = 2  # stem and first stage; 0 trains everything
+
+    # FPN and MSFEM (section 3.1)
+    channels: int = 256
+    norm_groups: int = 32
+    msfem_branches: int = 4  # Table 2's CoMask_i
+    msfem_mode: Literal["independent", "chain", "tied"] = "independent"
+    attention_reduction: int = 4
+
+    # RPN
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)  # one a level, P2..P6
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_positive_iou: float = 0.7
+    rpn_negative_iou: float = 0.3
+    rpn_samples: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_nms_iou: float = 0.7
+    rpn_top_k_train: int = 2000  # per level, before NMS
+    rpn_top_k: int = 1000
+    proposals_train: int = 2000  # per image, after NMS
+    proposals: int = 1000
+
+    # Classification branch: plain two-FC head, no box regression
+    roi_samples: int = 512
+    roi_positive_fraction: float = 0.25
+    roi_positive_iou: float = 0.5
+    classifier_width: int = 1024
+    score_threshold: float = 0.05
+    nms_iou: float = 0.3
+    detections: int = 100
+
+    # Collaborative head (section 3.2)
+    head_convs: int = 9  # after the stride-2 one
+    head_rois: int = 192  # positive RoIs a batch that train it
+    roi_jitter: float = 0.15  # of centre and size: imitates refined boxes
+    roi_sampling_ratio: int = 2
+    roi_canonical_size: float = 224.0  # a RoI of this side is pooled from P4
+    collaboration: Literal["weighted", "uniform"] = "weighted"  # uniform: Table 3's w/o CL
+    cell_threshold: float = 0.5  # M_s > 0.5; 0 lets every cell vote
+    train_refined_masks: bool = False  # a second mask loss on the refined boxes
+
+    # Losses
+    rpn_objectness_weight: float = 1.0
+    rpn_box_weight: float = 1.0
+    class_weight: float = 2.0
+    mask_weight: float = 1.0
+    box_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
+        _require(
+            1 <= self.msfem_branches <= 4, "model.msfem_branches", "1 to 4", self.msfem_branches
+        )
+        _require(
+            self.channels % self.norm_groups == 0,
+            "model.channels",
+            f"a multiple of model.norm_groups = {self.norm_groups}",
+            self.channels,
+        )
+        _require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
+        _require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
+        # TensorRT's TopK ends at 3840.
+        for name in ("rpn_top_k", "proposals", "detections"):
+            value = getattr(self, name)
+            _require(1 <= value <= 3840, f"model.{name}", "1 to 3840", value)
+        for name in ("rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
+
+    @property
+    def num_anchors(self) -> int:
+        """Anchors at one place of one level."""
+        return len(self.anchor_ratios)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessConfig:
+    """From a decoded image to the network's input; the bundle carries it, every backend obeys it."""
+
+    short_side: int = 800
+    max_side: int = 1333
+    pad_multiple: int = 32
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of ImageNet, RGB in 0..255
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.short_side <= self.max_side,
+            "preprocess.short_side",
+            f"1 to max_side = {self.max_side}",
+            self.short_side,
+        )
+        _require(
+            self.pad_multiple % 32 == 0 and self.pad_multiple > 0,
+            "preprocess.pad_multiple",
+            "a multiple of 32, the stride of P5",
+            self.pad_multiple,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where images come from, and what happens to them on the way."""
+
+    flip_probability: float = 0.5
+    val_fraction: float = 0.1  # set aside, by seed, where no --val is given
+    workers: int = 2
+    shapes_train: int = 4000  # with --data shapes: images made on the fly
+    shapes_val: int = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The schedule (section 4.1). `learning_rate` belongs to `reference_batch` and is scaled linearly."""
+
+    backbone_weights: str = "imagenet"  # "none", "imagenet" (torchvision's hub) or a local file
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["step", "one_cycle"] = "step"
+    learning_rate: float = 0.01
+    reference_batch: int = 8
+    batch_size: int = 8
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    epochs: int = 24
+    max_steps: int = -1  # ends training early; -1: after `epochs`
+    step_epochs: tuple[int, ...] = (20, 23)
+    step_factor: float = 0.1
+    warmup_steps: int = 1000
+    warmup_factor: float = 1 / 80
+    checkpoint_every: int = 1000  # steps
+    evaluate_every: int = 1  # epochs, and after the last step; 0: never
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
+        _require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
+        for name in ("warmup_steps", "evaluate_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}", "0 or more", value)
+        _require(self.checkpoint_every >= 1, "train.checkpoint_every", "at least 1", self.checkpoint_every)
+        _require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
+        _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """A config dataclass from nested plain values, as `dataclasses.asdict` or JSON gives them.
+
+    Raises:
+        ConfigError: for an unknown name (the nearest one is suggested) or a value that does not fit.
+    """
+    hints = get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(_unknown(prefix + name, [prefix + known for known in hints]))
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = from_dict(hints[name], value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _converted(prefix + name, value, hints[name])
+    return kind(**arguments)
+
+
+def override(config: Config, assignments: tuple[str, ...]) -> Config:
+    """`config` with `key=value` assignments applied, keys being dotted names.
+
+    Raises:
+        ConfigError: for a malformed assignment, an unknown key or an unfit value.
+    """
+    values = dataclasses.asdict(config)
+    known = [f"{part}.{name}" for part, names in values.items() for name in names]
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected key=value, as in model.msfem_branches=2")
+        if key not in known:
+            raise ConfigError(_unknown(key, known))
+        part, name = key.split(".")
+        try:
+            values[part][name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[part][name] = {"True": True, "False": False}.get(text, text)
+    return from_dict(Config, values)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else "")
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or a ConfigError; JSON has no tuples and no 1.0."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        _require(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}", value)
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), name, "a list such as [1, 2]", value)
+        item, *rest = get_args(hint)
+        if rest != [...]:
+            _require(len(value) == 1 + len(rest), name, f"{1 + len(rest)} numbers", value)
+        return tuple(_converted(name, entry, item) for entry in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    _require(exact, name, f"a value of type {hint.__name__}", value)
+    return value

@@ -1,0 +1,1 @@
+"""Data sets: COCO files on disk, and shapes made from a seed."""

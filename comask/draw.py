@@ -1,0 +1,163 @@
+"""Overlays: detections drawn into a copy of their image."""
+
+from __future__ import annotations
+
+import colorsys
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.masks import paste_mask
+from comask.structures import Detections
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw, ImageFont
+
+    _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+Color = tuple[int, int, int]
+
+_FILL_OPACITY = 0.4
+_LARGEST_COVER = 0.3  # no tag hides more of any box
+# Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
+# four tones make most of those that come close differ in brightness.
+_TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
+
+
+def class_color(label: int) -> Color:
+    """The colour of class `label`, (r, g, b) in 0..255: always the same, unlike its neighbours'."""
+    hue = label * 0.618034 % 1
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, *_TONES[label % 4]))
+    return red, green, blue
+
+
+def draw_overlay(image: NDArray[np.uint8], detections: Detections) -> NDArray[np.uint8]:
+    """Draw each detection's mask, contour, box and a tag with its name and score.
+
+    Where tags would hide each other or much of an object, those of lower scores are left out.
+    Choose what to draw before: `detections[detections.scores >= 0.5]`.
+
+    Args:
+        image: [H, W, 3] u8, RGB; left as it is.
+        detections: found in this image; higher scores are drawn over lower ones.
+
+    Returns:
+        [H, W, 3] u8, RGB.
+
+    Raises:
+        ValueError: when the image is not u8 RGB of the detections' size.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = detections.image_size
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"image: expected uint8 {(height, width, 3)}, the detections' size, "
+            f"got {image.dtype} {image.shape}"
+        )
+    # Less than in step with the image: large pictures are seen scaled down, but not wholly.
+    font_size = max(9, round(14 * (min(height, width) / 480) ** 0.75))
+    line = max(1, round(font_size / 13))
+    # Broken coordinates have no place in the picture, but must not stop the rest.
+    corners = np.nan_to_num(detections.boxes_xyxy.astype(np.float64))
+    boxes = corners.clip(0, [width, height, width, height]).round().astype(int)
+    order = np.argsort(detections.scores, kind="stable")
+
+    canvas = image.copy(order="C")
+    for index in order:
+        _draw_instance(canvas, detections, index, boxes[index], line)
+
+    picture = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=font_size)
+    tags = np.empty((0, 4), np.int64)
+    for index in order[::-1]:  # the best scores have the first choice of a place
+        label = int(detections.labels[index])
+        text = f"{detections.name(label)} {detections.scores[index]:.2f}"
+        place = _tag_place(_tag_size(font, text), boxes[index], boxes, tags, (height, width))
+        if place is not None:
+            _draw_tag(pen, font, text, class_color(label), place)
+            tags = np.vstack((tags, place))
+    return np.array(picture)
+
+
+def _draw_instance(
+    canvas: NDArray[np.uint8], detections: Detections, index: int, box: NDArray[np.int64], line: int
+) -> None:
+    """Draw one instance's fill, contour and box into `canvas`."""
+    import cv2
+
+    color = class_color(int(detections.labels[index]))
+    x0, y0, crop = paste_mask(
+        detections.mask_probs[index],
+        detections.boxes_xyxy[index].tolist(),
+        detections.image_size,
+        detections.mask_threshold,
+    )
+    if not crop.size:
+        return
+    region = canvas[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]]
+    tint = np.full_like(region, color)
+    blended = cv2.addWeighted(region, 1 - _FILL_OPACITY, tint, _FILL_OPACITY, 0)
+    np.copyto(region, blended, where=crop[..., None])
+    x1, y1, x2, y2 = box.tolist()
+    cv2.rectangle(canvas, (x1, y1), (max(x2 - 1, x1), max(y2 - 1, y1)), color, line)
+    outline, _ = cv2.findContours(crop.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    # An edge of the opposite brightness shows the contour on a background of its own colour.
+    for edge, thickness in ((_ink(color), line + (line + 1) // 2), (color, line)):
+        cv2.drawContours(canvas, outline, -1, edge, thickness, cv2.LINE_AA, offset=(x0, y0))
+
+
+def _tag_size(font: _Font, text: str) -> tuple[int, int]:
+    """(width, height) in pixels of a tag, as high for every text, with room around it."""
+    left, _, right, _ = font.getbbox(text)
+    _, top, _, bottom = font.getbbox("Ag|")
+    return round(right - left) + 5, round(bottom - top) + 2
+
+
+def _tag_place(
+    tag_size: tuple[int, int],
+    box: NDArray[np.int64],
+    boxes: NDArray[np.int64],
+    tags: NDArray[np.int64],
+    image_size: tuple[int, int],
+) -> NDArray[np.int64] | None:
+    """The [4] corners of a tag beside or in `box`, clear of other `boxes` and `tags`, if any."""
+    (width, height), (x1, y1, x2, y2) = tag_size, box.tolist()
+    above, below = y1 - height, y2
+    places = [(x1, above), (x2 - width, above), (x1, below), (x2 - width, below)]
+    for x, y in [*places, (x1, y1), (x2, y1), (x1 - width, y1)]:
+        x = max(0, min(x, image_size[1] - width))
+        y = max(0, min(y, image_size[0] - height))
+        tag = np.array([x, y, x + width, y + height])
+        if not _cover(tag, tags).any() and (_cover(tag, boxes) <= _LARGEST_COVER).all():
+            return tag
+    return None
+
+
+def _cover(tag: NDArray[np.int64], boxes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[N] f64: how much of each of `boxes` ([N, 4]) lies under `tag` ([4]), in 0..1."""
+    shared = np.minimum(tag[2:], boxes[:, 2:]) - np.maximum(tag[:2], boxes[:, :2])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    cover: NDArray[np.float64] = shared.clip(0).prod(axis=1) / areas.clip(1)
+    return cover
+
+
+def _draw_tag(
+    pen: ImageDraw.ImageDraw,
+    font: _Font,
+    text: str,
+    color: Color,
+    place: NDArray[np.int64],
+) -> None:
+    x1, y1, x2, y2 = place.tolist()
+    pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
+    left, top, _, _ = font.getbbox("Ag|")
+    pen.text((x1 + 2 - left, y1 + 1 - top), text, fill=_ink(color), font=font)
+
+
+def _ink(color: Color) -> Color:
+    """Black or white, whichever is read better on `color`; luma weights of ITU-R BT.601."""
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    return (0, 0, 0) if luma > 140 else (255, 255, 255)

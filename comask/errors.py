@@ -1,0 +1,37 @@
+"""Everything comask raises on purpose. A command prints the message as one line and exits with 1."""
+
+
+class ComaskError(Exception):
+    """A mistake that its reader can mend: the text says what was found, expected, and what to do."""
+
+
+class ConfigError(ComaskError, ValueError):
+    """A setting that does not exist or does not fit."""
+
+
+class DataError(ComaskError, ValueError):
+    """A data set or annotation file that cannot be used."""
+
+
+class ImageError(ComaskError, ValueError):
+    """An image that cannot be decoded."""
+
+
+class CheckpointError(ComaskError, ValueError):
+    """A checkpoint or weight file that cannot be read or does not fit the model."""
+
+
+class BundleError(ComaskError, ValueError):
+    """A bundle with missing, altered or unreadable files."""
+
+
+class BackendUnavailableError(ComaskError, ImportError):
+    """A backend whose packages are not installed."""
+
+
+class ParityError(ComaskError):
+    """An exported model that does not reproduce its PyTorch original."""
+
+
+class TrainingError(ComaskError, RuntimeError):
+    """A training run that cannot go on."""

@@ -1,0 +1,1 @@
+"""The network of the paper, one concept a file: start at `comask.models.comask`."""

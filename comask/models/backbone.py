@@ -1,0 +1,60 @@
+"""ResNet feature extractor: torchvision's network without its classifier.
+
+Legend: B batch, H and W the padded image's height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import torchvision
+from torch import Tensor, nn
+
+
+class ResNet(nn.Module):
+    """C2..C5 of a ResNet (strides 4, 8, 16, 32).
+
+    Module names are torchvision's, so its checkpoints load as they are.
+
+    Args:
+        name: `resnet18`, `resnet50` or `resnet101`.
+        freeze_batch_norm: keep the running statistics while training; scale and shift stay trainable.
+        frozen_stages: how many of stem, stage 1, … stage 4 take no gradient.
+    """
+
+    def __init__(self, name: str, *, freeze_batch_norm: bool, frozen_stages: int) -> None:
+        super().__init__()
+        # A residual branch that starts at zero keeps the signal's size through 16 and more blocks,
+        # which matters without ImageNet's weights: frozen statistics cannot rescale it.
+        net = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            net.layer1,
+            net.layer2,
+            net.layer3,
+            net.layer4,
+        )
+        self.out_channels = tuple(
+            net.fc.in_features >> shift for shift in (3, 2, 1, 0)
+        )  # of C2..C5
+        self.freeze_batch_norm = freeze_batch_norm
+        stages = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+        for stage in stages[:frozen_stages]:
+            for module in stage:
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Switches the mode, leaving frozen BatchNorm layers in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] → C2..C5, each [B, C_i, H/2^i, W/2^i]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            features.append(x)
+        return features

@@ -1,0 +1,99 @@
+"""Classification branch: two fully connected layers on 7×7 RoI features, and the choice of detections.
+
+It regresses no boxes; that is the collaborative head's task (section 3.2).
+
+Legend: B batch, N proposals an image, K classes, M candidates, D detections an image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comask.models.nms import sorted_nms, top_k
+
+POOL_SIZE = 7
+CANDIDATES = 1000  # (proposal, class) pairs an image that enter NMS; TensorRT's TopK ends at 3840
+
+
+class Classifier(nn.Module):
+    """FC, ReLU, FC, ReLU, FC."""
+
+    def __init__(self, channels: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * POOL_SIZE**2, width)
+        self.fc2 = nn.Linear(width, width)
+        self.logits = nn.Linear(width, num_classes + 1)
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.logits.weight, std=0.01)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """RoI features [R, C, 7, 7] → logits [R, K + 1], background first."""
+        hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
+        out: Tensor = self.logits(hidden)
+        return out
+
+
+class Chosen(NamedTuple):
+    """The proposals that become detections, by falling score; rows from `count` on are padding.
+
+    Attributes:
+        count: [B] i32.
+        boxes: [B, D, 4] f32, the unrefined proposals; zeros in padding.
+        scores: [B, D] f32 in 0..1; 0 in padding.
+        labels: [B, D] i64 from 0; 0 in padding.
+    """
+
+    count: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def choose_detections(
+    class_logits: Tensor,
+    proposals: Tensor,
+    proposal_scores: Tensor,
+    *,
+    score_threshold: float,
+    nms_iou: float,
+    num_detections: int,
+) -> Chosen:
+    """Score threshold, NMS inside each class, the best D; one proposal may win several classes.
+
+    Args:
+        class_logits: [B, N, K + 1].
+        proposals: [B, N, 4] f32 `xyxy` in pixels.
+        proposal_scores: [B, N]; 0 marks padding.
+        score_threshold: a (proposal, class) pair must score above this.
+        nms_iou: overlap above which the lower of two boxes of one class goes.
+        num_detections: D.
+    """
+    probabilities = torch.softmax(class_logits.float(), dim=-1)[..., 1:]
+    num_classes = probabilities.shape[-1]
+    sound = (probabilities > score_threshold) & (proposal_scores > 0)[..., None]
+    pairs = torch.where(sound, probabilities, 0.0).flatten(1)
+    # CANDIDATES more entries than there are pairs, so that few proposals need no smaller TopK
+    none = pairs.new_zeros((pairs.shape[0], CANDIDATES))
+    scores, order = top_k(torch.cat((pairs, none), dim=1), CANDIDATES)
+    order = order.clamp(max=pairs.shape[1] - 1)
+    labels = order % num_classes
+    row = (order // num_classes)[..., None].expand(-1, -1, 4)
+    boxes = proposals.gather(1, row)
+
+    keep = sorted_nms(boxes, labels.to(torch.int32), nms_iou) & (scores > 0)
+    scores, order = top_k(torch.where(keep, scores, 0.0), num_detections)
+    found = scores > 0
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    return Chosen(
+        count=found.sum(1, dtype=torch.int32),
+        boxes=torch.where(found[..., None], boxes, 0.0),
+        scores=scores,
+        labels=torch.where(found, labels.gather(1, order), 0),
+    )

@@ -1,0 +1,129 @@
+"""The collaborative head, section 3.2 of the paper: a coarse mask and dense boxes correct each other.
+
+Legend: R RoIs, C channels, K classes; a *cell* is one of the 7×7 places of a RoI. Boxes are f32
+`xyxy` in pixels of the resized image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOL_SIZE = 14
+CELLS = 7
+MASK_SIZE = 28
+
+
+class CollaborativeHead(nn.Module):
+    """14×14 RoI features → class masks at 28×28 and box offsets at 7×7.
+
+    Args:
+        channels: C, of input and hidden layers.
+        num_classes: K; mask channel 0 is an unused background, class label k has channel k + 1.
+        convs: 3×3 convolutions after the one of stride 2; nine in the paper.
+        norm_groups: of each GroupNorm.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, convs: int, norm_groups: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(convs + 1):
+            stride = 2 if i == 0 else 1
+            layers += [
+                nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(norm_groups, channels),
+                nn.ReLU(inplace=True),
+            ]
+        self.refine = nn.Sequential(*layers)
+        self.upsample = nn.Sequential(
+            nn.ConvTranspose2d(channels, channels, 2, stride=2),
+            nn.GroupNorm(norm_groups, channels),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(channels, channels, 2, stride=2),
+            nn.GroupNorm(norm_groups, channels),
+            nn.ReLU(inplace=True),
+        )
+        self.mask = nn.Conv2d(channels, num_classes + 1, 3, padding=1)
+        self.offsets = nn.Conv2d(channels, 4, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Each cell starts with a box of its RoI's size: from zero offsets the IoU has no gradient.
+        nn.init.normal_(self.offsets.weight, std=0.001)
+        nn.init.constant_(self.offsets.bias, 0.5)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features [R, C, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7] ≥ 0."""
+        hidden = self.refine(pooled)
+        return self.mask(self.upsample(hidden)), F.relu(self.offsets(hidden))
+
+
+def select_class(mask_logits: Tensor, labels: Tensor) -> Tensor:
+    """Each RoI's mask of its own class: [R, K + 1, 28, 28] and [R] i64 → logits [R, 28, 28]."""
+    channel = (labels + 1)[:, None, None, None].expand(-1, 1, MASK_SIZE, MASK_SIZE)
+    return mask_logits.gather(1, channel)[:, 0]
+
+
+def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:
+    """The box that each cell predicts: (l_i, t_i, r_i, b_i) of section 3.2.
+
+    Cell (row i, column j) sits at x = x₁ + w(j + ½)/7, y = y₁ + h(i + ½)/7; its four offsets are
+    distances to the left, right, top and bottom edge in units of the RoI's width or height.
+
+    Args:
+        offsets: [R, 4, 7, 7] in l, r, t, b order.
+        rois: [R, 4].
+
+    Returns:
+        [R, 7, 7, 4].
+    """
+    offsets = offsets.float()
+    place = (torch.arange(CELLS, device=rois.device, dtype=rois.dtype) + 0.5) / CELLS
+    x1, y1, x2, y2 = rois[:, :, None, None].unbind(1)  # each [R, 1, 1]
+    w, h = x2 - x1, y2 - y1
+    x, y = x1 + w * place[None, None, :], y1 + h * place[None, :, None]
+    left, right, top, bottom = offsets.unbind(1)
+    return torch.stack((x - left * w, y - top * h, x + right * w, y + bottom * h), dim=-1)
+
+
+def cell_confidence(mask_logits: Tensor) -> Tensor:
+    """M_s of section 3.2: the mask, averaged over 4×4 pixels; logits [R, 28, 28] → [R, 7, 7]."""
+    probabilities = torch.sigmoid(mask_logits.float())
+    return F.avg_pool2d(probabilities[:, None], MASK_SIZE // CELLS)[:, 0]
+
+
+def cell_weights(confidence: Tensor, threshold: float) -> Tensor:
+    """How much each cell's box counts: M_s where M_s > threshold, else 0 (section 3.2).
+
+    Where no cell passes, all count by M_s, since no object has no pixels.
+
+    Args:
+        confidence: [R, 7, 7] in 0..1.
+        threshold: 0.5 in the paper.
+
+    Returns:
+        [R, 7, 7] f32 in 0..1.
+    """
+    foreground = torch.where(confidence > threshold, confidence, 0.0)
+    nothing = foreground.sum(dim=(1, 2), keepdim=True) == 0
+    return torch.where(nothing, confidence, foreground)
+
+
+def average_box(cell_boxes: Tensor, weights: Tensor, rois: Tensor) -> Tensor:
+    """Equations 8 and 9: l = Σ l_i M_s(x_i, y_i) / Σ M_s(x_i, y_i), likewise t, r and b.
+
+    Args:
+        cell_boxes: [R, 7, 7, 4].
+        weights: [R, 7, 7] ≥ 0.
+        rois: [R, 4], kept where the weights vanish.
+
+    Returns:
+        [R, 4].
+    """
+    total = weights.sum(dim=(1, 2))
+    weighted = (cell_boxes * weights[..., None]).sum(dim=(1, 2))
+    mean = weighted / total.clamp(min=1e-6)[:, None]
+    return torch.where(total[:, None] > 1e-6, mean, rois)

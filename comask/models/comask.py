@@ -1,0 +1,199 @@
+"""CoMask (Fig. 1 of the paper): the two stages that training, PyTorch inference and export share.
+
+Legend: B batch, H and W the padded canvas in pixels (multiples of 32), C channels, N proposals and
+D detections an image. Boxes are f32 `xyxy` in pixels of the resized image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from comask.config import ModelConfig, PreprocessConfig
+from comask.models.backbone import ResNet
+from comask.models.boxes import clip_boxes
+from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
+from comask.models.classifier import Classifier, choose_detections
+from comask.models.collaboration import POOL_SIZE as HEAD_POOL
+from comask.models.collaboration import (
+    CollaborativeHead,
+    average_box,
+    cell_confidence,
+    cell_weights,
+    decode_cells,
+    select_class,
+)
+from comask.models.msfem import MFPN
+from comask.models.roi_align import pyramid_roi_align
+from comask.models.rpn import RPN, proposals_from_levels
+
+STAGE1_INPUTS = ("images", "image_sizes")
+STAGE1_OUTPUTS = ("p2", "p3", "p4", "p5", "proposals", "proposal_scores")
+STAGE2_INPUTS = (*STAGE1_OUTPUTS, "image_sizes")
+STAGE2_OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
+DIAGNOSTIC_OUTPUTS = ("first_boxes", "coarse_masks", "cell_weights")
+
+
+class CoMask(nn.Module):
+    """Backbone, MFPN, RPN, classification branch and collaborative head.
+
+    Args:
+        config: of the network.
+        preprocess: its mean and standard deviation normalise the images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, preprocess: PreprocessConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.tensor(preprocess.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
+        self.backbone = ResNet(
+            config.backbone,
+            freeze_batch_norm=config.freeze_batch_norm,
+            frozen_stages=config.frozen_stages,
+        )
+        self.mfpn = MFPN(
+            self.backbone.out_channels,
+            config.channels,
+            branches=config.msfem_branches,
+            mode=config.msfem_mode,
+            reduction=config.attention_reduction,
+            norm_groups=config.norm_groups,
+        )
+        self.rpn = RPN(config.channels, config.anchor_sizes, config.anchor_ratios)
+        self.classifier = Classifier(config.channels, config.classifier_width, config.num_classes)
+        self.head = CollaborativeHead(
+            config.channels,
+            config.num_classes,
+            convs=config.head_convs,
+            norm_groups=config.norm_groups,
+        )
+
+    def pyramid(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
+        """Images u8 [B, H, W, 3] RGB, sizes i32 [B, 2] (h, w) → P2..P6, each [B, C, H/2^i, W/2^i].
+
+        Pixels outside an image's size are zero after normalisation, whatever the canvas holds.
+        """
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        height, width = images.shape[1:3]
+        rows = torch.arange(height, device=images.device)[None] < image_sizes[:, :1]
+        columns = torch.arange(width, device=images.device)[None] < image_sizes[:, 1:]
+        inside = rows[:, :, None] & columns[:, None, :]
+        x = torch.where(inside[..., None], x, 0.0).permute(0, 3, 1, 2)
+        pyramid: list[Tensor] = self.mfpn(self.backbone(x))
+        return pyramid
+
+    def pool(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        """RoIs [B, N, 4] → features [B·N, C, size, size]."""
+        return pyramid_roi_align(
+            pyramid,
+            rois,
+            size,
+            sampling_ratio=self.config.roi_sampling_ratio,
+            canonical_size=self.config.roi_canonical_size,
+        )
+
+    def stage1(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Backbone, MFPN and RPN.
+
+        Args:
+            images: u8 [B, H, W, 3], RGB on a padded canvas.
+            image_sizes: i32 [B, 2], (h, w) of each image on it.
+
+        Returns:
+            `p2`…`p5` [B, C, H/4…H/32, W/4…W/32], `proposals` [B, N, 4] and `proposal_scores` [B, N]
+            by falling score, where 0 marks padding.
+        """
+        pyramid = self.pyramid(images, image_sizes)
+        proposals, scores = proposals_from_levels(
+            self.rpn(pyramid),
+            image_sizes,
+            candidates_per_level=self.config.rpn_top_k,
+            num_proposals=self.config.proposals,
+            nms_iou=self.config.rpn_nms_iou,
+        )
+        return dict(zip(STAGE1_OUTPUTS, (*pyramid[:4], proposals, scores), strict=True))
+
+    def stage2(
+        self,
+        p2: Tensor,
+        p3: Tensor,
+        p4: Tensor,
+        p5: Tensor,
+        proposals: Tensor,
+        proposal_scores: Tensor,
+        image_sizes: Tensor,
+        *,
+        diagnostics: bool = False,
+    ) -> dict[str, Tensor]:
+        """Classify, threshold, NMS, the best D, then refine those twice (section 3.2).
+
+        Args:
+            p2, p3, p4, p5, proposals, proposal_scores: as `stage1` returns them; the first n
+                proposals may be passed alone.
+            image_sizes: i32 [B, 2], (h, w).
+            diagnostics: also return what the collaboration changed.
+
+        Returns:
+            `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
+            [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows from `num_detections` on are
+            zeros. With `diagnostics`: `first_boxes` [B, D, 4] (the unrefined proposals),
+            `coarse_masks` [B, D, 28, 28] over them, `cell_weights` [B, D, 7, 7].
+        """
+        config, pyramid = self.config, [p2, p3, p4, p5]
+        batch, count = proposals.shape[:2]
+        class_logits = self.classifier(self.pool(pyramid, proposals, CLASSIFIER_POOL))
+        chosen = choose_detections(
+            class_logits.reshape(batch, count, config.num_classes + 1),
+            proposals,
+            proposal_scores,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            num_detections=config.detections,
+        )
+        labels = chosen.labels.flatten()
+        refined, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
+        boxes = clip_boxes(refined, image_sizes)
+        fine, _ = self.head(self.pool(pyramid, boxes, HEAD_POOL))
+        masks = torch.sigmoid(select_class(fine, labels).float())
+
+        per_image = (batch, config.detections)
+        found = chosen.scores > 0
+        outputs = {
+            "num_detections": chosen.count,
+            "boxes": torch.where(found[..., None], boxes, 0.0),
+            "scores": chosen.scores,
+            "labels": chosen.labels.to(torch.int32),
+            "masks": torch.where(found[..., None, None], masks.unflatten(0, per_image), 0.0),
+        }
+        if diagnostics:
+            outputs["first_boxes"] = chosen.boxes
+            outputs["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, per_image)
+            outputs["cell_weights"] = weights.unflatten(0, per_image)
+        return outputs
+
+    def refine(
+        self, pyramid: list[Tensor], rois: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """First pass of the head: coarse mask and dense boxes → the averaged box.
+
+        Args:
+            pyramid: P2..P5.
+            rois: [B, D, 4].
+            labels: [B·D] i64 from 0.
+
+        Returns:
+            boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7].
+        """
+        mask_logits, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL))
+        coarse = select_class(mask_logits, labels).float()
+        flat = rois.reshape(-1, 4)
+        cell_boxes = decode_cells(offsets, flat)
+        if self.config.collaboration == "weighted":
+            weights = cell_weights(cell_confidence(coarse), self.config.cell_threshold)
+        else:
+            weights = torch.ones_like(cell_boxes[..., 0])
+        return average_box(cell_boxes, weights, flat).reshape(rois.shape), coarse, weights

@@ -1,0 +1,30 @@
+"""Feature pyramid network (Lin et al., CVPR 2017), P2..P6; the paper's Fig. 1 builds on it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FPN(nn.Module):
+    """P2..P6 from C2..C5, `channels` wide.
+
+    P6 is P5 at every second pixel, as in detectron2; only the RPN reads it.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        for conv in [*self.lateral, *self.output]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """C2..C5, finest first → P2..P6, each [B, channels, H/2^i, W/2^i]."""
+        merged = [conv(c) for conv, c in zip(self.lateral, features, strict=True)]
+        for i in range(len(merged) - 2, -1, -1):
+            coarse = F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
+            merged[i] = merged[i] + coarse
+        pyramid = [conv(m) for conv, m in zip(self.output, merged, strict=True)]
+        return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]

@@ -1,0 +1,120 @@
+"""Multi-scale feature extraction module, section 3.1 and Fig. 2 of the paper, and the MFPN.
+
+Legend: B batch, C channels, H and W the height and width of one pyramid level.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comask.models.fpn import FPN
+
+
+def downsample(channels: int, norm_groups: int) -> nn.Sequential:
+    """C₂ of equation 1: 3×3 convolution of stride 2, with GN and ReLU so that a chain is not linear."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(norm_groups, channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ChannelAttention(nn.Module):
+    """Equations 4 to 6: squeeze, two fully connected layers, sigmoid, rescale."""
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction, bias=False)
+        self.excite = nn.Linear(channels // reduction, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W], each channel scaled by a weight in 0..1."""
+        pooled = x.mean(dim=(2, 3))  # equation 4: V₁ = gp(F_f)
+        weights = torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))  # equation 5: V₂
+        return x * weights[:, :, None, None]  # equation 6: F̂_f = F_f × EX(V₂; F_f)
+
+
+class MSFEM(nn.Module):
+    """One level's module: branches at falling resolution, fused, weighted by channel, smoothed.
+
+    Args:
+        channels: of input and output.
+        branches: 1 to 4; branch i sees the input after i stride-2 convolutions.
+        mode: `independent` gives every branch its own convolutions (i of them), `chain` continues
+            from branch i-1, `tied` also shares the one convolution, as equation 1 is written.
+        reduction: of the attention's hidden layer.
+        norm_groups: of the GroupNorm after each stride-2 convolution.
+    """
+
+    def __init__(
+        self, channels: int, *, branches: int, mode: str, reduction: int, norm_groups: int
+    ) -> None:
+        super().__init__()
+        self.mode = mode
+        depths = {
+            "independent": list(range(1, branches)),
+            "chain": [1] * (branches - 1),
+            "tied": [1] * min(branches - 1, 1),
+        }[mode]
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(downsample(channels, norm_groups) for _ in range(depth)))
+            for depth in depths
+        )
+        self.num_branches = branches
+        self.reduce = nn.Conv2d(channels * branches, channels, 1)
+        self.attention = ChannelAttention(channels, reduction)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        for conv in (self.reduce, self.smooth):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def multi_scale(self, x: Tensor) -> list[Tensor]:
+        """Equation 1: F_i = C₂^i(F), with F₀ = F; each brought back to the input's size."""
+        scales = [x]
+        current = x
+        for i in range(1, self.num_branches):
+            if self.mode == "independent":
+                current = self.branches[i - 1](x)
+            else:
+                current = self.branches[0 if self.mode == "tied" else i - 1](current)
+            scales.append(
+                F.interpolate(current, size=x.shape[-2:], mode="bilinear", align_corners=True)
+            )
+        return scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One FPN level [B, C, H, W] → the same shape."""
+        fused = torch.cat(self.multi_scale(x), dim=1)  # equation 2: F_F = cat(F₀, F₁, F₂, F₃)
+        fused = self.reduce(fused)  # equation 3: F_f = Conv(F_F)
+        out: Tensor = self.smooth(self.attention(fused))  # equations 4-6, then 7: F_O = C₁(F̂_f)
+        return out
+
+
+class MFPN(nn.Module):
+    """The FPN with one MSFEM after each of its five levels (end of section 3.1)."""
+
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        channels: int,
+        *,
+        branches: int,
+        mode: str,
+        reduction: int,
+        norm_groups: int,
+    ) -> None:
+        super().__init__()
+        self.fpn = FPN(in_channels, channels)
+        self.modules_per_level = nn.ModuleList(
+            MSFEM(
+                channels, branches=branches, mode=mode, reduction=reduction, norm_groups=norm_groups
+            )
+            for _ in range(5)
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """C2..C5 → multi-scale P2..P6, each [B, channels, H/2^i, W/2^i]."""
+        levels = zip(self.modules_per_level, self.fpn(features), strict=True)
+        return [module(level) for module, level in levels]

@@ -1,0 +1,73 @@
+"""`SortedNms`, the custom op of the exported graphs: exact greedy NMS with a fixed-size answer.
+
+TensorRT's own NMS has data-dependent shapes and TensorRT-RTX has none; a keep mask over sorted boxes
+has neither problem. `comask.export.functions` holds the same op as an ONNX function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torchvision
+from torch import Tensor
+
+
+def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
+    """Which boxes survive greedy non-maximum suppression.
+
+    Args:
+        boxes: [G, M, 4] f32 `xyxy`, each row of M by falling score.
+        group_ids: [G, M] int; only boxes of equal id compete.
+        iou_threshold: a box goes when its IoU with a kept one is above this.
+
+    Returns:
+        [G, M] bool.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.symbolic(
+            "comask::SortedNms",
+            (boxes, group_ids),
+            attrs={
+                "iou_threshold": float32_below(iou_threshold),
+                "plugin_namespace": "comask",
+                "plugin_version": "1",
+            },
+            dtype=torch.bool,
+            shape=group_ids.shape,
+            version=1,
+        )
+    rank = torch.arange(boxes.shape[1], 0, -1, dtype=torch.float32, device=boxes.device)
+    keep = torch.zeros_like(group_ids, dtype=torch.bool)
+    for row_boxes, row_ids, row_keep in zip(boxes, group_ids, keep, strict=True):
+        for group in row_ids.unique().tolist():
+            members = torch.where(row_ids == group)[0]
+            kept = torchvision.ops.nms(row_boxes[members], rank[members], iou_threshold)
+            row_keep[members[kept]] = True
+    return keep
+
+
+def float32_below(threshold: float) -> float:
+    """The largest f32 not above `threshold`.
+
+    torchvision compares an f32 IoU with an f64 threshold. `iou > float32_below(t)` in f32 gives the
+    same answers; rounding 0.3 up to the nearest f32 would not, at an IoU of exactly that f32.
+    """
+    nearest = torch.tensor(threshold, dtype=torch.float32)
+    if nearest.item() > threshold:
+        nearest = torch.nextafter(nearest, torch.tensor(-math.inf))
+    return nearest.item()
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest along the last axis, ties to the lower index, in every backend.
+
+    PyTorch's `topk` leaves ties open; ONNX's TopK does not.
+
+    Returns:
+        values and indices [..., k].
+    """
+    if torch.onnx.is_in_onnx_export():
+        return torch.topk(scores, k)
+    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return values[..., :k], order[..., :k]

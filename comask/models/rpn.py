@@ -1,0 +1,112 @@
+"""Region proposal network (Ren et al., NIPS 2015) on P2..P6, with a fixed number of proposals.
+
+Legend: B batch, A anchors a place, L levels, K candidates a level, N proposals an image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comask.models.anchors import base_anchors, level_anchors
+from comask.models.boxes import clip_boxes, decode_boxes
+from comask.models.nms import sorted_nms, top_k
+
+STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
+MIN_SIDE = 1e-3  # pixels; a clipped proposal thinner than this is none
+
+
+class LevelOutput(NamedTuple):
+    """What the RPN says of one level with n = H·W·A anchors.
+
+    Attributes:
+        logits: [B, n] f32, objectness.
+        deltas: [B, n, 4] f32, see `comask.models.boxes.encode_boxes`.
+        anchors: [n, 4] f32 `xyxy` in pixels of the resized image.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    anchors: Tensor
+
+
+class RPN(nn.Module):
+    """A 3×3 convolution, objectness and box deltas at every place; the weights serve all levels."""
+
+    def __init__(
+        self, channels: int, anchor_sizes: tuple[float, ...], anchor_ratios: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, len(anchor_ratios), 1)
+        self.deltas = nn.Conv2d(channels, 4 * len(anchor_ratios), 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        bases = torch.stack([base_anchors(size, anchor_ratios) for size in anchor_sizes])
+        self.register_buffer("base_anchors", bases, persistent=False)
+
+    def forward(self, pyramid: list[Tensor]) -> list[LevelOutput]:
+        """P2..P6, each [B, C, H/stride, W/stride] → one `LevelOutput` a level."""
+        outputs = []
+        for features, base, stride in zip(pyramid, self.base_anchors, STRIDES, strict=True):
+            hidden = F.relu(self.conv(features))
+            logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+            deltas = self.deltas(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
+            anchors = level_anchors(base, features.shape[2], features.shape[3], stride)
+            outputs.append(LevelOutput(logits.float(), deltas.flatten(1, 3).float(), anchors))
+        return outputs
+
+
+def proposals_from_levels(
+    levels: list[LevelOutput],
+    image_sizes: Tensor,
+    *,
+    candidates_per_level: int,
+    num_proposals: int,
+    nms_iou: float,
+) -> tuple[Tensor, Tensor]:
+    """The best boxes of all levels: per level the top K by logit and NMS, then the top N overall.
+
+    Ranked by logit, because saturated probabilities tie.
+
+    Args:
+        levels: P2..P6.
+        image_sizes: [B, 2] (h, w) in pixels of each image inside the padded canvas.
+        candidates_per_level: K.
+        num_proposals: N; fewer are returned when L·K is smaller.
+        nms_iou: overlap above which the lower-ranked box of a level goes.
+
+    Returns:
+        proposals [B, N, 4] f32 `xyxy` in pixels, inside their image, and scores [B, N] f32 in 0..1
+        by falling score; a score of 0 marks padding, whose box is zeros.
+    """
+    k = candidates_per_level
+    best = [_level_candidates(level, image_sizes, k) for level in levels]
+    boxes = torch.stack([boxes for boxes, _ in best], dim=1)  # [B, L, K, 4]
+    logits = torch.stack([logits for _, logits in best], dim=1)
+    one_group = torch.zeros_like(logits, dtype=torch.int32).flatten(0, 1)
+    keep = sorted_nms(boxes.flatten(0, 1), one_group, nms_iou).unflatten(0, (-1, len(levels)))
+    logits = logits.masked_fill(~keep, -torch.inf).flatten(1)
+    logits, order = top_k(logits, min(num_proposals, len(levels) * k))
+    boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
+    scores = torch.sigmoid(logits)
+    return torch.where(scores[..., None] > 0, boxes, 0.0), scores
+
+
+def _level_candidates(level: LevelOutput, image_sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best boxes [B, k, 4] of one level and their logits [B, k], -inf where there is none."""
+    # k more entries than there are anchors, so that a small level needs no smaller k
+    none = level.logits.new_full((level.logits.shape[0], k), -torch.inf)
+    logits, order = top_k(torch.cat((level.logits, none), dim=1), k)
+    order = order.clamp(max=level.anchors.shape[0] - 1)
+    deltas = level.deltas.gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = clip_boxes(decode_boxes(deltas, level.anchors[order]), image_sizes)
+    side = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
+    empty = (side < MIN_SIDE) | torch.isneginf(logits)
+    # An empty box overlaps nothing, so it cannot suppress a sound one.
+    boxes = torch.where(empty[..., None], 0.0, boxes)
+    return boxes, logits.masked_fill(empty, -torch.inf)

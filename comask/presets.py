@@ -1,0 +1,64 @@
+"""Named configurations: the paper's models (Tables 1 to 3) and one that trains on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comask.config import Config, DataConfig, ModelConfig, PreprocessConfig, TrainConfig
+from comask.errors import ConfigError
+
+PAPER = Config()
+
+SHAPES_TINY = Config(
+    model=ModelConfig(
+        num_classes=8,
+        backbone="resnet18",
+        freeze_batch_norm=False,  # from scratch, so the statistics are its own
+        frozen_stages=0,
+        channels=64,
+        norm_groups=16,
+        anchor_sizes=(12.0, 24.0, 48.0, 72.0, 96.0),
+        rpn_samples=128,
+        rpn_top_k_train=300,
+        rpn_top_k=200,
+        proposals_train=300,
+        proposals=200,
+        roi_samples=64,
+        classifier_width=256,
+        detections=32,
+        head_rois=96,
+        roi_canonical_size=56.0,  # a quarter of 224, as the images are of 800
+    ),
+    preprocess=PreprocessConfig(short_side=128, max_side=213),
+    data=DataConfig(workers=0),
+    train=TrainConfig(
+        backbone_weights="none",
+        optimizer="adamw",
+        schedule="one_cycle",
+        learning_rate=2e-3,
+        weight_decay=0.05,
+        epochs=1,
+        warmup_steps=50,
+        checkpoint_every=100,
+    ),
+)
+
+PRESETS: dict[str, Config] = {
+    "comask-r50": PAPER,
+    "comask-r101": replace(PAPER, model=replace(PAPER.model, backbone="resnet101")),
+    "comask1-r50": replace(PAPER, model=replace(PAPER.model, msfem_branches=1)),
+    "comask2-r50": replace(PAPER, model=replace(PAPER.model, msfem_branches=2)),
+    "no-collaboration-r50": replace(PAPER, model=replace(PAPER.model, collaboration="uniform")),
+    "shapes-tiny": SHAPES_TINY,
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration called `name`.
+
+    Raises:
+        ConfigError: when there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,84 @@
+"""Progress of a long job: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class Progress:
+    """Counts `total` steps of a job on standard error; use as a context manager.
+
+    Args:
+        title: what is being done.
+        total: how many steps there are.
+        unit: what a step is, in the plural.
+        done: steps that lie behind already, as after a resume.
+    """
+
+    def __init__(self, title: str, total: int, *, unit: str = "steps", done: int = 0) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._done = self._done_before = done
+        self._start = self._last_line = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress as RichProgress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.add_task(
+                self._title, total=self._total, completed=self._done, rate="", note=""
+            )
+            self._bar.start()
+        return self
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Counts `steps` more; `note` is shown behind the bar."""
+        self._done += steps
+        now = time.monotonic()
+        rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
+        if self._bar:
+            task = self._bar.task_ids[0]
+            self._bar.update(
+                task, completed=self._done, rate=f"{rate:.1f} {self._unit}/s", note=note
+            )
+        elif now - self._last_line >= LINE_SECONDS or self._done == self._total:
+            self._last_line = now
+            left = (self._total - self._done) / max(rate, 1e-9)
+            line = (
+                f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, "
+                f"{left:.0f} s left"
+            )
+            print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()

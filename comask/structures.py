@@ -1,0 +1,127 @@
+"""`Detections`, the one result type: what a `Predictor` returns, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.masks import paste_masks, rles_from_mask_probs
+
+if TYPE_CHECKING:
+    import supervision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Detections:
+    """The instances found in one image, by falling score.
+
+    Attributes:
+        boxes_xyxy: [N, 4] f32, corners in pixels of the original image.
+        scores: [N] f32, probabilities in 0..1.
+        labels: [N] i64, classes counted from 0.
+        mask_probs: [N, 28, 28] f32, foreground probability over the box, in 0..1.
+        image_size: (height, width) of the original image in pixels.
+        class_names: the name of each label, where known.
+        category_ids: the data set's id of each label (COCO's have gaps); label + 1 where unknown.
+        mask_threshold: a pixel belongs to the mask when its probability is at least this.
+
+    Raises:
+        ValueError: when a field has another shape or dtype than written here.
+    """
+
+    boxes_xyxy: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    mask_probs: NDArray[np.float32]
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...] | None = None
+    category_ids: tuple[int, ...] | None = None
+    mask_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        count = len(self.scores)
+        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "boxes_xyxy": ((count, 4), np.float32),
+            "scores": ((count,), np.float32),
+            "labels": ((count,), np.int64),
+            "mask_probs": ((count, *self.mask_probs.shape[1:2] * 2), np.float32),
+        }
+        for name, (shape, dtype) in expected.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"Detections.{name}: expected {np.dtype(dtype)} {shape} for {count} scores, "
+                    f"got {array.dtype} {array.shape}"
+                )
+        if min(self.image_size) < 1:
+            raise ValueError(f"Detections.image_size: expected (h, w) ≥ 1, got {self.image_size}")
+        names = self.class_names
+        if names is not None and count and not 0 <= self.labels.min() <= self.labels.max() < len(names):
+            raise ValueError(f"Detections.labels: expected 0..{len(names) - 1}, got {self.labels}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
+        """The chosen rows of every field; `index` is a slice, a mask or an array of places."""
+        return Detections(
+            boxes_xyxy=self.boxes_xyxy[index],
+            scores=self.scores[index],
+            labels=self.labels[index],
+            mask_probs=self.mask_probs[index],
+            image_size=self.image_size,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            mask_threshold=self.mask_threshold,
+        )
+
+    @cached_property
+    def masks(self) -> NDArray[np.bool_]:
+        """[N, H, W] bool, pasted into the original image when first asked for."""
+        return paste_masks(self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold)
+
+    def name(self, label: int) -> str:
+        """What to call class `label`: its name, or its number where names are unknown."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def to_rle(self) -> list[dict[str, Any]]:
+        """One COCO RLE (`size`, `counts` as str) an instance, equal to pycocotools' of `masks`."""
+        return rles_from_mask_probs(
+            self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold
+        )
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results: `image_id`, `category_id`, `bbox` (x, y, w, h), `score`, `segmentation`."""
+        ids: Sequence[int] | None = self.category_ids
+        results = []
+        for box, score, label, rle in zip(
+            self.boxes_xyxy.astype(float), self.scores, self.labels, self.to_rle(), strict=True
+        ):
+            x1, y1, x2, y2 = box.tolist()
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": ids[label] if ids else int(label) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": float(score),
+                    "segmentation": rle,
+                }
+            )
+        return results
+
+    def to_supervision(self) -> supervision.Detections:
+        """The same as `supervision.Detections` (needs the `supervision` package)."""
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array([self.name(int(label)) for label in self.labels])},
+        )

@@ -1,0 +1,42 @@
+"""Optimiser and learning rate schedule (section 4.1 of the paper; docs/algorithm.md, recipe)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from comask.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, the paper's, or AdamW; only parameters that take a gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            trainable, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    # Decoupled decay would pull norm scales to zero, so AdamW decays matrices and kernels only.
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """The rate of optimiser step `step` (from 0): linear warm-up, then steps or a half cosine.
+
+    `config.learning_rate` is scaled by batch size over `config.reference_batch`.
+    """
+    peak = config.learning_rate * config.batch_size / config.reference_batch
+    if config.schedule == "step":
+        passed = sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+        rate = peak * config.step_factor**passed
+    else:
+        progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+        rate = peak * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    if step < config.warmup_steps:
+        rate *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
+    return rate

@@ -1,0 +1,183 @@
+"""The custom ops as ONNX functions of standard ops.
+
+They stand in the exported file, so that any ONNX Runtime runs it with nothing installed. Each must
+agree with its PyTorch twin in `comask.models` (tests say so).
+
+Legend: G rows of M boxes; B images with N RoIs each, R = B·N; C channels, S output size.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from comask.models.roi_align import LEVEL_FACTORS, STRIDES
+
+DOMAIN = "comask"
+OPSET = 20  # Q/DQ with fp16 scales needs 19, and TensorRT knows 20
+
+# keep = 1 where no kept box of higher rank suppresses it: iterated from all ones, a box is settled
+# once those above it are, so the fixpoint is greedy NMS exactly.
+SORTED_NMS = """
+<domain: "comask", opset_import: ["": 20]>
+SortedNms <iou_threshold> (boxes, group_ids) => (keep)
+{
+    threshold = Constant <value_float: float = @iou_threshold> ()
+    zero = Constant <value_float = 0.0> ()
+    half = Constant <value_float = 0.5> ()
+    axis_1 = Constant <value_ints = [1]> ()
+    axis_2 = Constant <value_ints = [2]> ()
+
+    x1, y1, x2, y2 = Split <axis = 2, num_outputs = 4> (boxes)
+    width = Sub (x2, x1)
+    height = Sub (y2, y1)
+    area = Mul (width, height)
+    x1_t = Transpose <perm = [0, 2, 1]> (x1)
+    y1_t = Transpose <perm = [0, 2, 1]> (y1)
+    x2_t = Transpose <perm = [0, 2, 1]> (x2)
+    y2_t = Transpose <perm = [0, 2, 1]> (y2)
+    area_t = Transpose <perm = [0, 2, 1]> (area)
+
+    left = Max (x1, x1_t)
+    top = Max (y1, y1_t)
+    right = Min (x2, x2_t)
+    bottom = Min (y2, y2_t)
+    common_width = Sub (right, left)
+    common_height = Sub (bottom, top)
+    common_width_0 = Max (common_width, zero)
+    common_height_0 = Max (common_height, zero)
+    intersection = Mul (common_width_0, common_height_0)
+    areas = Add (area, area_t)
+    union = Sub (areas, intersection)
+    iou = Div (intersection, union)
+    overlaps = Greater (iou, threshold)
+
+    group = Unsqueeze (group_ids, axis_2)
+    group_t = Unsqueeze (group_ids, axis_1)
+    same_group = Equal (group, group_t)
+    rank_0 = Constant <value_int = 0> ()
+    rank_step = Constant <value_int = 1> ()
+    shape = Shape (group_ids)
+    count = Gather (shape, rank_step)
+    rank = Range (rank_0, count, rank_step)
+    axis_0 = Constant <value_ints = [0]> ()
+    rank_row = Unsqueeze (rank, axis_1)
+    rank_column = Unsqueeze (rank, axis_0)
+    higher = Less (rank_row, rank_column)
+    rivals = And (overlaps, same_group)
+    beats = And (rivals, higher)
+    suppresses = Cast <to = 1> (beats)
+
+    nothing = Mul (x1_t, zero)
+    false_row = Greater (nothing, half)
+    true_row = Not (false_row)
+    keep_all = Cast <to = 1> (true_row)
+    go_on = Constant <value = bool {1}> ()
+    settled = Loop (count, go_on, keep_all) <
+        body = settle (int64 step, bool unsettled, float["G", 1, "M"] keep_in)
+            => (bool changed, float["G", 1, "M"] keep_out)
+        {
+            hits = MatMul (keep_in, suppresses)
+            spared = Less (hits, half)
+            keep_out = Cast <to = 1> (spared)
+            difference = Sub (keep_out, keep_in)
+            distance = Abs (difference)
+            moved = ReduceMax <keepdims = 0> (distance)
+            changed = Greater (moved, half)
+        }
+    >
+    settled_rows = Squeeze (settled, axis_1)
+    keep = Greater (settled_rows, half)
+}
+"""
+
+# Each RoI goes through RoiAlign of its own level alone; pooling all of them from all four and
+# choosing afterwards costs four times as much.
+PYRAMID_ROI_ALIGN_HEAD = """
+<domain: "comask", opset_import: ["": 20]>
+PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, rois) => (pooled)
+{{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    zero_f = Constant <value_float = 0.0> ()
+    all_rows = Constant <value_ints = [-1]> ()
+    rows_of_4 = Constant <value_ints = [-1, 4]> ()
+    axis_0 = Constant <value_ints = [0]> ()
+    axis_1 = Constant <value_ints = [1]> ()
+    flat = Reshape (rois, rows_of_4)
+
+    shape = Shape (rois)
+    batch = Gather (shape, zero)
+    batch_and_count = Shape <start = 0, end = 2> (rois)
+    images = Range (zero, batch, one)
+    images_column = Unsqueeze (images, axis_1)
+    images_table = Expand (images_column, batch_and_count)
+    image = Reshape (images_table, all_rows)
+
+    x1, y1, x2, y2 = Split <axis = 1, num_outputs = 4> (flat)
+    width = Sub (x2, x1)
+    height = Sub (y2, y1)
+    width_0 = Max (width, zero_f)
+    height_0 = Max (height, zero_f)
+    area = Mul (width_0, height_0)
+    side = Sqrt (area)
+    canonical = Constant <value_float: float = @canonical_size> ()
+    factors = Constant <value_floats = [{factors}]> ()
+    bounds = Mul (factors, canonical)
+    reached = GreaterOrEqual (side, bounds)
+    reached_int = Cast <to = 7> (reached)
+    level = ReduceSum <keepdims = 0> (reached_int, axis_1)
+"""
+PYRAMID_ROI_ALIGN_LEVEL = """
+    place_{i} = Constant <value_int = {i}> ()
+    on_{i} = Equal (level, place_{i})
+    found_{i} = NonZero (on_{i})
+    rows_{i} = Reshape (found_{i}, all_rows)
+    rois_{i} = Gather (flat, rows_{i})
+    image_{i} = Gather (image, rows_{i})
+    map_{i} = Cast <to = 1> (p{level})
+    pooled_{i} = RoiAlign <
+        coordinate_transformation_mode = "half_pixel", mode = "avg", spatial_scale = {scale},
+        output_height: int = @output_size, output_width: int = @output_size,
+        sampling_ratio: int = @sampling_ratio
+    > (map_{i}, rois_{i}, image_{i})
+"""
+PYRAMID_ROI_ALIGN_TAIL = """
+    order = Concat <axis = 0> ({rows})
+    by_level = Concat <axis = 0> ({pooled})
+    count = Shape (order)
+    count_scalar = Squeeze (count, axis_0)
+    positions = Range (zero, count_scalar, one)
+    blank = Expand (zero, count)
+    place = ScatterElements <axis = 0> (blank, order, positions)
+    in_order = Gather (by_level, place)
+    pooled = CastLike (in_order, p2)
+}}
+"""
+
+
+def sorted_nms_function() -> onnx.FunctionProto:
+    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`."""
+    return onnx.parser.parse_function(SORTED_NMS)
+
+
+def pyramid_roi_align_function() -> onnx.FunctionProto:
+    """`PyramidRoiAlign(p2, p3, p4, p5, rois [B, N, 4]) → [R, C, S, S]`, aligned to half pixels."""
+    levels = range(len(STRIDES))
+    text = PYRAMID_ROI_ALIGN_HEAD.format(factors=", ".join(f"{f:.9g}" for f in LEVEL_FACTORS))
+    for i, stride in enumerate(STRIDES):
+        text += PYRAMID_ROI_ALIGN_LEVEL.format(i=i, level=i + 2, scale=1 / stride)
+    text += PYRAMID_ROI_ALIGN_TAIL.format(
+        rows=", ".join(f"rows_{i}" for i in levels), pooled=", ".join(f"pooled_{i}" for i in levels)
+    )
+    return onnx.parser.parse_function(text)
+
+
+def add_functions(model: onnx.ModelProto) -> None:
+    """Appends the bodies of the custom ops that `model` uses."""
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    for function in (pyramid_roi_align_function(), sorted_nms_function()):
+        if function.name in used:
+            model.functions.append(function)
+    if used and not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))

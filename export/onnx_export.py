@@ -1,0 +1,98 @@
+"""From the PyTorch network to its two ONNX files, by torch's dynamo exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from comask.export.functions import OPSET, add_functions
+from comask.export.graphs import Stage1Graph, Stage2Graph
+from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
+
+# The traced example: three different sizes, so that no two dynamic dimensions look alike.
+BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
+
+
+def export_stage1(model: CoMask, path: Path) -> None:
+    """Writes `images, image_sizes` → pyramid and proposals; batch, height and width are dynamic."""
+    images = torch.zeros(BATCH, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+    sizes = torch.tensor([[HEIGHT, WIDTH]] * BATCH, dtype=torch.int32)
+    batch, rows, columns = _dims("batch", "rows", "columns")
+    shapes = ({0: batch, 1: 32 * rows, 2: 32 * columns}, {0: batch})
+    _export(Stage1Graph(model), (images, sizes), shapes, STAGE1_INPUTS, STAGE1_OUTPUTS, path)
+
+
+def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
+    """Writes pyramid and proposals → detections; also the number of proposals is dynamic."""
+    channels = model.config.channels
+    pyramid = [torch.zeros(BATCH, channels, HEIGHT // s, WIDTH // s) for s in (4, 8, 16, 32)]
+    proposals = torch.zeros(BATCH, PROPOSALS, 4)
+    scores = torch.zeros(BATCH, PROPOSALS)
+    sizes = torch.tensor([[HEIGHT, WIDTH]] * BATCH, dtype=torch.int32)
+    batch, rows, columns, count = _dims("batch", "rows", "columns", "proposals")
+    shapes = (
+        {0: batch, 2: 8 * rows, 3: 8 * columns},
+        {0: batch, 2: 4 * rows, 3: 4 * columns},
+        {0: batch, 2: 2 * rows, 3: 2 * columns},
+        {0: batch, 2: rows, 3: columns},
+        {0: batch, 1: count},
+        {0: batch, 1: count},
+        {0: batch},
+    )
+    graph = Stage2Graph(model, diagnostics=diagnostics)
+    inputs = (*pyramid, proposals, scores, sizes)
+    _export(graph, inputs, shapes, STAGE2_INPUTS, graph.output_names, path)
+
+
+def _dims(*names: str) -> tuple[Any, ...]:
+    return tuple(torch.export.Dim(name, min=1, max=2**14) for name in names)
+
+
+def _export(
+    graph: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+    path: Path,
+) -> None:
+    graph.eval()
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    add_functions(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's chatter names its own internals; what matters is raised."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,167 @@
+"""`Predictor`: images in, `Detections` out, whatever runs in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.config import PreprocessConfig
+from comask.postprocess import detections_from_outputs
+from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
+from comask.runtime.session import Stages
+from comask.structures import Detections
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+    ImageLike: TypeAlias = str | Path | PILImage | NDArray[np.uint8]
+
+
+class Predictor:
+    """Finds the instances in images.
+
+    One Predictor may be shared by threads. It is a context manager; `close` frees its backend.
+
+    Args:
+        stages: the backend.
+        preprocess: resize and padding.
+        class_names: of the labels.
+        category_ids: of the labels in the data set's numbering.
+        mask_threshold: a pixel belongs to the mask when its probability is at least this.
+        max_batch: images of one canvas that run together.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        preprocess: PreprocessConfig,
+        *,
+        class_names: tuple[str, ...] | None = None,
+        category_ids: tuple[int, ...] | None = None,
+        mask_threshold: float = 0.5,
+        max_batch: int = 8,
+    ) -> None:
+        self.stages = stages
+        self.preprocess = preprocess
+        self.class_names = class_names
+        self.category_ids = category_ids
+        self.mask_threshold = mask_threshold
+        self.max_batch = max_batch
+
+    @classmethod
+    def load(cls, bundle: str | Path, backend: str = "auto", *, max_batch: int = 8) -> Predictor:
+        """A predictor that runs `bundle`.
+
+        Args:
+            bundle: folder that `comask-export` wrote.
+            backend: `torch`, `onnxruntime`, or `auto` for the fastest that is installed.
+            max_batch: images of one canvas that run together.
+
+        Raises:
+            BundleError: when a file of the bundle is missing or altered.
+            BackendUnavailableError: when the backend's packages are not installed.
+        """
+        from comask.bundle import Bundle
+        from comask.runtime.backends import open_stages
+
+        opened = Bundle.open(Path(bundle))
+        return cls(
+            open_stages(opened, backend),
+            opened.manifest.preprocess,
+            class_names=tuple(c.name for c in opened.manifest.categories),
+            category_ids=tuple(c.id for c in opened.manifest.categories),
+            mask_threshold=opened.manifest.mask_threshold,
+            max_batch=max_batch,
+        )
+
+    @overload
+    def __call__(self, images: ImageLike) -> Detections: ...
+
+    @overload
+    def __call__(self, images: Sequence[ImageLike]) -> list[Detections]: ...
+
+    def __call__(self, images: Any) -> Detections | list[Detections]:
+        """Detections of one image, or of each of a list.
+
+        Args:
+            images: a path, a Pillow image or a u8 array [h, w, 3] in RGB; or a list of those, of any
+                sizes.
+
+        Raises:
+            ImageError: when one cannot be decoded.
+        """
+        if isinstance(images, list | tuple):
+            return self.predict_prepared([self.prepare(image) for image in images])
+        return self.predict_prepared([self.prepare(images)])[0]
+
+    def prepare(self, image: ImageLike) -> Prepared:
+        """Decodes (where needed), resizes and pads one image."""
+        if isinstance(image, str | Path):
+            return prepare(decode_image(image), self.preprocess)
+        if isinstance(image, np.ndarray):
+            return prepare(image, self.preprocess)
+        return prepare(rgb_from_pil(image), self.preprocess)
+
+    def predict_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
+        """Detections in the order of `prepared`; images of one canvas share batches.
+
+        Only those: on another canvas an image has other borders, so other detections.
+        """
+        results: list[Detections | None] = [None] * len(prepared)
+        for places in self._batches(prepared):
+            batch = [prepared[i] for i in places]
+            for i, found in zip(places, self._run(batch), strict=True):
+                results[i] = found
+        return [found for found in results if found is not None]
+
+    def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
+        by_canvas: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(prepared):
+            by_canvas.setdefault(image.canvas.shape, []).append(i)
+        for places in by_canvas.values():
+            for start in range(0, len(places), self.max_batch):
+                yield places[start : start + self.max_batch]
+
+    def _run(self, batch: Sequence[Prepared]) -> list[Detections]:
+        sizes = np.array([image.size for image in batch], dtype=np.int32)
+        images = np.stack([image.canvas for image in batch])
+        features = self.stages.stage1.run({"images": images, "image_sizes": sizes})
+        outputs = self.stages.stage2.run({**features, "image_sizes": sizes})
+        return detections_from_outputs(
+            outputs,
+            batch,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            mask_threshold=self.mask_threshold,
+        )
+
+    def stream(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
+        """Detections of many images in order, holding few of them in memory at a time."""
+        waiting: list[Prepared] = []
+        for image in images:
+            waiting.append(self.prepare(image))
+            # enough for a full batch of each of two canvases, as in a set of mixed orientation
+            if len(waiting) == 2 * self.max_batch:
+                yield from self.predict_prepared(waiting)
+                waiting = []
+        yield from self.predict_prepared(waiting)
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the backend."""
+        self.stages.close()

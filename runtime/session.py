@@ -1,0 +1,77 @@
+"""What a backend is: two sessions, one a stage, that map named arrays to named arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A graph's input or output.
+
+    Attributes:
+        name: of the tensor.
+        dtype: of its elements.
+        shape: sizes; a dynamic dimension is a string.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+class Session(Protocol):
+    """One stage, ready to run. May be called from several threads at once."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` expects."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` returns."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; the arrays belong to the caller."""
+
+    def close(self) -> None:
+        """Frees what the session holds; running it afterwards is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Both stages of one backend.
+
+    Attributes:
+        backend: its name, as the command line writes it.
+        stage1: images → pyramid and proposals.
+        stage2: pyramid and proposals → detections.
+    """
+
+    backend: str
+    stage1: Session
+    stage2: Session
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes both sessions."""
+        self.stage1.close()
+        self.stage2.close()

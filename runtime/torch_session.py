@@ -1,0 +1,72 @@
+"""The PyTorch backend: the network itself, the reference of every other one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from comask.models.comask import (
+    STAGE1_INPUTS,
+    STAGE1_OUTPUTS,
+    STAGE2_INPUTS,
+    STAGE2_OUTPUTS,
+    CoMask,
+)
+from comask.runtime.session import Array, Stages, TensorSpec
+
+
+class TorchSession:
+    """One stage of a `CoMask` in evaluation mode, on the device where its weights are."""
+
+    def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"]) -> None:
+        self._model = model
+        self._run = getattr(model, stage)
+        names = (
+            (STAGE1_INPUTS, STAGE1_OUTPUTS)
+            if stage == "stage1"
+            else (STAGE2_INPUTS, STAGE2_OUTPUTS)
+        )
+        self.inputs, self.outputs = (
+            tuple(graph_spec(name, model) for name in part) for part in names
+        )
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session`."""
+        device = self._model.mean.device
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(array).to(device) for name, array in feeds.items()}
+            outputs = self._run(**tensors)
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
+    def close(self) -> None:
+        """Nothing to free: the model belongs to whoever made it."""
+
+
+def torch_stages(model: CoMask) -> Stages:
+    """Both stages of a model in evaluation mode."""
+    return Stages("torch", TorchSession(model, "stage1"), TorchSession(model, "stage2"))
+
+
+def graph_spec(name: str, model: CoMask) -> TensorSpec:
+    """Name, dtype and shape of a graph's input or output, the contract of docs/bundle.md."""
+    f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
+    d = model.config.detections
+    if name in ("p2", "p3", "p4", "p5"):
+        stride = 2 ** int(name[1])
+        return TensorSpec(
+            name, f32, ("batch", model.config.channels, f"height/{stride}", f"width/{stride}")
+        )
+    return {
+        "images": TensorSpec(name, np.dtype(np.uint8), ("batch", "height", "width", 3)),
+        "image_sizes": TensorSpec(name, i32, ("batch", 2)),
+        "proposals": TensorSpec(name, f32, ("batch", "proposals", 4)),
+        "proposal_scores": TensorSpec(name, f32, ("batch", "proposals")),
+        "num_detections": TensorSpec(name, i32, ("batch",)),
+        "boxes": TensorSpec(name, f32, ("batch", d, 4)),
+        "scores": TensorSpec(name, f32, ("batch", d)),
+        "labels": TensorSpec(name, i32, ("batch", d)),
+        "masks": TensorSpec(name, f32, ("batch", d, 28, 28)),
+    }[name]
