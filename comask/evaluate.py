@@ -98,7 +98,8 @@ def ground_truth(source: InstanceSource, indices: list[int]) -> dict[str, Any]:
     """
     from pycocotools import mask as coco_mask
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in indices:
         info = source.info(index)
         images.append({"id": info.id, "height": info.height, "width": info.width})

@@ -9,13 +9,16 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -51,6 +54,8 @@ def decode_image(source: str | Path | bytes) -> Pixels:
         ImageError: when it cannot be read whole: not an image, truncated, or beyond Pillow's limit
             of pixels.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     name = "image data" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -64,7 +69,7 @@ def decode_image(source: str | Path | bytes) -> Pixels:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: more than {Image.MAX_IMAGE_PIXELS} pixels: {error}") from error
@@ -74,7 +79,7 @@ def decode_image(source: str | Path | bytes) -> Pixels:
     return rgb_from_pil(upright)
 
 
-def rgb_from_pil(image: Image.Image) -> Pixels:
+def rgb_from_pil(image: PILImage) -> Pixels:
     """Any Pillow mode as u8 [h, w, 3] RGB; alpha is dropped."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these at 255 instead of scaling. Its 16-bit modes are I;16 or, for older files, I.
@@ -112,8 +117,10 @@ def prepare(image: Pixels, config: PreprocessConfig) -> Prepared:
 
     original = (image.shape[0], image.shape[1])
     size = resized_shape(original, config)
-    if size != original:
-        image = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
     canvas = np.zeros((*padded_shape(size, config), 3), dtype=np.uint8)
-    canvas[: size[0], : size[1]] = image
+    if size != original:
+        resized = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+        canvas[: size[0], : size[1]] = resized
+    else:
+        canvas[: size[0], : size[1]] = image
     return Prepared(canvas, size, original)

@@ -83,7 +83,7 @@ class Predictor:
     def __call__(self, images: ImageLike) -> Detections: ...
 
     @overload
-    def __call__(self, images: Sequence[ImageLike]) -> list[Detections]: ...
+    def __call__(self, images: list[ImageLike]) -> list[Detections]: ...
 
     def __call__(self, images: Any) -> Detections | list[Detections]:
         """Detections of one image, or of each of a list.
@@ -95,7 +95,7 @@ class Predictor:
         Raises:
             ImageError: when one cannot be decoded.
         """
-        if isinstance(images, list | tuple):
+        if isinstance(images, list):
             return self.predict_prepared([self.prepare(image) for image in images])
         return self.predict_prepared([self.prepare(images)])[0]
 

@@ -31,9 +31,10 @@ Pixels = NDArray[np.float32]  # [H, W] or [H, W, 3]
 Rng = np.random.Generator
 Annotations = list[dict[str, Any]]
 
-LONG_SIDE, SHORT_SIDE, EMPTY_SHARE, CROWD_SHARE = 160, 128, 0.04, 0.05  # sides in pixels
-MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 9, 12, 25  # in an image, and tiny shapes in a crowd
-DIAMETERS, MEMBER_DIAMETERS = (9.0, 96.0), (5.0, 8.0)
+LONG_SIDE, SHORT_SIDE, EMPTY_SHARE, CROWD_SHARE = 128, 96, 0.04, 0.05  # sides in pixels
+MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 6, 12, 25  # in an image, and tiny shapes in a crowd
+DIAMETERS, MEMBER_DIAMETERS = (11.0, 88.0), (5.0, 8.0)
+HUE_SPREAD = 0.04  # standard deviation in turns; neighbouring classes are 1/8 apart
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 20
 MAX_OUTSIDE, PLACEMENT_TRIES = 0.3, 12  # the former of an object's width, past the image's edge
 # RGB distance of an object from what it is painted on, and how far a texture strays from that.
@@ -82,6 +83,16 @@ def _random_stamp(rng: Rng, category: Category, diameters: tuple[float, float]) 
     return covered.astype(np.float32) / np.float32(SUPERSAMPLING**2)
 
 
+def _colours(rng: Rng, category: Category, count: int) -> Points:
+    """Random vivid colours of the category's hue, more or less, [count, 3] in 0..255."""
+    hue = (category.id / len(SHAPES) + rng.normal(0, HUE_SPREAD, count)) % 1
+    saturation, value = rng.uniform(0.6, 1, count), rng.uniform(0.5, 1, count)
+    # each channel falls from full to none over a third of the circle of hues
+    third = np.abs((hue[:, None] - np.array([0, 1 / 3, 2 / 3]) + 0.5) % 1 - 0.5)
+    pure = (2 - 6 * third).clip(0, 1)
+    return np.asarray(255 * value[:, None] * (1 - saturation[:, None] * (1 - pure)))
+
+
 def _noise(rng: Rng, shape: tuple[int, ...], sigma: float) -> Pixels:
     """Gaussian noise of 256 levels, several times as quick as `rng.standard_normal`."""
     levels = _QUANTILES * np.float32(sigma)
@@ -104,7 +115,7 @@ def _background(rng: Rng, height: int, width: int) -> Pixels:
     """Clouds, stripes, checks or grain, then strokes and blobs nobody is to find, [H, W, 3]."""
     has_clouds, has_stripes, has_checks = rng.random(3) < (0.85, 0.5, 0.35)
     clouds = has_clouds * rng.uniform(5, 28) * rng.standard_normal((*rng.integers(2, 8, 2), 3))
-    clouds += rng.uniform(40, 215, 3)
+    clouds = clouds * 0.4 + rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
     canvas = cv2.resize(clouds, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     if has_stripes:
         canvas += _stripes(rng, (height, width), (4, 40), rng.uniform(4, 24))
@@ -116,7 +127,7 @@ def _background(rng: Rng, height: int, width: int) -> Pixels:
         canvas += _noise(rng, (height, width), rng.uniform(0, 12))[..., None]
     drawing = canvas.clip(0, 255).astype(np.uint8)  # OpenCV draws smooth edges in u8 only
     for _ in range(rng.integers(0, 5)):
-        colour = rng.uniform(10, 245, 3).tolist()
+        colour = (rng.uniform(10, 245) + rng.uniform(-30, 30, 3)).tolist()
         start, bend, end = rng.random((3, 2)) * (width, height)
         if rng.random() < 0.35:
             radii = rng.uniform(1, 4, 7).tolist()  # unequal, lest a blob looks like a circle
@@ -141,13 +152,14 @@ class _Scene:
 
     def add_crowd(self) -> None:
         """Paints a cluster of tiny shapes of one class, which count as one thing."""
-        self.painted.append((CATEGORIES[self.rng.integers(len(CATEGORIES))], True))
-        centre, spread = self.rng.uniform(0.2, 0.8, 2) * self.owner.shape, self.rng.uniform(9, 15)
+        category = CATEGORIES[self.rng.integers(len(CATEGORIES))]
+        self.painted.append((category, True))
+        centre, spread = self.rng.uniform(0.2, 0.8, 2) * self.owner.shape, self.rng.uniform(7, 12)
         for _ in range(self.rng.integers(MIN_MEMBERS, MAX_MEMBERS, endpoint=True)):
-            stamp = _random_stamp(self.rng, self.painted[-1][0], MEMBER_DIAMETERS)
+            stamp = _random_stamp(self.rng, category, MEMBER_DIAMETERS)
             corner = centre + spread * self.rng.standard_normal(2)
             inside = corner.clip(0, np.subtract(self.owner.shape, stamp.shape))
-            self._paint(*self._under(stamp, *inside.astype(int).tolist()), len(self.painted))
+            self._paint(category, *self._under(stamp, *inside.astype(int).tolist()))
         self.visible = np.append(self.visible, (self.owner == len(self.painted)).sum())
         self.needed = np.append(self.needed, MIN_VISIBLE_SHARE * self.visible[-1])
 
@@ -166,8 +178,8 @@ class _Scene:
             hidden = np.bincount(self.owner[window][solid], minlength=len(needed))[1:]
             visible = np.append(self.visible - hidden, solid.sum())
             if (visible >= needed).all():
-                self._paint(window, alpha, len(needed))
                 self.painted.append((category, False))
+                self._paint(category, window, alpha)
                 self.visible, self.needed = visible, needed
                 return
 
@@ -177,12 +189,12 @@ class _Scene:
         height, width = self.owner.shape
         return (y, x), stamp[y.start - top : height - top, x.start - left : width - left]
 
-    def _paint(self, window: tuple[slice, slice], alpha: Pixels, number: int) -> None:
-        """Paints a shape in a colour distinct from all that shows there: flat, faded or striped."""
+    def _paint(self, category: Category, window: tuple[slice, slice], alpha: Pixels) -> None:
+        """Paints the last of `painted`, in a colour distinct from all that shows there."""
         pixels, owner = self.canvas[window], self.owner[window]
         step = 1 + max(alpha.shape) // 8  # a sample of the pixels is quicker and does as well
         shown = pixels[::step, ::step].reshape(-1, 3)
-        candidates = self.rng.uniform(15, 240, (24, 1, 3))
+        candidates = _colours(self.rng, category, 24)[:, None]
         distances = np.sqrt(((candidates - shown) ** 2).sum(axis=2)).min(axis=1)
         # The first that is far enough, or else the farthest.
         colour = candidates[np.argmax(np.minimum(distances, MIN_COLOUR_DISTANCE)), 0]
@@ -193,7 +205,7 @@ class _Scene:
             periods = (2 * extent, 3 * extent) if style == 1 else (3, max(6, extent / 3))
             fill += _stripes(self.rng, alpha.shape, periods, TEXTURE_REACH)
         pixels += cv2.merge([alpha] * 3) * (fill - pixels)
-        owner[alpha >= 0.5] = number
+        owner[alpha >= 0.5] = len(self.painted)
 
 
 def _rng_and_size(seed: int, index: int) -> tuple[Rng, int, int]:
@@ -219,7 +231,7 @@ def render(seed: int, index: int) -> tuple[NDArray[np.uint8], Annotations]:
         extent = {"bbox": [float(v) for v in cv2.boundingRect(mask)], "area": int(mask.sum())}
         segmentation = {"size": [height, width], "counts": counts}
         annotations.append(ids | extent | {"iscrowd": int(is_crowd), "segmentation": segmentation})
-    noise = _noise(rng, scene.canvas.shape, rng.uniform(4, 6))
+    noise = _noise(rng, scene.canvas.shape, rng.uniform(2, 4))
     image = cv2.add(scene.canvas, noise, dtype=cv2.CV_8U)  # rounds and clips
     return np.asarray(image, np.uint8), annotations
 

@@ -21,6 +21,7 @@ from comask.preprocess import prepare
 from comask.training.targets import Target
 
 Key = tuple[int, int]  # (epoch, index into the source)
+Item = tuple[Tensor, tuple[int, int], Target, int]  # canvas, size on it, target, image id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Batch:
     image_ids: list[int]
 
 
-class TrainingSet(Dataset[tuple[Tensor, tuple[int, int], Target, int]]):
+class TrainingSet(Dataset[Item]):
     """Images and targets of a source, ready for the network but for batching.
 
     Args:
@@ -70,7 +71,7 @@ class TrainingSet(Dataset[tuple[Tensor, tuple[int, int], Target, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, tuple[int, int], Target, int]:
+    def __getitem__(self, key: Key) -> Item:
         """Canvas u8 [H, W, 3], size (h, w) on it, target and image id; `key` is (epoch, index)."""
         epoch, index = key
         pixels, info = self.source.image(index), self.source.info(index)
@@ -127,17 +128,17 @@ def load_batches(
     dataset: TrainingSet, batches: list[list[Key]], *, workers: int
 ) -> Iterator[Batch]:
     """The given batches in order, loaded by that many processes (0: by this one)."""
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Item] = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    yield from loader
 
 
-def collate(items: list[tuple[Tensor, tuple[int, int], Target, int]]) -> Batch:
+def collate(items: list[Item]) -> Batch:
     """Images of differing canvases on one that holds them all."""
     height = max(canvas.shape[0] for canvas, _, _, _ in items)
     width = max(canvas.shape[1] for canvas, _, _, _ in items)

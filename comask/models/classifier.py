@@ -41,16 +41,16 @@ class Classifier(nn.Module):
 
 
 class Chosen(NamedTuple):
-    """The proposals that become detections, by falling score; rows from `count` on are padding.
+    """The proposals that become detections, by falling score; rows from `found` on are padding.
 
     Attributes:
-        count: [B] i32.
+        found: [B] i32, how many there are.
         boxes: [B, D, 4] f32, the unrefined proposals; zeros in padding.
         scores: [B, D] f32 in 0..1; 0 in padding.
         labels: [B, D] i64 from 0; 0 in padding.
     """
 
-    count: Tensor
+    found: Tensor
     boxes: Tensor
     scores: Tensor
     labels: Tensor
@@ -92,7 +92,7 @@ def choose_detections(
     found = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return Chosen(
-        count=found.sum(1, dtype=torch.int32),
+        found=found.sum(1, dtype=torch.int32),
         boxes=torch.where(found[..., None], boxes, 0.0),
         scores=scores,
         labels=torch.where(found, labels.gather(1, order), 0),

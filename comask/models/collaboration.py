@@ -51,8 +51,11 @@ class CollaborativeHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # Few output channels make fan_out's weights, and with them the first masks, too large.
+        nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
         # Each cell starts with a box of its RoI's size: from zero offsets the IoU has no gradient.
         nn.init.normal_(self.offsets.weight, std=0.001)
+        assert self.offsets.bias is not None
         nn.init.constant_(self.offsets.bias, 0.5)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,7 @@ class CoMask(nn.Module):
         per_image = (batch, config.detections)
         found = chosen.scores > 0
         outputs = {
-            "num_detections": chosen.count,
+            "num_detections": chosen.found,
             "boxes": torch.where(found[..., None], boxes, 0.0),
             "scores": chosen.scores,
             "labels": chosen.labels.to(torch.int32),

@@ -68,7 +68,8 @@ class MSFEM(nn.Module):
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         for conv in (self.reduce, self.smooth):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def multi_scale(self, x: Tensor) -> list[Tensor]:
         """Equation 1: F_i = C₂^i(F), with F₀ = F; each brought back to the input's size."""

@@ -36,6 +36,8 @@ class LevelOutput(NamedTuple):
 class RPN(nn.Module):
     """A 3×3 convolution, objectness and box deltas at every place; the weights serve all levels."""
 
+    base_anchors: Tensor
+
     def __init__(
         self, channels: int, anchor_sizes: tuple[float, ...], anchor_ratios: tuple[float, ...]
     ) -> None:
@@ -45,7 +47,8 @@ class RPN(nn.Module):
         self.deltas = nn.Conv2d(channels, 4 * len(anchor_ratios), 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         bases = torch.stack([base_anchors(size, anchor_ratios) for size in anchor_sizes])
         self.register_buffer("base_anchors", bases, persistent=False)
 

@@ -99,8 +99,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             rng=content["rng"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"{error!r} is missing or wrong"
-        raise CheckpointError(f"{path}: {reason}") from error
+        what = str(error) if isinstance(error, ConfigError) else f"{error!r} is missing or wrong"
+        raise CheckpointError(f"{path}: {what}") from error
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> CoMask:

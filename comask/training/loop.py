@@ -53,6 +53,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.train)
         self.step = 0
         self.best_ap = -1.0
+        self.metrics: CocoMetrics | None = None  # of the last evaluation
         torch.manual_seed(config.train.seed)
         if resume:
             load_weights(model, resume.model)
@@ -119,9 +120,9 @@ class Trainer:
         """Scores the model, records it, and keeps it when it is the best so far."""
         assert self.evaluate is not None
         self.model.eval()
-        metrics = self.evaluate(self.model)
-        self.record.add_metrics(self.step, epoch, metrics)
-        ap = metrics.values["segm"]["AP"]
+        self.metrics = self.evaluate(self.model)
+        self.record.add_metrics(self.step, epoch, self.metrics)
+        ap = self.metrics.values["segm"]["AP"]
         if ap > self.best_ap:
             self.best_ap = ap
             self.save("checkpoint-best.pt")

@@ -132,10 +132,11 @@ def classification_loss(
         boxes.append(torch.cat((positive, negative)))
         background = objects.new_zeros(len(negative))
         classes.append(torch.cat((target.labels[objects] + 1, background)))
-    logits = model.classifier(_pool(model, pyramid, boxes, CLASSIFIER_POOL))
+    logits: Tensor = model.classifier(_pool(model, pyramid, boxes, CLASSIFIER_POOL))
     if len(logits) == 0:
         return logits.sum()
-    return F.cross_entropy(logits.float(), torch.cat(classes))
+    loss: Tensor = F.cross_entropy(logits.float(), torch.cat(classes))
+    return loss
 
 
 def head_losses(
@@ -178,13 +179,14 @@ def head_losses(
     if config.train_refined_masks:
         with torch.no_grad():
             weights = cell_weights(cell_confidence(mask_logits), config.cell_threshold)
-            refined = average_box(cell_boxes, weights, flat).split([len(b) for b in boxes])
+            moved = average_box(cell_boxes, weights, flat).split([len(b) for b in boxes])
             refined = [
-                clip_boxes(b[None], size[None])[0] for b, size in zip(refined, image_sizes, strict=True)
+                clip_boxes(b[None], size[None])[0]
+                for b, size in zip(moved, image_sizes, strict=True)
             ]
-        matched = [m[k.to(m.device)] for (_, m, _), k in zip(rois, chosen, strict=True)]
+        matches = [m[k.to(m.device)] for (_, m, _), k in zip(rois, chosen, strict=True)]
         fine_target = torch.cat(
-            [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, matched, strict=True)]
+            [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, matches, strict=True)]
         )
         fine, _ = model.head(_pool(model, pyramid, refined, HEAD_POOL))
         fine = select_class(fine, label).float()
@@ -204,7 +206,8 @@ def dense_box_loss(cell_boxes: Tensor, truth: Tensor, weights: Tensor) -> Tensor
     """
     iou = paired_iou(cell_boxes, truth[:, None, None].expand_as(cell_boxes))
     iou = torch.where(iou <= 0.1, iou + 0.1, iou)
-    return (-torch.log(iou) * weights).sum() / weights.sum().clamp(min=1.0)
+    loss: Tensor = (-torch.log(iou) * weights).sum() / weights.sum().clamp(min=1.0)
+    return loss
 
 
 def _subset(counts: list[int], limit: int) -> list[Tensor]:

@@ -113,4 +113,5 @@ def mask_targets(target: Target, rois: Tensor, objects: Tensor, size: int) -> Te
     indexed = torch.cat((place[:, None].to(rois.dtype), rois * target.mask_scale), dim=1)
     maps = target.masks[used][:, None].to(rois.dtype)
     cut = torchvision.ops.roi_align(maps, indexed, (size, size), 1.0, -1, aligned=True)
-    return (cut[:, 0] >= 0.5).to(rois.dtype)
+    inside: Tensor = cut[:, 0] >= 0.5
+    return inside.to(rois.dtype)

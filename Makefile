@@ -1,0 +1,47 @@
+# Every target sets itself up in .venv; nothing else is needed than Python ≥ 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: setup demo test lint format types clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "comask needs Python 3.11 or newer; name one by make PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# Train, export, run and prove, on two CPU cores in minutes.
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/comask-train --data shapes --preset shapes-tiny --output $(DEMO)/run
+	$(BIN)/comask-export $(DEMO)/run/checkpoint-best.pt --output $(DEMO)/bundle
+	$(BIN)/comask-shapes $(DEMO)/shapes --images 12 --seed 42
+	$(BIN)/comask-infer $(DEMO)/bundle $(DEMO)/shapes/images --output $(DEMO)/pictures
+	$(BIN)/comask-eval $(DEMO)/bundle --data shapes --tolerance 0.02
+	@echo "pictures: $(DEMO)/pictures/*.overlay.png  curves: $(DEMO)/run/losses.png $(DEMO)/run/ap.png"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow an editable install's import hook, so it gets the package as links.
+types: setup
+	rm -rf .typecheck && mkdir -p .typecheck/comask
+	ln -s $(CURDIR)/comask/* .typecheck/comask/
+	ln -s $(addprefix $(CURDIR)/,export runtime cli calib) .typecheck/comask/
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) .typecheck build dist *.egg-info

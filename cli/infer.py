@@ -1,0 +1,226 @@
+"""`comask-infer`: a bundle over images and folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from comask.cli.options import command, find_images, json_option, write_json
+from comask.errors import ComaskError, ImageError
+
+if TYPE_CHECKING:
+    from comask.preprocess import Pixels
+    from comask.runtime.predictor import Predictor
+    from comask.structures import Detections
+
+KINDS = ("overlay", "masks", "coco", "labels")
+
+
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of results.")
+@click.option("--backend", default="auto", show_default=True, help="torch, onnxruntime or auto.")
+@click.option("--save", default="overlay,coco", show_default=True, metavar="KINDS",
+              help=f"Any of {','.join(KINDS)}.")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+              help="Lowest score drawn in overlays; other results keep all.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True,
+              help="Images of one size that run together.")  # fmt: skip
+@json_option
+def main(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    output: Path,
+    backend: str,
+    save: str,
+    threshold: float,
+    batch: int,
+    json_file: str | None,
+) -> None:
+    """Run BUNDLE over images: files, folders and patterns.
+
+    Results keep the name and extension of their source: photo.jpg.overlay.png, photo.jpg.mask.png
+    (u16, pixel = instance number from 1, best score on top), photo.jpg.labels.txt (class score x1 y1
+    x2 y2), and detections.json (COCO results) with images.json (its image ids) for all of them.
+
+    An image that cannot be read is reported and skipped; the exit code is 1 if there was one.
+    """
+    from comask.progress import Progress
+    from comask.runtime import Predictor
+
+    kinds = _kinds(save)
+    files = find_images(inputs)
+    failures: list[dict[str, str]] = []
+    results = Results(output, kinds, threshold)
+    started = time.perf_counter()
+    with (
+        Predictor.load(bundle, backend, max_batch=batch) as predictor,
+        Progress("inferring", len(files), unit="images") as progress,
+    ):
+        click.echo(f"backend {predictor.stages.backend}", err=True)
+        images = _decoded(files, failures, progress.advance)
+        for path, pixels, found in _detected(predictor, images, 2 * batch):
+            results.add(path, pixels, found)
+            progress.advance()
+    seconds = time.perf_counter() - started
+    results.finish()
+    for failure in failures:
+        click.echo(f"skipped: {failure['error']}", err=True)
+    done = len(files) - len(failures)
+    click.echo(
+        f"{done} of {len(files)} images in {seconds:.1f} s ({done / seconds:.1f} images/s), "
+        f"{results.detections} detections in {output}",
+        err=json_file == "-",
+    )
+    write_json(
+        json_file,
+        {
+            "images": done,
+            "detections": results.detections,
+            "failures": failures,
+            "seconds": seconds,
+            "backend": predictor.stages.backend,
+        },
+    )
+    if failures:
+        sys.exit(1)
+
+
+def _kinds(save: str) -> set[str]:
+    kinds = {kind.strip() for kind in save.split(",") if kind.strip()}
+    if unknown := kinds - set(KINDS):
+        raise click.UsageError(f"--save {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
+    return kinds
+
+
+def _decoded(
+    files: list[Path], failures: list[dict[str, str]], skipped: Any
+) -> Iterator[tuple[Path, Pixels]]:
+    """The images that can be read; the others go to `failures`."""
+    from comask.preprocess import decode_image
+
+    for path in files:
+        try:
+            pixels = decode_image(path)
+        except ImageError as error:
+            failures.append({"file": str(path), "error": " ".join(str(error).split())})
+            skipped()
+            continue
+        yield path, pixels
+
+
+def _detected(
+    predictor: Predictor, images: Iterator[tuple[Path, Pixels]], window: int
+) -> Iterator[tuple[Path, Pixels, Detections]]:
+    """Images with their detections, few of them in memory at a time."""
+    waiting: list[tuple[Path, Pixels]] = []
+    for entry in images:
+        waiting.append(entry)
+        if len(waiting) == window:
+            yield from _flush(predictor, waiting)
+            waiting = []
+    yield from _flush(predictor, waiting)
+
+
+def _flush(
+    predictor: Predictor, waiting: list[tuple[Path, Pixels]]
+) -> Iterator[tuple[Path, Pixels, Detections]]:
+    found = predictor([pixels for _, pixels in waiting])
+    for (path, pixels), detections in zip(waiting, found, strict=True):
+        yield path, pixels, detections
+
+
+class Results:
+    """Writes what `--save` asks for.
+
+    Args:
+        folder: of the results, made where it is missing.
+        kinds: of `KINDS`.
+        threshold: lowest score that is drawn.
+
+    Raises:
+        ComaskError: when something cannot be written.
+    """
+
+    def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
+        self._folder, self._kinds, self._threshold = folder, kinds, threshold
+        self._coco: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []
+        self._taken: set[str] = set()
+        self.detections = 0
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: Path, pixels: Pixels, found: Detections) -> None:
+        """The results of one image."""
+        from PIL import Image
+
+        from comask.draw import draw_overlay
+
+        self.detections += len(found)
+        name = self._unique(path.name)
+        image_id = len(self._images) + 1
+        height, width = found.image_size
+        self._images.append(
+            {"id": image_id, "file_name": str(path), "width": width, "height": height}
+        )
+        with self._writing():
+            if "overlay" in self._kinds:
+                drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
+                Image.fromarray(drawn).save(self._folder / f"{name}.overlay.png")
+            if "masks" in self._kinds:
+                Image.fromarray(_instance_map(found)).save(self._folder / f"{name}.mask.png")
+            if "labels" in self._kinds:
+                (self._folder / f"{name}.labels.txt").write_text(_label_lines(found))
+        if "coco" in self._kinds:
+            self._coco += found.to_coco(image_id)
+
+    def finish(self) -> None:
+        """The files that cover all images."""
+        if "coco" in self._kinds:
+            with self._writing():
+                (self._folder / "detections.json").write_text(json.dumps(self._coco))
+                (self._folder / "images.json").write_text(json.dumps(self._images, indent=1))
+
+    def _unique(self, name: str) -> str:
+        """`name`, or a numbered one where another folder's image already took it."""
+        unique, number = name, 2
+        while unique in self._taken:
+            unique, number = f"{name}.{number}", number + 1
+        self._taken.add(unique)
+        return unique
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ComaskError(
+                f"{self._folder}: results cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def _instance_map(found: Detections) -> Any:
+    """u16 [H, W]: 0 background, else the number (from 1) of the best detection there."""
+    import numpy as np
+
+    instances = np.zeros(found.image_size, dtype=np.uint16)
+    for number in range(len(found), 0, -1):
+        instances[found.masks[number - 1]] = number
+    return instances
+
+
+def _label_lines(found: Detections) -> str:
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
+    return "".join(
+        f"{found.name(label)}\t{score:.4f}\t" + "\t".join(f"{edge:.2f}" for edge in box) + "\n"
+        for label, score, box in rows
+    )

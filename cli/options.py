@@ -1,0 +1,115 @@
+"""What the commands share: how they fail, find images and name data sets."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from comask import __version__
+from comask.data.source import InstanceSource
+from comask.errors import ComaskError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+
+
+def command(function: Callable[..., None]) -> click.Command:
+    """A click command that turns a ComaskError into one line and exit code 1.
+
+    With --verbose the traceback follows. Wrong usage exits with 2, as click does.
+    """
+
+    @click.command(
+        name=function.__module__.rsplit(".", 1)[-1],
+        help=function.__doc__,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
+    @click.version_option(__version__, prog_name="comask")
+    @functools.wraps(function)
+    def run(*, verbose: bool, **arguments: Any) -> None:
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+        try:
+            function(**arguments)
+        except ComaskError as error:
+            if verbose:
+                raise
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+    return run
+
+
+def json_option(function: Callable[..., None]) -> Callable[..., None]:
+    """`--json FILE`, `-` for standard output."""
+    option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+    return option(function)
+
+
+def write_json(target: str | None, content: Any) -> None:
+    """Writes `content` where `--json` points; nothing without it.
+
+    Raises:
+        ComaskError: when the file cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ComaskError(f"--json {target}: cannot be written: {error.strerror}") from error
+
+
+def open_source(data: str, split: str, *, shapes_images: int, shapes_seed: int) -> InstanceSource:
+    """The data set that `--data` names: a folder, or `shapes` made on the fly.
+
+    Raises:
+        DataError: when the folder holds no data set.
+    """
+    if data == "shapes" and not Path(data).exists():
+        from comask.data.shapes import ShapesSource
+
+        return ShapesSource(num_images=shapes_images, seed=shapes_seed)
+    from comask.data.coco import coco_source
+
+    return coco_source(Path(data), split)
+
+
+def find_images(inputs: tuple[str, ...]) -> list[Path]:
+    """The files that inputs name: a file as it is, a folder's images, what a pattern matches.
+
+    A folder gives the files whose suffix is an image's, in order of name; a file or pattern gives
+    whatever it names, since images are known by their content.
+
+    Raises:
+        ComaskError: when an input names nothing.
+    """
+    found: dict[Path, None] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise ComaskError(f"{text}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        elif path.exists():
+            files = [path]
+        else:
+            files = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file()]
+            if not files:
+                raise ComaskError(f"{text}: no such file or folder, and no file matches it")
+        found.update(dict.fromkeys(files))
+    return list(found)

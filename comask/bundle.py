@@ -1,0 +1,178 @@
+"""The bundle: a folder with everything it takes to run a model, and the manifest that describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comask.config import ModelConfig, PreprocessConfig, from_dict
+from comask.data.source import Category
+from comask.errors import BundleError, ConfigError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
+
+
+def graph_file(stage: str, precision: str) -> str:
+    """The ONNX file of `stage1` or `stage2`: `stage1_proposals.onnx`, `….fp16.onnx`, `….int8.onnx`."""
+    return STAGES[stage] + ("" if precision == "fp32" else f".{precision}") + ".onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle is.
+
+    Attributes:
+        model: configuration of the network; its thresholds are those of the graphs.
+        preprocess: from an image to the first graph's input.
+        categories: the classes in label order.
+        mask_threshold: a pixel belongs to a mask when its probability is at least this.
+        precisions: of the graphs that are there, `fp32` first.
+        graphs: per stage the `inputs` and `outputs`, each with name, dtype and shape; a dynamic
+            dimension is a string.
+        files: sha256 of every other file of the bundle by its relative path.
+        source: where the weights come from: checkpoint's sha256 and optimiser step.
+        parity: measurements, the latest of each backend and data set: AP, deltas to PyTorch, when.
+        verification: how the exported graphs were compared with PyTorch before release.
+        latency: seconds per stage and backend; None until measured.
+        comask_version: that wrote the bundle.
+        created: time of export, ISO 8601 in UTC.
+        schema_version: of this manifest.
+    """
+
+    model: ModelConfig
+    preprocess: PreprocessConfig
+    categories: tuple[Category, ...]
+    mask_threshold: float = 0.5
+    precisions: tuple[str, ...] = ("fp32",)
+    graphs: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    parity: list[dict[str, Any]] = field(default_factory=list)
+    verification: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] | None = None
+    comask_version: str
+    created: str
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """As the text of `manifest.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Inverse of `to_json`.
+
+        Raises:
+            BundleError: when the text is no manifest that this comask reads.
+        """
+        try:
+            values = json.loads(text)
+            version = values["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise BundleError(
+                    f"has manifest schema {version!r}, this comask reads {SCHEMA_VERSION}: "
+                    f"install the comask that wrote it ({values.get('comask_version')}) or export "
+                    f"the checkpoint again"
+                )
+            values["model"] = from_dict(ModelConfig, values["model"], "model.")
+            values["preprocess"] = from_dict(PreprocessConfig, values["preprocess"], "preprocess.")
+            values["categories"] = tuple(Category(**entry) for entry in values["categories"])
+            values["precisions"] = tuple(values["precisions"])
+            manifest = cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise BundleError(f"is not a comask manifest: {error}") from error
+        if len(manifest.categories) != manifest.model.num_classes:
+            raise BundleError(
+                f"names {len(manifest.categories)} categories for "
+                f"{manifest.model.num_classes} classes"
+            )
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An existing bundle.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it holds.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Reads the manifest; files are checked when they are asked for.
+
+        Raises:
+            BundleError: when there is no manifest, or none that can be used.
+        """
+        path = folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"{folder}: no bundle here ({MANIFEST} is missing); comask-export writes one"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path}: cannot be read: {error}") from error
+        try:
+            return cls(folder, Manifest.from_json(text))
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from error
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle, after comparing its sha256 with the manifest's.
+
+        Raises:
+            BundleError: when it is not listed, missing or altered.
+        """
+        path = self.folder / name
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.folder}: has no {name}; it holds {', '.join(sorted(self.manifest.files))}"
+            )
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
+        expected = self.manifest.files[name]
+        if found != expected:
+            raise BundleError(
+                f"{path}: was altered since the export (sha256 {found[:12]}…, the manifest says "
+                f"{expected[:12]}…); export the bundle again"
+            )
+        return path
+
+    def graph(self, stage: str, precision: str) -> Path:
+        """The checked ONNX file of `stage1` or `stage2`.
+
+        Raises:
+            BundleError: see `file`.
+        """
+        return self.file(graph_file(stage, precision))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replaces the manifest of a bundle, whole or not at all."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(manifest.to_json(), encoding="utf-8")
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,258 @@
+"""Do two backends compute the same? Tensors by relative error, boxes as sets.
+
+Boxes are compared as sets because equal scores have no order: rounding alone decides which of two
+comes first, or which of two near-equals survives NMS. Such near-ties are told apart from errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from comask.runtime.session import Array, Stages
+
+PYRAMID = ("p2", "p3", "p4", "p5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far results of one precision may lie apart; the defaults are those of fp32.
+
+    Attributes:
+        relative: max|a-b| / max|a| of a tensor.
+        box: pixels of the resized image.
+        score: of a detection or proposal, absolute.
+        mask: probability of a mask pixel, absolute.
+        tie: two scores this close may change places.
+        contested: share of proposals that near-ties may exchange.
+    """
+
+    relative: float = 1e-3
+    box: float = 0.05
+    score: float = 1e-3
+    mask: float = 1e-2
+    tie: float = 1e-4
+    contested: float = 0.01
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What a comparison found; `failures` is empty where the backends agree.
+
+    Attributes:
+        relative: worst relative error by tensor name.
+        proposals: how many were compared, and `contested_proposals` how many found no partner.
+        detections: likewise, with `contested_detections`.
+        box: largest distance of matched detections' edges in pixels of the resized image.
+        score: largest difference of matched scores.
+        mask: largest difference of matched mask probabilities.
+        failures: one sentence each.
+    """
+
+    relative: dict[str, float] = field(default_factory=dict)
+    proposals: int = 0
+    contested_proposals: int = 0
+    detections: int = 0
+    contested_detections: int = 0
+    box: float = 0.0
+    score: float = 0.0
+    mask: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def compare_stages(
+    reference: Stages,
+    other: Stages,
+    images: Array,
+    image_sizes: Array,
+    *,
+    nms_iou: float,
+    score_threshold: float,
+    tolerance: Tolerance,
+    into: Comparison,
+) -> None:
+    """Runs one batch through both backends and adds what differs to `into`.
+
+    Stage 2 of both gets the reference's stage 1 outputs, so that each stage is judged alone.
+
+    Args:
+        reference: usually PyTorch.
+        other: the backend in question.
+        images: u8 [B, H, W, 3].
+        image_sizes: i32 [B, 2].
+        nms_iou: of the detections' NMS.
+        score_threshold: below which there are no detections.
+        tolerance: for the other backend's precision.
+        into: collects the result.
+    """
+    feeds = {"images": images, "image_sizes": image_sizes}
+    where = f"canvas {images.shape[2]}x{images.shape[1]}, batch {len(images)}"
+    expected, found = reference.stage1.run(feeds), other.stage1.run(feeds)
+    for name in PYRAMID:
+        error = relative_error(expected[name], found[name])
+        into.relative[name] = max(into.relative.get(name, 0.0), error)
+        if not error <= tolerance.relative:
+            into.failures.append(
+                f"{name}: relative error {error:.2g}, at most {tolerance.relative:g} expected ({where})"
+            )
+    _compare_proposals(expected, found, where, tolerance, into)
+
+    feeds = {**expected, "image_sizes": image_sizes}
+    expected, found = reference.stage2.run(feeds), other.stage2.run(feeds)
+    for i in range(len(images)):
+        _compare_detections(
+            _rows(expected, i),
+            _rows(found, i),
+            f"image {i} of {where}",
+            (nms_iou, score_threshold, expected["scores"].shape[1]),
+            tolerance,
+            into,
+        )
+
+
+def relative_error(a: Array, b: Array) -> float:
+    """max|a-b| / max|a|; infinite where shapes differ or either holds NaN or infinity."""
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    scale = float(np.abs(a).max(initial=0.0))
+    difference = float(np.abs(a.astype(np.float64) - b).max(initial=0.0))
+    return difference / scale if scale else difference
+
+
+def match_boxes(a: Array, b: Array, limit: float) -> Array:
+    """A partner in `b` for each box of `a`, each used once, edges at most `limit` pixels apart.
+
+    Args:
+        a: [N, 4].
+        b: [M, 4].
+        limit: in pixels.
+
+    Returns:
+        [N] i64, -1 where there is none.
+    """
+    partner = np.full(len(a), -1, dtype=np.int64)
+    free = np.ones(len(b), dtype=bool)
+    for i, box in enumerate(a):
+        distance = np.where(free, np.abs(b - box).max(axis=1, initial=0.0), np.inf)
+        best = int(distance.argmin()) if len(b) else -1
+        if best >= 0 and distance[best] <= limit:
+            partner[i] = best
+            free[best] = False
+    return partner
+
+
+def _compare_proposals(
+    expected: Mapping[str, Array],
+    found: Mapping[str, Array],
+    where: str,
+    tolerance: Tolerance,
+    into: Comparison,
+) -> None:
+    for i in range(len(expected["proposals"])):
+        wanted = expected["proposals"][i][expected["proposal_scores"][i] > 0]
+        scores = expected["proposal_scores"][i][: len(wanted)]
+        got = found["proposals"][i][found["proposal_scores"][i] > 0]
+        got_scores = found["proposal_scores"][i][: len(got)]
+        partner = match_boxes(wanted, got, tolerance.box)
+        matched = partner >= 0
+        unmatched = int((~matched).sum()) + len(got) - int(matched.sum())
+        into.proposals += len(wanted)
+        into.contested_proposals += unmatched
+        limit = max(2, tolerance.contested * len(wanted))
+        if unmatched > limit:
+            into.failures.append(
+                f"proposals: {unmatched} of {len(wanted)} have no partner within "
+                f"{tolerance.box} px, at most {limit:.0f} may ({where})"
+            )
+        difference = np.abs(scores[matched] - got_scores[partner[matched]]).max(initial=0.0)
+        if not difference <= tolerance.score:
+            into.failures.append(f"proposal_scores: differ by {difference:.2g} ({where})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The sound rows of one image's stage 2 outputs."""
+
+    boxes: Array
+    scores: Array
+    labels: Array
+    masks: Array
+
+
+def _rows(outputs: Mapping[str, Array], image: int) -> _Rows:
+    count = int(outputs["num_detections"][image])
+    return _Rows(
+        *(outputs[name][image][:count] for name in ("boxes", "scores", "labels", "masks"))
+    )
+
+
+def _compare_detections(
+    expected: _Rows,
+    found: _Rows,
+    where: str,
+    limits: tuple[float, float, int],
+    tolerance: Tolerance,
+    into: Comparison,
+) -> None:
+    """`limits` are NMS IoU, score threshold and D."""
+    partner = np.full(len(expected.scores), -1, dtype=np.int64)
+    for label in np.unique(expected.labels):
+        mine, theirs = (np.flatnonzero(rows.labels == label) for rows in (expected, found))
+        local = match_boxes(expected.boxes[mine], found.boxes[theirs], tolerance.box)
+        partner[mine[local >= 0]] = theirs[local[local >= 0]]
+    matched = np.flatnonzero(partner >= 0)
+    other = partner[matched]
+    into.detections += len(expected.scores)
+    for name in ("box", "score", "mask"):
+        field_name = {"box": "boxes", "score": "scores", "mask": "masks"}[name]
+        a, b = getattr(expected, field_name)[matched], getattr(found, field_name)[other]
+        difference = float(np.abs(a - b).max(initial=0.0))
+        setattr(into, name, max(getattr(into, name), difference))
+        if not difference <= getattr(tolerance, name):
+            into.failures.append(
+                f"{field_name}: differ by {difference:.2g}, at most "
+                f"{getattr(tolerance, name):g} expected ({where})"
+            )
+    lone = {
+        "missing": (expected, np.flatnonzero(partner < 0), found),
+        "surplus": (found, np.setdiff1d(np.arange(len(found.scores)), other), expected),
+    }
+    for kind, (rows, places, rivals) in lone.items():
+        for place in places:
+            if _is_contested(rows, place, rivals, limits, tolerance.tie):
+                into.contested_detections += 1
+            else:
+                into.failures.append(
+                    f"detections: {kind} label {rows.labels[place]} with score "
+                    f"{rows.scores[place]:.4f} at {np.round(rows.boxes[place], 1).tolist()} ({where})"
+                )
+
+
+def _is_contested(
+    rows: _Rows, place: int, rivals: _Rows, limits: tuple[float, float, int], tie: float
+) -> bool:
+    """Whether rounding alone may have cost this detection its partner.
+
+    It did when the score lies at the threshold or at the last place of a full list, or when an
+    overlapping rival of its label and (nearly) its score won the NMS in the other backend.
+    """
+    nms_iou, score_threshold, full = limits
+    score = rows.scores[place]
+    cuts = [score_threshold]
+    cuts += [r.scores[-1] for r in (rows, rivals) if len(r.scores) == full]
+    if any(abs(score - cut) <= tie for cut in cuts):
+        return True
+    close = (np.abs(rivals.scores - score) <= tie) & (rivals.labels == rows.labels[place])
+    # After refinement boxes overlap less or more than when NMS saw them: half its threshold.
+    return bool((_iou(rivals.boxes[close], rows.boxes[place]) > nms_iou / 2).any())
+
+
+def _iou(boxes: Array, box: Array) -> Array:
+    """IoU of each of [N, 4] with one [4]."""
+    side = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    intersection = side.clip(min=0).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    overlap: Array = intersection / np.maximum(areas - intersection, 1e-6)
+    return overlap

@@ -1,0 +1,85 @@
+"""The ONNX Runtime backend: runs the bundle's graphs as they are, the custom ops by their bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, BundleError
+from comask.runtime.session import Array, Stages, TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+
+class OrtSession:
+    """One ONNX file in ONNX Runtime, on CUDA where its build and the machine offer it.
+
+    Raises:
+        BackendUnavailableError: when onnxruntime is not installed.
+        BundleError: when it cannot load the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            raise BackendUnavailableError(
+                f"the onnxruntime backend cannot be imported ({error}): pip install 'comask[ort]'"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only; they are raised as well
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+        try:
+            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+                str(path), options, providers=providers
+            )
+        # ONNX Runtime's exceptions are not exported and share no base but Exception.
+        except Exception as error:
+            raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        self.inputs = tuple(_spec(entry) for entry in self._session.get_inputs())
+        self.outputs = tuple(_spec(entry) for entry in self._session.get_outputs())
+        self._dtypes = {spec.name: spec.dtype for spec in self.inputs}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session`."""
+        if self._session is None:
+            raise RuntimeError("this session is closed")
+        names = [spec.name for spec in self.outputs]
+        cast = {
+            name: np.ascontiguousarray(feeds[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
+        }
+        return dict(zip(names, self._session.run(names, cast), strict=True))
+
+    def close(self) -> None:
+        """See `Session`."""
+        self._session = None
+
+
+def ort_stages(bundle: Bundle, precision: str) -> Stages:
+    """Both graphs of a bundle.
+
+    Raises:
+        BackendUnavailableError: when onnxruntime is not installed.
+        BundleError: when a graph is missing, altered or broken.
+    """
+    stage1, stage2 = (OrtSession(bundle.graph(stage, precision)) for stage in ("stage1", "stage2"))
+    return Stages(f"onnxruntime:{precision}", stage1, stage2)
+
+
+def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:
+    return TensorSpec(entry.name, np.dtype(NUMPY_TYPES[entry.type]), tuple(entry.shape))

@@ -1,0 +1,83 @@
+"""Fixtures: one tiny run and its bundle, made by the commands themselves and shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+from click.testing import CliRunner, Result
+
+import comask.cli.evaluate
+import comask.cli.export
+import comask.cli.infer
+import comask.cli.shapes
+import comask.cli.train
+
+# Examples take long where a network runs; the machine's speed is not what is tested.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("default")
+
+COMMANDS = {
+    "train": comask.cli.train.main,
+    "export": comask.cli.export.main,
+    "infer": comask.cli.infer.main,
+    "eval": comask.cli.evaluate.main,
+    "shapes": comask.cli.shapes.main,
+}
+# shapes-tiny, slimmer still: what is tested is the path, not the accuracy
+MICRO = (
+    "model.channels=32",
+    "model.head_convs=2",
+    "model.classifier_width=64",
+    "model.detections=16",
+    "data.shapes_train=8",
+    "data.shapes_val=4",
+    "train.batch_size=4",
+    "train.warmup_steps=1",
+)
+
+
+def run(command: str, *arguments: object) -> Result:
+    """Runs a command in this process, as a shell would."""
+    return CliRunner().invoke(COMMANDS[command], [str(argument) for argument in arguments])
+
+
+def settings(*assignments: str) -> list[str]:
+    return [part for assignment in assignments for part in ("--set", assignment)]
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two optimiser steps."""
+    output = tmp_path_factory.mktemp("run") / "micro"
+    result = run(
+        "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", output,
+        *settings(*MICRO),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(micro_run: Path) -> Path:
+    """Its bundle, with every detection kept so that there are some to compare."""
+    output = micro_run.parent / "bundle"
+    result = run(
+        "export", micro_run / "checkpoint-last.pt", "--output", output, "--score-threshold", "0",
+        "--diagnostics", "--verify-images", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images that are not part of the project."""
+    folder = Path(
+        os.environ.get("COMASK_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+    )
+    if not (folder / "coco_dev").is_dir():
+        pytest.skip(f"no real images at {folder}; name their folder in COMASK_TEST_DATA")
+    return folder

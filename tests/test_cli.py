@@ -1,0 +1,275 @@
+"""Whole commands as a user types them, with right and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COMMANDS, run
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from comask.data.shapes import ShapesSource
+from comask.data.write_coco import write_coco
+
+# Frozen: a new option is a decision, not an accident.
+OPTIONS = {
+    "train": {"data", "val", "preset", "output", "set", "resume"},
+    "export": {"output", "score-threshold", "val-data", "verify-images", "diagnostics", "json"},
+    "infer": {"output", "backend", "save", "threshold", "batch", "json"},
+    "eval": {"data", "backend", "images", "tolerance", "batch", "no-record", "json"},
+    "shapes": {"images", "seed"},
+}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three sound images and two that are none."""
+    folder = tmp_path / "in put"
+    folder.mkdir()
+    source = ShapesSource(num_images=3, seed=4)
+    for index, suffix in enumerate(("png", "tiff", "png")):
+        Image.fromarray(source.image(index)).save(folder / f"{index}.{suffix}")
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_fits_and_options_are_known(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) <= 40
+    options = {
+        option.removeprefix("--")
+        for parameter in COMMANDS[command].params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    assert options - {"verbose", "version"} == OPTIONS[command]
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_infer_keeps_the_good_and_reports_the_bad(
+    micro_bundle: Path, pictures: Path, tmp_path: Path, backend: str
+) -> None:
+    output = tmp_path / "out"
+    result = run(
+        "infer", micro_bundle, pictures, "--output", output, "--backend", backend,
+        "--save", "overlay,masks,coco,labels", "--threshold", "0", "--json", output / "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 1, result.output
+    assert "3 of 5 images" in result.output
+    assert "zero.jpg: the file is empty" in result.output
+    assert "text.png: not an image of a known format" in result.output
+    names = sorted(path.name for path in output.iterdir())
+    expected = [f"{image}.{kind}" for image in ("0.png", "1.tiff", "2.png")
+                for kind in ("labels.txt", "mask.png", "overlay.png")]  # fmt: skip
+    assert names == sorted([*expected, "detections.json", "images.json", "report.json"])
+
+    report = json.loads((output / "report.json").read_text())
+    assert report["backend"].startswith(backend)
+    assert len(report["failures"]) == 2
+    found = json.loads((output / "detections.json").read_text())
+    images = {entry["id"]: entry for entry in json.loads((output / "images.json").read_text())}
+    assert len(found) == report["detections"] > 0
+    for entry in found:
+        image = images[entry["image_id"]]
+        x, y, w, h = entry["bbox"]
+        assert -0.01 <= x <= x + w <= image["width"] + 0.01
+        assert -0.01 <= y <= y + h <= image["height"] + 0.01
+        assert entry["segmentation"]["size"] == [image["height"], image["width"]]
+        assert coco_mask.area(entry["segmentation"]) <= image["height"] * image["width"]
+    instances = np.asarray(Image.open(output / "0.png.mask.png"))
+    assert instances.max() <= len((output / "0.png.labels.txt").read_text().splitlines())
+
+
+def test_infer_takes_patterns_and_numbers_equal_names(
+    micro_bundle: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "more")
+    output = tmp_path / "out"
+    result = run("infer", micro_bundle, tmp_path / "*" / "0.png", "--output", output,
+                 "--save", "labels")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in output.iterdir()) == ["0.png.2.labels.txt", "0.png.labels.txt"]
+
+
+def test_backends_agree_through_the_command(
+    micro_bundle: Path, pictures: Path, tmp_path: Path
+) -> None:
+    found = []
+    for backend in ("torch", "onnxruntime"):
+        output = tmp_path / backend
+        run("infer", micro_bundle, pictures, "--output", output, "--backend", backend,
+            "--save", "coco")  # fmt: skip
+        found.append(json.loads((output / "detections.json").read_text()))
+    assert len(found[0]) == len(found[1]) > 0
+    for a, b in zip(*found, strict=True):
+        assert a["category_id"] == b["category_id"]
+        np.testing.assert_allclose(a["bbox"], b["bbox"], atol=0.05)
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+
+
+def test_infer_refuses_in_one_line(micro_bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for arguments, code, words in [
+        ((micro_bundle, tmp_path / "none.jpg", "--output", output), 1, "no file matches"),
+        ((tmp_path, pictures, "--output", output), 1, "manifest.json is missing"),
+        ((micro_bundle, pictures, "--output", output, "--backend", "tpu"), 1, "unknown backend"),
+        ((micro_bundle, pictures, "--output", output, "--backend", "onnxruntime:int8"), 1, "fp32"),
+        ((micro_bundle, pictures, "--output", output, "--save", "video"), 2, "choose from"),
+        ((micro_bundle, pictures), 2, "--output"),
+        ((micro_bundle, pictures, "--output", pictures / "0.png"), 1, "cannot be written"),
+    ]:
+        result = run("infer", *arguments)
+        assert (result.exit_code, words in result.output) == (code, True), result.output
+        assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["stage2_roi_head.onnx", "weights.safetensors"])
+def test_an_altered_or_missing_file_is_named(
+    micro_bundle: Path, pictures: Path, tmp_path: Path, name: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(micro_bundle, bundle)
+    backend = "torch" if name.startswith("weights") else "onnxruntime"
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    arguments = (bundle, pictures, "--output", tmp_path / "out", "--backend", backend)
+    altered = run("infer", *arguments)
+    assert altered.exit_code == 1
+    assert name in altered.output
+    assert "was altered" in altered.output
+    (bundle / name).unlink()
+    missing = run("infer", *arguments)
+    assert missing.exit_code == 1
+    assert name in missing.output
+    assert "No such file" in missing.output
+
+
+def test_manifest_errors_say_what_to_do(micro_bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    manifest = json.loads((micro_bundle / "manifest.json").read_text())
+    for content, words in [
+        ("{", "not a comask manifest"),
+        (json.dumps(manifest | {"schema_version": 99}), "manifest schema 99"),
+        (json.dumps(manifest | {"surplus": 1}), "surplus"),
+        (json.dumps(manifest | {"categories": []}), "0 categories for 8 classes"),
+        (json.dumps({"schema_version": 1}), "not a comask manifest"),
+    ]:
+        (bundle / "manifest.json").write_text(content)
+        result = run("infer", bundle, pictures, "--output", tmp_path / "out")
+        assert result.exit_code == 1
+        assert words in result.output, result.output
+
+
+def test_eval_measures_records_and_exits(micro_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(micro_bundle, bundle)
+    arguments = (bundle, "--data", "shapes", "--images", "6", "--json", tmp_path / "r.json")
+    for _ in range(2):
+        result = run("eval", *arguments, "--tolerance", "0.02")
+        assert result.exit_code == 0, result.output
+    assert "PASS onnxruntime" in result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["passed"]
+    assert set(report["backends"]) == {"torch", "onnxruntime"}
+    deltas = report["comparisons"]["onnxruntime"]["deltas"]
+    assert all(abs(d) <= 0.02 for task in deltas.values() for d in task.values())
+    assert len(deltas["segm"]) == 12
+    assert report["backends"]["torch"]["detections"] > 0
+    parity = json.loads((bundle / "manifest.json").read_text())["parity"]
+    assert len(parity) == 1  # measured twice, recorded once
+    assert parity[0]["when"] == report["when"]
+    # the bundle is still whole
+    assert run("eval", *arguments, "--no-record").exit_code == 0
+
+
+def test_eval_fails_on_another_model(micro_bundle: Path, tmp_path: Path) -> None:
+    """A broken backend: the weights of another network under the same graphs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from comask.bundle import sha256
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(micro_bundle, bundle)
+    weights = load_file(bundle / "weights.safetensors")
+    weights["classifier.logits.bias"] += torch.linspace(-4, 4, 9)
+    save_file(weights, bundle / "weights.safetensors")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["weights.safetensors"] = sha256(bundle / "weights.safetensors")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    result = run("eval", bundle, "--data", "shapes", "--images", "10", "--tolerance", "0")
+    assert result.exit_code == 1, result.output
+    assert "FAIL onnxruntime" in result.output
+
+
+def test_eval_matches_categories_by_name(micro_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_coco(ShapesSource(num_images=4, seed=8), folder)
+    file = folder / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    renumbered = {c["id"]: 100 - c["id"] for c in content["categories"]}
+    for category in content["categories"]:
+        category["id"] = renumbered[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = renumbered[annotation["category_id"]]
+    plain, turned = tmp_path / "plain.json", tmp_path / "turned.json"
+    arguments = (micro_bundle, "--data", folder, "--backend", "onnxruntime", "--no-record", "--json")
+    assert run("eval", *arguments, plain).exit_code == 0
+    file.write_text(json.dumps(content))
+    assert run("eval", *arguments, turned).exit_code == 0
+    a, b = (json.loads(p.read_text())["backends"]["onnxruntime"] for p in (plain, turned))
+    assert a["segm"] == b["segm"]
+    content["categories"][0]["name"] = "dodecahedron"
+    file.write_text(json.dumps(content))
+    result = run("eval", *arguments, turned)
+    assert result.exit_code == 1
+    assert "dodecahedron" in result.output
+
+
+def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
+    from conftest import MICRO, settings
+
+    folder = tmp_path / "set"
+    assert run("shapes", folder, "--images", "12", "--seed", "5").exit_code == 0
+    assert run("shapes", folder, "--images", "12").exit_code == 1
+    result = run(
+        "train", "--data", folder, "--preset", "shapes-tiny", "--output", tmp_path / "run",
+        *settings(*MICRO, "train.max_steps=1"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "11 training images, 1 for validation, 8 classes" in result.output
+
+
+def test_train_refuses_in_one_line(tmp_path: Path) -> None:
+    for arguments, code, words in [
+        (("--data", tmp_path, "--output", tmp_path / "r"), 1, "no data set found"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.channel=3"), 1,
+         "did you mean model.channels"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--preset", "big"), 2, "comask-r50"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--resume"), 1, "no such checkpoint"),
+        (("--data", "shapes", "--output", tmp_path / "r",
+          "--set", "train.backbone_weights=/none.pth"), 1, "cannot be loaded"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.num_classes=3"), 1,
+         "8 categories"),
+    ]:  # fmt: skip
+        result = run("train", *arguments)
+        assert (result.exit_code, words in result.output) == (code, True), result.output
+        assert "Traceback" not in result.output
+
+
+def test_real_images_odd_files_included(
+    shared_data: Path, micro_bundle: Path, tmp_path: Path
+) -> None:
+    result = run("infer", micro_bundle, shared_data / "odd", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "19 of 23 images" in result.output
+    assert result.output.count("skipped:") == 4

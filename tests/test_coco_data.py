@@ -1,0 +1,154 @@
+"""COCO-format data sets: reading, writing, batching, flipping."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comask.config import PreprocessConfig
+from comask.data.coco import coco_source
+from comask.data.shapes import ShapesSource
+from comask.data.training_set import TrainingSet, epoch_batches, load_batches
+from comask.data.write_coco import write_coco
+from comask.errors import DataError, ImageError
+from comask.masks import mask_from_segmentation
+
+SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 8.0, 2.0, 8.0]]
+
+
+def dataset(folder: Path, **changes: Any) -> Path:
+    """Two images (one without annotations), category ids with gaps, every kind of segmentation."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for number, (w, h) in enumerate([(20, 12), (12, 20)], start=1):
+        Image.new("RGB", (w, h), (number * 50, 0, 0)).save(folder / "images" / f"{number}.png")
+    common = {"image_id": 7, "bbox": [2, 2, 8, 6], "area": 48}
+    counts = [0, 5, 12 * 20 - 5]
+    content = {
+        "images": [
+            {"id": 7, "file_name": "1.png", "width": 20, "height": 12},
+            {"id": 9, "file_name": "2.png", "width": 12, "height": 20},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}],
+        "annotations": [
+            common | {"id": 0, "category_id": 3, "iscrowd": 0, "segmentation": SQUARE},
+            common | {"id": 1, "category_id": 90, "iscrowd": 0,
+                      "segmentation": {"size": [12, 20], "counts": counts}},
+            common | {"id": 2, "category_id": 3, "iscrowd": 1,
+                      "segmentation": {"size": [12, 20], "counts": counts}},
+        ],
+    }  # fmt: skip
+    (folder / "annotations" / "instances.json").write_text(json.dumps(content | changes))
+    return folder
+
+
+def training_set(source: Any, flip: float = 0.0) -> TrainingSet:
+    size = PreprocessConfig(short_side=24, max_side=40)
+    return TrainingSet(source, list(range(len(source))), size, flip_probability=flip, seed=0)
+
+
+def test_labels_follow_category_ids_and_crowds_do_not_train(tmp_path: Path) -> None:
+    source = coco_source(dataset(tmp_path / "set"), "train")
+    assert [c.name for c in source.categories] == ["car", "toothbrush"]
+    assert [len(source.annotations(i)) for i in range(2)] == [3, 0]
+    _, size, target, image_id = training_set(source)[(0, 0)]
+    assert (image_id, size) == (7, (24, 40))
+    assert target.labels.tolist() == [0, 1]
+    torch.testing.assert_close(target.boxes, torch.tensor([[4.0, 4, 20, 16]]).expand(2, 4))
+    assert target.masks.shape == (2, 12, 20)
+    _, _, empty, _ = training_set(source)[(0, 1)]
+    assert empty.boxes.shape == (0, 4)
+    assert empty.masks.shape == (0, 20, 12)
+
+
+def test_flip_mirrors_image_boxes_and_masks_together() -> None:
+    source = ShapesSource(num_images=6, seed=3)
+    plain, flipped = training_set(source), training_set(source, flip=1.0)
+    for index in range(6):
+        canvas, (h, w), target, _ = plain[(0, index)]
+        mirrored, _, other, _ = flipped[(0, index)]
+        # bilinear sampling is symmetric up to OpenCV's fixed point
+        difference = canvas[:h, :w].flip(1).int() - mirrored[:h, :w].int()
+        assert difference.abs().max() <= 2
+        torch.testing.assert_close(target.masks.flip(2), other.masks)
+        expected = target.boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1.0])
+        expected += torch.tensor([w, 0, w, 0.0])
+        torch.testing.assert_close(expected, other.boxes)
+
+
+def test_batches_hold_each_image_once_and_one_orientation() -> None:
+    source = ShapesSource(num_images=50, seed=1)
+    data = training_set(source)
+    batches = epoch_batches(data, 4, seed=5, epoch=2)
+    assert sorted(index for batch in batches for _, index in batch) == list(range(50))
+    assert {epoch for batch in batches for epoch, _ in batch} == {2}
+    mixed = [
+        batch
+        for batch in batches
+        if len({source.info(i).width >= source.info(i).height for _, i in batch}) > 1
+    ]
+    assert len(mixed) <= 1
+    assert sum(len(batch) < 4 for batch in batches) <= 1
+    assert epoch_batches(data, 4, seed=5, epoch=2) == batches
+    assert epoch_batches(data, 4, seed=5, epoch=3) != batches
+
+
+def test_loading_does_not_depend_on_workers() -> None:
+    data = training_set(ShapesSource(num_images=6, seed=2), flip=0.5)
+    batches = epoch_batches(data, 3, seed=0, epoch=0)
+    alone, helped = (list(load_batches(data, batches, workers=n)) for n in (0, 2))
+    for a, b in zip(alone, helped, strict=True):
+        torch.testing.assert_close(a.images, b.images)
+        assert a.image_ids == b.image_ids
+        for x, y in zip(a.targets, b.targets, strict=True):
+            torch.testing.assert_close(x.boxes, y.boxes)
+
+
+def test_written_set_reads_back(tmp_path: Path) -> None:
+    source = ShapesSource(num_images=5, seed=11)
+    write_coco(source, tmp_path / "set")
+    back = coco_source(tmp_path / "set", "val")
+    assert back.categories == source.categories
+    for index in range(5):
+        assert back.info(index) == source.info(index)
+        np.testing.assert_array_equal(back.image(index), source.image(index))
+        assert back.annotations(index) == source.annotations(index)
+    with pytest.raises(DataError, match="holds a data set already"):
+        write_coco(source, tmp_path / "set")
+
+
+def test_real_coco_masks_have_the_annotated_area(shared_data: Path) -> None:
+    source = coco_source(shared_data / "coco_dev", "val")
+    assert len(source) == 60
+    assert len(source.categories) == 80
+    assert source.image(0).shape == (source.info(0).height, source.info(0).width, 3)
+    ratios = []
+    for index in range(len(source)):
+        info = source.info(index)
+        for annotation in source.annotations(index):
+            mask = mask_from_segmentation(annotation["segmentation"], info.height, info.width)
+            ratios.append(mask.sum() / annotation["area"])
+    assert len(ratios) == 526
+    assert 0.98 < np.median(ratios) < 1.02
+
+
+def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected images/ with annotations/instances\.json"):
+        coco_source(tmp_path, "train")
+    folder = dataset(tmp_path / "set")
+    (folder / "images" / "1.png").unlink()
+    with pytest.raises(ImageError, match=r"1\.png"):
+        coco_source(folder, "train").image(0)
+    Image.new("RGB", (5, 5)).save(folder / "images" / "2.png")
+    with pytest.raises(DataError, match="its annotation says 12x20"):
+        coco_source(folder, "train").image(1)
+    for text, words in [("{", "not a readable JSON"), ("{}", "not COCO instances"), ("[]", "COCO")]:
+        (folder / "annotations" / "instances.json").write_text(text)
+        with pytest.raises(DataError, match=words):
+            coco_source(folder, "train")

@@ -1,0 +1,111 @@
+"""The judge itself: it passes equals, excuses near-ties and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comask.runtime.compare import Comparison, Tolerance, compare_stages, match_boxes, relative_error
+from comask.runtime.session import Array, Stages
+
+
+class Fixed:
+    """A session that returns the same whatever it is fed."""
+
+    inputs = outputs = ()
+
+    def __init__(self, outputs: dict[str, Array]) -> None:
+        self._outputs = outputs
+
+    def run(self, feeds: object) -> dict[str, Array]:
+        return {name: array.copy() for name, array in self._outputs.items()}
+
+    def close(self) -> None: ...
+
+
+def outputs(scores: list[float]) -> tuple[dict[str, Array], dict[str, Array]]:
+    count = len(scores)
+    boxes = np.array([[[30 * i, 0, 30 * i + 20, 20] for i in range(count)]], np.float32)
+    stage1 = {f"p{k}": np.ones((1, 2, 4, 4), np.float32) * k for k in (2, 3, 4, 5)}
+    stage1 |= {"proposals": boxes, "proposal_scores": np.array([scores], np.float32)}
+    stage2 = {
+        "num_detections": np.array([count], np.int32),
+        "boxes": boxes,
+        "scores": np.array([scores], np.float32),
+        "labels": np.arange(count, dtype=np.int32)[None] % 3,
+        "masks": np.full((1, count, 28, 28), 0.7, np.float32),
+    }
+    return stage1, stage2
+
+
+def compare(first: tuple[dict[str, Array], ...], second: tuple[dict[str, Array], ...]) -> Comparison:
+    result = Comparison()
+    a, b = (Stages(name, *map(Fixed, parts)) for name, parts in (("a", first), ("b", second)))
+    compare_stages(
+        a, b, np.zeros((1, 32, 64, 3), np.uint8), np.array([[32, 64]], np.int32),
+        nms_iou=0.3, score_threshold=0.05, tolerance=Tolerance(), into=result,
+    )  # fmt: skip
+    return result
+
+
+def test_equals_agree_in_any_order() -> None:
+    first, second = outputs([0.9, 0.8, 0.7]), outputs([0.9, 0.8, 0.7])
+    order = [2, 0, 1]
+    for name in ("boxes", "scores", "labels", "masks"):
+        second[1][name] = second[1][name][:, order]
+    result = compare(first, second)
+    assert result.failures == []
+    assert (result.detections, result.contested_detections) == (3, 0)
+
+
+def test_each_difference_is_named() -> None:
+    for stage, name, change in [
+        (0, "p3", 1.01), (1, "scores", 1.01), (1, "boxes", 1.001), (1, "masks", 1.05),
+    ]:  # fmt: skip
+        second = outputs([0.9, 0.8, 0.7])
+        second[stage][name] = second[stage][name] * np.float32(change)
+        (first_failure, *_) = compare(outputs([0.9, 0.8, 0.7]), second).failures
+        assert name in first_failure or "detections" in first_failure
+
+
+def test_a_wrong_label_and_a_lost_detection_fail() -> None:
+    wrong = outputs([0.9, 0.8, 0.7])
+    wrong[1]["labels"][0, 1] = 7
+    assert len(compare(outputs([0.9, 0.8, 0.7]), wrong).failures) == 2
+    lost = outputs([0.9, 0.8, 0.7])
+    lost[1]["num_detections"][0] = 2
+    assert "missing" in compare(outputs([0.9, 0.8, 0.7]), lost).failures[0]
+
+
+def test_a_detection_at_the_threshold_is_excused() -> None:
+    lost = outputs([0.9, 0.8, 0.05005])
+    lost[1]["num_detections"][0] = 2
+    result = compare(outputs([0.9, 0.8, 0.05005]), lost)
+    assert result.failures == []
+    assert result.contested_detections == 1
+
+
+def test_nan_never_agrees() -> None:
+    for stage, name in [(0, "p2"), (1, "masks"), (1, "scores"), (1, "boxes")]:
+        broken = outputs([0.9, 0.8])
+        broken[stage][name] = np.full_like(broken[stage][name], np.nan)
+        assert compare(outputs([0.9, 0.8]), broken).failures
+
+
+@given(st.permutations(range(6)))
+def test_match_boxes_finds_a_permutation(order: list[int]) -> None:
+    boxes = np.arange(24, dtype=np.float32).reshape(6, 4) * 3
+    partner = match_boxes(boxes, boxes[order] + 0.01, 0.05)
+    assert [order[p] for p in partner] == list(range(6))
+    assert (match_boxes(boxes, boxes + 1, 0.05) == -1).all()
+    assert (match_boxes(boxes, boxes[:0], 0.05) == -1).all()
+
+
+def test_relative_error() -> None:
+    a = np.array([1.0, -4.0])
+    assert relative_error(a, a) == 0
+    assert relative_error(a, a + 0.04) == np.float64(0.01).item() or abs(
+        relative_error(a, a + 0.04) - 0.01
+    ) < 1e-9
+    assert relative_error(a, a[:1]) == float("inf")

@@ -1,0 +1,90 @@
+"""The repository keeps its folders at top level but installs one import package, light to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "tensorrt", "cv2", "PIL", "pycocotools")
+
+
+def test_every_package_is_listed() -> None:
+    found = set()
+    for name, folder in SETUPTOOLS["package-dir"].items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    assert found == set(SETUPTOOLS["packages"])
+
+
+@pytest.mark.parametrize("folder", sorted(SETUPTOOLS["package-dir"].values()))
+def test_no_module_is_named_like_a_dependency(folder: str) -> None:
+    taken = set(sys.stdlib_module_names) | set(HEAVY) | {"numpy", "click", "rich", "safetensors"}
+    clash = {path.stem for path in (ROOT / folder).rglob("*.py")} & taken
+    assert not clash, f"{folder}/: rename {sorted(clash)} (they shadow a dependency)"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["comask", "comask.runtime", "comask.export", "comask.calib", "comask.bundle"]
+    + [f"comask.cli.{name}" for name in ("train", "export", "infer", "evaluate", "shapes")],
+)
+def test_import_is_light(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+# Makes the imports of everything but numpy and the standard library fail, as where nothing else is.
+WITH_NUMPY_ALONE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {absent!r} else find_spec(name, *rest)
+from comask.errors import BackendUnavailableError
+from comask.runtime import Predictor
+for backend in ("torch", "onnxruntime", "auto"):
+    try:
+        Predictor.load({bundle!r}, backend)
+    except BackendUnavailableError as error:
+        print(backend, error)
+"""
+
+
+def test_runtime_imports_with_numpy_alone_and_says_what_is_missing(micro_bundle: Path) -> None:
+    absent = (*HEAVY, "click", "rich", "safetensors", "matplotlib")
+    code = WITH_NUMPY_ALONE.format(absent=absent, bundle=str(micro_bundle))
+    out = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    lines = out.stdout.splitlines()
+    assert len(lines) == 3, out.stdout + out.stderr
+    assert "pip install 'comask[train]'" in lines[0]
+    assert "pip install 'comask[ort]'" in lines[1]
+    assert "no backend is installed" in lines[2]
+
+
+def test_sizes_of_files_and_functions() -> None:
+    for folder in SETUPTOOLS["package-dir"].values():
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_wheel_has_one_top_level_package(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"comask"}
+    assert "comask/py.typed" in names

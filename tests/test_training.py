@@ -1,0 +1,182 @@
+"""The loop: resuming, schedules, checkpoints and what a run writes."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO, run, settings
+
+from comask.config import TrainConfig
+from comask.errors import CheckpointError, TrainingError
+from comask.presets import preset
+from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from comask.training.optim import build_optimizer, learning_rate
+from comask.training.record import RunRecord, read_rows
+
+
+def train(output: Path, *extra: str) -> list[object]:
+    return [
+        "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", output,
+        *settings(*MICRO, "train.evaluate_every=0"), *extra,
+    ]  # fmt: skip
+
+
+def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
+    names = {path.name for path in micro_run.iterdir()}
+    assert names == {
+        "checkpoint-last.pt", "checkpoint-best.pt", "metrics.csv", "eval.csv", "config.json",
+        "losses.png", "ap.png",
+    }  # fmt: skip
+    rows = read_rows(micro_run / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == [1, 2]
+    for row in rows:
+        parts = [float(value) for key, value in row.items() if key.startswith("loss_")]
+        assert float(row["loss"]) == sum(parts)
+    assert [row["task"] for row in read_rows(micro_run / "eval.csv")] == ["bbox", "segm"]
+
+
+def test_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(*train(whole, *settings("train.epochs=2"))).exit_code == 0
+    # one step short of the end, with a checkpoint behind that is one step old
+    short = settings("train.epochs=2", "train.checkpoint_every=2")
+    assert run(*train(stopped, *short, *settings("train.max_steps=3"))).exit_code == 0
+    result = run(*train(stopped, *short, "--resume"))
+    assert result.exit_code == 0, result.output
+    a, b = (load_checkpoint(folder / "checkpoint-last.pt") for folder in (whole, stopped))
+    assert a.step == b.step == 4
+    for name, weight in a.model.items():
+        assert torch.equal(weight, b.model[name]), name
+    steps = [int(row["step"]) for row in read_rows(stopped / "metrics.csv")]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_no_steps_write_the_untrained_network(tmp_path: Path) -> None:
+    result = run(*train(tmp_path / "run", *settings("train.max_steps=0")))
+    assert result.exit_code == 0, result.output
+    model_from_checkpoint(load_checkpoint(tmp_path / "run" / "checkpoint-best.pt"))
+
+
+def test_a_finished_run_is_not_overwritten(micro_run: Path) -> None:
+    result = run(*train(micro_run))
+    assert result.exit_code == 1
+    assert "--resume" in result.output
+
+
+def test_resume_refuses_another_model(micro_run: Path) -> None:
+    result = run(*train(micro_run, "--resume", *settings("model.msfem_branches=2")))
+    assert result.exit_code == 1
+    assert "msfem_branches" in result.output
+
+
+def test_non_finite_loss_stops_and_names_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comask.training import losses
+
+    monkeypatch.setattr(losses, "dense_box_loss", lambda *_: torch.tensor(float("nan")))
+    result = run(*train(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "not finite at step 0" in result.output
+    assert "images [" in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert TrainingError.__mro__[1].__name__ == "ComaskError"
+
+
+def test_paper_schedule() -> None:
+    config = preset("comask-r50").train
+    steps = 1000  # an epoch
+    rate = [learning_rate(config, s, steps, 24 * steps) for s in range(0, 24 * steps, 500)]
+    assert rate[0] == pytest.approx(0.01 / 80)
+    assert rate[1] == pytest.approx(0.01 * (1 / 80 + (79 / 80) * 0.5))
+    assert rate[2] == rate[39] == 0.01
+    assert rate[40] == pytest.approx(0.001)
+    assert rate[46] == pytest.approx(0.0001)
+    double = TrainConfig(batch_size=16)
+    assert learning_rate(double, 5000, steps, 24 * steps) == pytest.approx(0.02)
+
+
+def test_one_cycle_rises_and_falls_to_zero() -> None:
+    config = TrainConfig(schedule="one_cycle", warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, step, 100, 100) for step in range(101)]
+    assert max(rates) == rates[10] == 1.0
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == 0
+
+
+def test_optimizers_take_what_has_a_gradient() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    sgd = build_optimizer(model, TrainConfig())
+    assert sgd.defaults["momentum"] == 0.9
+    assert [p.shape for p in sgd.param_groups[0]["params"]] == [(2, 2), (2,)]
+    adamw = build_optimizer(model, TrainConfig(optimizer="adamw"))
+    assert [group["weight_decay"] for group in adamw.param_groups] == [1e-4, 0.0]
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("executed",))
+
+
+def test_checkpoints_are_never_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "evil.pt"
+    torch.save({"format": 1, "model": Malicious()}, path)
+    with pytest.raises(CheckpointError, match="never run"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_checkpoint_errors(tmp_path: Path, micro_run: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "text.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a comask checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
+    whole = (micro_run / "checkpoint-last.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "cut.pt")
+
+
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, micro_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(micro_run / "checkpoint-last.pt")
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, checkpoint)
+    before = path.read_bytes()
+
+    def fail(content: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, checkpoint)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_record_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, keep_until=0)
+    for step in range(1, 6):
+        record.add_losses(step, 0, 0.1, {"mask": 1 / 3})
+    RunRecord(tmp_path, keep_until=3)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[0]["loss_mask"]) == 1 / 3
