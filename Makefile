@@ -22,8 +22,10 @@ demo: setup
 	$(BIN)/comask-export $(DEMO)/run/checkpoint-best.pt --output $(DEMO)/bundle
 	$(BIN)/comask-shapes $(DEMO)/shapes --images 12 --seed 42
 	$(BIN)/comask-infer $(DEMO)/bundle $(DEMO)/shapes/images --output $(DEMO)/pictures
+	$(BIN)/python examples/contact_sheet.py $(DEMO)/bundle $(DEMO)/contact_sheet.png
 	$(BIN)/comask-eval $(DEMO)/bundle --data shapes --tolerance 0.02
-	@echo "pictures: $(DEMO)/pictures/*.overlay.png  curves: $(DEMO)/run/losses.png $(DEMO)/run/ap.png"
+	@echo "pictures: $(DEMO)/contact_sheet.png $(DEMO)/pictures/*.overlay.png"
+	@echo "curves:   $(DEMO)/run/losses.png $(DEMO)/run/ap.png"
 
 test: setup
 	$(BIN)/python -m pytest

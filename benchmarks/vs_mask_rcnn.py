@@ -20,6 +20,8 @@ import click
 import numpy as np
 import torch
 import torchvision
+from comask.runtime.predictor import Predictor
+from comask.runtime.torch_session import torch_stages
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import MaskRCNN
@@ -36,8 +38,6 @@ from comask.evaluate import evaluate
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.progress import Progress
-from comask.runtime.predictor import Predictor
-from comask.runtime.torch_session import torch_stages
 from comask.structures import Detections
 from comask.training.losses import Objective
 from comask.training.optim import build_optimizer, learning_rate
@@ -89,11 +89,9 @@ def reference_model(config: Config) -> MaskRCNN:
 
 
 def reference_losses(model: MaskRCNN, batch: Batch) -> dict[str, Tensor]:
-    """torchvision's losses for one of our batches (whose images need no padding)."""
+    """Torchvision's losses for one of our batches (whose images need no padding)."""
     images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
-    targets = [
-        {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in batch.targets
-    ]
+    targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in batch.targets]
     return model(images, targets)
 
 
@@ -187,7 +185,7 @@ def run_comask(config: Config) -> dict[str, Any]:
 
 
 def run_reference(config: Config) -> dict[str, Any]:
-    """torchvision's Mask R-CNN."""
+    """Torchvision's Mask R-CNN."""
     torch.manual_seed(config.train.seed)
     model = reference_model(config)
     model.transform.postprocess = lambda found, *_: found  # leave masks at 28×28

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 from comask.cli.options import command, json_option, open_source, write_json
-from comask.errors import DataError
 from comask.runtime.backends import parse_backend
+
+from comask.errors import DataError
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle
@@ -26,7 +26,7 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
 @click.option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]",
-              help="May be repeated; the first is the reference. Default: torch, onnxruntime.")  # fmt: skip
+              help="May be repeated; the first is the reference. Default: both.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
 @click.option("--tolerance", type=click.FloatRange(0), default=0.1, show_default=True,
               help="AP points that a backend may lie off the reference.")  # fmt: skip
@@ -71,10 +71,10 @@ def _score(
 ) -> CocoMetrics:
     """AP of one backend; its labels are renumbered to the data's by class name."""
     import numpy as np
+    from comask.runtime import Predictor
 
     from comask.evaluate import evaluate
     from comask.progress import Progress
-    from comask.runtime import Predictor
 
     theirs = {category.name: label for label, category in enumerate(source.categories)}
     ours = [category.name for category in bundle.manifest.categories]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
 from comask.cli.options import command, json_option, open_source, write_json
+
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ VERIFY_SEED = 2_000_000  # other images than training and validation see
 
 @command
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
+)
 @click.option("--score-threshold", type=click.FloatRange(0, 1, max_open=True),
               help="Drop detections at or below this in the graph; default: the model's.")  # fmt: skip
 @click.option("--val-data", default="shapes", show_default=True, metavar="DIR|shapes",
@@ -48,6 +50,7 @@ def main(
     import json
 
     from comask.export.pipeline import export_bundle
+
     from comask.training.checkpoint import load_checkpoint
 
     state = load_checkpoint(checkpoint)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 from comask.cli.options import command, find_images, json_option, write_json
+
 from comask.errors import ComaskError, ImageError
 
 if TYPE_CHECKING:
-    from comask.preprocess import Pixels
     from comask.runtime.predictor import Predictor
+
+    from comask.preprocess import Pixels
     from comask.structures import Detections
 
 KINDS = ("overlay", "masks", "coco", "labels")
@@ -53,8 +54,9 @@ def main(
 
     An image that cannot be read is reported and skipped; the exit code is 1 if there was one.
     """
-    from comask.progress import Progress
     from comask.runtime import Predictor
+
+    from comask.progress import Progress
 
     kinds = _kinds(save)
     files = find_images(inputs)
@@ -97,7 +99,9 @@ def main(
 def _kinds(save: str) -> set[str]:
     kinds = {kind.strip() for kind in save.split(",") if kind.strip()}
     if unknown := kinds - set(KINDS):
-        raise click.UsageError(f"--save {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
+        raise click.UsageError(
+            f"--save {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}"
+        )
     return kinds
 
 

@@ -35,7 +35,9 @@ def command(function: Callable[..., None]) -> click.Command:
     @click.version_option(__version__, prog_name="comask")
     @functools.wraps(function)
     def run(*, verbose: bool, **arguments: Any) -> None:
-        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+        logging.basicConfig(
+            level=logging.INFO if verbose else logging.WARNING, format="%(message)s"
+        )
         try:
             function(**arguments)
         except ComaskError as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
 from comask.cli.options import command, open_source
+
 from comask.errors import CheckpointError, ConfigError
 from comask.presets import PRESETS, preset
 
@@ -23,7 +23,10 @@ SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
 
 @command
 @click.option(
-    "--data", required=True, metavar="DIR|shapes", help="COCO-format folder, or shapes made on the fly."
+    "--data",
+    required=True,
+    metavar="DIR|shapes",
+    help="COCO-format folder, or shapes made on the fly.",
 )
 @click.option("--val", metavar="DIR", help="Validation data; else a seeded share of --data.")
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
@@ -81,13 +84,13 @@ def _train(
     checkpoint: Checkpoint | None,
 ) -> None:
     import torch
+    from comask.runtime.predictor import Predictor
+    from comask.runtime.torch_session import torch_stages
 
     from comask.data.training_set import TrainingSet
     from comask.evaluate import CocoMetrics, evaluate
     from comask.models.comask import CoMask
     from comask.models.pretrained import load_backbone_weights
-    from comask.runtime.predictor import Predictor
-    from comask.runtime.torch_session import torch_stages
     from comask.training.loop import Trainer
     from comask.training.record import draw_curves
 
@@ -102,9 +105,7 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
-        load_backbone_weights(
-            model.backbone, config.model.backbone, config.train.backbone_weights
-        )
+        load_backbone_weights(model.backbone, config.model.backbone, config.train.backbone_weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def score(model: CoMask) -> CocoMetrics:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from comask.errors import ConfigError
 
 T = TypeVar("T")
+CANDIDATES = 1000  # (proposal, class) pairs an image that enter the detections' NMS
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -95,9 +96,9 @@ class ModelConfig:
         _require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
         _require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
         # TensorRT's TopK ends at 3840.
-        for name in ("rpn_top_k", "proposals", "detections"):
+        for name, most in (("rpn_top_k", 3840), ("proposals", 3840), ("detections", CANDIDATES)):
             value = getattr(self, name)
-            _require(1 <= value <= 3840, f"model.{name}", "1 to 3840", value)
+            _require(1 <= value <= most, f"model.{name}", f"1 to {most}", value)
         for name in ("rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
@@ -172,7 +173,12 @@ class TrainConfig:
         for name in ("warmup_steps", "evaluate_every"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", "0 or more", value)
-        _require(self.checkpoint_every >= 1, "train.checkpoint_every", "at least 1", self.checkpoint_every)
+        _require(
+            self.checkpoint_every >= 1,
+            "train.checkpoint_every",
+            "at least 1",
+            self.checkpoint_every,
+        )
         _require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
         _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
 
@@ -216,7 +222,9 @@ def override(config: Config, assignments: tuple[str, ...]) -> Config:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set {assignment}: expected key=value, as in model.msfem_branches=2")
+            raise ConfigError(
+                f"--set {assignment}: expected key=value, as in model.msfem_branches=2"
+            )
         if key not in known:
             raise ConfigError(_unknown(key, known))
         part, name = key.split(".")

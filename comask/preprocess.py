@@ -70,7 +70,9 @@ def decode_image(source: str | Path | bytes) -> Pixels:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image of a known format ({', '.join(FORMATS)})") from error
+        raise ImageError(
+            f"{name}: not an image of a known format ({', '.join(FORMATS)})"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: more than {Image.MAX_IMAGE_PIXELS} pixels: {error}") from error
     # Pillow's decoders raise many kinds on broken data, SyntaxError and struct.error among them.

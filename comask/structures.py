@@ -61,7 +61,11 @@ class Detections:
         if min(self.image_size) < 1:
             raise ValueError(f"Detections.image_size: expected (h, w) ≥ 1, got {self.image_size}")
         names = self.class_names
-        if names is not None and count and not 0 <= self.labels.min() <= self.labels.max() < len(names):
+        if (
+            names is not None
+            and count
+            and not 0 <= self.labels.min() <= self.labels.max() < len(names)
+        ):
             raise ValueError(f"Detections.labels: expected 0..{len(names) - 1}, got {self.labels}")
 
     def __len__(self) -> int:

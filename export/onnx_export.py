@@ -12,10 +12,10 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
-
 from comask.export.functions import OPSET, add_functions
 from comask.export.graphs import Stage1Graph, Stage2Graph
+from torch import nn
+
 from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
 
 # The traced example: three different sizes, so that no two dynamic dimensions look alike.

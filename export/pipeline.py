@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
-from comask import __version__
-from comask.bundle import WEIGHTS, Bundle, Manifest, graph_file, sha256, write_manifest
-from comask.errors import BundleError
 from comask.export.onnx_export import export_stage1, export_stage2
 from comask.export.verify import verify
 from comask.runtime.ort_session import ort_stages
 from comask.runtime.session import Session
 from comask.runtime.torch_session import torch_stages
+from numpy.typing import NDArray
+
+from comask import __version__
+from comask.bundle import WEIGHTS, Bundle, Manifest, graph_file, sha256, write_manifest
+from comask.errors import BundleError
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
 
 

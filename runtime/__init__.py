@@ -4,6 +4,7 @@ Importing this needs numpy alone; each backend imports what it needs when it is 
 """
 
 from comask.runtime.predictor import Predictor
+
 from comask.structures import Detections
 
 __all__ = ["Detections", "Predictor"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+from comask.runtime.session import Stages
+
 from comask.bundle import WEIGHTS, Bundle
 from comask.errors import BackendUnavailableError, BundleError, ComaskError
-from comask.runtime.session import Stages
 
 # by falling speed
 BACKENDS = {"onnxruntime": "onnxruntime", "torch": "torch"}  # name → module that it needs
@@ -74,11 +75,11 @@ def _best_backend() -> str:
 def _torch_stages(bundle: Bundle) -> Stages:
     try:
         import torch
+        from comask.runtime.torch_session import torch_stages
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from comask.models.comask import CoMask
-        from comask.runtime.torch_session import torch_stages
         from comask.training.checkpoint import load_weights
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from comask.runtime.session import Array, Stages
 
 PYRAMID = ("p2", "p3", "p4", "p5")
@@ -183,9 +182,7 @@ class _Rows:
 
 def _rows(outputs: Mapping[str, Array], image: int) -> _Rows:
     count = int(outputs["num_detections"][image])
-    return _Rows(
-        *(outputs[name][image][:count] for name in ("boxes", "scores", "labels", "masks"))
-    )
+    return _Rows(*(outputs[name][image][:count] for name in ("boxes", "scores", "labels", "masks")))
 
 
 def _compare_detections(

@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
+from comask.runtime.session import Stages
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
-from comask.runtime.session import Stages
 from comask.structures import Detections
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ class Predictor:
             BundleError: when a file of the bundle is missing or altered.
             BackendUnavailableError: when the backend's packages are not installed.
         """
-        from comask.bundle import Bundle
         from comask.runtime.backends import open_stages
+
+        from comask.bundle import Bundle
 
         opened = Bundle.open(Path(bundle))
         return cls(

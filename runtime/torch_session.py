@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from comask.runtime.session import Array, Stages, TensorSpec
 
 from comask.models.comask import (
     STAGE1_INPUTS,
@@ -15,7 +16,6 @@ from comask.models.comask import (
     STAGE2_OUTPUTS,
     CoMask,
 )
-from comask.runtime.session import Array, Stages, TensorSpec
 
 
 class TorchSession:

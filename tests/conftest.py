@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import hypothesis
-import pytest
-from click.testing import CliRunner, Result
-
 import comask.cli.evaluate
 import comask.cli.export
 import comask.cli.infer
 import comask.cli.shapes
 import comask.cli.train
+import hypothesis
+import pytest
+from click.testing import CliRunner, Result
 
 # Examples take long where a network runs; the machine's speed is not what is tested.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)

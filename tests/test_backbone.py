@@ -75,7 +75,6 @@ def truncated(path: Path) -> None:
 BROKEN: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
     "directory": lambda path: path.mkdir(),
-    # FAILS, a bug: an exception without a message raises IndexError
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no weights\n" * 50),
     "html": lambda path: path.write_text("<html>404</html>\n"),
@@ -84,7 +83,6 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "list": lambda path: torch.save([torch.zeros(2)], path),
     "object": lambda path: torch.save(nn.Linear(2, 2), path),
     "other network": lambda path: torch.save({"weight": torch.zeros(2)}, path),
-    # FAILS, a bug: a key that is no string raises AttributeError
     "numbered": lambda path: torch.save({0: torch.zeros(2)}, path),
     "other shapes": lambda path: torch.save(
         torchvision.models.resnet34(weights=None).state_dict(), path

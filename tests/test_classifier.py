@@ -9,7 +9,9 @@ from strategies import FULL, parameter_count, random_boxes, rois_of, tiny_config
 from torch import Tensor
 from torch.nn import functional
 
-from comask.models.classifier import CANDIDATES, Chosen, Classifier, choose_detections
+from comask.config import CANDIDATES
+from comask.errors import ConfigError
+from comask.models.classifier import Chosen, Classifier, choose_detections
 from comask.training.losses import assign_rois, classification_loss
 
 Row = tuple[float, int, tuple[float, ...]]  # score, label, box
@@ -140,13 +142,9 @@ def test_a_score_of_exactly_the_threshold_is_too_low() -> None:
     assert choose(logits, boxes, torch.ones(1, 1), threshold=0.2499).found.tolist() == [3]
 
 
-# FAILS, a bug: ModelConfig allows up to 3840 detections, but the answer ends at CANDIDATES = 1000
-# rows, and CoMask.stage2 then dies in unflatten(0, (batch, config.detections)).
-def test_more_detections_than_candidates_are_padded() -> None:
-    count = CANDIDATES + 200
-    boxes = torch.tensor([[[0.0, 0, 9, 9]]])
-    chosen = choose(torch.zeros(1, 1, 4), boxes, torch.ones(1, 1), count=count)
-    assert chosen.boxes.shape == (1, count, 4)
+def test_more_detections_than_candidates_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.detections: expected 1 to 1000"):
+        tiny_config(detections=CANDIDATES + 1)
 
 
 def test_assigned_rois_hold_the_objects_themselves() -> None:

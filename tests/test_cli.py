@@ -222,7 +222,15 @@ def test_eval_matches_categories_by_name(micro_bundle: Path, tmp_path: Path) -> 
     for annotation in content["annotations"]:
         annotation["category_id"] = renumbered[annotation["category_id"]]
     plain, turned = tmp_path / "plain.json", tmp_path / "turned.json"
-    arguments = (micro_bundle, "--data", folder, "--backend", "onnxruntime", "--no-record", "--json")
+    arguments = (
+        micro_bundle,
+        "--data",
+        folder,
+        "--backend",
+        "onnxruntime",
+        "--no-record",
+        "--json",
+    )
     assert run("eval", *arguments, plain).exit_code == 0
     file.write_text(json.dumps(content))
     assert run("eval", *arguments, turned).exit_code == 0

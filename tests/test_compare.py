@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from comask.runtime.compare import (
+    Comparison,
+    Tolerance,
+    compare_stages,
+    match_boxes,
+    relative_error,
+)
+from comask.runtime.session import Array, Stages
 from hypothesis import given
 from hypothesis import strategies as st
-
-from comask.runtime.compare import Comparison, Tolerance, compare_stages, match_boxes, relative_error
-from comask.runtime.session import Array, Stages
 
 
 class Fixed:
@@ -39,7 +44,9 @@ def outputs(scores: list[float]) -> tuple[dict[str, Array], dict[str, Array]]:
     return stage1, stage2
 
 
-def compare(first: tuple[dict[str, Array], ...], second: tuple[dict[str, Array], ...]) -> Comparison:
+def compare(
+    first: tuple[dict[str, Array], ...], second: tuple[dict[str, Array], ...]
+) -> Comparison:
     result = Comparison()
     a, b = (Stages(name, *map(Fixed, parts)) for name, parts in (("a", first), ("b", second)))
     compare_stages(
@@ -105,7 +112,8 @@ def test_match_boxes_finds_a_permutation(order: list[int]) -> None:
 def test_relative_error() -> None:
     a = np.array([1.0, -4.0])
     assert relative_error(a, a) == 0
-    assert relative_error(a, a + 0.04) == np.float64(0.01).item() or abs(
-        relative_error(a, a + 0.04) - 0.01
-    ) < 1e-9
+    assert (
+        relative_error(a, a + 0.04) == np.float64(0.01).item()
+        or abs(relative_error(a, a + 0.04) - 0.01) < 1e-9
+    )
     assert relative_error(a, a[:1]) == float("inf")

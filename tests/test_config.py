@@ -36,7 +36,9 @@ def test_presets_differ_as_the_tables_say() -> None:
     assert preset("comask-r101").model == dataclasses.replace(base, backbone="resnet101")
     assert preset("comask1-r50").model == dataclasses.replace(base, msfem_branches=1)
     assert preset("comask2-r50").model == dataclasses.replace(base, msfem_branches=2)
-    assert preset("no-collaboration-r50").model == dataclasses.replace(base, collaboration="uniform")
+    assert preset("no-collaboration-r50").model == dataclasses.replace(
+        base, collaboration="uniform"
+    )
 
 
 def test_override_parses_by_type() -> None:
@@ -86,5 +88,5 @@ def test_unknown_preset_lists_the_known() -> None:
 
 
 def test_from_dict_refuses_unknown_names() -> None:
-    with pytest.raises(ConfigError, match="did you mean model.channels"):
+    with pytest.raises(ConfigError, match=r"did you mean model\.channels"):
         from_dict(ModelConfig, {"channel": 3}, "model.")

@@ -7,9 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function, sorted_nms_function
 from onnx import TensorProto, helper
 
-from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function, sorted_nms_function
 from comask.models.nms import float32_below, sorted_nms
 from comask.models.roi_align import STRIDES, pyramid_roi_align
 
@@ -43,7 +43,9 @@ def random_boxes(rng: np.random.Generator, rows: int, count: int, spread: float)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize(("rows", "count", "groups"), [(1, 1, 1), (3, 200, 1), (2, 300, 5), (1, 64, 64)])
+@pytest.mark.parametrize(
+    ("rows", "count", "groups"), [(1, 1, 1), (3, 200, 1), (2, 300, 5), (1, 64, 64)]
+)
 def test_sorted_nms(threshold: float, rows: int, count: int, groups: int) -> None:
     run = session(
         sorted_nms_function(),

@@ -171,7 +171,6 @@ def by_hand(
     return torch.stack(coarse).mean().item(), mean_box, torch.stack(fine).mean().item()
 
 
-# FAILS for True-uniform, a bug: refined boxes are weighted whatever config.collaboration is.
 @pytest.mark.parametrize("collaboration", ["weighted", "uniform"])
 @pytest.mark.parametrize("refined", [False, True])
 @torch.no_grad()

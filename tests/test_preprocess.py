@@ -119,7 +119,9 @@ def test_resize_is_bilinear_at_half_pixels_without_antialiasing() -> None:
 
 
 def test_padding_is_zero_and_scale_leads_back() -> None:
-    prepared = prepare(np.full((50, 70, 3), 255, np.uint8), PreprocessConfig(short_side=100, max_side=500))
+    prepared = prepare(
+        np.full((50, 70, 3), 255, np.uint8), PreprocessConfig(short_side=100, max_side=500)
+    )
     assert prepared.size == (100, 140)
     assert prepared.canvas.shape == (128, 160, 3)
     assert prepared.canvas[100:].max() == prepared.canvas[:, 140:].max() == 0

@@ -92,9 +92,7 @@ def test_proposals_equal_torchvisions(seed: int) -> None:
     anchors = torch.cat([level.anchors for level in levels])
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     theirs, their_scores = their_rpn(50, 120).filter_proposals(
-        BoxCoder((1.0, 1.0, 1.0, 1.0))
-        .decode(deltas.flatten(0, 1), [anchors, anchors])
-        .view_as(deltas),
+        coder.decode(deltas.flatten(0, 1), [anchors, anchors]).view_as(deltas),
         torch.cat([level.logits for level in levels], dim=1).flatten()[:, None],
         sizes,
         [len(level.anchors) for level in levels],

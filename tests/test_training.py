@@ -11,7 +11,7 @@ import torch
 from conftest import MICRO, run, settings
 
 from comask.config import TrainConfig
-from comask.errors import CheckpointError, TrainingError
+from comask.errors import CheckpointError
 from comask.presets import preset
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.optim import build_optimizer, learning_rate
@@ -83,8 +83,7 @@ def test_non_finite_loss_stops_and_names_the_images(
     assert result.exit_code == 1
     assert "not finite at step 0" in result.output
     assert "images [" in result.output
-    assert isinstance(result.exception, SystemExit)
-    assert TrainingError.__mro__[1].__name__ == "ComaskError"
+    assert "Traceback" not in result.output
 
 
 def test_paper_schedule() -> None:
@@ -124,9 +123,7 @@ class Malicious:
         return (print, ("executed",))
 
 
-def test_checkpoints_are_never_executed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_are_never_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "evil.pt"
     torch.save({"format": 1, "model": Malicious()}, path)
     with pytest.raises(CheckpointError, match="never run"):

@@ -111,8 +111,8 @@ def coco_source(folder: Path, split: str) -> CocoSource:
     Raises:
         DataError: when neither layout is there.
     """
-    for images, annotations in LAYOUTS[split]:
-        if (folder / annotations).is_file():
-            return CocoSource(folder / images, folder / annotations)
+    for images, annotation_file in LAYOUTS[split]:
+        if (folder / annotation_file).is_file():
+            return CocoSource(folder / images, folder / annotation_file)
     expected = " or ".join(f"{i}/ with {a}" for i, a in LAYOUTS[split])
     raise DataError(f"{folder}: no data set found; expected {expected}")

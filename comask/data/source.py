@@ -46,5 +46,8 @@ class InstanceSource(Protocol):
         """Image `index` as u8 [H, W, 3], RGB."""
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """COCO annotations of image `index`: `id`, `image_id`, `category_id`, `bbox` (x, y, w, h in
-        pixels), `area`, `iscrowd` and `segmentation` (polygons or RLE)."""
+        """COCO annotations of image `index`.
+
+        Each has `id`, `image_id`, `category_id`, `bbox` (x, y, w, h in pixels), `area`, `iscrowd`
+        and `segmentation` (polygons or RLE).
+        """

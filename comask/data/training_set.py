@@ -134,6 +134,8 @@ def load_batches(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        # its own, since a loader draws a number whenever it starts, and a resumed run starts one more
+        generator=torch.Generator(),
     )
     yield from loader
 

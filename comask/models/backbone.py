@@ -36,7 +36,13 @@ class ResNet(nn.Module):
             net.fc.in_features >> shift for shift in (3, 2, 1, 0)
         )  # of C2..C5
         self.freeze_batch_norm = freeze_batch_norm
-        stages = [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+        stages = [
+            [self.conv1, self.bn1],
+            [self.layer1],
+            [self.layer2],
+            [self.layer3],
+            [self.layer4],
+        ]
         for stage in stages[:frozen_stages]:
             for module in stage:
                 module.requires_grad_(False)

@@ -48,7 +48,7 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _centers(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """xyxy → (center x, center y, width, height)."""
+    """Xyxy → (center x, center y, width, height)."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     w, h = x2 - x1, y2 - y1
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comask.config import CANDIDATES
 from comask.models.nms import sorted_nms, top_k
 
 POOL_SIZE = 7
-CANDIDATES = 1000  # (proposal, class) pairs an image that enter NMS; TensorRT's TopK ends at 3840
 
 
 class Classifier(nn.Module):

@@ -192,8 +192,12 @@ class CoMask(nn.Module):
         coarse = select_class(mask_logits, labels).float()
         flat = rois.reshape(-1, 4)
         cell_boxes = decode_cells(offsets, flat)
-        if self.config.collaboration == "weighted":
-            weights = cell_weights(cell_confidence(coarse), self.config.cell_threshold)
-        else:
-            weights = torch.ones_like(cell_boxes[..., 0])
+        weights = self.weigh_cells(coarse)
         return average_box(cell_boxes, weights, flat).reshape(rois.shape), coarse, weights
+
+    def weigh_cells(self, coarse: Tensor) -> Tensor:
+        """The weight of each cell's box: coarse mask logits [R, 28, 28] → [R, 7, 7] in 0..1."""
+        confidence = cell_confidence(coarse)
+        if self.config.collaboration == "uniform":
+            return torch.ones_like(confidence)
+        return cell_weights(confidence, self.config.cell_threshold)

@@ -34,13 +34,13 @@ def load_backbone_weights(backbone: ResNet, name: str, source: str) -> None:
         else:
             state = torch.load(Path(source), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, URLError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"train.backbone_weights={source}: cannot be loaded ({reason}); give the path of a "
             f"torchvision {name} state dict, or none to start from random weights"
         ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{source}: expected a state dict, got {type(state).__name__}")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{source}: expected a state dict, names with tensors")
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     try:
         backbone.load_state_dict(state)

@@ -124,4 +124,6 @@ def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the weights do not fit the model's configuration: {reason}") from error
+        raise CheckpointError(
+            f"the weights do not fit the model's configuration: {reason}"
+        ) from error

@@ -19,12 +19,12 @@ from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.collaboration import (
     CELLS,
     MASK_SIZE,
-    POOL_SIZE as HEAD_POOL,
     average_box,
-    cell_confidence,
-    cell_weights,
     decode_cells,
     select_class,
+)
+from comask.models.collaboration import (
+    POOL_SIZE as HEAD_POOL,
 )
 from comask.models.comask import CoMask
 from comask.models.rpn import LevelOutput, proposals_from_levels
@@ -178,7 +178,7 @@ def head_losses(
     box_loss = dense_box_loss(cell_boxes, truth, (pooled > 0.5).float())
     if config.train_refined_masks:
         with torch.no_grad():
-            weights = cell_weights(cell_confidence(mask_logits), config.cell_threshold)
+            weights = model.weigh_cells(mask_logits)
             moved = average_box(cell_boxes, weights, flat).split([len(b) for b in boxes])
             refined = [
                 clip_boxes(b[None], size[None])[0]
@@ -222,7 +222,5 @@ def _pool(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], size: int) 
     """RoIs by image, of differing number → features [ΣR, C, size, size] in the same order."""
     longest = max(len(b) for b in boxes)
     padded = torch.stack([F.pad(b, (0, 0, 0, longest - len(b))) for b in boxes])
-    present = torch.cat(
-        [torch.arange(longest, device=b.device) < len(b) for b in boxes]
-    )
+    present = torch.cat([torch.arange(longest, device=b.device) < len(b) for b in boxes])
     return model.pool(pyramid, padded, size)[present]

@@ -75,7 +75,10 @@ def draw_curves(folder: Path) -> list[Path]:
             values = _smoothed([float(row[name]) for row in losses], window)
             axes.plot(steps, values, label=name, linewidth=2.5 if name == "loss" else 1.2)
         axes.set(
-            xlabel="step", ylabel=f"loss, mean of {window} steps", title="training losses", yscale="log"
+            xlabel="step",
+            ylabel=f"loss, mean of {window} steps",
+            title="training losses",
+            yscale="log",
         )
         axes.grid(alpha=0.3)
         rate_axes = axes.twinx()

@@ -61,7 +61,7 @@ def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> 
     matches = torch.where(best_iou < negative, BACKGROUND, matches)
     if keep_best:
         best_of_object = iou.max(dim=1, keepdim=True).values
-        wanted = (iou == best_of_object).any(dim=0)
+        wanted = ((iou == best_of_object) & (iou > 0)).any(dim=0)
         matches = torch.where(wanted, best, matches)
     return matches
 

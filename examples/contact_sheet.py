@@ -1,0 +1,44 @@
+"""What a bundle finds in a dozen synthetic images, enlarged, on one sheet.
+
+python examples/contact_sheet.py demo/bundle sheet.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import cv2
+import numpy as np
+from comask.runtime import Detections, Predictor
+from PIL import Image
+
+from comask.data.shapes import ShapesSource
+from comask.draw import draw_overlay
+
+COLUMNS, ROWS, SCALE, SEED = 4, 3, 3, 42
+
+
+def enlarged(image: np.ndarray, found: Detections) -> np.ndarray:
+    """The image and its detections at SCALE times the size; masks follow their boxes."""
+    h, w = image.shape[:2]
+    large = cv2.resize(image, (w * SCALE, h * SCALE), interpolation=cv2.INTER_NEAREST)
+    scaled = dataclasses.replace(
+        found, boxes_xyxy=found.boxes_xyxy * SCALE, image_size=(h * SCALE, w * SCALE)
+    )
+    return draw_overlay(large, scaled[scaled.scores >= 0.5])
+
+
+def main(bundle: str, output: str) -> None:
+    """Draws the sheet."""
+    source = ShapesSource(num_images=200, seed=SEED)
+    landscape = [i for i in range(len(source)) if source.info(i).width > source.info(i).height]
+    images = [source.image(i) for i in landscape[: COLUMNS * ROWS]]
+    with Predictor.load(bundle) as predictor:
+        tiles = [enlarged(*pair) for pair in zip(images, predictor(images), strict=True)]
+    rows = [np.hstack(tiles[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(ROWS)]
+    Image.fromarray(np.vstack(rows)).save(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
