@@ -35,6 +35,7 @@ from comask.config import Config
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
 from comask.evaluate import evaluate
+from comask.models.backbone import build_resnet
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.progress import Progress
@@ -48,10 +49,9 @@ TEST_SEED, TEST_IMAGES = 4_000_000, 200
 def reference_model(config: Config) -> MaskRCNN:
     """Mask R-CNN with the preset's backbone, widths, anchors, sampling and thresholds."""
     model = config.model
-    resnet = torchvision.models.get_model(model.backbone, weights=None, zero_init_residual=True)
-    channels = [resnet.fc.in_features >> shift for shift in (3, 2, 1, 0)]
+    resnet, channels = build_resnet(model.backbone)
     layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
-    backbone = BackboneWithFPN(resnet, layers, channels, model.channels)
+    backbone = BackboneWithFPN(resnet, layers, list(channels), model.channels)
     levels = ["0", "1", "2", "3"]
     canonical = int(model.roi_canonical_size)
     pools = [

@@ -32,7 +32,7 @@ class ModelConfig:
     num_classes: int = 80
 
     # Backbone. BatchNorm statistics stay those of ImageNet, as in every COCO recipe with small batches.
-    backbone: Literal["resnet18", "resnet50", "resnet101"] = "resnet50"
+    backbone: Literal["resnet18-slim", "resnet18", "resnet50", "resnet101"] = "resnet50"
     freeze_batch_norm: bool = True
     frozen_stages: int = 2  # stem and first stage; 0 trains everything
 

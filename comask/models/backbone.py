@@ -5,8 +5,33 @@ Legend: B batch, H and W the padded image's height and width in pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvision is not typed
+    """torchvision's ResNet with stages of half the width; the stem keeps its 64 channels."""
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
+        return super()._make_layer(block, planes // 2, *args, **kwargs)
+
+
+def build_resnet(name: str) -> tuple[torchvision.models.ResNet, tuple[int, ...]]:
+    """torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, with random weights.
+
+    A residual branch starts at zero: that keeps the signal's size through 16 and more blocks, which
+    matters without ImageNet's weights, since frozen statistics cannot rescale it.
+
+    Returns:
+        the network and the channels of C2..C5.
+    """
+    if name == "resnet18-slim":
+        return SlimResNet(BasicBlock, [2, 2, 2, 2], zero_init_residual=True), (32, 64, 128, 256)
+    net = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
+    return net, tuple(net.fc.in_features >> shift for shift in (3, 2, 1, 0))
 
 
 class ResNet(nn.Module):
@@ -15,16 +40,14 @@ class ResNet(nn.Module):
     Module names are torchvision's, so its checkpoints load as they are.
 
     Args:
-        name: `resnet18`, `resnet50` or `resnet101`.
+        name: see `build_resnet`.
         freeze_batch_norm: keep the running statistics while training; scale and shift stay trainable.
         frozen_stages: how many of stem, stage 1, … stage 4 take no gradient.
     """
 
     def __init__(self, name: str, *, freeze_batch_norm: bool, frozen_stages: int) -> None:
         super().__init__()
-        # A residual branch that starts at zero keeps the signal's size through 16 and more blocks,
-        # which matters without ImageNet's weights: frozen statistics cannot rescale it.
-        net = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
+        net, self.out_channels = build_resnet(name)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             net.layer1,
@@ -32,9 +55,6 @@ class ResNet(nn.Module):
             net.layer3,
             net.layer4,
         )
-        self.out_channels = tuple(
-            net.fc.in_features >> shift for shift in (3, 2, 1, 0)
-        )  # of C2..C5
         self.freeze_batch_norm = freeze_batch_norm
         stages = [
             [self.conv1, self.bn1],

@@ -18,7 +18,7 @@ def load_backbone_weights(backbone: ResNet, name: str, source: str) -> None:
 
     Args:
         backbone: to fill.
-        name: `resnet18`, `resnet50` or `resnet101`.
+        name: of the backbone.
         source: `none` leaves it random, `imagenet` takes torchvision's weights (downloaded once),
             anything else is the path of a state dict in torchvision's layout.
 
@@ -33,7 +33,7 @@ def load_backbone_weights(backbone: ResNet, name: str, source: str) -> None:
             state = weights.get_state_dict(progress=False)
         else:
             state = torch.load(Path(source), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, URLError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, URLError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"train.backbone_weights={source}: cannot be loaded ({reason}); give the path of a "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 STRIDES = (4, 8, 16, 32)  # of P2..P5
 CANONICAL_LEVEL = 4
+DENSE_AREA = 64 * 64  # largest map, in feature pixels, that `dense_roi_align` is for
 # A RoI leaves level k for k + 1 when its side reaches canonical_size × 2^(k + 1 - 4 - 1e-6).
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
 
@@ -78,14 +79,88 @@ def pyramid_roi_align(
             version=1,
         )
     image = torch.arange(batch, device=rois.device, dtype=rois.dtype).repeat_interleave(count)
-    indexed = torch.cat((image[:, None], rois.reshape(-1, 4)), dim=1)
-    levels = roi_levels(rois, canonical_size).reshape(-1)
-    size = (output_size, output_size)
-    pooled = maps[0].new_zeros((batch * count, maps[0].shape[1], *size))
-    for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+    rows = torch.cat((image[:, None], rois.reshape(-1, 4)), dim=1)
+    return pool_rows(maps, rows, output_size, sampling_ratio, canonical_size)
+
+
+def pool_rows(
+    pyramid: list[Tensor],
+    rows: Tensor,
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
+) -> Tensor:
+    """`pyramid_roi_align` of RoIs that each name their image.
+
+    Args:
+        pyramid: P2..P5; more levels are ignored.
+        rows: [R, 5] f32, image index and `xyxy` in pixels.
+        output_size: S.
+        sampling_ratio: samples a bin and axis.
+        canonical_size: see `roi_levels`.
+
+    Returns:
+        [R, C, S, S].
+    """
+    levels = roi_levels(rows[:, 1:], canonical_size)
+    pooled = pyramid[0].new_zeros((len(rows), pyramid[0].shape[1], output_size, output_size))
+    for level, (features, stride) in enumerate(zip(pyramid, STRIDES, strict=False)):
         chosen = torch.where(levels == level)[0]
-        if len(chosen):
-            pooled[chosen] = torchvision.ops.roi_align(
-                features, indexed[chosen], size, 1 / stride, sampling_ratio, aligned=True
+        if len(chosen) == 0:
+            continue
+        small = features.shape[2] * features.shape[3] <= DENSE_AREA
+        trains_on_cpu = features.requires_grad and features.device.type == "cpu"
+        if small and trains_on_cpu:
+            part = dense_roi_align(features, rows[chosen], output_size, 1 / stride, sampling_ratio)
+        else:
+            part = torchvision.ops.roi_align(
+                features, rows[chosen], output_size, 1 / stride, sampling_ratio, aligned=True
             )
+        pooled[chosen] = part
     return pooled
+
+
+def dense_roi_align(
+    features: Tensor, rows: Tensor, output_size: int, scale: float, sampling_ratio: int
+) -> Tensor:
+    """RoIAlign as two matrix products: bilinear sampling is separable.
+
+    For training on a CPU with small maps, where torchvision's backward scatters with one thread
+    (`benchmarks/roi_align.py` compares them).
+
+    Args:
+        features: [B, C, H, W].
+        rows: [R, 5] f32, image index and `xyxy` in pixels.
+        output_size: S.
+        scale: feature pixels a pixel.
+        sampling_ratio: samples a bin and axis.
+
+    Returns:
+        [R, C, S, S].
+    """
+    channels, height, width = features.shape[1:]
+    x1, y1, x2, y2 = (rows[:, 1:] * scale - 0.5).unbind(1)
+    along_y = _sampling_matrix(y1, y2, output_size, sampling_ratio, height)
+    along_x = _sampling_matrix(x1, x2, output_size, sampling_ratio, width)
+    places = [torch.where(rows[:, 0] == image)[0] for image in range(len(features))]
+    parts = []
+    for plane, place in zip(features, places, strict=True):
+        columns = plane.permute(1, 0, 2).reshape(height, channels * width)
+        part = along_y[place].flatten(0, 1) @ columns
+        part = part.view(len(place), output_size * channels, width) @ along_x[place].transpose(1, 2)
+        parts.append(part.view(len(place), output_size, channels, output_size).transpose(1, 2))
+    return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _sampling_matrix(
+    start: Tensor, end: Tensor, output_size: int, sampling_ratio: int, length: int
+) -> Tensor:
+    """[R, S, length]: how much each feature pixel adds to each bin between `start` and `end`, [R]."""
+    samples = output_size * sampling_ratio
+    share = (torch.arange(samples, device=start.device) + 0.5) / samples
+    position = start[:, None] + (end - start)[:, None] * share
+    inside = (position >= -1) & (position <= length)  # farther out a sample counts as zero
+    pixel = torch.arange(length, device=start.device)
+    distance = (position.clamp(0, length - 1)[..., None] - pixel).abs()
+    weights = (1 - distance).clamp(min=0) * inside[..., None]
+    return weights.unflatten(1, (output_size, sampling_ratio)).mean(2)

@@ -27,6 +27,7 @@ from comask.models.collaboration import (
     POOL_SIZE as HEAD_POOL,
 )
 from comask.models.comask import CoMask
+from comask.models.roi_align import pool_rows
 from comask.models.rpn import LevelOutput, proposals_from_levels
 from comask.training.targets import Target, jitter, mask_targets, match, sample
 
@@ -220,7 +221,6 @@ def _subset(counts: list[int], limit: int) -> list[Tensor]:
 
 def _pool(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     """RoIs by image, of differing number → features [ΣR, C, size, size] in the same order."""
-    longest = max(len(b) for b in boxes)
-    padded = torch.stack([F.pad(b, (0, 0, 0, longest - len(b))) for b in boxes])
-    present = torch.cat([torch.arange(longest, device=b.device) < len(b) for b in boxes])
-    return model.pool(pyramid, padded, size)[present]
+    rows = torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
+    config = model.config
+    return pool_rows(pyramid, rows, size, config.roi_sampling_ratio, config.roi_canonical_size)
