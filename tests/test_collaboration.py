@@ -49,8 +49,9 @@ def test_parameter_count_is_that_of_the_design() -> None:
         module = CollaborativeHead(256, 80, convs=9, norm_groups=32)
     convs = 10 * (256 * 256 * 9 + 512)
     deconvs = 2 * (256 * 256 * 4 + 256 + 512)
-    assert parameter_count(module) == convs + deconvs + 256 * 81 * 9 + 81 + 256 * 4 * 9 + 4
-    assert parameter_count(module) == 6_625_109
+    masks, offsets = 256 * 81 * 9 + 81, 256 * 4 * 9 + 4 * 7 * 7  # a bias for each cell
+    assert parameter_count(module) == convs + deconvs + masks + offsets
+    assert round(parameter_count(module) / 1e6, 2) == 6.63
 
 
 @pytest.mark.parametrize("count", [3, 0])
@@ -60,10 +61,15 @@ def test_output_shapes(count: int) -> None:
     assert offsets.shape == (count, 4, 7, 7)
 
 
-def test_offsets_start_near_half_a_roi_and_are_never_negative() -> None:
+def test_offsets_start_at_the_roi_and_are_never_negative() -> None:
     module, x = head(), torch.randn(4, 16, 14, 14)
     _, offsets = module(x)
-    assert ((offsets - 0.5).abs() < 0.1).all()
+    rois = torch.tensor([[10.0, 20, 80, 60]]).expand(4, 4)
+    start = decode_cells(offsets, rois)
+    assert (start - rois[:, None, None]).abs().max() < 70 * 0.1
+    torch.nn.init.zeros_(module.offsets.weight)
+    exact = decode_cells(module(x)[1], rois)
+    torch.testing.assert_close(exact, rois[:, None, None].expand(4, 7, 7, 4))
     torch.nn.init.normal_(module.offsets.weight, std=1.0)
     _, offsets = module(x)
     assert (offsets == 0).any()

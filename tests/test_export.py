@@ -149,10 +149,10 @@ def test_a_graph_that_differs_is_not_released(
 
     def tampered(model: torch.nn.Module, path: Path, *, diagnostics: bool) -> None:
         with torch.no_grad():
-            model.head.offsets.bias += 0.05
+            model.head.offset_bias += 0.05
         original(model, path, diagnostics=diagnostics)
         with torch.no_grad():
-            model.head.offsets.bias -= 0.05
+            model.head.offset_bias -= 0.05
 
     monkeypatch.setattr(pipeline, "export_stage2", tampered)
     output = tmp_path / "bundle"

@@ -1,9 +1,10 @@
 """`shapes`: a synthetic instance segmentation set in COCO's format, made on the fly from a seed.
 
-Images of 160x128 or 128x160 pixels: textured backgrounds with unannotated strokes and blobs, and 1
-to 9 objects of eight classes, 9 to 96 pixels across, at any angle. Objects are painted back to
-front and hide each other; a mask is what stays visible, at least 30 % of its object. Colour and
-texture say nothing about the class. About 4 % of the images are empty, and about 5 % hold a crowd:
+Images of 128x96 or 96x128 pixels: grayish textured backgrounds with unannotated strokes and blobs,
+and 1 to 6 objects of eight classes, 11 to 88 pixels across, at any angle. Objects are painted back to
+front and hide each other; a mask is what stays visible, at least 40 % of its object. The hue hints at
+the class, so that a network from scratch learns them in minutes; crowds, strokes and neighbours in
+hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold a crowd:
 many tiny shapes of one class under one `iscrowd` annotation. Image `i` of seed `s` depends on
 `(s, i)` alone, whatever was asked for before; OpenCV before 4.11 draws edges a little differently.
 
@@ -35,7 +36,7 @@ LONG_SIDE, SHORT_SIDE, EMPTY_SHARE, CROWD_SHARE = 128, 96, 0.04, 0.05  # sides i
 MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 6, 12, 25  # in an image, and tiny shapes in a crowd
 DIAMETERS, MEMBER_DIAMETERS = (11.0, 88.0), (5.0, 8.0)
 HUE_SPREAD = 0.04  # standard deviation in turns; neighbouring classes are 1/8 apart
-MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.3, 20
+MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.4, 24
 MAX_OUTSIDE, PLACEMENT_TRIES = 0.3, 12  # the former of an object's width, past the image's edge
 # RGB distance of an object from what it is painted on, and how far a texture strays from that.
 MIN_COLOUR_DISTANCE, TEXTURE_REACH = 60.0, 15.0
@@ -49,25 +50,28 @@ def _corners(radii: list[float], *, turn: float = 0.0, centre_x: float = 0.0) ->
     return np.stack([centre_x + radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-_CROSS = [(1.05, 0.32), (0.32, 0.32), (0.32, 1.05), (-0.32, 1.05), (-0.32, 0.32), (-1.05, 0.32)]
-_ARROW = [(-1.1, -0.26), (0.05, -0.26), (0.05, -0.8), (1.1, 0), (0.05, 0.8), (0.05, 0.26)]
+_CROSS = [(1.05, 0.42), (0.42, 0.42), (0.42, 1.05), (-0.42, 1.05), (-0.42, 0.42), (-1.05, 0.42)]
+_ARROW = [(-1.1, -0.4), (0.0, -0.4), (0.0, -0.95), (1.1, 0), (0.0, 0.95), (0.0, 0.4)]
 # Of each class the outline and then, if anything, what is cut out of it; in units of the radius.
 SHAPES: dict[str, tuple[Points, ...]] = {
     "circle": (_corners([1.0] * 64),),
     "square": (_corners([1.22] * 4, turn=np.pi / 4),),
     "triangle": (_corners([1.15] * 3),),
-    "star": (_corners([1.15, 0.45] * 5),),
-    "ring": (_corners([1.0] * 64), _corners([0.55] * 64)),
+    "star": (_corners([1.15, 0.6] * 5),),
+    "ring": (_corners([1.0] * 64), _corners([0.45] * 64)),
     "cross": (np.array(_CROSS + [(-x, -y) for x, y in _CROSS]),),
-    "crescent": (_corners([1.05] * 64), _corners([0.85] * 64, centre_x=0.55)),
-    "arrow": (np.array([*_ARROW, (-1.1, 0.26)]),),
+    "crescent": (_corners([1.05] * 64), _corners([0.75] * 64, centre_x=0.6)),
+    "arrow": (np.array([*_ARROW, (-1.1, 0.4)]),),
 }
 CATEGORIES = tuple(Category(id=number, name=name) for number, name in enumerate(SHAPES, start=1))
 
 
 def _random_stamp(rng: Rng, category: Category, diameters: tuple[float, float]) -> Pixels:
-    """A shape of random size (log-uniform), stretch and angle, as coverage f32 [h, w] in 0..1."""
-    radius = np.exp(rng.uniform(*np.log(diameters))) / 2
+    """A shape of random size, stretch and angle, as coverage f32 [h, w] in 0..1.
+
+    The logarithm of the size is the mean of two uniform draws: extremes are rare, but there.
+    """
+    radius = np.exp(rng.uniform(*np.log(diameters), 2).mean()) / 2
     stretch = np.exp(rng.uniform(np.log(0.75), np.log(1.33)) / 2)
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)

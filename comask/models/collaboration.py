@@ -45,7 +45,7 @@ class CollaborativeHead(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.mask = nn.Conv2d(channels, num_classes + 1, 3, padding=1)
-        self.offsets = nn.Conv2d(channels, 4, 3, padding=1)
+        self.offsets = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -53,15 +53,22 @@ class CollaborativeHead(nn.Module):
                     nn.init.zeros_(module.bias)
         # Few output channels make fan_out's weights, and with them the first masks, too large.
         nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
-        # Each cell starts with a box of its RoI's size: from zero offsets the IoU has no gradient.
+        # A bias of its own lets each cell start with its RoI as box: from zero offsets the IoU has no
+        # gradient, and from one bias for all cells their places must be learned first.
+        self.offset_bias = nn.Parameter(roi_offsets())
         nn.init.normal_(self.offsets.weight, std=0.001)
-        assert self.offsets.bias is not None
-        nn.init.constant_(self.offsets.bias, 0.5)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features [R, C, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7] ≥ 0."""
         hidden = self.refine(pooled)
-        return self.mask(self.upsample(hidden)), F.relu(self.offsets(hidden))
+        return self.mask(self.upsample(hidden)), F.relu(self.offsets(hidden) + self.offset_bias)
+
+
+def roi_offsets() -> Tensor:
+    """The offsets [4, 7, 7] with which every cell decodes to its RoI."""
+    place = (torch.arange(CELLS) + 0.5) / CELLS
+    x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
+    return torch.stack((x, 1 - x, y, 1 - y))
 
 
 def select_class(mask_logits: Tensor, labels: Tensor) -> Tensor:
