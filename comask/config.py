@@ -155,7 +155,8 @@ class TrainConfig:
     learning_rate: float = 0.01
     reference_batch: int = 8
     batch_size: int = 8
-    momentum: float = 0.9
+    momentum: float = 0.9  # of sgd
+    adamw_beta2: float = 0.999
     weight_decay: float = 1e-4
     epochs: int = 24
     max_steps: int = -1  # ends training early; -1: after `epochs`

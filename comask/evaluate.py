@@ -71,10 +71,9 @@ def evaluate(
         truth = COCO()
         truth.dataset = ground_truth(source, indices)
         truth.createIndex()
-        found_coco = _load_results(truth, results)
         values, per_class = {}, {}
         for task in TASKS:
-            scorer = COCOeval(truth, found_coco, task)
+            scorer = COCOeval(truth, _load_results(truth, results, task), task)
             scorer.evaluate()
             scorer.accumulate()
             scorer.summarize()
@@ -121,8 +120,11 @@ def ground_truth(source: InstanceSource, indices: list[int]) -> dict[str, Any]:
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _load_results(truth: Any, results: list[dict[str, Any]]) -> Any:
-    """`COCO.loadRes`, which fails on an empty list and copies the ground truth's masks otherwise."""
+def _load_results(truth: Any, results: list[dict[str, Any]], task: str) -> Any:
+    """`COCO.loadRes`, which fails on an empty list and takes the box's area for masks, too.
+
+    The area decides between small, medium and large; detectron2 also gives each task its own.
+    """
     from pycocotools import mask as coco_mask
     from pycocotools.coco import COCO
 
@@ -131,7 +133,9 @@ def _load_results(truth: Any, results: list[dict[str, Any]]) -> Any:
         result
         | {
             "id": i,
-            "area": float(coco_mask.area(result["segmentation"])),
+            "area": result["bbox"][2] * result["bbox"][3]
+            if task == "bbox"
+            else float(coco_mask.area(result["segmentation"])),
             "iscrowd": 0,
         }
         for i, result in enumerate(results, start=1)

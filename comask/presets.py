@@ -27,7 +27,7 @@ SHAPES_TINY = Config(
         roi_positive_fraction=0.5,
         classifier_width=256,
         detections=32,
-        head_rois=64,
+        head_rois=96,
         roi_canonical_size=112.0,
     ),
     preprocess=PreprocessConfig(short_side=96, max_side=160),
@@ -36,7 +36,8 @@ SHAPES_TINY = Config(
         backbone_weights="none",
         optimizer="adamw",
         schedule="one_cycle",
-        learning_rate=1.5e-3,
+        learning_rate=2e-3,
+        adamw_beta2=0.99,  # the run is over before 0.999 has averaged anything
         weight_decay=0.05,
         epochs=1,
         warmup_steps=50,

@@ -15,7 +15,7 @@ from comask.models.roi_align import STRIDES, pyramid_roi_align
 
 
 def session(
-    function: onnx.FunctionProto, inputs: dict[str, tuple[int, int]], output: tuple[str, int],
+    function: onnx.FunctionProto, inputs: dict[str, tuple[int, int]], output: tuple[str, int], rank: int,
     **attributes: object,
 ) -> onnxruntime.InferenceSession:  # fmt: skip
     """A graph of one custom node; inputs are name → (type, rank)."""
@@ -26,8 +26,8 @@ def session(
     graph = helper.make_graph(
         [node],
         "one_op",
-        [helper.make_tensor_value_info(n, t, [None] * rank) for n, (t, rank) in inputs.items()],
-        [helper.make_tensor_value_info(output[0], output[1], None)],
+        [helper.make_tensor_value_info(n, t, [None] * size) for n, (t, size) in inputs.items()],
+        [helper.make_tensor_value_info(output[0], output[1], [None] * rank)],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
@@ -51,6 +51,7 @@ def test_sorted_nms(threshold: float, rows: int, count: int, groups: int) -> Non
         sorted_nms_function(),
         {"boxes": (TensorProto.FLOAT, 3), "group_ids": (TensorProto.INT32, 2)},
         ("keep", TensorProto.BOOL),
+        2,
         iou_threshold=float32_below(threshold),
     )
     rng = np.random.default_rng(count)
@@ -69,6 +70,7 @@ def test_sorted_nms_at_an_iou_of_exactly_the_threshold() -> None:
         sorted_nms_function(),
         {"boxes": (TensorProto.FLOAT, 3), "group_ids": (TensorProto.INT32, 2)},
         ("keep", TensorProto.BOOL),
+        2,
         iou_threshold=float32_below(0.3),
     )
     # IoU of 3/10, which in f32 is a little more than 0.3 in f64: torchvision suppresses it
@@ -88,6 +90,7 @@ def test_pyramid_roi_align(batch: int, count: int, size: int, canonical: float) 
         pyramid_roi_align_function(),
         {**dict.fromkeys(maps, (TensorProto.FLOAT, 4)), "rois": (TensorProto.FLOAT, 3)},
         ("pooled", TensorProto.FLOAT),
+        4,
         output_size=size, sampling_ratio=2, canonical_size=canonical, canonical_level=4,
         strides=list(STRIDES), aligned=1,
     )  # fmt: skip

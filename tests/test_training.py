@@ -11,9 +11,11 @@ import torch
 from conftest import MICRO, run, settings
 
 from comask.config import TrainConfig
+from comask.data.training_set import Batch
 from comask.errors import CheckpointError
 from comask.presets import preset
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from comask.training.loop import Trainer
 from comask.training.optim import build_optimizer, learning_rate
 from comask.training.record import RunRecord, read_rows
 
@@ -39,20 +41,34 @@ def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
     assert [row["task"] for row in read_rows(micro_run / "eval.csv")] == ["bbox", "segm"]
 
 
-def test_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
+def test_resumed_run_equals_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(*train(whole, *settings("train.epochs=2"))).exit_code == 0
-    # one step short of the end, with a checkpoint behind that is one step old
-    short = settings("train.epochs=2", "train.checkpoint_every=2")
-    assert run(*train(stopped, *short, *settings("train.max_steps=3"))).exit_code == 0
-    result = run(*train(stopped, *short, "--resume"))
+    longer = settings("train.epochs=2", "train.checkpoint_every=1")
+    assert run(*train(whole, *longer)).exit_code == 0
+    with monkeypatch.context() as patch:
+        original = Trainer.train_step
+
+        def interrupted(self: Trainer, batch: Batch, epoch: int) -> str:
+            if self.step == 3:
+                raise KeyboardInterrupt
+            return original(self, batch, epoch)
+
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run(*train(stopped, *longer)).exit_code == 130
+    # what was done after the last checkpoint is lost, and its rows with it
+    with (stopped / "metrics.csv").open("a") as file:
+        file.write("4,1,train,0,0,0,0,0,0,0\n")
+    result = run(*train(stopped, *longer, "--resume"))
     assert result.exit_code == 0, result.output
     a, b = (load_checkpoint(folder / "checkpoint-last.pt") for folder in (whole, stopped))
     assert a.step == b.step == 4
     for name, weight in a.model.items():
         assert torch.equal(weight, b.model[name]), name
-    steps = [int(row["step"]) for row in read_rows(stopped / "metrics.csv")]
-    assert steps == [1, 2, 3, 4]
+    rows = [read_rows(folder / "metrics.csv") for folder in (whole, stopped)]
+    assert rows[0] == rows[1]
+    assert [int(row["step"]) for row in rows[0]] == [1, 2, 3, 4]
 
 
 def test_no_steps_write_the_untrained_network(tmp_path: Path) -> None:

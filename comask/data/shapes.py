@@ -1,8 +1,8 @@
 """`shapes`: a synthetic instance segmentation set in COCO's format, made on the fly from a seed.
 
 Images of 128x96 or 96x128 pixels: grayish textured backgrounds with unannotated strokes and blobs,
-and 1 to 6 objects of eight classes, 11 to 88 pixels across, at any angle. Objects are painted back to
-front and hide each other; a mask is what stays visible, at least 40 % of its object. The hue hints at
+and 1 to 5 objects of eight classes, 11 to 88 pixels across, at any angle. Objects are painted back to
+front and hide each other; a mask is what stays visible, at least half of its object. The hue hints at
 the class, so that a network from scratch learns them in minutes; crowds, strokes and neighbours in
 hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold a crowd:
 many tiny shapes of one class under one `iscrowd` annotation. Image `i` of seed `s` depends on
@@ -33,13 +33,13 @@ Rng = np.random.Generator
 Annotations = list[dict[str, Any]]
 
 LONG_SIDE, SHORT_SIDE, EMPTY_SHARE, CROWD_SHARE = 128, 96, 0.04, 0.05  # sides in pixels
-MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 6, 12, 25  # in an image, and tiny shapes in a crowd
+MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 5, 12, 25  # in an image, and tiny shapes in a crowd
 DIAMETERS, MEMBER_DIAMETERS = (11.0, 88.0), (5.0, 8.0)
 HUE_SPREAD = 0.04  # standard deviation in turns; neighbouring classes are 1/8 apart
-MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.4, 24
+MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.5, 24
 MAX_OUTSIDE, PLACEMENT_TRIES = 0.3, 12  # the former of an object's width, past the image's edge
 # RGB distance of an object from what it is painted on, and how far a texture strays from that.
-MIN_COLOUR_DISTANCE, TEXTURE_REACH = 60.0, 15.0
+MIN_COLOUR_DISTANCE, TEXTURE_REACH = 80.0, 15.0
 SUPERSAMPLING, CACHED_IMAGES = 4, 8
 _QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], np.float32)
 
@@ -119,18 +119,18 @@ def _background(rng: Rng, height: int, width: int) -> Pixels:
     """Clouds, stripes, checks or grain, then strokes and blobs nobody is to find, [H, W, 3]."""
     has_clouds, has_stripes, has_checks = rng.random(3) < (0.85, 0.5, 0.35)
     clouds = has_clouds * rng.uniform(5, 28) * rng.standard_normal((*rng.integers(2, 8, 2), 3))
-    clouds = clouds * 0.4 + rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
+    clouds = clouds * 0.3 + rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
     canvas = cv2.resize(clouds, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     if has_stripes:
-        canvas += _stripes(rng, (height, width), (4, 40), rng.uniform(4, 24))
+        canvas += _stripes(rng, (height, width), (4, 40), rng.uniform(3, 14))
     if has_checks:
-        cell, contrast = rng.integers(3, 16), rng.uniform(5, 22)
+        cell, contrast = rng.integers(3, 16), rng.uniform(4, 12)
         checks = (np.arange(height)[:, None] // cell + np.arange(width) // cell) % 2
         canvas += (checks * contrast).astype(np.float32)[..., None]
     else:
-        canvas += _noise(rng, (height, width), rng.uniform(0, 12))[..., None]
+        canvas += _noise(rng, (height, width), rng.uniform(0, 8))[..., None]
     drawing = canvas.clip(0, 255).astype(np.uint8)  # OpenCV draws smooth edges in u8 only
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 4)):
         colour = (rng.uniform(10, 245) + rng.uniform(-30, 30, 3)).tolist()
         start, bend, end = rng.random((3, 2)) * (width, height)
         if rng.random() < 0.35:
@@ -235,7 +235,7 @@ def render(seed: int, index: int) -> tuple[NDArray[np.uint8], Annotations]:
         extent = {"bbox": [float(v) for v in cv2.boundingRect(mask)], "area": int(mask.sum())}
         segmentation = {"size": [height, width], "counts": counts}
         annotations.append(ids | extent | {"iscrowd": int(is_crowd), "segmentation": segmentation})
-    noise = _noise(rng, scene.canvas.shape, rng.uniform(2, 4))
+    noise = _noise(rng, scene.canvas.shape, rng.uniform(1.5, 3))
     image = cv2.add(scene.canvas, noise, dtype=cv2.CV_8U)  # rounds and clips
     return np.asarray(image, np.uint8), annotations
 
