@@ -1,6 +1,6 @@
 """RoIAlign's forward and backward on a CPU: torchvision's against `dense_roi_align`.
 
-    python benchmarks/roi_align.py
+python benchmarks/roi_align.py
 """
 
 from __future__ import annotations

@@ -115,10 +115,13 @@ def train(
     dataset: TrainingSet,
     title: str,
 ) -> tuple[float, int]:
-    """One pass over the data; returns seconds and the FLOPs of one forward step."""
+    """The preset's epochs; returns seconds and the FLOPs of one forward step."""
     module.train()
     optimizer = build_optimizer(module, config.train)
-    batches = epoch_batches(dataset, config.train.batch_size, config.train.seed, epoch=0)
+    size, seed = config.train.batch_size, config.train.seed
+    epochs = range(config.train.epochs)
+    batches = [batch for epoch in epochs for batch in epoch_batches(dataset, size, seed, epoch)]
+    per_epoch = len(batches) // len(epochs)
     with FlopCounterMode(display=False) as counter:
         losses(next(iter(load_batches(dataset, batches[:1], workers=0))))
     torch.manual_seed(config.train.seed)
@@ -126,7 +129,7 @@ def train(
     with Progress(title, len(batches)) as progress:
         for step, batch in enumerate(load_batches(dataset, batches, workers=0)):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.train, step, len(batches), len(batches))
+                group["lr"] = learning_rate(config.train, step, per_epoch, len(batches))
             total = torch.stack(list(losses(batch).values())).sum()
             optimizer.zero_grad()
             total.backward()
@@ -166,7 +169,7 @@ def run(
         "train_seconds": seconds,
         "gflop_per_image": flops / config.train.batch_size / 1e9,
         "parameters": sum(p.numel() for p in module.parameters()),
-        "images": images,
+        "images": images * config.train.epochs,
     }
 
 
@@ -205,7 +208,6 @@ def run_reference(config: Config) -> dict[str, Any]:
 def main(output: Path, seeds: int, learning_rates: str) -> None:
     """Compare CoMask and Mask R-CNN; writes OUTPUT/results.json."""
     base = preset("shapes-tiny")
-    base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=1))
     rows = []
     for seed in range(seeds):
         config = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=seed))

@@ -26,6 +26,7 @@ class Tolerance:
         mask: probability of a mask pixel, absolute.
         tie: two scores this close may change places.
         contested: share of proposals that near-ties may exchange.
+        contested_detections: likewise of an image's detections, of which two may in any case.
     """
 
     relative: float = 1e-3
@@ -34,6 +35,7 @@ class Tolerance:
     mask: float = 1e-2
     tie: float = 1e-4
     contested: float = 0.01
+    contested_detections: float = 0.05
 
 
 @dataclass(kw_only=True)
@@ -212,6 +214,7 @@ def _compare_detections(
                 f"{field_name}: differ by {difference:.2g}, at most "
                 f"{getattr(tolerance, name):g} expected ({where})"
             )
+    contested = 0
     lone = {
         "missing": (expected, np.flatnonzero(partner < 0), found),
         "surplus": (found, np.setdiff1d(np.arange(len(found.scores)), other), expected),
@@ -219,12 +222,20 @@ def _compare_detections(
     for kind, (rows, places, rivals) in lone.items():
         for place in places:
             if _is_contested(rows, place, rivals, limits, tolerance.tie):
-                into.contested_detections += 1
+                contested += 1
             else:
                 into.failures.append(
                     f"detections: {kind} label {rows.labels[place]} with score "
                     f"{rows.scores[place]:.4f} at {np.round(rows.boxes[place], 1).tolist()} ({where})"
                 )
+    into.contested_detections += contested
+    # Where all scores are alike, a tie excuses any detection, but not most of them.
+    allowed = max(2, tolerance.contested_detections * len(expected.scores))
+    if contested > allowed:
+        into.failures.append(
+            f"detections: {contested} of {len(expected.scores)} have no partner but a near-tie, "
+            f"at most {allowed:.0f} may ({where})"
+        )
 
 
 def _is_contested(

@@ -41,6 +41,9 @@ def outputs(scores: list[float]) -> tuple[dict[str, Array], dict[str, Array]]:
         "labels": np.arange(count, dtype=np.int32)[None] % 3,
         "masks": np.full((1, count, 28, 28), 0.7, np.float32),
     }
+    for name in ("boxes", "scores", "labels", "masks"):  # room for more: the list is not full
+        padding = [(0, 0), (0, 2)] + [(0, 0)] * (stage2[name].ndim - 2)
+        stage2[name] = np.pad(stage2[name], padding)
     return stage1, stage2
 
 
@@ -60,7 +63,7 @@ def test_equals_agree_in_any_order() -> None:
     first, second = outputs([0.9, 0.8, 0.7]), outputs([0.9, 0.8, 0.7])
     order = [2, 0, 1]
     for name in ("boxes", "scores", "labels", "masks"):
-        second[1][name] = second[1][name][:, order]
+        second[1][name][:, :3] = second[1][name][:, order]
     result = compare(first, second)
     assert result.failures == []
     assert (result.detections, result.contested_detections) == (3, 0)
@@ -91,6 +94,14 @@ def test_a_detection_at_the_threshold_is_excused() -> None:
     result = compare(outputs([0.9, 0.8, 0.05005]), lost)
     assert result.failures == []
     assert result.contested_detections == 1
+
+
+def test_ties_do_not_excuse_every_detection() -> None:
+    """All scores alike, all boxes moved: each finds a rival of its score beside it."""
+    scores = [0.5] * 30
+    moved = outputs(scores)
+    moved[1]["boxes"] = moved[1]["boxes"] + np.float32(1.0)
+    assert any("near-tie" in failure for failure in compare(outputs(scores), moved).failures)
 
 
 def test_nan_never_agrees() -> None:
