@@ -14,8 +14,8 @@ import comask.data.shapes
 from comask.data.shapes import ShapesSource
 from comask.data.source import InstanceSource
 
-SOURCE_SHA256 = "9c45fd671ae6bda5e1dc2400953a03f2bc2ce0446863f25c08a05b5f65ff2949"
-CONTENT_SHA256 = "8cebb7ce73ad6b99963cde0c9d12e32c3b635c7759d4365bf4882b3ca7acd51f"
+SOURCE_SHA256 = "47235c3524c6f91ab45788de20513988d5e8308345b6c5b69e8544d1a5125a38"
+CONTENT_SHA256 = "d331851248ba817d530156b9f3141152aff47fd8e922d9db6d2655cacfeb6d58"
 NUM_IMAGES = 300
 
 

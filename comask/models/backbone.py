@@ -20,7 +20,7 @@ class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvisio
 
 
 def build_resnet(name: str) -> tuple[torchvision.models.ResNet, tuple[int, ...]]:
-    """torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, with random weights.
+    """Torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, with random weights.
 
     A residual branch starts at zero: that keeps the signal's size through 16 and more blocks, which
     matters without ImageNet's weights, since frozen statistics cannot rescale it.
