@@ -14,7 +14,7 @@ import comask.data.shapes
 from comask.data.shapes import ShapesSource
 from comask.data.source import InstanceSource
 
-SOURCE_SHA256 = "47235c3524c6f91ab45788de20513988d5e8308345b6c5b69e8544d1a5125a38"
+SOURCE_SHA256 = "172d759d9b6deee5686d888dd34682b1b2dfae8f18d14ba5a017eca724ea0e0b"
 CONTENT_SHA256 = "d331851248ba817d530156b9f3141152aff47fd8e922d9db6d2655cacfeb6d58"
 NUM_IMAGES = 300
 

@@ -71,7 +71,8 @@ def _random_stamp(rng: Rng, category: Category, diameters: tuple[float, float]) 
 
     The logarithm of the size is the mean of two uniform draws: extremes are rare, but there.
     """
-    radius = np.exp(rng.uniform(*np.log(diameters), 2).mean()) / 2
+    smallest, largest = np.log(diameters).tolist()
+    radius = np.exp(rng.uniform(smallest, largest, 2).mean()) / 2
     stretch = np.exp(rng.uniform(np.log(0.75), np.log(1.33)) / 2)
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)

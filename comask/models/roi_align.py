@@ -163,4 +163,5 @@ def _sampling_matrix(
     pixel = torch.arange(length, device=start.device)
     distance = (position.clamp(0, length - 1)[..., None] - pixel).abs()
     weights = (1 - distance).clamp(min=0) * inside[..., None]
-    return weights.unflatten(1, (output_size, sampling_ratio)).mean(2)
+    means: Tensor = weights.unflatten(1, (output_size, sampling_ratio)).mean(2)
+    return means
