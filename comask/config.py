@@ -103,11 +103,6 @@ class ModelConfig:
             value = getattr(self, name)
             _require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
 
-    @property
-    def num_anchors(self) -> int:
-        """Anchors at one place of one level."""
-        return len(self.anchor_ratios)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessConfig:
