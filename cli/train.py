@@ -132,7 +132,10 @@ def _train(
     pictures = draw_curves(output)
     if trainer.metrics:
         for task, values in trainer.metrics.values.items():
-            parts = "  ".join(f"{name} {100 * value:.1f}" for name, value in values.items())
+            parts = "  ".join(
+                f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -"
+                for name, value in values.items()
+            )
             click.echo(f"{task}: {parts}")
     names = ["checkpoint-last.pt", "checkpoint-best.pt", *(p.name for p in pictures)]
     click.echo("wrote " + ", ".join(str(output / name) for name in names))

@@ -140,6 +140,13 @@ def test_saturated_probabilities_are_ranked_by_logit() -> None:
     assert boxes[:, 2].tolist() == [13, 11, 14, 10, 12]
 
 
+def test_an_unlikely_proposal_is_no_padding() -> None:
+    """Sigmoid of -200 is 0 in f32, and in ONNX Runtime already that of -18."""
+    boxes, scores = propose(one_anchor([-18.0, -200.0], [[0.0, 0, 9, 9], [20.0, 0, 29, 9]]))
+    assert (scores > 0).tolist() == [True, True]
+    assert boxes.tolist() == [[0, 0, 9, 9], [20, 0, 29, 9]]
+
+
 def test_levels_do_not_suppress_each_other() -> None:
     boxes, scores = propose(one_anchor([1.0, 2.0, 3.0, 4.0, 5.0], [[0.0, 0, 10, 10]] * 5))
     assert (scores > 0).all()

@@ -16,6 +16,9 @@ from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
 
 STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
+# A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
+# -18), so no proposal may come near.
+MIN_SCORE = 1e-6
 MIN_SIDE = 1e-3  # pixels; a clipped proposal thinner than this is none
 
 
@@ -84,7 +87,7 @@ def proposals_from_levels(
         nms_iou: overlap above which the lower-ranked box of a level goes.
 
     Returns:
-        proposals [B, N, 4] f32 `xyxy` in pixels, inside their image, and scores [B, N] f32 in 0..1
+        proposals [B, N, 4] f32 `xyxy` in pixels, inside their image, and scores [B, N] f32 in 1e-6..1
         by falling score; a score of 0 marks padding, whose box is zeros.
     """
     k = candidates_per_level
@@ -96,8 +99,9 @@ def proposals_from_levels(
     logits = logits.masked_fill(~keep, -torch.inf).flatten(1)
     logits, order = top_k(logits, min(num_proposals, len(levels) * k))
     boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
-    scores = torch.sigmoid(logits)
-    return torch.where(scores[..., None] > 0, boxes, 0.0), scores
+    found = ~torch.isneginf(logits)
+    scores = torch.where(found, torch.sigmoid(logits).clamp(min=MIN_SCORE), 0.0)
+    return torch.where(found[..., None], boxes, 0.0), scores
 
 
 def _level_candidates(level: LevelOutput, image_sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
