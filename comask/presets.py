@@ -33,7 +33,7 @@ SHAPES_TINY = Config(
         roi_canonical_size=112.0,
     ),
     preprocess=PreprocessConfig(short_side=96, max_side=160),
-    data=DataConfig(workers=0, shapes_train=2160, shapes_val=100),
+    data=DataConfig(workers=0, shapes_train=2560, shapes_val=60),
     train=TrainConfig(
         backbone_weights="none",
         optimizer="adamw",

@@ -14,8 +14,8 @@ import comask.data.shapes
 from comask.data.shapes import ShapesSource
 from comask.data.source import InstanceSource
 
-SOURCE_SHA256 = "172d759d9b6deee5686d888dd34682b1b2dfae8f18d14ba5a017eca724ea0e0b"
-CONTENT_SHA256 = "d331851248ba817d530156b9f3141152aff47fd8e922d9db6d2655cacfeb6d58"
+SOURCE_SHA256 = "353f34673d363389894534e09c7b6dc04fdfd8393da0106f183b38e5f71f130f"
+CONTENT_SHA256 = "71bdb7c4a6b211132b9ee130996f14b046b5d6a717386e8e863ff6c020046112"
 NUM_IMAGES = 300
 
 

@@ -2,9 +2,9 @@
 
 Images of 128x96 or 96x128 pixels: grayish textured backgrounds with unannotated strokes and blobs,
 and 1 to 4 objects of eight classes, 10 to 100 pixels across, at any angle. Objects are painted back to
-front and hide each other; a mask is what stays visible, at least 60 % of its object. The hue hints at
-the class, so that a network from scratch learns them in minutes; crowds, strokes and neighbours in
-hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold a crowd:
+front and hide each other; a mask is what stays visible, at least three quarters of its object. The
+hue hints at the class, so that a network from scratch learns them in minutes; crowds, strokes and
+neighbours in hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold a crowd:
 many tiny shapes of one class under one `iscrowd` annotation. Image `i` of seed `s` depends on
 `(s, i)` alone, whatever was asked for before; OpenCV before 4.11 draws edges a little differently.
 
@@ -35,9 +35,9 @@ Annotations = list[dict[str, Any]]
 LONG_SIDE, SHORT_SIDE, EMPTY_SHARE, CROWD_SHARE = 128, 96, 0.04, 0.05  # sides in pixels
 MAX_OBJECTS, MIN_MEMBERS, MAX_MEMBERS = 4, 12, 25  # in an image, and tiny shapes in a crowd
 DIAMETERS, MEMBER_DIAMETERS = (10.0, 100.0), (5.0, 8.0)
-HUE_SPREAD = 0.03  # standard deviation in turns; neighbouring classes are 1/8 apart
-MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.6, 24
-MAX_OUTSIDE, PLACEMENT_TRIES = 0.3, 12  # the former of an object's width, past the image's edge
+HUE_SPREAD = 0.025  # standard deviation in turns; neighbouring classes are 1/8 apart
+MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.75, 24
+MAX_OUTSIDE, PLACEMENT_TRIES = 0.1, 12  # the former of an object's width, past the image's edge
 # RGB distance of an object from what it is painted on, and how far a texture strays from that.
 MIN_COLOUR_DISTANCE, TEXTURE_REACH = 80.0, 15.0
 SUPERSAMPLING, CACHED_IMAGES = 4, 8
