@@ -14,7 +14,7 @@ import comask.data.shapes
 from comask.data.shapes import ShapesSource
 from comask.data.source import InstanceSource
 
-SOURCE_SHA256 = "353f34673d363389894534e09c7b6dc04fdfd8393da0106f183b38e5f71f130f"
+SOURCE_SHA256 = "6733f613f84e960761d4c1821aa676e029e6004bc4a2c5b8ee0fdedfd807c62b"
 CONTENT_SHA256 = "71bdb7c4a6b211132b9ee130996f14b046b5d6a717386e8e863ff6c020046112"
 NUM_IMAGES = 300
 

@@ -4,8 +4,8 @@ Images of 128x96 or 96x128 pixels: grayish textured backgrounds with unannotated
 and 1 to 4 objects of eight classes, 10 to 100 pixels across, at any angle. Objects are painted back to
 front and hide each other; a mask is what stays visible, at least three quarters of its object. The
 hue hints at the class, so that a network from scratch learns them in minutes; crowds, strokes and
-neighbours in hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold a crowd:
-many tiny shapes of one class under one `iscrowd` annotation. Image `i` of seed `s` depends on
+neighbours in hue keep it from being enough. About 4 % of the images are empty, and about 5 % hold
+a crowd: many tiny shapes of one class under one `iscrowd` annotation. Image `i` of seed `s` depends on
 `(s, i)` alone, whatever was asked for before; OpenCV before 4.11 draws edges a little differently.
 
 This file is FROZEN: a test checks its hash. Figures measured on `shapes` can only be compared while
