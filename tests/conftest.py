@@ -34,6 +34,7 @@ MICRO = (
     "data.shapes_train=8",
     "data.shapes_val=4",
     "train.batch_size=4",
+    "train.epochs=1",
     "train.warmup_steps=1",
 )
 

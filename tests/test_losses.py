@@ -37,7 +37,7 @@ BATCHES = {"objects": [FULL, ONE], "one image empty": [EMPTY, ONE], "none": [EMP
 @pytest.mark.parametrize("refined", [False, True])
 def test_losses_are_finite_and_reach_every_parameter(name: str, refined: bool) -> None:
     torch.manual_seed(0)
-    model = tiny_model(train_refined_masks=refined)
+    model = tiny_model(train_refined_masks=refined, rpn_samples=10_000)  # every anchor
     losses = Objective(model.train())(noise_images(2, 96, 128), SIZES, BATCHES[name])
     assert list(losses) == ["rpn_objectness", "rpn_box", "class", "mask", "box"]
     assert all(value.shape == () and torch.isfinite(value) for value in losses.values())

@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_overwritten(micro_run: Path) -> None:
 
 
 def test_resume_refuses_another_model(micro_run: Path) -> None:
-    result = run(*train(micro_run, "--resume", *settings("model.msfem_branches=2")))
+    result = run(*train(micro_run, "--resume", *settings("model.msfem_branches=1")))
     assert result.exit_code == 1
     assert "msfem_branches" in result.output
 
