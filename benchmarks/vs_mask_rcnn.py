@@ -4,26 +4,21 @@ Both see the same batches in the same order with the same optimiser and schedule
 the same 200 unseen images by the same code. The reference is given its best of several learning
 rates. Everything is measured in this one run:
 
-    python benchmarks/vs_mask_rcnn.py --output runs/vs_mask_rcnn
+    python benchmarks/vs_mask_rcnn.py --output runs/vs --seeds 3
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-from collections.abc import Callable
+import statistics
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 import torchvision
-from comask.runtime.predictor import Predictor
-from comask.runtime.torch_session import torch_stages
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from shapes_runs import TEST_IMAGES, Row, comask, remembered, train_and_score, with_seed
+from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -31,19 +26,11 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from comask.config import Config
-from comask.data.shapes import ShapesSource
-from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
-from comask.evaluate import evaluate
+from comask.config import Config, override
+from comask.data.training_set import Batch
 from comask.models.backbone import build_resnet
-from comask.models.comask import CoMask
 from comask.presets import preset
-from comask.progress import Progress
 from comask.structures import Detections
-from comask.training.losses import Objective
-from comask.training.optim import build_optimizer, learning_rate
-
-TEST_SEED, TEST_IMAGES = 4_000_000, 200
 
 
 def reference_model(config: Config) -> MaskRCNN:
@@ -108,91 +95,12 @@ def reference_detections(model: MaskRCNN, image: np.ndarray) -> Detections:
     )
 
 
-def train(
-    module: nn.Module,
-    losses: Callable[[Batch], dict[str, Tensor]],
-    config: Config,
-    dataset: TrainingSet,
-    title: str,
-) -> tuple[float, int]:
-    """The preset's epochs; returns seconds and the FLOPs of one forward step."""
-    module.train()
-    optimizer = build_optimizer(module, config.train)
-    size, seed = config.train.batch_size, config.train.seed
-    epochs = range(config.train.epochs)
-    batches = [batch for epoch in epochs for batch in epoch_batches(dataset, size, seed, epoch)]
-    per_epoch = len(batches) // len(epochs)
-    with FlopCounterMode(display=False) as counter:
-        losses(next(iter(load_batches(dataset, batches[:1], workers=0))))
-    torch.manual_seed(config.train.seed)
-    started = time.perf_counter()
-    with Progress(title, len(batches)) as progress:
-        for step, batch in enumerate(load_batches(dataset, batches, workers=0)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.train, step, per_epoch, len(batches))
-            total = torch.stack(list(losses(batch).values())).sum()
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-            progress.advance(note=f"loss {total.item():.3f}")
-    return time.perf_counter() - started, counter.get_total_flops()
-
-
-def run(
-    name: str,
-    module: nn.Module,
-    losses: Callable[[Batch], dict[str, Tensor]],
-    predict: Callable[[np.ndarray], Detections],
-    config: Config,
-) -> dict[str, Any]:
-    """Trains and scores one model."""
-    images = config.data.shapes_train
-    dataset = TrainingSet(
-        ShapesSource(num_images=images, seed=config.train.seed),
-        list(range(images)),
-        config.preprocess,
-        flip_probability=config.data.flip_probability,
-        seed=config.train.seed,
-    )
-    title = f"{name}, lr {config.train.learning_rate:g}, seed {config.train.seed}"
-    seconds, flops = train(module, losses, config, dataset, title)
-    module.eval()
-    test = ShapesSource(num_images=TEST_IMAGES, seed=TEST_SEED)
-    indices = list(range(TEST_IMAGES))
-    metrics = evaluate(test, indices, (predict(test.image(i)) for i in indices))
-    return {
-        "model": name,
-        "learning_rate": config.train.learning_rate,
-        "seed": config.train.seed,
-        "mask_ap": metrics.values["segm"]["AP"],
-        "box_ap": metrics.values["bbox"]["AP"],
-        "train_seconds": seconds,
-        "gflop_per_image": flops / config.train.batch_size / 1e9,
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "images": images * config.train.epochs,
-    }
-
-
-def run_comask(config: Config) -> dict[str, Any]:
-    """`shapes-tiny`."""
-    torch.manual_seed(config.train.seed)
-    model = CoMask(config.model, config.preprocess)
-    objective = Objective(model)
-    return run(
-        "CoMask",
-        objective,
-        lambda batch: objective(batch.images, batch.image_sizes, batch.targets),
-        Predictor(torch_stages(model), config.preprocess),
-        config,
-    )
-
-
-def run_reference(config: Config) -> dict[str, Any]:
+def reference(config: Config) -> Row:
     """Torchvision's Mask R-CNN."""
     torch.manual_seed(config.train.seed)
     model = reference_model(config)
     model.transform.postprocess = lambda found, *_: found  # leave masks at 28×28
-    return run(
+    return train_and_score(
         "Mask R-CNN",
         model,
         lambda batch: reference_losses(model, batch),
@@ -204,26 +112,55 @@ def run_reference(config: Config) -> dict[str, Any]:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--learning-rates", default="0.0005,0.0015,0.004", show_default=True)
-def main(output: Path, seeds: int, learning_rates: str) -> None:
-    """Compare CoMask and Mask R-CNN; writes OUTPUT/results.json."""
-    base = preset("shapes-tiny")
-    rows = []
+@click.option("--learning-rates", default="0.001,0.002,0.004", show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of both models.")
+def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...]) -> None:
+    """Compare CoMask and Mask R-CNN; rows go to OUTPUT/rows.jsonl."""
+    base = override(preset("shapes-tiny"), settings)
+    rates = [float(rate) for rate in learning_rates.split(",")]
+    rows: list[Row] = []
     for seed in range(seeds):
-        config = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=seed))
-        rows.append(run_comask(config))
-        for rate in map(float, learning_rates.split(",")):
+        config = with_seed(base, seed)
+        trials = [("CoMask", config, comask)]
+        for rate in rates:
             tuned = dataclasses.replace(config.train, learning_rate=rate)
-            rows.append(run_reference(dataclasses.replace(config, train=tuned)))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    click.echo("model        lr      seed  mask AP  box AP  train s  GFLOP/image  parameters")
-    for row in rows:
-        click.echo(
-            f"{row['model']:<11}  {row['learning_rate']:<6g}  {row['seed']:<4}  "
-            f"{row['mask_ap']:<7.3f}  {row['box_ap']:<6.3f}  {row['train_seconds']:<7.0f}  "
-            f"{row['gflop_per_image']:<11.2f}  {row['parameters'] / 1e6:.1f} M"
+            trials.append(("Mask R-CNN", dataclasses.replace(config, train=tuned), reference))
+        for name, trial, measure in trials:
+            key = {"model": name, "learning_rate": trial.train.learning_rate, "seed": seed}
+            key["settings"] = list(settings)
+            rows.append(remembered(output / "rows.jsonl", key, lambda m=measure, t=trial: m(t)))
+    summary = [summarise([row for row in rows if row["model"] == "CoMask"])]
+    tried = [
+        summarise(
+            [row for row in rows if (row["model"], row["learning_rate"]) == ("Mask R-CNN", r)]
         )
+        for r in rates
+    ]
+    summary += sorted(tried, key=lambda row: row["mask_ap"])
+    click.echo(f"mean ± sd of {seeds} seeds, {TEST_IMAGES} unseen images")
+    click.echo(
+        "model       lr      mask AP        box AP  train s  GFLOP/image  GFLOP/s  parameters"
+    )
+    for row in summary:
+        click.echo(
+            f"{row['model']:<10}  {row['learning_rate']:<6g}  {row['mask_ap']:.3f} ± {row['sd']:.3f}  "
+            f"{row['box_ap']:<6.3f}  {row['train_seconds']:<7.0f}  {row['gflop_per_image']:<11.2f}  "
+            f"{row['gflop_per_second']:<7.1f}  {row['parameters'] / 1e6:.1f} M"
+        )
+    ours, best = summary[0], summary[-1]
+    click.echo(
+        f"CoMask is {100 * (ours['mask_ap'] - best['mask_ap']):+.1f} points of mask AP from the best "
+        f"Mask R-CNN; FLOPs a second {ours['gflop_per_second'] / best['gflop_per_second']:.2f} times"
+    )
+
+
+def summarise(rows: list[Row]) -> Row:
+    """The mean over seeds of every number, and the standard deviation of mask AP."""
+    numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
+    row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in numbers}
+    row["sd"] = statistics.stdev(r["mask_ap"] for r in rows) if len(rows) > 1 else 0.0
+    row["gflop_per_second"] = row["gflop_per_image"] * row["images"] / row["train_seconds"]
+    return row
 
 
 if __name__ == "__main__":

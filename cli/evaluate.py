@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.cli.options import command, json_option, open_source, write_json
+from comask.cli.options import command, json_option, write_json
 from comask.runtime.backends import parse_backend
 
 from comask.errors import DataError
@@ -54,6 +54,8 @@ def main(
     for name in backends:
         parse_backend(name)
     opened = Bundle.open(bundle)
+    from comask.data.open_source import open_source
+
     source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
     indices = list(range(min(images or len(source), len(source))))
     results = {name: _score(opened, name, source, indices, batch) for name in backends}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from comask.cli.options import command, json_option, open_source, write_json
+from comask.cli.options import command, json_option, write_json
 
 from comask.errors import ComaskError
 
@@ -81,6 +81,8 @@ def main(
 
 
 def _images(data: str, count: int) -> list[NDArray[np.uint8]]:
+    from comask.data.open_source import open_source
+
     source = open_source(data, "val", shapes_images=4 * count, shapes_seed=VERIFY_SEED)
     # those with most objects: an empty image proves little
     busiest = sorted(range(len(source)), key=lambda i: -len(source.annotations(i)))

@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from comask import __version__
-from comask.data.source import InstanceSource
 from comask.errors import ComaskError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
@@ -74,21 +73,6 @@ def write_json(target: str | None, content: Any) -> None:
         Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ComaskError(f"--json {target}: cannot be written: {error.strerror}") from error
-
-
-def open_source(data: str, split: str, *, shapes_images: int, shapes_seed: int) -> InstanceSource:
-    """The data set that `--data` names: a folder, or `shapes` made on the fly.
-
-    Raises:
-        DataError: when the folder holds no data set.
-    """
-    if data == "shapes" and not Path(data).exists():
-        from comask.data.shapes import ShapesSource
-
-        return ShapesSource(num_images=shapes_images, seed=shapes_seed)
-    from comask.data.coco import coco_source
-
-    return coco_source(Path(data), split)
 
 
 def find_images(inputs: tuple[str, ...]) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from comask.cli.options import command, open_source
+from comask.cli.options import command
 
 from comask.errors import CheckpointError, ConfigError
 from comask.presets import PRESETS, preset
@@ -17,86 +17,91 @@ if TYPE_CHECKING:
     from comask.config import Config
     from comask.data.source import InstanceSource
     from comask.training.checkpoint import Checkpoint
+    from comask.training.distributed import Ranks
+    from comask.training.validation import Validation, Validator
 
-SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
+# A run that goes on may change how it trains, but not what its steps and state mean.
+FIXED = ("train.batch_size", "train.seed", "train.optimizer", "train.ema_decay")
 
 
 @command
-@click.option(
-    "--data",
-    required=True,
-    metavar="DIR|shapes",
-    help="COCO-format folder, or shapes made on the fly.",
-)
+@click.option("--data", metavar="DIR|shapes", help="COCO-format folder, or shapes made on the fly.")
 @click.option("--val", metavar="DIR", help="Validation data; else a seeded share of --data.")
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
               show_default=True)  # fmt: skip
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
+@click.option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
 def main(
-    data: str,
+    data: str | None,
     val: str | None,
     preset_name: str,
-    output: Path,
+    output: Path | None,
     settings: tuple[str, ...],
     resume: bool,
+    eval_only: bool,
+    print_config: bool,
 ) -> None:
     """Train CoMask on a COCO-format data set.
 
-    The run's folder gets checkpoint-last.pt, checkpoint-best.pt (by mask AP), config.json,
-    metrics.csv, eval.csv, losses.png and ap.png.
+    The run's folder gets checkpoint-last.pt, checkpoint-best.pt (by mask AP), report.html with its
+    pictures, config.json, metrics.csv and eval.csv. Several processes train together by torchrun.
 
     \b
     comask-train --data shapes --preset shapes-tiny --output runs/shapes
     comask-train --data /data/coco --preset comask-r50 --output runs/r50 --set train.batch_size=4
+    comask-train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
+    torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --output runs/r50
     """
     from comask.config import override
 
     config = override(preset(preset_name), settings)
-    source = open_source(
-        data, "train", shapes_images=config.data.shapes_train, shapes_seed=config.train.seed
-    )
-    named = [s for s in settings if s.startswith("model.num_classes=")]
-    if not named:
-        classes = len(source.categories)
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, num_classes=classes)
-        )
-    elif config.model.num_classes != len(source.categories):
-        raise ConfigError(
-            f"{named[0]}: the data has {len(source.categories)} categories; leave the setting out"
-        )
-    checkpoint = _checkpoint_to_resume(output, config) if resume else None
-    if not resume and (output / "checkpoint-last.pt").exists():
-        raise CheckpointError(
-            f"{output}: holds a run already; go on with --resume or give another --output"
-        )
-    _train(config, data, val, source, output, checkpoint)
+    if print_config:
+        click.echo(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
+    if data is None or output is None:
+        raise click.UsageError(f"missing option {' and '.join(missing)}")
+    if resume and eval_only:
+        raise click.UsageError("--resume trains and --eval-only does not: give one of them")
+
+    from comask.training.distributed import join
+
+    with join() as ranks:
+        if eval_only:
+            _evaluate(data, val, output, settings, ranks)
+        else:
+            _train(config, data, val, settings, output, resume, ranks)
 
 
 def _train(
     config: Config,
     data: str,
     val: str | None,
-    source: InstanceSource,
+    settings: tuple[str, ...],
     output: Path,
-    checkpoint: Checkpoint | None,
+    resume: bool,
+    ranks: Ranks,
 ) -> None:
     import torch
-    from comask.runtime.predictor import Predictor
-    from comask.runtime.torch_session import torch_stages
 
     from comask.data.training_set import TrainingSet
-    from comask.evaluate import CocoMetrics, evaluate
     from comask.models.comask import CoMask
-    from comask.models.pretrained import load_backbone_weights
-    from comask.training.loop import Trainer
-    from comask.training.record import draw_curves
+    from comask.training.import_weights import import_weights
+    from comask.training.loop import BEST, LAST, Trainer
+    from comask.training.machine import fit_to_machine
 
-    train, val_source, val_indices = _split(config, data, val, source)
+    if not resume and (output / LAST).exists():
+        raise CheckpointError(
+            f"{output}: holds a run already; go on with --resume or give another --output"
+        )
+    train_source, train, val_source, val_indices = _sources(config, data, val, ranks)
+    config = _with_classes(config, settings, train_source)
+    checkpoint = _checkpoint_to_resume(output, config) if resume else None
     dataset = TrainingSet(
-        source,
+        train_source,
         train,
         config.preprocess,
         flip_probability=config.data.flip_probability,
@@ -105,73 +110,146 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
-        load_backbone_weights(model.backbone, config.model.backbone, config.train.backbone_weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def score(model: CoMask) -> CocoMetrics:
-        predictor = Predictor(torch_stages(model), config.preprocess)
-        images = (val_source.image(i) for i in val_indices)
-        return evaluate(val_source, val_indices, predictor.stream(images))
+        weights = import_weights(model, config.train.weights, train_source.categories)
+        _say(ranks, *weights.lines())
+    model = fit_to_machine(model, config, ranks)
+    validator = _validator(val_source, val_indices, config, ranks, output)
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    click.echo(
+    if ranks.first:
+        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    _say(
+        ranks,
         f"{len(train)} training images, {len(val_indices)} for validation, "
-        f"{config.model.num_classes} classes"
+        f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}",
     )
     trainer = Trainer(
         model,
         config,
         dataset,
-        source.categories,
+        train_source.categories,
         output,
-        evaluate=score if config.train.evaluate_every else None,
+        ranks=ranks,
+        evaluate=validator if config.train.evaluate_every else None,
         resume=checkpoint,
     )
     trainer.train()
-    pictures = draw_curves(output)
-    if trainer.metrics:
-        for task, values in trainer.metrics.values.items():
-            parts = "  ".join(
-                f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -"
-                for name, value in values.items()
-            )
-            click.echo(f"{task}: {parts}")
-    names = ["checkpoint-last.pt", "checkpoint-best.pt", *(p.name for p in pictures)]
-    click.echo("wrote " + ", ".join(str(output / name) for name in names))
+    if not ranks.first:
+        return
+    if trainer.out_of_patience:
+        click.echo(f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} evaluations")
+    if trainer.validation:
+        _show(trainer.validation)
+    click.echo("wrote " + ", ".join(str(output / name) for name in (BEST, LAST, "report.html")))
 
 
-def _split(
-    config: Config, data: str, val: str | None, source: InstanceSource
-) -> tuple[list[int], InstanceSource, list[int]]:
-    """Training indices, and the validation source with its indices."""
-    import numpy as np
+def _evaluate(
+    data: str, val: str | None, output: Path, settings: tuple[str, ...], ranks: Ranks
+) -> None:
+    """Scores a finished run; its own settings hold."""
+    from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
+    from comask.training.loop import BEST
 
-    everything = list(range(len(source)))
-    if val is not None or data == "shapes":
-        val_source = open_source(
-            val or data, "val", shapes_images=config.data.shapes_val, shapes_seed=SHAPES_VAL_SEED
+    if settings:
+        raise ConfigError(f"--set {settings[0]}: --eval-only takes the settings of the checkpoint")
+    checkpoint = load_checkpoint(output / BEST)
+    train_source, _, val_source, val_indices = _sources(checkpoint.config, data, val, ranks)
+    if train_source.categories != checkpoint.categories:
+        raise ConfigError(f"--data {data}: its categories are not those of {output / BEST}")
+    model = model_from_checkpoint(checkpoint).to(ranks.device)
+    validator = _validator(val_source, val_indices, checkpoint.config, ranks, None)
+    validation = validator(model, checkpoint.step)
+    if ranks.first:
+        click.echo(f"{output / BEST}, step {checkpoint.step}, on {len(val_indices)} images")
+        _show(validation)
+
+
+def _validator(
+    source: InstanceSource, indices: list[int], config: Config, ranks: Ranks, output: Path | None
+) -> Validator:
+    from comask.training.validation import Validator
+
+    return Validator(
+        source,
+        indices,
+        config.preprocess,
+        mask_threshold=config.model.mask_threshold,
+        ranks=ranks,
+        pictures=output / "pictures" if output else None,
+    )
+
+
+def _say(ranks: Ranks, *lines: str) -> None:
+    if ranks.first:
+        for line in lines:
+            click.echo(line)
+
+
+def _show(validation: Validation) -> None:
+    """The twelve numbers of both tasks, and what the collaboration changed."""
+    final, first = validation.final.values, validation.first.values
+    for task, values in final.items():
+        parts = "  ".join(
+            f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -"
+            for name, value in values.items()
         )
-        if val_source.categories != source.categories:
-            raise ConfigError(f"--val {val}: its categories differ from those of --data {data}")
-        return everything, val_source, list(range(len(val_source)))
-    count = max(1, round(len(source) * config.data.val_fraction))
-    order = np.random.default_rng(config.train.seed).permutation(everything).tolist()
-    return sorted(order[count:]), source, sorted(order[:count])
+        click.echo(f"{task}: {parts}")
+    box, mask = ([100 * v[task]["AP"] for v in (first, final)] for task in ("bbox", "segm"))
+    click.echo(
+        f"collaboration: box AP {box[0]:.1f} -> {box[1]:.1f}, mask AP {mask[0]:.1f} -> {mask[1]:.1f}"
+    )
 
 
-def _checkpoint_to_resume(output: Path, config: Config) -> Checkpoint:
+def _sources(
+    config: Config, data: str, val: str | None, ranks: Ranks
+) -> tuple[InstanceSource, list[int], InstanceSource, list[int]]:
+    """The sound part of the data; what is wrong with the rest is printed."""
+    from comask.data.check import describe
+    from comask.data.open_source import training_sources
+
+    *sources, problems = training_sources(config.data, data, val, config.train.seed)
+    if ranks.first:
+        for line in describe(problems):
+            click.echo(line, err=True)
+    source, train, val_source, val_indices = sources
+    return source, train, val_source, val_indices
+
+
+def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSource) -> Config:
+    """`config` for as many classes as the data has."""
+    classes = len(source.categories)
+    named = [s for s in settings if s.startswith("model.num_classes=")]
+    if named and config.model.num_classes != classes:
+        raise ConfigError(f"{named[0]}: the data has {classes} categories; leave the setting out")
+    model = dataclasses.replace(config.model, num_classes=classes)
+    return dataclasses.replace(config, model=model)
+
+
+def _checkpoint_to_resume(output: Path, config: Config) -> Checkpoint | None:
+    """The run's last checkpoint; None where there is none yet, as when a job is queued again."""
     from comask.training.checkpoint import load_checkpoint
+    from comask.training.loop import LAST
 
-    checkpoint = load_checkpoint(output / "checkpoint-last.pt")
-    if checkpoint.config.model != config.model:
-        changed = [
-            f.name
-            for f in dataclasses.fields(config.model)
-            if getattr(config.model, f.name) != getattr(checkpoint.config.model, f.name)
-        ]
+    if not (output / LAST).exists():
+        return None
+    checkpoint = load_checkpoint(output / LAST)
+    before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
+    changed = [
+        f"{part}.{name}"
+        for part, values in now.items()
+        for name, value in values.items()
+        if value != before[part][name]
+    ]
+    fixed = [name for name in changed if not name.startswith("train.") or name in FIXED]
+    if fixed:
         raise ConfigError(
-            f"--resume: model settings differ from the run's ({', '.join(changed)}); give the same "
+            f"--resume: settings differ from the run's ({', '.join(fixed)}); give the same "
             f"--preset and --set as when it was started"
         )
+    if changed:
+        click.echo(f"going on with other settings than before: {', '.join(changed)}", err=True)
     return checkpoint
+
+
+if __name__ == "__main__":
+    main()

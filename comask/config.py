@@ -33,7 +33,8 @@ class ModelConfig:
 
     # Backbone. BatchNorm statistics stay those of ImageNet, as in every COCO recipe with small batches.
     backbone: Literal["resnet18-slim", "resnet18", "resnet50", "resnet101"] = "resnet50"
-    freeze_batch_norm: bool = True
+    # "batch" and "group" are for training from scratch, "group" whatever the batch.
+    backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
     frozen_stages: int = 2  # stem and first stage; 0 trains everything
 
     # FPN and MSFEM (section 3.1)
@@ -41,7 +42,9 @@ class ModelConfig:
     norm_groups: int = 32
     msfem_branches: int = 4  # Table 2's CoMask_i
     msfem_mode: Literal["independent", "chain", "tied"] = "independent"
+    msfem_place: Literal["after", "replace"] = "after"  # the FPN's 3×3 convolutions
     attention_reduction: int = 4
+    residual_attention: bool = False  # ReLU(x + GN(conv(x))) in place of equation 7's convolution
 
     # RPN
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)  # one a level, P2..P6
@@ -67,13 +70,23 @@ class ModelConfig:
 
     # Collaborative head (section 3.2)
     head_convs: int = 9  # after the stride-2 one
-    head_rois: int = 192  # positive RoIs a batch that train it
+    mask_kernel: Literal[1, 3] = 3  # of the last convolution
+    head_rois: int = 96  # positive RoIs an image that train it; half of the authors' 192 for two
     roi_jitter: float = 0.15  # of centre and size: imitates refined boxes
     roi_sampling_ratio: int = 2
     roi_canonical_size: float = 224.0  # a RoI of this side is pooled from P4
-    collaboration: Literal["weighted", "uniform"] = "weighted"  # uniform: Table 3's w/o CL
+    # Table 3's w/o CL is "uniform"; "fc_reg" regresses boxes in the classification branch instead.
+    collaboration: Literal["weighted", "uniform", "fc_reg"] = "weighted"
+    offset_activation: Literal["relu", "exp", "none"] = "relu"
+    cell_pooling: Literal["sigmoid", "logit", "bilinear"] = "sigmoid"  # from the mask to M_s
     cell_threshold: float = 0.5  # M_s > 0.5; 0 lets every cell vote
+    empty_foreground: Literal["confidence", "proposal"] = "confidence"  # where no cell passes
+    cell_targets: Literal["truth", "soft", "pred"] = "truth"  # weights of the cells in training
+    box_loss: Literal["iou", "giou"] = "iou"
     train_refined_masks: bool = False  # a second mask loss on the refined boxes
+    separate_fine_head: bool = False  # for the second pass, trained by that loss
+    refined_nms_iou: float = 0.0  # NMS once more, on the refined boxes; 0: none
+    mask_threshold: float = 0.5  # a pixel of this probability belongs to the pasted mask
 
     # Losses
     rpn_objectness_weight: float = 1.0
@@ -99,9 +112,24 @@ class ModelConfig:
         for name, most in (("rpn_top_k", 3840), ("proposals", 3840), ("detections", CANDIDATES)):
             value = getattr(self, name)
             _require(1 <= value <= most, f"model.{name}", f"1 to {most}", value)
-        for name in ("rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold"):
+        for name in (
+            "rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold", "refined_nms_iou",
+            "mask_threshold",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
+        _require(
+            self.train_refined_masks or not self.separate_fine_head,
+            "model.separate_fine_head",
+            "model.train_refined_masks=true with it, or nothing trains that head",
+            self.separate_fine_head,
+        )
+        _require(
+            self.collaboration != "fc_reg" or not self.train_refined_masks,
+            "model.train_refined_masks",
+            "false with model.collaboration=fc_reg, which has no dense boxes to refine with",
+            self.train_refined_masks,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,41 +170,53 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The schedule (section 4.1). `learning_rate` belongs to `reference_batch` and is scaled linearly."""
+    """The schedule (section 4.1) and how it is run.
 
-    backbone_weights: str = "imagenet"  # "none", "imagenet" (torchvision's hub) or a local file
+    `learning_rate` belongs to `reference_batch` images and is scaled linearly to `batch_size`, which
+    counts the images of an optimiser step on all processes together.
+    """
+
+    weights: str = "imagenet"  # "none", "imagenet" (torchvision's hub), or a file to start from
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["step", "one_cycle"] = "step"
     learning_rate: float = 0.01
     reference_batch: int = 8
     batch_size: int = 8
+    micro_batch: int = 0  # images a process passes at once, accumulating; 0: its whole share
     momentum: float = 0.9  # of sgd
     adamw_beta2: float = 0.999
     weight_decay: float = 1e-4
+    clip_norm: float = 0.0  # largest norm of the gradient; 0: not clipped
     epochs: int = 24
     max_steps: int = -1  # ends training early; -1: after `epochs`
-    step_epochs: tuple[int, ...] = (20, 23)
+    step_epochs: tuple[int, ...] = (20, 23)  # [16, 22] is mmdetection's 2×
     step_factor: float = 0.1
     warmup_steps: int = 1000
     warmup_factor: float = 1 / 80
+    ema_decay: float = 0.0  # of averaged weights, which then are evaluated; 0: none
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; fp16 needs a GPU
+    channels_last: bool = False
+    compile: bool = False  # backbone, MFPN and heads by torch.compile
     checkpoint_every: int = 1000  # steps
     evaluate_every: int = 1  # epochs, and after the last step; 0: never
+    patience: int = 0  # evaluations without a better mask AP that end training; 0: no end
+    tensorboard: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "train.batch_size", "at least 1", self.batch_size)
-        _require(self.epochs >= 1, "train.epochs", "at least 1", self.epochs)
-        for name in ("warmup_steps", "evaluate_every"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name}", "0 or more", value)
-        _require(
-            self.checkpoint_every >= 1,
-            "train.checkpoint_every",
-            "at least 1",
-            self.checkpoint_every,
-        )
+        for name in ("batch_size", "epochs", "checkpoint_every", "reference_batch"):
+            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        for name in ("micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         _require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
         _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", "0 ≤ value < 1", self.ema_decay)
+        _require(
+            not self.patience or self.evaluate_every > 0,
+            "train.patience",
+            "train.evaluate_every above 0 with it",
+            self.patience,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +280,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or a ConfigError; JSON has no tuples and no 1.0."""
     origin = get_origin(hint)
     if origin is Literal:
-        _require(value in get_args(hint), name, f"one of {', '.join(get_args(hint))}", value)
+        known = ", ".join(map(str, get_args(hint)))
+        _require(value in get_args(hint) and not isinstance(value, bool), name, f"one of {known}", value)
         return value
     if origin is tuple:
         _require(isinstance(value, list | tuple), name, "a list such as [1, 2]", value)

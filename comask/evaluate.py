@@ -54,19 +54,35 @@ def evaluate(
     Raises:
         DataError: when there are no images to score.
     """
+    results: list[dict[str, Any]] = []
+    for index, found in zip(indices, predictions, strict=True):
+        results += coco_results(source, index, found)
+    return score(source, indices, results)
+
+
+def coco_results(source: InstanceSource, index: int, found: Detections) -> list[dict[str, Any]]:
+    """COCO results of image `index` with the source's ids, whatever ids the model was trained with."""
+    categories = source.categories
+    return [
+        result | {"category_id": categories[label].id}
+        for label, result in zip(found.labels, found.to_coco(source.info(index).id), strict=True)
+    ]
+
+
+def score(
+    source: InstanceSource, indices: list[int], results: list[dict[str, Any]]
+) -> CocoMetrics:
+    """Scores COCO results (as `coco_results` gives them) on the images `indices` of a source.
+
+    Raises:
+        DataError: when there are no images to score.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     if not indices:
         raise DataError("no images to evaluate on")
-    results: list[dict[str, Any]] = []
     categories = source.categories
-    ids = tuple(c.id for c in categories)
-    for index, found in zip(indices, predictions, strict=True):
-        # The source's ids, whatever ids the model was trained with.
-        for label, result in zip(found.labels, found.to_coco(source.info(index).id), strict=True):
-            results.append(result | {"category_id": ids[label]})
-
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
         truth = COCO()
         truth.dataset = ground_truth(source, indices)

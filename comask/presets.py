@@ -13,7 +13,7 @@ SHAPES_TINY = Config(
     model=ModelConfig(
         num_classes=8,
         backbone="resnet18-slim",
-        freeze_batch_norm=False,  # from scratch, so the statistics are its own
+        backbone_norm="batch",  # from scratch, so the statistics are its own
         frozen_stages=0,
         channels=64,
         norm_groups=16,
@@ -29,13 +29,13 @@ SHAPES_TINY = Config(
         roi_positive_fraction=0.5,
         classifier_width=256,
         detections=32,
-        head_rois=96,
+        head_rois=12,
         roi_canonical_size=112.0,
     ),
     preprocess=PreprocessConfig(short_side=96, max_side=160),
     data=DataConfig(workers=0, shapes_train=2560, shapes_val=60),
     train=TrainConfig(
-        backbone_weights="none",
+        weights="none",
         optimizer="adamw",
         schedule="one_cycle",
         learning_rate=2e-3,

@@ -21,16 +21,20 @@ class Progress:
         total: how many steps there are.
         unit: what a step is, in the plural.
         done: steps that lie behind already, as after a resume.
+        quiet: show nothing, as all but the first of several processes do.
     """
 
-    def __init__(self, title: str, total: int, *, unit: str = "steps", done: int = 0) -> None:
+    def __init__(
+        self, title: str, total: int, *, unit: str = "steps", done: int = 0, quiet: bool = False
+    ) -> None:
+        self._quiet = quiet
         self._title, self._total, self._unit = title, total, unit
         self._done = self._done_before = done
         self._start = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -60,6 +64,8 @@ class Progress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Counts `steps` more; `note` is shown behind the bar."""
         self._done += steps
+        if self._quiet:
+            return
         now = time.monotonic()
         rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
         if self._bar:

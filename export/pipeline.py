@@ -74,6 +74,7 @@ def export_bundle(
             model=config.model,
             preprocess=config.preprocess,
             categories=checkpoint.categories,
+            mask_threshold=config.model.mask_threshold,
             files={path.name: sha256(path) for path in sorted(folder.iterdir())},
             source={"checkpoint_sha256": sha256(checkpoint_file), "step": checkpoint.step},
             comask_version=__version__,

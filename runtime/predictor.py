@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
-from comask.runtime.session import Stages
+from comask.runtime.session import Array, Stages
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
@@ -109,30 +109,35 @@ class Predictor:
         return prepare(rgb_from_pil(image), self.preprocess)
 
     def predict_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
-        """Detections in the order of `prepared`; images of one canvas share batches.
-
-        Only those: on another canvas an image has other borders, so other detections.
-        """
+        """Detections in the order of `prepared`."""
         results: list[Detections | None] = [None] * len(prepared)
-        for places in self._batches(prepared):
+        for places, outputs in self.outputs(prepared):
             batch = [prepared[i] for i in places]
-            for i, found in zip(places, self._run(batch), strict=True):
+            for i, found in zip(places, self.detections(outputs, batch), strict=True):
                 results[i] = found
         return [found for found in results if found is not None]
 
-    def _batches(self, prepared: Sequence[Prepared]) -> Iterator[list[int]]:
+    def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:
+        """What stage 2 returns for each batch, and the batch's places in `prepared`.
+
+        Images of one canvas share batches. Only those: on another canvas an image has other borders,
+        so other detections.
+        """
         by_canvas: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(prepared):
             by_canvas.setdefault(image.canvas.shape, []).append(i)
-        for places in by_canvas.values():
-            for start in range(0, len(places), self.max_batch):
-                yield places[start : start + self.max_batch]
+        for same in by_canvas.values():
+            for start in range(0, len(same), self.max_batch):
+                places = same[start : start + self.max_batch]
+                sizes = np.array([prepared[i].size for i in places], dtype=np.int32)
+                images = np.stack([prepared[i].canvas for i in places])
+                features = self.stages.stage1.run({"images": images, "image_sizes": sizes})
+                yield places, self.stages.stage2.run({**features, "image_sizes": sizes})
 
-    def _run(self, batch: Sequence[Prepared]) -> list[Detections]:
-        sizes = np.array([image.size for image in batch], dtype=np.int32)
-        images = np.stack([image.canvas for image in batch])
-        features = self.stages.stage1.run({"images": images, "image_sizes": sizes})
-        outputs = self.stages.stage2.run({**features, "image_sizes": sizes})
+    def detections(
+        self, outputs: Mapping[str, Array], batch: Sequence[Prepared]
+    ) -> list[Detections]:
+        """Stage 2's outputs for the images of `batch`, as `Detections`."""
         return detections_from_outputs(
             outputs,
             batch,

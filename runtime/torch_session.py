@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,11 +20,19 @@ from comask.models.comask import (
 
 
 class TorchSession:
-    """One stage of a `CoMask` in evaluation mode, on the device where its weights are."""
+    """One stage of a `CoMask` in evaluation mode, on the device where its weights are.
 
-    def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"]) -> None:
+    Args:
+        model: in evaluation mode.
+        stage: which.
+        options: keyword arguments of that stage.
+    """
+
+    def __init__(
+        self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool
+    ) -> None:
         self._model = model
-        self._run = getattr(model, stage)
+        self._run = partial(getattr(model, stage), **options)
         names = (
             (STAGE1_INPUTS, STAGE1_OUTPUTS)
             if stage == "stage1"
@@ -45,9 +54,13 @@ class TorchSession:
         """Nothing to free: the model belongs to whoever made it."""
 
 
-def torch_stages(model: CoMask) -> Stages:
-    """Both stages of a model in evaluation mode."""
-    return Stages("torch", TorchSession(model, "stage1"), TorchSession(model, "stage2"))
+def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
+    """Both stages of a model in evaluation mode; `diagnostics` as in `CoMask.stage2`."""
+    return Stages(
+        "torch",
+        TorchSession(model, "stage1"),
+        TorchSession(model, "stage2", diagnostics=diagnostics),
+    )
 
 
 def graph_spec(name: str, model: CoMask) -> TensorSpec:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from comask.config import ModelConfig
 from comask.models.comask import CoMask
 from comask.presets import PRESETS
+from comask.training.head_losses import Rois
 from comask.training.targets import Target
 
 FEW = settings(deadline=None, max_examples=50)
-Rois = list[tuple[Tensor, Tensor, Tensor]]  # as `assign_rois` returns them, an image each
 seeds = st.integers(0, 2**31 - 1)
 thresholds = st.floats(0, 1, exclude_max=True)
 
@@ -120,7 +120,7 @@ ONE = target([[20.0, 15, 90, 70]], [5])
 SIZES = torch.tensor([[96, 128], [80, 100]], dtype=torch.int32)
 
 
-def rois_of(model: CoMask) -> tuple[list[Tensor], Rois, list[Target]]:
+def rois_of(model: CoMask) -> tuple[list[Tensor], list[Rois], list[Target]]:
     """Positives near their objects in differing numbers, background, and the maps they read."""
     with torch.no_grad():
         pyramid = model.pyramid(noise_images(2, 96, 128), SIZES)
@@ -128,7 +128,7 @@ def rois_of(model: CoMask) -> tuple[list[Tensor], Rois, list[Target]]:
     near = FULL.boxes[places] + torch.tensor([[2.0, -3, 4, 1], [1, 1, 1, 1], [3, 0, 0, 2], [0] * 4])
     background = torch.tensor([[0.0, 0, 8, 8], [90, 0, 110, 12], [64, 0, 128, 20]])
     rois = [
-        (near, places, background),
-        (ONE.boxes + torch.tensor([4.0, 4, 4, 4]), torch.tensor([0]), background[:1]),
+        Rois(near, places, background),
+        Rois(ONE.boxes + torch.tensor([4.0, 4, 4, 4]), torch.tensor([0]), background[:1]),
     ]
     return pyramid, rois, [FULL, ONE]

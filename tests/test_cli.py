@@ -280,7 +280,7 @@ def test_train_refuses_in_one_line(tmp_path: Path) -> None:
         (("--data", "shapes", "--output", tmp_path / "r", "--preset", "big"), 2, "comask-r50"),
         (("--data", "shapes", "--output", tmp_path / "r", "--resume"), 1, "no such checkpoint"),
         (("--data", "shapes", "--output", tmp_path / "r",
-          "--set", "train.backbone_weights=/none.pth"), 1, "cannot be loaded"),
+          "--set", "train.weights=/none.pth"), 1, "cannot be loaded"),
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.num_classes=3"), 1,
          "8 categories"),
     ]:  # fmt: skip

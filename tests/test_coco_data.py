@@ -152,3 +152,87 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
         (folder / "annotations" / "instances.json").write_text(text)
         with pytest.raises(DataError, match=words):
             coco_source(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"images": [{"id": 7, "file_name": "1.png", "width": 20}]},
+            r"no height \(int\) in {'file_",
+        ),
+        ({"images": [{"id": "7", "file_name": "1.png"}]}, r"no id \(int\)"),
+        ({"images": None}, r"no images \(list\)"),
+        ({"annotations": [3]}, "annotations that are JSON objects"),
+        ({"categories": [{"id": 3}]}, r"no name \(str\)"),
+        ({"categories": [{"id": 3, "name": "car"}, {"id": 3, "name": "bus"}]}, r"3 \(car\) and 3"),
+        ({"categories": [{"id": 3, "name": "car"}, {"id": 4, "name": "car"}]}, "give each its own"),
+    ],
+)
+def test_what_is_not_coco_is_an_error(tmp_path: Path, changes: Any, words: str) -> None:
+    folder = dataset(tmp_path / "set", **changes)
+    with pytest.raises(DataError, match=words) as caught:
+        coco_source(folder, "train")
+    assert str(caught.value).startswith(str(folder / "annotations" / "instances.json"))
+
+
+def test_what_can_be_left_out_is_read(tmp_path: Path) -> None:
+    one = {"id": 7, "file_name": "1.png", "width": 20.0, "height": -1}
+    annotations = [{"image_id": 7}, {"image_id": 8}, {"image_id": [7]}, {}]
+    folder = dataset(tmp_path / "set", images=[one, one], annotations=annotations)
+    source = coco_source(folder, "train")
+    assert len(source) == 2
+    assert (source.info(1).width, source.info(1).height) == (20, -1)
+    assert source.annotations(1) == annotations[:1]
+    assert source.stray_annotations == annotations[1:]
+
+
+def broken_training_set(folder: Path, broken: set[int]) -> TrainingSet:
+    """Five noisy images, of which some are cut after their header; the set leaves out image 0."""
+    source = ShapesSource(num_images=5, seed=4)
+    write_coco(source, folder)
+    for index in broken:
+        path = folder / "images" / source.info(index).file_name
+        path.write_bytes(path.read_bytes()[:3000])
+        with Image.open(path) as image:
+            assert image.size == (source.info(index).width, source.info(index).height)
+    size = PreprocessConfig(short_side=24, max_side=40)
+    return TrainingSet(
+        coco_source(folder, "train"), [1, 2, 3, 4], size, flip_probability=0.5, seed=0
+    )
+
+
+def test_a_truncated_image_is_replaced_by_the_next_and_reported_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = broken_training_set(tmp_path / "set", {2, 4})
+    for epoch in range(4):
+        for broken, used in [(2, 3), (4, 1)]:  # the latter wraps round, past what is not in the set
+            canvas, size, target, image_id = data[(epoch, broken)]
+            expected = data[(epoch, used)]
+            assert (size, image_id, target.seed) == (*expected[1::2], expected[2].seed)
+            torch.testing.assert_close(canvas, expected[0])
+            torch.testing.assert_close(target.boxes, expected[2].boxes)
+            torch.testing.assert_close(target.masks, expected[2].masks)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, ["000003.png", "000005.png"], strict=True):
+        assert line.startswith(f"warning: {tmp_path / 'set' / 'images' / name}: cannot be decoded")
+        assert line.endswith("; trained without it")
+
+
+def test_a_truncated_image_does_not_end_a_worker(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = broken_training_set(tmp_path / "set", {2})
+    batches = [[(0, 1), (0, 2)], [(1, 2), (1, 3)]]
+    ids = [batch.image_ids for batch in load_batches(data, batches, workers=1)]
+    assert ids == [[2, 4], [4, 4]]
+    assert capfd.readouterr().err.count("trained without it") == 1
+
+
+def test_no_decodable_image_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = broken_training_set(tmp_path / "set", {1, 2, 3, 4})
+    with pytest.raises(ImageError, match=r"000004\.png: cannot be decoded"):
+        data[(0, 3)]
+    assert capfd.readouterr().err == ""

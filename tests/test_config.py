@@ -48,15 +48,15 @@ def test_override_parses_by_type() -> None:
             "model.msfem_branches=2",
             "train.step_epochs=[16, 22]",
             "train.learning_rate=1",
-            "model.freeze_batch_norm=false",
-            "train.backbone_weights=none",
+            "model.train_refined_masks=true",
+            "train.weights=none",
         ),
     )
     assert config.model.msfem_branches == 2
     assert config.train.step_epochs == (16, 22)
     assert isinstance(config.train.learning_rate, float)
-    assert config.model.freeze_batch_norm is False
-    assert config.train.backbone_weights == "none"
+    assert config.model.train_refined_masks is True
+    assert config.train.weights == "none"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,11 @@ def test_override_parses_by_type() -> None:
         ("preprocess.mean=[1, 2]", "3 numbers"),
         ("preprocess.pad_multiple=20", "multiple of 32"),
         ("train.max_steps=-2", "-1 or more"),
+        ("model.mask_kernel=2", "one of 1, 3"),
+        ("model.mask_kernel=true", "one of 1, 3"),
+        ("model.separate_fine_head=true", "train_refined_masks"),
+        ("train.ema_decay=1", "0 ≤ value < 1"),
+        ("train.precision=fp8", "fp32, bf16, fp16"),
         ("nothing.at.all=1", "unknown setting"),
     ],
 )

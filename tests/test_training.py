@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import pickle
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from conftest import MICRO, run, settings
 
-from comask.config import TrainConfig
+from comask.config import Config, TrainConfig, from_dict
 from comask.data.training_set import Batch
 from comask.errors import CheckpointError
 from comask.presets import preset
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.loop import Trainer
-from comask.training.optim import build_optimizer, learning_rate
+from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord, read_rows
 
 
@@ -31,14 +32,16 @@ def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
     names = {path.name for path in micro_run.iterdir()}
     assert names == {
         "checkpoint-last.pt", "checkpoint-best.pt", "metrics.csv", "eval.csv", "config.json",
-        "losses.png", "ap.png",
+        "losses.png", "ap.png", "collaboration.png", "per_class.csv", "pictures", "report.html",
     }  # fmt: skip
     rows = read_rows(micro_run / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2]
     for row in rows:
         parts = [float(value) for key, value in row.items() if key.startswith("loss_")]
         assert float(row["loss"]) == sum(parts)
-    assert [row["task"] for row in read_rows(micro_run / "eval.csv")] == ["bbox", "segm"]
+    evaluations = [(row["stage"], row["task"]) for row in read_rows(micro_run / "eval.csv")]
+    assert evaluations == [(s, t) for s in ("final", "first") for t in ("bbox", "segm")]
+    assert [path.name for path in (micro_run / "pictures").iterdir()] == ["step-000002.png"]
 
 
 def test_resumed_run_equals_an_undisturbed_one(
@@ -50,16 +53,16 @@ def test_resumed_run_equals_an_undisturbed_one(
     with monkeypatch.context() as patch:
         original = Trainer.train_step
 
-        def interrupted(self: Trainer, batch: Batch, epoch: int) -> str:
+        def interrupted(self: Trainer, batches: list[Batch], epoch: int, seconds: float) -> str:
             if self.step == 3:
                 raise KeyboardInterrupt
-            return original(self, batch, epoch)
+            return original(self, batches, epoch, seconds)
 
         patch.setattr(Trainer, "train_step", interrupted)
         assert run(*train(stopped, *longer)).exit_code == 130
     # what was done after the last checkpoint is lost, and its rows with it
     with (stopped / "metrics.csv").open("a") as file:
-        file.write("4,1,train,0,0,0,0,0,0,0\n")
+        file.write("4,1,train,0,0,0,0,0,0,0,0,0\n")
     result = run(*train(stopped, *longer, "--resume"))
     assert result.exit_code == 0, result.output
     a, b = (load_checkpoint(folder / "checkpoint-last.pt") for folder in (whole, stopped))
@@ -67,6 +70,8 @@ def test_resumed_run_equals_an_undisturbed_one(
     for name, weight in a.model.items():
         assert torch.equal(weight, b.model[name]), name
     rows = [read_rows(folder / "metrics.csv") for folder in (whole, stopped)]
+    for row in rows[0] + rows[1]:
+        assert 0 <= float(row.pop("data_seconds")) <= float(row.pop("seconds"))
     assert rows[0] == rows[1]
     assert [int(row["step"]) for row in rows[0]] == [1, 2, 3, 4]
 
@@ -92,11 +97,15 @@ def test_resume_refuses_another_model(micro_run: Path) -> None:
 def test_non_finite_loss_stops_and_names_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comask.training import losses
+    from comask.training import head_losses
 
-    monkeypatch.setattr(losses, "dense_box_loss", lambda *_: torch.tensor(float("nan")))
+    nan = head_losses.Term(torch.tensor(float("nan")), torch.tensor(1.0))
+    monkeypatch.setattr(head_losses, "dense_box_loss", lambda *_: nan)
     result = run(*train(tmp_path / "run"))
     assert result.exit_code == 1
+    kept = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert kept["step"] == 0
+    assert len(kept["image_ids"]) == 4
     assert "not finite at step 0" in result.output
     assert "images [" in result.output
     assert "Traceback" not in result.output
@@ -193,3 +202,105 @@ def test_record_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert float(rows[0]["loss_mask"]) == 1 / 3
+
+
+def test_averaged_weights_follow_the_formula() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.BatchNorm1d(3)
+    average = average_weights(layer, 0.6)
+    assert average is not None
+    mine = layer.weight.detach().clone()
+    for step in range(6):
+        with torch.no_grad():
+            layer.weight.normal_()
+            layer.running_mean.normal_()
+            layer.num_batches_tracked += 1
+        average.update_parameters(layer)
+        # the first update copies
+        decay = min(0.6, (1 + step) / (10 + step)) if step else 0.0
+        mine = decay * mine + (1 - decay) * layer.weight.detach()
+        torch.testing.assert_close(average.module.weight.detach(), mine)
+        assert average.module.num_batches_tracked == layer.num_batches_tracked
+    assert average_weights(layer, 0.0) is None
+
+
+def test_accumulated_parts_give_the_gradient_of_their_mean(tmp_path: Path) -> None:
+    """With the counts of all parts alike, two halves are one whole batch."""
+    results = []
+    for micro in (0, 2, 1):
+        changes = settings(
+            f"train.micro_batch={micro}", "train.max_steps=1", "model.backbone_norm=group"
+        )
+        assert run(*train(tmp_path / str(micro), *changes)).exit_code == 0
+        results.append(read_rows(tmp_path / str(micro) / "metrics.csv")[0])
+    for name in ("loss_rpn_objectness", "loss_class"):  # whose counts are fixed
+        whole, halves, quarters = (float(row[name]) for row in results)
+        assert halves == pytest.approx(whole, rel=1e-4)
+        assert quarters == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["train.precision=bf16", "train.channels_last=true",
+                                    "train.clip_norm=0.1", "train.ema_decay=0.9"])  # fmt: skip
+def test_options_of_the_loop_train_and_export(tmp_path: Path, change: str) -> None:
+    result = run(*train(tmp_path / "run", *settings(change)))
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint-last.pt")
+    assert (checkpoint.ema is not None) == change.startswith("train.ema")
+    model = model_from_checkpoint(checkpoint)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, checkpoint.weights[name])
+        assert torch.isfinite(weight).all()
+
+
+def test_what_the_machine_cannot_do_is_refused(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = run(*train(tmp_path / "run", *settings("train.precision=fp16")))
+    assert result.exit_code == 1
+    assert "needs a GPU" in result.output
+
+
+def test_patience_ends_training(tmp_path: Path) -> None:
+    changes = settings("train.epochs=6", "train.patience=2", "train.evaluate_every=1",
+                       "train.learning_rate=1e-9")  # fmt: skip
+    result = run(*train(tmp_path / "run", *changes))
+    assert result.exit_code == 0, result.output
+    assert "no better mask AP in 2 evaluations" in result.output
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint-last.pt")
+    assert checkpoint.step == 6  # three evaluations of two steps each, the first of them the best
+    again = run(*train(tmp_path / "run", *changes, "--resume"))
+    assert again.exit_code == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-last.pt").step == 6
+
+
+def test_eval_only_scores_the_best_checkpoint(micro_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in micro_run.rglob("*")}
+    result = run("train", "--data", "shapes", "--output", micro_run, "--eval-only")
+    assert result.exit_code == 0, result.output
+    assert "on 4 images" in result.output
+    assert "collaboration: box AP" in result.output
+    assert before == {path: path.stat().st_mtime_ns for path in micro_run.rglob("*")}
+    for extra, words in (("--resume", "give one of them"), ("--set=data.workers=1", "--eval-only")):
+        refused = run("train", "--data", "shapes", "--output", micro_run, "--eval-only", extra)
+        assert refused.exit_code != 0
+        assert words in refused.output
+
+
+def test_print_config_is_what_would_run() -> None:
+    result = run("train", "--preset", "comask-r101", "--print-config",
+                 *settings("model.msfem_branches=2"))  # fmt: skip
+    assert result.exit_code == 0
+    config = from_dict(Config, json.loads(result.output))
+    assert config.model.backbone == "resnet101"
+    assert config.model.msfem_branches == 2
+
+
+def test_fine_tuning_takes_weights_and_says_so(micro_run: Path, tmp_path: Path) -> None:
+    file = micro_run / "checkpoint-best.pt"
+    result = run(*train(tmp_path / "run", *settings(f"train.weights={file}", "train.max_steps=0")))
+    assert result.exit_code == 0, result.output
+    assert "weights: comask" in result.output
+    a, b = load_checkpoint(file), load_checkpoint(tmp_path / "run" / "checkpoint-last.pt")
+    for name, weight in a.weights.items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(weight, b.model[name]), name

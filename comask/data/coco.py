@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from comask.data.source import Category, ImageInfo
 from comask.errors import DataError
 from comask.preprocess import decode_image
+
+T = TypeVar("T", int, str, list[Any])
 
 # (images, annotations) of the layouts that are recognised, in this order
 LAYOUTS = {
@@ -29,45 +32,51 @@ LAYOUTS = {
 class CocoSource:
     """An `InstanceSource` over an annotation file and a folder of images.
 
+    Only what would make the set unusable is an error here; the rest is for `comask.data.check`.
+
     Args:
         image_folder: holds the images under their `file_name`.
         annotation_file: COCO instances JSON.
 
+    Attributes:
+        categories: by ascending id.
+        stray_annotations: those whose `image_id` is none of the images'.
+
     Raises:
-        DataError: when the file cannot be read or is not COCO's.
+        DataError: when the file cannot be read or is not COCO's, or when categories share an id or
+            a name.
     """
 
     def __init__(self, image_folder: Path, annotation_file: Path) -> None:
         self._folder = image_folder
         try:
-            content = json.loads(annotation_file.read_text())
+            content = json.loads(annotation_file.read_bytes())
         except FileNotFoundError as error:
             raise DataError(f"{annotation_file}: no such annotation file") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{annotation_file}: not a readable JSON file: {error}") from error
         try:
-            # sorted by id, so that labels do not depend on the file's order
-            self.categories = tuple(
-                Category(id=entry["id"], name=entry["name"])
-                for entry in sorted(content["categories"], key=lambda entry: entry["id"])
-            )
+            self.categories = _categories(_field(content, "categories", list))
             self._infos = [
                 ImageInfo(
-                    id=entry["id"],
-                    file_name=entry["file_name"],
-                    height=entry["height"],
-                    width=entry["width"],
+                    id=_field(entry, "id", int),
+                    file_name=_field(entry, "file_name", str),
+                    height=_field(entry, "height", int),
+                    width=_field(entry, "width", int),
                 )
-                for entry in content["images"]
+                for entry in _field(content, "images", list)
             ]
-            self._annotations: dict[int, list[dict[str, Any]]] = {i.id: [] for i in self._infos}
-            for annotation in content["annotations"]:
-                self._annotations.setdefault(annotation["image_id"], []).append(annotation)
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{annotation_file}: not COCO instances: expected images (id, file_name, height, "
-                f"width), annotations (image_id, …) and categories (id, name); missing {error}"
-            ) from error
+            annotations = _field(content, "annotations", list)
+            if not all(isinstance(annotation, dict) for annotation in annotations):
+                raise DataError("not COCO instances: expected annotations that are JSON objects")
+        except DataError as error:
+            raise DataError(f"{annotation_file}: {error}") from error
+        self._annotations: dict[object, list[dict[str, Any]]] = {i.id: [] for i in self._infos}
+        self.stray_annotations: list[dict[str, Any]] = []
+        for annotation in annotations:
+            image = annotation.get("image_id")
+            known = isinstance(image, int | float) and image in self._annotations
+            (self._annotations[image] if known else self.stray_annotations).append(annotation)
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -116,3 +125,35 @@ def coco_source(folder: Path, split: str) -> CocoSource:
             return CocoSource(folder / images, folder / annotation_file)
     expected = " or ".join(f"{i}/ with {a}" for i, a in LAYOUTS[split])
     raise DataError(f"{folder}: no data set found; expected {expected}")
+
+
+def _categories(entries: list[Any]) -> tuple[Category, ...]:
+    """The classes, sorted by id, so that labels do not depend on the file's order."""
+    categories = [Category(id=_field(e, "id", int), name=_field(e, "name", str)) for e in entries]
+    categories.sort(key=lambda category: category.id)
+    for place, category in enumerate(categories):
+        for other in categories[:place]:
+            if category.id == other.id or category.name == other.name:
+                raise DataError(
+                    f"categories {other.id} ({other.name}) and {category.id} ({category.name}) share "
+                    f"an id or a name; give each its own, labels would be ambiguous"
+                )
+    return tuple(categories)
+
+
+def _field(entry: Any, name: str, kind: type[T]) -> T:
+    """A field of a JSON object, a whole number's float taken for the integer.
+
+    Raises:
+        DataError: when it is missing or of another type.
+    """
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind):
+        raise DataError(
+            f"not COCO instances: expected images (id, file_name, height, width), annotations "
+            f"(image_id, …) and categories (id, name); found no {name} ({kind.__name__}) in "
+            f"{reprlib.repr(entry)}"
+        )
+    return value

@@ -6,22 +6,26 @@ images are loaded, so a resumed run sees what an undisturbed one would have seen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
+from comask.errors import ImageError
 from comask.masks import mask_from_segmentation
 from comask.preprocess import prepare
 from comask.training.targets import Target
 
 Key = tuple[int, int]  # (epoch, index into the source)
 Item = tuple[Tensor, tuple[int, int], Target, int]  # canvas, size on it, target, image id
+_reported: set[str] = set()  # this process's messages about images, which name their files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +76,17 @@ class TrainingSet(Dataset[Item]):
         return len(self.indices)
 
     def __getitem__(self, key: Key) -> Item:
-        """Canvas u8 [H, W, 3], size (h, w) on it, target and image id; `key` is (epoch, index)."""
+        """Canvas u8 [H, W, 3], size (h, w) on it, target and image id; `key` is (epoch, index).
+
+        An image that cannot be decoded is reported once a process, and the set's next one that can
+        be takes its place.
+
+        Raises:
+            ImageError: when no image can be decoded.
+        """
         epoch, index = key
-        pixels, info = self.source.image(index), self.source.info(index)
+        index, pixels = self._next_decodable(index)
+        info = self.source.info(index)
         boxes, labels, masks = [], [], []
         for annotation in self.source.annotations(index):
             x, y, w, h = annotation["bbox"]
@@ -99,14 +111,36 @@ class TrainingSet(Dataset[Item]):
             labels=torch.tensor(labels, dtype=torch.int64),
             masks=torch.from_numpy(mask),
             mask_scale=1 / scale,
+            seed=int(rng.integers(2**62)),
         )
         return torch.from_numpy(prepared.canvas), prepared.size, target, info.id
 
+    def _next_decodable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
+        """The image at `index`, or the next in `indices`, wrapping round; and which it is."""
+        errors: list[ImageError] = []
+        while True:
+            try:
+                pixels = self.source.image(index)
+                break
+            except ImageError as error:
+                errors.append(error)
+            if len(errors) == len(self.indices):
+                raise errors[0]
+            index = self.indices[(self.indices.index(index) + 1) % len(self.indices)]
+        for message in (" ".join(str(error).split()) for error in errors):
+            if message not in _reported:
+                _reported.add(message)
+                print(f"warning: {message}; trained without it", file=sys.stderr, flush=True)
+        return index, pixels
 
-def epoch_batches(dataset: TrainingSet, batch_size: int, seed: int, epoch: int) -> list[list[Key]]:
+
+def epoch_batches(
+    dataset: TrainingSet, batch_size: int, seed: int, epoch: int, *, ranks: int = 1
+) -> list[list[Key]]:
     """One epoch's batches: each image once, landscape and portrait images apart.
 
-    What is left of both at the end shares batches, padded; only the last may be smaller.
+    What is left of both at the end shares batches, padded; only the last may be smaller. Images of
+    the epoch's start fill that one up to a multiple of `ranks`, so that every process has its share.
     """
     rng = np.random.default_rng([seed, epoch])
     order = [dataset.indices[i] for i in rng.permutation(len(dataset.indices))]
@@ -120,8 +154,17 @@ def epoch_batches(dataset: TrainingSet, batch_size: int, seed: int, epoch: int) 
             batches.append(group.copy())
             group.clear()
     rest = groups[False] + groups[True]
+    missing = -len(rest) % ranks
+    rest += [(epoch, order[i % len(order)]) for i in range(missing)]
     batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def micro_batches(batch: list[Key], size: int, rank: int, ranks: int) -> list[list[Key]]:
+    """One process's share of a batch, in parts of at most `size` images (0: in one)."""
+    share = batch[rank::ranks]
+    size = size or len(share)
+    return [share[i : i + size] for i in range(0, len(share), size)]
 
 
 def load_batches(
@@ -134,8 +177,7 @@ def load_batches(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        # its own, since a loader draws a number whenever it starts, and a resumed run starts one more
-        generator=torch.Generator(),
+        prefetch_factor=4 if workers else None,
     )
     yield from loader
 

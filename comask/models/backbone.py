@@ -5,11 +5,14 @@ Legend: B batch, H and W the padded image's height and width in pixels.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+
+GROUPS = 32  # of GroupNorm, as in its paper (Wu and He, ECCV 2018)
 
 
 class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvision is not typed
@@ -19,7 +22,9 @@ class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvisio
         return super()._make_layer(block, planes // 2, *args, **kwargs)
 
 
-def build_resnet(name: str) -> tuple[torchvision.models.ResNet, tuple[int, ...]]:
+def build_resnet(
+    name: str, norm_layer: Any = nn.BatchNorm2d
+) -> tuple[torchvision.models.ResNet, tuple[int, ...]]:
     """Torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, with random weights.
 
     A residual branch starts at zero: that keeps the signal's size through 16 and more blocks, which
@@ -29,8 +34,11 @@ def build_resnet(name: str) -> tuple[torchvision.models.ResNet, tuple[int, ...]]
         the network and the channels of C2..C5.
     """
     if name == "resnet18-slim":
-        return SlimResNet(BasicBlock, [2, 2, 2, 2], zero_init_residual=True), (32, 64, 128, 256)
-    net = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
+        net = SlimResNet(BasicBlock, [2, 2, 2, 2], zero_init_residual=True, norm_layer=norm_layer)
+        return net, (32, 64, 128, 256)
+    net = torchvision.models.get_model(
+        name, weights=None, zero_init_residual=True, norm_layer=norm_layer
+    )
     return net, tuple(net.fc.in_features >> shift for shift in (3, 2, 1, 0))
 
 
@@ -41,13 +49,17 @@ class ResNet(nn.Module):
 
     Args:
         name: see `build_resnet`.
-        freeze_batch_norm: keep the running statistics while training; scale and shift stay trainable.
+        norm: `frozen` BatchNorm keeps its running statistics while training (scale and shift stay
+            trainable), `batch` lets them follow, `group` is GroupNorm of GROUPS groups.
         frozen_stages: how many of stem, stage 1, … stage 4 take no gradient.
     """
 
-    def __init__(self, name: str, *, freeze_batch_norm: bool, frozen_stages: int) -> None:
+    def __init__(
+        self, name: str, *, norm: Literal["frozen", "batch", "group"], frozen_stages: int
+    ) -> None:
         super().__init__()
-        net, self.out_channels = build_resnet(name)
+        layer = partial(nn.GroupNorm, GROUPS) if norm == "group" else nn.BatchNorm2d
+        net, self.out_channels = build_resnet(name, layer)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             net.layer1,
@@ -55,7 +67,7 @@ class ResNet(nn.Module):
             net.layer3,
             net.layer4,
         )
-        self.freeze_batch_norm = freeze_batch_norm
+        self.norm = norm
         stages = [
             [self.conv1, self.bn1],
             [self.layer1],
@@ -70,7 +82,7 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> ResNet:
         """Switches the mode, leaving frozen BatchNorm layers in evaluation mode."""
         super().train(mode)
-        if self.freeze_batch_norm:
+        if self.norm == "frozen":
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()

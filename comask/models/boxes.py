@@ -43,8 +43,22 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
+    union = _area(a) + _area(b) - intersection
     return intersection / union.clamp(min=1e-6)
+
+
+def paired_giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR 2019) of like rows, shapes [..., 4] → [...], -1..1."""
+    iou = paired_iou(a, b)
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    around = hull.prod(-1).clamp(min=1e-6)
+    # the union again, from the IoU's own definition: |a| + |b| = union + intersection
+    union = (_area(a) + _area(b)) / (1 + iou)
+    return iou - (around - union) / around
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
 
 
 def _centers(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

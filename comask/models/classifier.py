@@ -1,6 +1,7 @@
 """Classification branch: two fully connected layers on 7×7 RoI features, and the choice of detections.
 
-It regresses no boxes; that is the collaborative head's task (section 3.2).
+It regresses no boxes; that is the collaborative head's task (section 3.2), but for the ablation
+`fc_reg`.
 
 Legend: B batch, N proposals an image, K classes, M candidates, D detections an image.
 """
@@ -19,10 +20,21 @@ from comask.models.nms import sorted_nms, top_k
 POOL_SIZE = 7
 
 
-class Classifier(nn.Module):
-    """FC, ReLU, FC, ReLU, FC."""
+# A regressed delta times this is one of `comask.models.boxes.decode_boxes` (Fast R-CNN's scale).
+DELTA_SCALE = (0.1, 0.1, 0.2, 0.2)
 
-    def __init__(self, channels: int, width: int, num_classes: int) -> None:
+
+class Classifier(nn.Module):
+    """FC, ReLU, FC, ReLU, FC.
+
+    Args:
+        channels: C, of the pooled features.
+        width: of the hidden layers.
+        num_classes: K.
+        regress: also regress one box a RoI, for all classes.
+    """
+
+    def __init__(self, channels: int, width: int, num_classes: int, *, regress: bool) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels * POOL_SIZE**2, width)
         self.fc2 = nn.Linear(width, width)
@@ -32,12 +44,18 @@ class Classifier(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.logits.weight, std=0.01)
         nn.init.zeros_(self.logits.bias)
+        self.deltas = nn.Linear(width, 4) if regress else None
+        if self.deltas:
+            nn.init.normal_(self.deltas.weight, std=0.001)
+            nn.init.zeros_(self.deltas.bias)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """RoI features [R, C, 7, 7] → logits [R, K + 1], background first."""
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """RoI features [R, C, 7, 7] → logits [R, K + 1], background first, and deltas [R, 4]."""
         hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
-        out: Tensor = self.logits(hidden)
-        return out
+        if self.deltas is None:
+            return self.logits(hidden), None
+        scale = pooled.new_tensor(DELTA_SCALE).float()
+        return self.logits(hidden), self.deltas(hidden).float() * scale
 
 
 class Chosen(NamedTuple):
@@ -48,12 +66,14 @@ class Chosen(NamedTuple):
         boxes: [B, D, 4] f32, the unrefined proposals; zeros in padding.
         scores: [B, D] f32 in 0..1; 0 in padding.
         labels: [B, D] i64 from 0; 0 in padding.
+        rows: [B, D] i64, each one's place among the proposals; any in padding.
     """
 
     found: Tensor
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    rows: Tensor
 
 
 def choose_detections(
@@ -84,8 +104,8 @@ def choose_detections(
     scores, order = top_k(torch.cat((pairs, none), dim=1), CANDIDATES)
     order = order.clamp(max=pairs.shape[1] - 1)
     labels = order % num_classes
-    row = (order // num_classes)[..., None].expand(-1, -1, 4)
-    boxes = proposals.gather(1, row)
+    rows = order // num_classes
+    boxes = proposals.gather(1, rows[..., None].expand(-1, -1, 4))
 
     keep = sorted_nms(boxes, labels.to(torch.int32), nms_iou) & (scores > 0)
     scores, order = top_k(torch.where(keep, scores, 0.0), num_detections)
@@ -96,4 +116,5 @@ def choose_detections(
         boxes=torch.where(found[..., None], boxes, 0.0),
         scores=scores,
         labels=torch.where(found, labels.gather(1, order), 0),
+        rows=rows.gather(1, order),
     )

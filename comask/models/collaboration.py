@@ -23,9 +23,22 @@ class CollaborativeHead(nn.Module):
         num_classes: K; mask channel 0 is an unused background, class label k has channel k + 1.
         convs: 3×3 convolutions after the one of stride 2; nine in the paper.
         norm_groups: of each GroupNorm.
+        mask_kernel: size of the last convolution.
+        activation: of the offsets: `relu`, `exp` or `none`.
+        regress: predict offsets; a head for masks alone has none.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, convs: int, norm_groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        convs: int,
+        norm_groups: int,
+        mask_kernel: int = 3,
+        activation: str = "relu",
+        regress: bool = True,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(convs + 1):
@@ -44,8 +57,7 @@ class CollaborativeHead(nn.Module):
             nn.GroupNorm(norm_groups, channels),
             nn.ReLU(inplace=True),
         )
-        self.mask = nn.Conv2d(channels, num_classes + 1, 3, padding=1)
-        self.offsets = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
+        self.mask = nn.Conv2d(channels, num_classes + 1, mask_kernel, padding=mask_kernel // 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -53,15 +65,31 @@ class CollaborativeHead(nn.Module):
                     nn.init.zeros_(module.bias)
         # Few output channels make fan_out's weights, and with them the first masks, too large.
         nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
-        # A bias of its own lets each cell start with its RoI as box: from zero offsets the IoU has no
-        # gradient, and from one bias for all cells their places must be learned first.
-        self.offset_bias = nn.Parameter(roi_offsets())
-        nn.init.normal_(self.offsets.weight, std=0.001)
+        self.activation = activation
+        self.regress = regress
+        if regress:
+            self.offsets = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
+            nn.init.normal_(self.offsets.weight, std=0.001)
+            # A bias of its own lets each cell start with its RoI as box: from zero offsets the IoU has
+            # no gradient, and from one bias for all cells their places must be learned first.
+            start = roi_offsets()
+            self.offset_bias = nn.Parameter(start.log() if activation == "exp" else start)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features [R, C, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7] ≥ 0."""
+        """RoI features [R, C, 14, 14] → mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
+
+        A head for masks alone gives the offsets of the RoI itself.
+        """
         hidden = self.refine(pooled)
-        return self.mask(self.upsample(hidden)), F.relu(self.offsets(hidden) + self.offset_bias)
+        masks = self.mask(self.upsample(hidden))
+        if not self.regress:
+            return masks, roi_offsets().to(pooled).expand(len(pooled), -1, -1, -1)
+        offsets = (self.offsets(hidden) + self.offset_bias).float()
+        if self.activation == "relu":
+            offsets = F.relu(offsets)
+        elif self.activation == "exp":
+            offsets = torch.exp(offsets)
+        return masks, offsets
 
 
 def roi_offsets() -> Tensor:
@@ -99,25 +127,39 @@ def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:
     return torch.stack((x - left * w, y - top * h, x + right * w, y + bottom * h), dim=-1)
 
 
-def cell_confidence(mask_logits: Tensor) -> Tensor:
-    """M_s of section 3.2: the mask, averaged over 4×4 pixels; logits [R, 28, 28] → [R, 7, 7]."""
-    probabilities = torch.sigmoid(mask_logits.float())
-    return F.avg_pool2d(probabilities[:, None], MASK_SIZE // CELLS)[:, 0]
+def cell_confidence(mask_logits: Tensor, pooling: str = "sigmoid") -> Tensor:
+    """M_s of section 3.2: the mask averaged over 4×4 pixels; logits [R, 28, 28] → [R, 7, 7] in 0..1.
+
+    Args:
+        mask_logits: [R, 28, 28].
+        pooling: `sigmoid` averages probabilities, `logit` averages logits first, `bilinear` samples
+            the probabilities at each cell's centre.
+    """
+    logits = mask_logits.float()[:, None]
+    step = MASK_SIZE // CELLS
+    if pooling == "logit":
+        return torch.sigmoid(F.avg_pool2d(logits, step))[:, 0]
+    probabilities = torch.sigmoid(logits)
+    if pooling == "bilinear":
+        return F.interpolate(probabilities, size=(CELLS, CELLS), mode="bilinear")[:, 0]
+    return F.avg_pool2d(probabilities, step)[:, 0]
 
 
-def cell_weights(confidence: Tensor, threshold: float) -> Tensor:
+def cell_weights(confidence: Tensor, threshold: float, empty: str = "confidence") -> Tensor:
     """How much each cell's box counts: M_s where M_s > threshold, else 0 (section 3.2).
-
-    Where no cell passes, all count by M_s, since no object has no pixels.
 
     Args:
         confidence: [R, 7, 7] in 0..1.
         threshold: 0.5 in the paper.
+        empty: what counts where no cell passes: by `confidence` all do, since no object has no
+            pixels; by `proposal` none does, and the proposal stays.
 
     Returns:
         [R, 7, 7] f32 in 0..1.
     """
     foreground = torch.where(confidence > threshold, confidence, 0.0)
+    if empty == "proposal":
+        return foreground
     nothing = foreground.sum(dim=(1, 2), keepdim=True) == 0
     return torch.where(nothing, confidence, foreground)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.models.backbone import ResNet
-from comask.models.boxes import clip_boxes
+from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.classifier import Classifier, choose_detections
 from comask.models.collaboration import POOL_SIZE as HEAD_POOL
@@ -24,6 +24,7 @@ from comask.models.collaboration import (
     select_class,
 )
 from comask.models.msfem import MFPN
+from comask.models.nms import sorted_nms, top_k
 from comask.models.roi_align import pyramid_roi_align
 from comask.models.rpn import RPN, proposals_from_levels
 
@@ -52,24 +53,37 @@ class CoMask(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
         self.backbone = ResNet(
             config.backbone,
-            freeze_batch_norm=config.freeze_batch_norm,
+            norm=config.backbone_norm,
             frozen_stages=config.frozen_stages,
         )
         self.mfpn = MFPN(
             self.backbone.out_channels,
             config.channels,
+            place=config.msfem_place,
             branches=config.msfem_branches,
             mode=config.msfem_mode,
             reduction=config.attention_reduction,
+            residual=config.residual_attention,
             norm_groups=config.norm_groups,
         )
         self.rpn = RPN(config.channels, config.anchor_sizes, config.anchor_ratios)
-        self.classifier = Classifier(config.channels, config.classifier_width, config.num_classes)
-        self.head = CollaborativeHead(
+        regress = config.collaboration == "fc_reg"
+        self.classifier = Classifier(
+            config.channels, config.classifier_width, config.num_classes, regress=regress
+        )
+        self.head = self._new_head(regress=not regress)
+        self.fine_head = self._new_head(regress=False) if config.separate_fine_head else None
+
+    def _new_head(self, *, regress: bool) -> CollaborativeHead:
+        config = self.config
+        return CollaborativeHead(
             config.channels,
             config.num_classes,
             convs=config.head_convs,
             norm_groups=config.norm_groups,
+            mask_kernel=config.mask_kernel,
+            activation=config.offset_activation,
+            regress=regress,
         )
 
     def pyramid(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
@@ -144,10 +158,10 @@ class CoMask(nn.Module):
             `coarse_masks` [B, D, 28, 28] over them, `cell_weights` [B, D, 7, 7].
         """
         config, pyramid = self.config, [p2, p3, p4, p5]
-        batch, count = proposals.shape[:2]
-        class_logits = self.classifier(self.pool(pyramid, proposals, CLASSIFIER_POOL))
+        per_image = proposals.shape[:2]
+        class_logits, deltas = self.classifier(self.pool(pyramid, proposals, CLASSIFIER_POOL))
         chosen = choose_detections(
-            class_logits.reshape(batch, count, config.num_classes + 1),
+            class_logits.unflatten(0, per_image),
             proposals,
             proposal_scores,
             score_threshold=config.score_threshold,
@@ -155,25 +169,31 @@ class CoMask(nn.Module):
             num_detections=config.detections,
         )
         labels = chosen.labels.flatten()
-        refined, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
+        if deltas is None:
+            refined, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
+        else:
+            rows = chosen.rows[..., None].expand(-1, -1, 4)
+            refined = decode_boxes(deltas.unflatten(0, per_image).gather(1, rows), chosen.boxes)
+            if diagnostics:
+                _, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
         boxes = clip_boxes(refined, image_sizes)
-        fine, _ = self.head(self.pool(pyramid, boxes, HEAD_POOL))
-        masks = torch.sigmoid(select_class(fine, labels).float())
+        fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL))
+        masks = torch.sigmoid(select_class(fine, labels).float()).unflatten(0, boxes.shape[:2])
 
-        per_image = (batch, config.detections)
         found = chosen.scores > 0
         outputs = {
-            "num_detections": chosen.found,
             "boxes": torch.where(found[..., None], boxes, 0.0),
             "scores": chosen.scores,
             "labels": chosen.labels.to(torch.int32),
-            "masks": torch.where(found[..., None, None], masks.unflatten(0, per_image), 0.0),
+            "masks": torch.where(found[..., None, None], masks, 0.0),
         }
         if diagnostics:
             outputs["first_boxes"] = chosen.boxes
-            outputs["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, per_image)
-            outputs["cell_weights"] = weights.unflatten(0, per_image)
-        return outputs
+            outputs["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
+            outputs["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
+        if config.refined_nms_iou:
+            outputs = drop_duplicates(outputs, config.refined_nms_iou)
+        return {"num_detections": (outputs["scores"] > 0).sum(1, dtype=torch.int32), **outputs}
 
     def refine(
         self, pyramid: list[Tensor], rois: Tensor, labels: Tensor
@@ -197,7 +217,29 @@ class CoMask(nn.Module):
 
     def weigh_cells(self, coarse: Tensor) -> Tensor:
         """The weight of each cell's box: coarse mask logits [R, 28, 28] → [R, 7, 7] in 0..1."""
-        confidence = cell_confidence(coarse)
-        if self.config.collaboration == "uniform":
+        config = self.config
+        confidence = cell_confidence(coarse, config.cell_pooling)
+        if config.collaboration == "uniform":
             return torch.ones_like(confidence)
-        return cell_weights(confidence, self.config.cell_threshold)
+        return cell_weights(confidence, config.cell_threshold, config.empty_foreground)
+
+
+def drop_duplicates(outputs: dict[str, Tensor], iou: float) -> dict[str, Tensor]:
+    """NMS inside each class on refined boxes; what stays moves up, what goes becomes padding.
+
+    Args:
+        outputs: `boxes`, `scores`, `labels`, `masks` and any more of shape [B, D, …], by falling score.
+        iou: overlap above which the lower of two boxes goes.
+    """
+    found = outputs["scores"] > 0
+    keep = sorted_nms(outputs["boxes"], outputs["labels"], iou) & found
+    _, order = top_k(torch.where(keep, outputs["scores"], 0.0), keep.shape[1])
+    keep = keep.gather(1, order)
+    moved = {}
+    for name, value in outputs.items():
+        tail = (1,) * (value.ndim - 2)
+        place = order.reshape(*order.shape, *tail).expand(-1, -1, *value.shape[2:])
+        kept = keep.reshape(*keep.shape, *tail)
+        zero = torch.zeros((), dtype=value.dtype, device=value.device)
+        moved[name] = torch.where(kept, value.gather(1, place), zero)
+    return moved

@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al., CVPR 2017), P2..P6; the paper's Fig. 1 builds on it."""
+"""Feature pyramid network (Lin et al., CVPR 2017); the paper's Fig. 1 builds on it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ from torch import Tensor, nn
 
 
 class FPN(nn.Module):
-    """P2..P6 from C2..C5, `channels` wide.
+    """P2..P5 from C2..C5, `channels` wide.
 
-    P6 is P5 at every second pixel, as in detectron2; only the RPN reads it.
+    Args:
+        in_channels: of C2..C5.
+        channels: of every level.
+        smooth: end with a 3×3 convolution a level; without it another module does its work.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
+    def __init__(self, in_channels: tuple[int, ...], channels: int, *, smooth: bool = True) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
+            nn.Conv2d(channels, channels, 3, padding=1) if smooth else nn.Identity()
+            for _ in in_channels
         )
-        for conv in [*self.lateral, *self.output]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """C2..C5, finest first → P2..P6, each [B, channels, H/2^i, W/2^i]."""
+        """C2..C5, finest first → P2..P5, each [B, channels, H/2^i, W/2^i]."""
         merged = [conv(c) for conv, c in zip(self.lateral, features, strict=True)]
         for i in range(len(merged) - 2, -1, -1):
             coarse = F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
             merged[i] = merged[i] + coarse
-        pyramid = [conv(m) for conv, m in zip(self.output, merged, strict=True)]
-        return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]
+        return [conv(m) for conv, m in zip(self.output, merged, strict=True)]
+
+
+def coarsest(p5: Tensor) -> Tensor:
+    """P6: P5 at every second pixel, as in detectron2; only the RPN reads it."""
+    return F.max_pool2d(p5, kernel_size=1, stride=2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comask.models.fpn import FPN
+from comask.models.fpn import FPN, coarsest
 
 
 def downsample(channels: int, norm_groups: int) -> nn.Sequential:
@@ -45,11 +45,19 @@ class MSFEM(nn.Module):
         mode: `independent` gives every branch its own convolutions (i of them), `chain` continues
             from branch i-1, `tied` also shares the one convolution, as equation 1 is written.
         reduction: of the attention's hidden layer.
+        residual: end with ReLU(x + GN(conv(x))), as in the authors' code, instead of equation 7.
         norm_groups: of the GroupNorm after each stride-2 convolution.
     """
 
     def __init__(
-        self, channels: int, *, branches: int, mode: str, reduction: int, norm_groups: int
+        self,
+        channels: int,
+        *,
+        branches: int,
+        mode: str,
+        reduction: int,
+        residual: bool,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         self.mode = mode
@@ -66,6 +74,7 @@ class MSFEM(nn.Module):
         self.reduce = nn.Conv2d(channels * branches, channels, 1)
         self.attention = ChannelAttention(channels, reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(norm_groups, channels) if residual else None
         for conv in (self.reduce, self.smooth):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             if conv.bias is not None:
@@ -89,33 +98,53 @@ class MSFEM(nn.Module):
         """One FPN level [B, C, H, W] → the same shape."""
         fused = torch.cat(self.multi_scale(x), dim=1)  # equation 2: F_F = cat(F₀, F₁, F₂, F₃)
         fused = self.reduce(fused)  # equation 3: F_f = Conv(F_F)
-        out: Tensor = self.smooth(self.attention(fused))  # equations 4-6, then 7: F_O = C₁(F̂_f)
-        return out
+        attended = self.attention(fused)  # equations 4-6
+        out: Tensor = self.smooth(attended)  # equation 7: F_O = C₁(F̂_f)
+        return F.relu(attended + self.norm(out)) if self.norm else out
 
 
 class MFPN(nn.Module):
-    """The FPN with one MSFEM after each of its five levels (end of section 3.1)."""
+    """The FPN with one MSFEM after each of its five levels (end of section 3.1).
+
+    Args:
+        in_channels: of C2..C5.
+        channels: of every level.
+        place: `after` as in the paper; `replace` puts four modules in the place of the FPN's 3×3
+            convolutions and takes P6 from the last of them, as in the authors' code.
+        branches, mode, reduction, residual, norm_groups: see `MSFEM`.
+    """
 
     def __init__(
         self,
         in_channels: tuple[int, ...],
         channels: int,
         *,
+        place: str,
         branches: int,
         mode: str,
         reduction: int,
+        residual: bool,
         norm_groups: int,
     ) -> None:
         super().__init__()
-        self.fpn = FPN(in_channels, channels)
+        self.after = place == "after"
+        self.fpn = FPN(in_channels, channels, smooth=self.after)
         self.modules_per_level = nn.ModuleList(
             MSFEM(
-                channels, branches=branches, mode=mode, reduction=reduction, norm_groups=norm_groups
+                channels,
+                branches=branches,
+                mode=mode,
+                reduction=reduction,
+                residual=residual,
+                norm_groups=norm_groups,
             )
-            for _ in range(5)
+            for _ in range(5 if self.after else 4)
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """C2..C5 → multi-scale P2..P6, each [B, channels, H/2^i, W/2^i]."""
-        levels = zip(self.modules_per_level, self.fpn(features), strict=True)
-        return [module(level) for module, level in levels]
+        levels = self.fpn(features)
+        if self.after:
+            levels.append(coarsest(levels[-1]))
+        out = [module(x) for module, x in zip(self.modules_per_level, levels, strict=True)]
+        return out if self.after else [*out, coarsest(out[-1])]

@@ -116,7 +116,7 @@ def pool_rows(
             part = torchvision.ops.roi_align(
                 features, rows[chosen], output_size, 1 / stride, sampling_ratio, aligned=True
             )
-        pooled[chosen] = part
+        pooled[chosen] = part.to(pooled.dtype)  # autocast gives dense_roi_align's products its own
     return pooled
 
 

@@ -17,7 +17,8 @@ from comask.data.source import Category
 from comask.errors import CheckpointError, ConfigError
 from comask.models.comask import CoMask
 
-FORMAT = 1
+FORMAT = 2
+STORED = ("model", "ema", "optimizer", "scaler", "step", "best_ap", "stale")  # as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +29,29 @@ class Checkpoint:
         config: of the run.
         categories: the classes in label order.
         model: state dict of `CoMask`.
+        ema: the same of the averaged weights; None where none are kept.
         optimizer: its state dict.
-        step: optimiser steps done.
+        scaler: of fp16's gradient scaler; empty in other precisions.
+        step: optimiser steps done. With the configuration it fixes all randomness to come, the
+            learning rate and the place in the data, so none of those is stored.
         best_ap: the best mask AP so far (0..1); -1 before the first evaluation.
-        rng: torch's CPU generator state.
+        stale: evaluations since then.
     """
 
     config: Config
     categories: tuple[Category, ...]
     model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
     optimizer: dict[str, Any]
+    scaler: dict[str, Any]
     step: int
     best_ap: float
-    rng: Tensor
+    stale: int
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated and exported: the averaged weights, where there are any."""
+        return self.model if self.ema is None else self.ema
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -49,13 +60,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "config": dataclasses.asdict(checkpoint.config),
         "categories": [(c.id, c.name) for c in checkpoint.categories],
-        "model": checkpoint.model,
-        "optimizer": checkpoint.optimizer,
-        "step": checkpoint.step,
-        "best_ap": checkpoint.best_ap,
-        "rng": checkpoint.rng,
+        **{name: getattr(checkpoint, name) for name in STORED},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten
     try:
         with temporary.open("wb") as file:
             torch.save(content, file)
@@ -76,7 +83,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (
+        OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError,
+    ) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path}: not a readable checkpoint (or one with code in it, which is never run): "
@@ -92,11 +101,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             config=from_dict(Config, content["config"]),
             categories=tuple(Category(id=i, name=name) for i, name in content["categories"]),
-            model=content["model"],
-            optimizer=content["optimizer"],
-            step=content["step"],
-            best_ap=content["best_ap"],
-            rng=content["rng"],
+            **{name: content[name] for name in STORED},
         )
     except (KeyError, TypeError, ValueError) as error:
         what = str(error) if isinstance(error, ConfigError) else f"{error!r} is missing or wrong"
@@ -110,7 +115,7 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> CoMask:
         CheckpointError: when the weights do not fit the configuration.
     """
     model = CoMask(checkpoint.config.model, checkpoint.config.preprocess)
-    load_weights(model, checkpoint.model)
+    load_weights(model, checkpoint.weights)
     return model.eval()
 
 

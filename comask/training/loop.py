@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from comask.config import Config
 from comask.data.source import Category
-from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
+from comask.data.training_set import (
+    Batch,
+    TrainingSet,
+    epoch_batches,
+    load_batches,
+    micro_batches,
+)
 from comask.errors import TrainingError
-from comask.evaluate import CocoMetrics
 from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
+from comask.training.curves import draw_curves
+from comask.training.distributed import Ranks, gather, mean_over_ranks
 from comask.training.losses import Objective
-from comask.training.optim import build_optimizer, learning_rate
+from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord
+from comask.training.report import write_report
+from comask.training.validation import Validation
 
-Evaluator = Callable[[CoMask], CocoMetrics]
+LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
+Evaluator = Callable[[CoMask, int], Validation]  # of a model after so many steps
 
 
 class Trainer:
     """Trains a model on a data set and leaves checkpoints and metrics in a folder.
 
     Args:
-        model: to train, in place.
+        model: to train, in place, on the device of `ranks`.
         config: all settings.
         dataset: training images.
         categories: the classes in label order.
         output: `checkpoint-last.pt`, `checkpoint-best.pt`, `metrics.csv` and `eval.csv` go here.
+        ranks: this process among its kind.
         evaluate: scores a model on the validation images; None leaves the last checkpoint the best.
         resume: where to go on.
     """
@@ -44,100 +62,218 @@ class Trainer:
         categories: tuple[Category, ...],
         output: Path,
         *,
+        ranks: Ranks,
         evaluate: Evaluator | None,
         resume: Checkpoint | None = None,
     ) -> None:
-        self.model, self.config, self.dataset = model, config, dataset
+        train = config.train
+        self.model, self.config, self.dataset, self.ranks = model, config, dataset, ranks
         self.categories, self.output, self.evaluate = categories, output, evaluate
-        self.objective = Objective(model)
-        self.optimizer = build_optimizer(model, config.train)
-        self.step = 0
-        self.best_ap = -1.0
-        self.metrics: CocoMetrics | None = None  # of the last evaluation
-        torch.manual_seed(config.train.seed)
+        self.optimizer = build_optimizer(model, train)
+        self.ema = average_weights(model, train.ema_decay)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
+        self.step, self.best_ap, self.stale = 0, -1.0, 0
+        self.validation: Validation | None = None  # the last one
         if resume:
-            load_weights(model, resume.model)
-            self.optimizer.load_state_dict(resume.optimizer)
-            self.step, self.best_ap = resume.step, resume.best_ap
-            torch.set_rng_state(resume.rng)
-        self.record = RunRecord(output, keep_until=self.step)
-        self.steps_per_epoch = math.ceil(len(dataset) / config.train.batch_size)
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        if config.train.max_steps >= 0:
-            self.total_steps = min(self.total_steps, config.train.max_steps)
+            self._restore(resume)
+        if train.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if train.compile:
+            for part in (model.backbone, model.mfpn, model.head):
+                part.compile()
+        objective = Objective(model)
+        self.objective: nn.Module = objective
+        if ranks.world > 1:
+            places = [ranks.device] if ranks.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(objective, device_ids=places)
+        self.record = None
+        if ranks.first:
+            self.record = RunRecord(output, keep_until=self.step, tensorboard=train.tensorboard)
+        self.steps_per_epoch = math.ceil(len(dataset) / train.batch_size)
+        self.total_steps = train.epochs * self.steps_per_epoch
+        if train.max_steps >= 0:
+            self.total_steps = min(self.total_steps, train.max_steps)
 
     def train(self) -> None:
-        """Runs to the last step, evaluating after every `evaluate_every` epochs and at the end.
+        """Runs to the last step, or out of patience; evaluates every `evaluate_every` epochs.
 
         Raises:
-            TrainingError: when a loss is not finite.
+            TrainingError: when a loss is not finite, or memory does not suffice.
         """
         train = self.config.train
-        with Progress("training", self.total_steps, done=self.step) as progress:
-            while self.step < self.total_steps:
+        title = "training"
+        with Progress(title, self.total_steps, done=self.step, quiet=not self.ranks.first) as bar:
+            while self.step < self.total_steps and not self.out_of_patience:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
-                batches = epoch_batches(self.dataset, train.batch_size, train.seed, epoch)
-                todo = batches[done : done + self.total_steps - self.step]
                 self.model.train()
-                for batch in load_batches(self.dataset, todo, workers=self.config.data.workers):
-                    progress.advance(note=self.train_step(batch, epoch))
-                    if self.step % train.checkpoint_every == 0:
-                        self.save("checkpoint-last.pt")
+                for batches, seconds in self._batches(epoch, done):
+                    bar.advance(note=self.train_step(batches, epoch, seconds))
+                    if self.step % train.checkpoint_every == 0 and self.step % self.steps_per_epoch:
+                        self.save(LAST)
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
                     self.run_evaluation(epoch)
-        self.save("checkpoint-last.pt")
-        if not (self.output / "checkpoint-best.pt").exists():
-            self.save("checkpoint-best.pt")
+                # After the evaluation, so that a run killed during it evaluates when it goes on.
+                self.save(LAST)
+        if self.total_steps == 0:
+            self.save(LAST)
+        if not (self.output / BEST).exists():
+            self.save(BEST)
+        if self.record:
+            self._report()
+            self.record.close()
 
-    def train_step(self, batch: Batch, epoch: int) -> str:
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether mask AP has not improved for `train.patience` evaluations."""
+        return 0 < self.config.train.patience <= self.stale
+
+    def _batches(self, epoch: int, done: int) -> Iterator[tuple[list[Batch], float]]:
+        """This process's micro-batches of each optimiser step, and the seconds it waited for them."""
+        train, ranks = self.config.train, self.ranks
+        batches = epoch_batches(
+            self.dataset, train.batch_size, train.seed, epoch, ranks=ranks.world
+        )
+        steps = [
+            micro_batches(batch, train.micro_batch, ranks.rank, ranks.world)
+            for batch in batches[done : done + self.total_steps - self.step]
+        ]
+        flat = [micro for step in steps for micro in step]
+        loader = load_batches(self.dataset, flat, workers=self.config.data.workers)
+        for step in steps:
+            started = time.perf_counter()
+            loaded = list(islice(loader, len(step)))
+            yield loaded, time.perf_counter() - started
+
+    def train_step(self, batches: list[Batch], epoch: int, data_seconds: float) -> str:
         """One optimiser step; returns a note for the progress display."""
-        rate = learning_rate(self.config.train, self.step, self.steps_per_epoch, self.total_steps)
+        started = time.perf_counter()
+        train = self.config.train
+        rate = learning_rate(train, self.step, self.steps_per_epoch, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device = self.model.mean.device
-        losses = self.objective(
-            batch.images.to(device),
-            batch.image_sizes.to(device),
-            [target.to(device) for target in batch.targets],
-        )
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            parts = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
-            raise TrainingError(
-                f"the loss is not finite at step {self.step} ({parts}), images {batch.image_ids}; "
-                f"lower train.learning_rate or raise train.warmup_steps, then go on with --resume"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimizer.step()
+        losses = self._accumulate(batches)
+        total = sum(losses.values())
+        if not math.isfinite(total):
+            self._stop_at(batches, losses)
+        self.scaler.unscale_(self.optimizer)
+        if train.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update_parameters(self.model)
         self.step += 1
-        values = {name: loss.item() for name, loss in losses.items()}
-        self.record.add_losses(self.step, epoch, rate, values)
-        return f"loss {total.item():.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+        if self.record:
+            seconds = time.perf_counter() - started + data_seconds
+            self.record.add_losses(
+                self.step, epoch, rate, losses, seconds=seconds, data_seconds=data_seconds
+            )
+        return f"loss {total:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
+
+    def _accumulate(self, batches: list[Batch]) -> dict[str, float]:
+        """Gradients of one optimiser step; the losses are means over all of its images."""
+        device, precision = self.ranks.device, self.config.train.precision
+        images = sum(len(batch.targets) for batch in batches)
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        means: Tensor | float = 0.0
+        for i, batch in enumerate(batches):
+            # DDP exchanges gradients in the last backward pass only.
+            wait = isinstance(self.objective, DistributedDataParallel) and i < len(batches) - 1
+            with self.objective.no_sync() if wait else nullcontext():
+                try:
+                    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+                        losses = self.objective(
+                            batch.images.to(device, non_blocking=True),
+                            batch.image_sizes.to(device, non_blocking=True),
+                            [target.to(device) for target in batch.targets],
+                        )
+                    parts = torch.stack(list(losses.values())) * (len(batch.targets) / images)
+                    self.scaler.scale(parts.sum()).backward()
+                except torch.OutOfMemoryError as error:
+                    raise TrainingError(_out_of_memory(batch)) from error
+            means = means + parts.detach()
+        assert isinstance(means, Tensor)
+        return dict(zip(losses, mean_over_ranks(means).tolist(), strict=True))
+
+    def _stop_at(self, batches: list[Batch], losses: dict[str, float]) -> None:
+        """Ends a run whose loss is not finite, leaving what is needed to find out why."""
+        own = [image for batch in batches for image in batch.image_ids]
+        images = [image for part in gather(own) for image in part]
+        report = {"step": self.step, "losses": losses, "image_ids": images}
+        if self.ranks.first:
+            text = json.dumps(report, indent=2, default=str) + "\n"
+            (self.output / "non_finite.json").write_text(text)
+        parts = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+        raise TrainingError(
+            f"the loss is not finite at step {self.step} ({parts}), images {images or own}, kept in "
+            f"{self.output / 'non_finite.json'}; lower train.learning_rate, raise "
+            f"train.warmup_steps or set train.clip_norm, then go on with --resume"
+        )
 
     def run_evaluation(self, epoch: int) -> None:
         """Scores the model, records it, and keeps it when it is the best so far."""
         assert self.evaluate is not None
-        self.model.eval()
-        self.metrics = self.evaluate(self.model)
-        self.record.add_metrics(self.step, epoch, self.metrics)
-        ap = self.metrics.values["segm"]["AP"]
+        model = self.ema.module if self.ema else self.model
+        assert isinstance(model, CoMask)
+        model.eval()
+        self.validation = self.evaluate(model, self.step)
+        if self.record:
+            self.record.add_metrics(
+                self.step, epoch, self.validation.final, self.validation.first
+            )
+            self._report()
+        ap = self.validation.final.values["segm"]["AP"]
+        self.stale += 1
         if ap > self.best_ap:
-            self.best_ap = ap
-            self.save("checkpoint-best.pt")
+            self.best_ap, self.stale = ap, 0
+            self.save(BEST)
+
+    def _report(self) -> None:
+        draw_curves(self.output)
+        write_report(
+            self.output,
+            config=dataclasses.asdict(self.config),
+            categories=self.categories,
+            title=self.output.name,
+        )
 
     def save(self, name: str) -> None:
-        """Writes the present state as `name`."""
+        """Writes the present state as `name`; the first process does."""
+        if not self.ranks.first:
+            return
         save_checkpoint(
             self.output / name,
             Checkpoint(
                 config=self.config,
                 categories=self.categories,
                 model=self.model.state_dict(),
+                ema=self.ema.module.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
                 step=self.step,
                 best_ap=self.best_ap,
-                rng=torch.get_rng_state(),
+                stale=self.stale,
             ),
         )
+
+    def _restore(self, resume: Checkpoint) -> None:
+        load_weights(self.model, resume.model)
+        if self.ema:
+            assert isinstance(self.ema.module, CoMask)
+            load_weights(self.ema.module, resume.ema or resume.model)
+            self.ema.n_averaged.fill_(resume.step)
+        self.optimizer.load_state_dict(resume.optimizer)
+        if resume.scaler:
+            self.scaler.load_state_dict(resume.scaler)
+        self.step, self.best_ap, self.stale = resume.step, resume.best_ap, resume.stale
+
+
+def _out_of_memory(batch: Batch) -> str:
+    count, height, width = batch.images.shape[:3]
+    return (
+        f"out of GPU memory with {count} images of {width}x{height}: set train.micro_batch below "
+        f"{count} (as many images count for a step, in smaller parts), train.precision=bf16, or a "
+        f"smaller preprocess.max_side; then go on with --resume"
+    )

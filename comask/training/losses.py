@@ -1,7 +1,9 @@
-"""The losses of CoMask: RPN, classification, masks and dense boxes (docs/algorithm.md, table).
+"""The losses of CoMask: RPN and classification, with those of the head from `head_losses`.
 
-Every loss is a finite number with a gradient for all of its parameters, also for a batch without a
-single object, so that no rank of a distributed run waits for another.
+Each loss is a sum over items of the batch (anchors, RoIs, cells) over how many there are, counted on
+all processes together, so that several processes do what one does with all of their images. Each is
+a finite number with a gradient for all of its parameters, also for a batch without a single object,
+so that no process waits for another.
 
 Legend: B batch, R positive RoIs of the batch, K classes. Boxes are f32 `xyxy` in pixels.
 """
@@ -14,22 +16,16 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from comask.config import ModelConfig
-from comask.models.boxes import clip_boxes, encode_boxes, paired_iou
+from comask.models.boxes import encode_boxes
+from comask.models.classifier import DELTA_SCALE
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
-from comask.models.collaboration import (
-    CELLS,
-    MASK_SIZE,
-    average_box,
-    decode_cells,
-    select_class,
-)
-from comask.models.collaboration import (
-    POOL_SIZE as HEAD_POOL,
-)
 from comask.models.comask import CoMask
-from comask.models.roi_align import pool_rows
 from comask.models.rpn import LevelOutput, proposals_from_levels
-from comask.training.targets import Target, jitter, mask_targets, match, sample
+from comask.training.distributed import mean_over_ranks
+from comask.training.head_losses import Rois, Term, head_losses, pool_by_image
+from comask.training.targets import Target, match, sample
+
+Generators = list[torch.Generator]
 
 
 class Objective(nn.Module):
@@ -50,9 +46,10 @@ class Objective(nn.Module):
             targets: one an image.
         """
         model, config = self.model, self.model.config
+        generators = [target.generator() for target in targets]
         pyramid = model.pyramid(images, image_sizes)
         levels = model.rpn(pyramid)
-        objectness, anchor_box = rpn_losses(levels, targets, config)
+        objectness, anchor_box = rpn_losses(levels, targets, config, generators)
         with torch.no_grad():
             proposals, scores = proposals_from_levels(
                 levels,
@@ -62,165 +59,94 @@ class Objective(nn.Module):
                 nms_iou=config.rpn_nms_iou,
             )
         rois = [
-            assign_rois(boxes[score > 0], target, config)
-            for boxes, score, target in zip(proposals, scores, targets, strict=True)
+            assign_rois(boxes[score > 0], target, config, generator)
+            for boxes, score, target, generator in zip(
+                proposals, scores, targets, generators, strict=True
+            )
         ]
-        mask, box = head_losses(model, pyramid, image_sizes, rois, targets)
+        classes, regressed = classification_losses(model, pyramid, rois, targets)
+        mask, box = head_losses(model, pyramid, image_sizes, rois, targets, generators)
+        terms = {
+            "rpn_objectness": objectness,
+            "rpn_box": anchor_box,
+            "class": classes,
+            "mask": mask,
+            "box": regressed or box,
+        }
+        counts = mean_over_ranks(torch.stack([term.count for term in terms.values()]))
         return {
-            "rpn_objectness": objectness * config.rpn_objectness_weight,
-            "rpn_box": anchor_box * config.rpn_box_weight,
-            "class": classification_loss(model, pyramid, rois, targets) * config.class_weight,
-            "mask": mask * config.mask_weight,
-            "box": box * config.box_weight,
+            name: getattr(config, f"{name}_weight") * term.total / count
+            for (name, term), count in zip(terms.items(), counts.clamp(min=1.0), strict=True)
         }
 
 
 def rpn_losses(
-    levels: list[LevelOutput], targets: list[Target], config: ModelConfig
-) -> tuple[Tensor, Tensor]:
+    levels: list[LevelOutput], targets: list[Target], config: ModelConfig, generators: Generators
+) -> tuple[Term, Term]:
     """Binary cross-entropy of sampled anchors, and smooth-L1 (β = 1/9) of the positive ones' deltas.
 
-    Both are divided by the number of sampled anchors, as in Faster R-CNN.
+    Both count the sampled anchors, as in Faster R-CNN.
     """
     logits = torch.cat([level.logits for level in levels], dim=1)
     deltas = torch.cat([level.deltas for level in levels], dim=1)
     anchors = torch.cat([level.anchors for level in levels])
     wanted_logits, wanted, sampled_deltas, wanted_deltas = [], [], [], []
-    for i, target in enumerate(targets):
+    for i, (target, generator) in enumerate(zip(targets, generators, strict=True)):
         matches = match(
             box_iou(target.boxes, anchors),
             config.rpn_positive_iou,
             config.rpn_negative_iou,
             keep_best=True,
         )
-        positive, negative = sample(matches, config.rpn_samples, config.rpn_positive_fraction)
+        positive, negative = sample(
+            matches, config.rpn_samples, config.rpn_positive_fraction, generator
+        )
         wanted_logits.append(logits[i, torch.cat((positive, negative))])
         wanted += [logits.new_ones(len(positive)), logits.new_zeros(len(negative))]
         sampled_deltas.append(deltas[i, positive])
         wanted_deltas.append(encode_boxes(target.boxes[matches[positive]], anchors[positive]))
     chosen = torch.cat(wanted_logits)
-    objectness = F.binary_cross_entropy_with_logits(chosen, torch.cat(wanted))
+    objectness = F.binary_cross_entropy_with_logits(chosen, torch.cat(wanted), reduction="sum")
     box = F.smooth_l1_loss(
         torch.cat(sampled_deltas), torch.cat(wanted_deltas), beta=1 / 9, reduction="sum"
     )
-    return objectness, box / max(len(chosen), 1)
+    count = logits.new_tensor(float(len(chosen)))
+    return Term(objectness, count), Term(box, count)
 
 
 def assign_rois(
-    proposals: Tensor, target: Target, config: ModelConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The RoIs of one image that train both branches: sampled proposals and the objects themselves.
-
-    Returns:
-        positive RoIs [P, 4], their objects [P] i64 (index into the target), negative RoIs [Q, 4].
-    """
+    proposals: Tensor, target: Target, config: ModelConfig, generator: torch.Generator | None = None
+) -> Rois:
+    """The RoIs of one image that train both branches: sampled proposals and the objects themselves."""
     candidates = torch.cat((proposals, target.boxes))
     iou = box_iou(target.boxes, candidates)
     matches = match(iou, config.roi_positive_iou, config.roi_positive_iou, keep_best=False)
-    positive, negative = sample(matches, config.roi_samples, config.roi_positive_fraction)
-    return candidates[positive], matches[positive], candidates[negative]
+    positive, negative = sample(matches, config.roi_samples, config.roi_positive_fraction, generator)
+    return Rois(candidates[positive], matches[positive], candidates[negative])
 
 
-def classification_loss(
-    model: CoMask,
-    pyramid: list[Tensor],
-    rois: list[tuple[Tensor, Tensor, Tensor]],
-    targets: list[Target],
-) -> Tensor:
-    """Cross-entropy over K classes and background, mean over all sampled RoIs."""
-    boxes, classes = [], []
+def classification_losses(
+    model: CoMask, pyramid: list[Tensor], rois: list[Rois], targets: list[Target]
+) -> tuple[Term, Term | None]:
+    """Cross-entropy over K classes and background; with `fc_reg` also smooth-L1 of the positives.
+
+    The regression is Fast R-CNN's (β = 1/9, class-agnostic); both count all sampled RoIs.
+    """
+    boxes, classes, wanted = [], [], []
     for (positive, objects, negative), target in zip(rois, targets, strict=True):
         boxes.append(torch.cat((positive, negative)))
-        background = objects.new_zeros(len(negative))
+        background = target.labels.new_zeros(len(negative))
         classes.append(torch.cat((target.labels[objects] + 1, background)))
-    logits: Tensor = model.classifier(_pool(model, pyramid, boxes, CLASSIFIER_POOL))
-    if len(logits) == 0:
-        return logits.sum()
-    loss: Tensor = F.cross_entropy(logits.float(), torch.cat(classes))
-    return loss
-
-
-def head_losses(
-    model: CoMask,
-    pyramid: list[Tensor],
-    image_sizes: Tensor,
-    rois: list[tuple[Tensor, Tensor, Tensor]],
-    targets: list[Target],
-) -> tuple[Tensor, Tensor]:
-    """Mask loss and dense box loss of the collaborative head, on jittered positive RoIs.
-
-    Returns:
-        binary cross-entropy of the object's class mask, mean over R·28·28; and -log IoU of each
-        foreground cell's box with its object, mean over those cells.
-    """
-    config = model.config
-    chosen = _subset([len(positive) for positive, _, _ in rois], config.head_rois)
-    boxes, labels, objects, masks = [], [], [], []
-    for (positive, matched, _), keep, size, target in zip(
-        rois, chosen, image_sizes.tolist(), targets, strict=True
-    ):
-        keep = keep.to(positive.device)
-        box, match_of = jitter(positive[keep], config.roi_jitter, *size), matched[keep]
-        boxes.append(box)
-        labels.append(target.labels[match_of])
-        objects.append(target.boxes[match_of])
-        masks.append(mask_targets(target, box, match_of, MASK_SIZE))
-    label, truth, mask_target = torch.cat(labels), torch.cat(objects), torch.cat(masks)
-
-    mask_logits, offsets = model.head(_pool(model, pyramid, boxes, HEAD_POOL))
-    if len(label) == 0:
-        return mask_logits.sum(), offsets.sum()
-    mask_logits = select_class(mask_logits, label).float()
-    mask_loss = F.binary_cross_entropy_with_logits(mask_logits, mask_target)
-
-    flat = torch.cat(boxes)
-    cell_boxes = decode_cells(offsets, flat)
-    pooled = F.avg_pool2d(mask_target[:, None], MASK_SIZE // CELLS)[:, 0]
-    box_loss = dense_box_loss(cell_boxes, truth, (pooled > 0.5).float())
-    if config.train_refined_masks:
-        with torch.no_grad():
-            weights = model.weigh_cells(mask_logits)
-            moved = average_box(cell_boxes, weights, flat).split([len(b) for b in boxes])
-            refined = [
-                clip_boxes(b[None], size[None])[0]
-                for b, size in zip(moved, image_sizes, strict=True)
-            ]
-        matches = [m[k.to(m.device)] for (_, m, _), k in zip(rois, chosen, strict=True)]
-        fine_target = torch.cat(
-            [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, matches, strict=True)]
-        )
-        fine, _ = model.head(_pool(model, pyramid, refined, HEAD_POOL))
-        fine = select_class(fine, label).float()
-        mask_loss = mask_loss + F.binary_cross_entropy_with_logits(fine, fine_target)
-    return mask_loss, box_loss
-
-
-def dense_box_loss(cell_boxes: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-    """Σ w·(-log IoU) / Σ w over the cells of all RoIs (UnitBox, with D2Det's floor).
-
-    An IoU of at most 0.1 counts 0.1 more, which bounds the loss and keeps its gradient.
-
-    Args:
-        cell_boxes: [R, 7, 7, 4].
-        truth: [R, 4], each RoI's object.
-        weights: [R, 7, 7] ≥ 0; upstream code lost them in a broadcast, here they count.
-    """
-    iou = paired_iou(cell_boxes, truth[:, None, None].expand_as(cell_boxes))
-    iou = torch.where(iou <= 0.1, iou + 0.1, iou)
-    loss: Tensor = (-torch.log(iou) * weights).sum() / weights.sum().clamp(min=1.0)
-    return loss
-
-
-def _subset(counts: list[int], limit: int) -> list[Tensor]:
-    """For each image, which of its positives train the head: `limit` of the batch, at random."""
-    keep = torch.randperm(sum(counts))[:limit]
-    flags = torch.zeros(sum(counts), dtype=torch.bool)
-    flags[keep] = True
-    return list(flags.split(counts))
-
-
-def _pool(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-    """RoIs by image, of differing number → features [ΣR, C, size, size] in the same order."""
-    rows = torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
-    config = model.config
-    return pool_rows(pyramid, rows, size, config.roi_sampling_ratio, config.roi_canonical_size)
+        wanted.append(encode_boxes(target.boxes[objects], positive))
+    pooled = pool_by_image(model, pyramid, boxes, CLASSIFIER_POOL)
+    logits, deltas = model.classifier(pooled)
+    truth = torch.cat(classes)
+    count = logits.new_tensor(float(len(truth)), dtype=torch.float32)
+    loss = F.cross_entropy(logits.float(), truth, reduction="sum")
+    if deltas is None:
+        return Term(loss, count), None
+    scale = deltas.new_tensor(DELTA_SCALE)
+    regression = F.smooth_l1_loss(
+        deltas[truth > 0] / scale, torch.cat(wanted) / scale, beta=1 / 9, reduction="sum"
+    )
+    return Term(loss, count), Term(regression, count)

@@ -1,11 +1,12 @@
-"""Optimiser and learning rate schedule (section 4.1 of the paper; docs/algorithm.md, recipe)."""
+"""Optimiser, learning rate and averaged weights (section 4.1; docs/algorithm.md, recipe)."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from comask.config import TrainConfig
 
@@ -40,3 +41,24 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_st
     if step < config.warmup_steps:
         rate *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
     return rate
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of weights and buffers; None for a decay of 0.
+
+    After n steps the decay is at most (1 + n) / (10 + n), so that an early average is no memory of
+    the random start (as TensorFlow's ExponentialMovingAverage has it).
+    """
+    if not decay:
+        return None
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        if torch.is_floating_point(averages[0]):
+            torch._foreach_lerp_(averages, values, 1 - now)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()

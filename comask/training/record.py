@@ -1,12 +1,47 @@
-"""What a run writes about itself: `metrics.csv`, `eval.csv` and their curves."""
+"""What a run writes about itself: `metrics.csv`, `eval.csv` and `per_class.csv`.
+
+The process may be killed at any moment. Rows are appended, and one that was torn by that is dropped
+on reading; whatever is not appended is replaced as a whole.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
+import os
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS, CocoMetrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+STAGES = ("final", "first")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One evaluation as `eval.csv` holds it.
+
+    Attributes:
+        step: optimiser steps done before it.
+        epoch: the running one, from 0.
+        values: `values[stage][task][metric]`, as in `CocoMetrics`; stages are `final` (refined boxes,
+            fine masks) and `first` (unrefined boxes, coarse masks).
+    """
+
+    step: int
+    epoch: int
+    values: dict[str, dict[str, dict[str, float]]]
+
+    def points(self, stage: str, task: str, metric: str = "AP") -> float:
+        """A metric in points (0..100); NaN where the data holds no such objects."""
+        value = self.values[stage][task][metric]
+        return 100 * value if value >= 0 else float("nan")
 
 
 class RunRecord:
@@ -15,102 +50,170 @@ class RunRecord:
     Args:
         folder: of the run.
         keep_until: rows of later steps are dropped: a resumed run writes them again.
+        tensorboard: write the same numbers to `folder/tensorboard` for TensorBoard, too.
+
+    Raises:
+        ConfigError: when TensorBoard is asked for, but not installed.
     """
 
-    def __init__(self, folder: Path, *, keep_until: int) -> None:
+    def __init__(self, folder: Path, *, keep_until: int, tensorboard: bool = False) -> None:
         self._metrics = folder / "metrics.csv"
         self._eval = folder / "eval.csv"
-        for path in (self._metrics, self._eval):
-            rows = read_rows(path)
-            path.unlink(missing_ok=True)
-            for row in rows:
-                if int(row["step"]) <= keep_until:
-                    _append(path, row)
+        self._per_class = folder / "per_class.csv"
+        self._board: SummaryWriter | None = None
+        if tensorboard:
+            self._board = _board(folder / "tensorboard", keep_until)
+        for path in (self._metrics, self._eval, self._per_class):
+            _replace(path, [row for row in read_rows(path) if int(row["step"]) <= keep_until])
 
-    def add_losses(self, step: int, epoch: int, rate: float, losses: dict[str, float]) -> None:
-        """One row of `metrics.csv`: the losses of optimiser step `step` (from 1), full precision."""
+    def add_losses(
+        self,
+        step: int,
+        epoch: int,
+        rate: float,
+        losses: dict[str, float],
+        *,
+        seconds: float = 0.0,
+        data_seconds: float = 0.0,
+    ) -> None:
+        """One row of `metrics.csv`, in full precision.
+
+        Args:
+            step: the optimiser step, from 1.
+            epoch: from 0.
+            rate: learning rate.
+            losses: by name, already weighted: their sum is the loss.
+            seconds: what the step took; 0 where not measured.
+            data_seconds: of those, waiting for data.
+
+        Raises:
+            TrainingError: when the file has other columns.
+        """
         row = {"step": step, "epoch": epoch, "split": "train", "lr": rate}
-        row |= {"loss": sum(losses.values())}
-        row |= {f"loss_{name}": value for name, value in losses.items()}
-        _append(self._metrics, row)
+        numbers = {"loss": sum(losses.values())}
+        numbers |= {f"loss_{name}": value for name, value in losses.items()}
+        row |= numbers | {"seconds": seconds, "data_seconds": data_seconds}
+        _append(self._metrics, [row])
+        self._show("train", {"lr": rate} | numbers, step)
 
-    def add_metrics(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
-        """One row a task of `eval.csv`: COCO's twelve numbers after `step` steps."""
-        for task in TASKS:
-            row: dict[str, Any] = {"step": step, "epoch": epoch, "task": task}
-            _append(self._eval, row | {name: metrics.values[task][name] for name in METRICS})
+    def add_metrics(self, step: int, epoch: int, final: CocoMetrics, first: CocoMetrics) -> None:
+        """One row a stage and task of `eval.csv`; `per_class.csv` anew.
+
+        Args:
+            step: optimiser steps done.
+            epoch: from 0.
+            final: of refined boxes and fine masks.
+            first: of unrefined boxes and coarse masks.
+
+        Raises:
+            TrainingError: when the file has other columns.
+        """
+        rows: list[dict[str, Any]] = []
+        precision = {}
+        for stage, metrics in zip(STAGES, (final, first), strict=True):
+            for task in TASKS:
+                row = {"step": step, "epoch": epoch, "stage": stage, "task": task}
+                values = metrics.values[task]
+                rows.append(row | {name: values[name] for name in METRICS})
+                if values["AP"] >= 0:  # -1 says that there is none
+                    precision[f"{task}_AP_{stage}"] = values["AP"]
+        _append(self._eval, rows)
+        classes = [
+            {"step": step, "task": task, "class": name, "AP": ap}
+            for task in TASKS
+            for name, ap in final.per_class[task].items()
+        ]
+        _replace(self._per_class, classes)
+        self._show("validation", precision, step)
+
+    def close(self) -> None:
+        """Ends the record; nothing may be added after it."""
+        if self._board:
+            self._board.close()
+
+    def _show(self, group: str, numbers: dict[str, float], step: int) -> None:
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header; none where there is no file."""
-    if not path.exists():
+    """The rows of a CSV file with a header, up to the first torn one; none where there is no file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    whole = content[: content.rfind(b"\n") + 1].decode()
+    lines = csv.reader(io.StringIO(whole, newline=""))
+    header = next(lines, [])
+    rows = takewhile(lambda row: len(row) == len(header), lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """The evaluations of the run in `folder`, in their order, without one that was torn."""
+    evaluations: dict[int, Evaluation] = {}
+    for row in read_rows(folder / "eval.csv"):
+        step = int(row["step"])
+        empty: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in STAGES}
+        new = Evaluation(step=step, epoch=int(row["epoch"]), values=empty)
+        values = evaluations.setdefault(step, new).values
+        values[row["stage"]][row["task"]] = {name: float(row[name]) for name in METRICS}
+    return [e for e in evaluations.values() if all(len(e.values[s]) == len(TASKS) for s in STAGES)]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes `path` whole or not at all: a killed process leaves the previous file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows in one write, so that hardly a moment is left in which a kill could tear them."""
     new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    if not new:
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(rows[0]):  # of another version: the reader would drop what we add
+            raise TrainingError(
+                f"{path}: has the columns {', '.join(header)}, expected {', '.join(rows[0])}; "
+                f"move it away, then go on with --resume"
+            )
+    with path.open("ab") as file:
+        file.write(_csv(rows, header=new))
 
 
-def draw_curves(folder: Path) -> list[Path]:
-    """`losses.png` and `ap.png` from the tables of a run; a table without rows gives no picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    written = []
-    losses, evaluations = read_rows(folder / "metrics.csv"), read_rows(folder / "eval.csv")
-    if losses:
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        steps = [int(row["step"]) for row in losses]
-        window = max(1, len(steps) // 50)
-        for name in [key for key in losses[0] if key.startswith("loss")]:
-            values = _smoothed([float(row[name]) for row in losses], window)
-            axes.plot(steps, values, label=name, linewidth=2.5 if name == "loss" else 1.2)
-        axes.set(
-            xlabel="step",
-            ylabel=f"loss, mean of {window} steps",
-            title="training losses",
-            yscale="log",
-        )
-        axes.grid(alpha=0.3)
-        rate_axes = axes.twinx()
-        rate_axes.plot(steps, [float(row["lr"]) for row in losses], color="gray", linestyle=":")
-        rate_axes.set_ylabel("learning rate (dotted)")
-        axes.legend(fontsize=8, ncols=2)
-        written.append(folder / "losses.png")
-        figure.savefig(written[-1], dpi=120)
-        plt.close(figure)
-    if evaluations:
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for task, style in zip(TASKS, ("--", "-"), strict=True):
-            rows = [row for row in evaluations if row["task"] == task]
-            for name in ("AP", "AP50", "AP75"):
-                axes.plot(
-                    [int(row["step"]) for row in rows],
-                    [100 * float(row[name]) for row in rows],
-                    style,
-                    marker="o",
-                    label=f"{task} {name}",
-                )
-        axes.set(xlabel="step", ylabel="AP points", title="validation", ylim=(0, 100))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        written.append(folder / "ap.png")
-        figure.savefig(written[-1], dpi=120)
-        plt.close(figure)
-    return written
+def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Makes `rows` the whole table; without rows there is no file."""
+    if rows:
+        write_whole(path, _csv(rows, header=True))
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _smoothed(values: list[float], window: int) -> list[float]:
-    """The mean of each value and up to window - 1 before it."""
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))
-    ]
+def _csv(rows: list[dict[str, Any]], *, header: bool) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _board(folder: Path, keep_until: int) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "train.tensorboard=true: the package tensorboard is not installed; "
+            "pip install tensorboard, or leave the setting out"
+        ) from error
+    # The first step to be hidden; the last one kept is still shown, as in the tables.
+    return SummaryWriter(str(folder), purge_step=keep_until + 1)

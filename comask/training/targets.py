@@ -24,12 +24,14 @@ class Target:
         labels: [G] i64 from 0.
         masks: [G, h, w] u8 bitmaps of the *original* image (0 or 1).
         mask_scale: [4] f32; boxes × mask_scale are in pixels of `masks`.
+        seed: of everything random about this image in this step.
     """
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor
     mask_scale: Tensor
+    seed: int = 0
 
     def to(self, device: torch.device) -> Target:
         """The same on `device`."""
@@ -38,7 +40,12 @@ class Target:
             labels=self.labels.to(device),
             masks=self.masks.to(device),
             mask_scale=self.mask_scale.to(device),
+            seed=self.seed,
         )
+
+    def generator(self) -> torch.Generator:
+        """What draws this image's samples: the same whatever batch or process it is in."""
+        return torch.Generator(self.boxes.device).manual_seed(self.seed)
 
 
 def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> Tensor:
@@ -66,7 +73,12 @@ def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> 
     return matches
 
 
-def sample(matches: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+def sample(
+    matches: Tensor,
+    count: int,
+    positive_fraction: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """At most `count` random candidates, at most that fraction of them positive.
 
     Returns:
@@ -75,20 +87,32 @@ def sample(matches: Tensor, count: int, positive_fraction: float) -> tuple[Tenso
     positives, negatives = torch.where(matches >= 0)[0], torch.where(matches == BACKGROUND)[0]
     num_positive = min(len(positives), int(count * positive_fraction))
     num_negative = min(len(negatives), count - num_positive)
-    return _random(positives, num_positive), _random(negatives, num_negative)
+    return (
+        choose(positives, num_positive, generator),
+        choose(negatives, num_negative, generator),
+    )
 
 
-def _random(items: Tensor, count: int) -> Tensor:
-    return items[torch.randperm(len(items), device=items.device)[:count]]
+def choose(items: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` of `items` at random, or all when there are fewer."""
+    order = torch.randperm(len(items), device=items.device, generator=generator)
+    return items[order[:count]]
 
 
-def jitter(boxes: Tensor, amount: float, height: int, width: int) -> Tensor:
+def jitter(
+    boxes: Tensor,
+    amount: float,
+    height: int,
+    width: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Boxes [N, 4] with centre and size moved by up to ±`amount` of their size, then clipped.
 
     Imitates the refined boxes that the head meets in its second pass (Grid R-CNN, section 3.2).
     """
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    noise = (torch.rand_like(boxes) * 2 - 1) * amount  # of centre x, y and of width, height
+    unit = torch.rand(boxes.shape, device=boxes.device, generator=generator)
+    noise = (unit * 2 - 1) * amount  # of centre x, y and of width, height
     shift, growth = noise[:, :2].repeat(1, 2), noise[:, 2:]
     moved = boxes + shift * size + torch.cat((-growth, growth), dim=1) * size / 2
     limits = boxes.new_tensor([width, height, width, height])

@@ -1,0 +1,127 @@
+"""One training of `shapes-tiny`'s schedule and its score on 200 unseen images: the unit of comparisons.
+
+Rows are kept in a JSON-lines file, so that a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comask.runtime.predictor import Predictor
+from comask.runtime.torch_session import torch_stages
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from comask.config import Config
+from comask.data.shapes import ShapesSource
+from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
+from comask.evaluate import evaluate
+from comask.models.comask import CoMask
+from comask.progress import Progress
+from comask.structures import Detections
+from comask.training.losses import Objective
+from comask.training.optim import build_optimizer, learning_rate
+
+TEST_SEED, TEST_IMAGES = 4_000_000, 200
+Row = dict[str, Any]
+
+
+def remembered(path: Path, key: Row, measure: Callable[[], Row]) -> Row:
+    """The row of `path` that has `key`, or a new one that is measured and kept."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for row in rows:
+        if row.items() >= key.items():
+            return row
+    row = key | measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def _train(
+    module: nn.Module,
+    losses: Callable[[Batch], dict[str, Tensor]],
+    config: Config,
+    dataset: TrainingSet,
+    title: str,
+) -> tuple[float, int]:
+    """The preset's epochs; returns seconds and the FLOPs of one forward step."""
+    module.train()
+    optimizer = build_optimizer(module, config.train)
+    size, seed = config.train.batch_size, config.train.seed
+    epochs = range(config.train.epochs)
+    batches = [batch for epoch in epochs for batch in epoch_batches(dataset, size, seed, epoch)]
+    per_epoch = len(batches) // len(epochs)
+    with FlopCounterMode(display=False) as counter:
+        losses(next(iter(load_batches(dataset, batches[:1], workers=0))))
+    torch.manual_seed(config.train.seed)
+    started = time.perf_counter()
+    with Progress(title, len(batches)) as progress:
+        for step, batch in enumerate(load_batches(dataset, batches, workers=0)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.train, step, per_epoch, len(batches))
+            total = torch.stack(list(losses(batch).values())).sum()
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            progress.advance(note=f"loss {total.item():.3f}")
+    return time.perf_counter() - started, counter.get_total_flops()
+
+
+def train_and_score(
+    name: str,
+    module: nn.Module,
+    losses: Callable[[Batch], dict[str, Tensor]],
+    predict: Callable[[np.ndarray], Detections],
+    config: Config,
+) -> Row:
+    """Trains and scores one model."""
+    images = config.data.shapes_train
+    dataset = TrainingSet(
+        ShapesSource(num_images=images, seed=config.train.seed),
+        list(range(images)),
+        config.preprocess,
+        flip_probability=config.data.flip_probability,
+        seed=config.train.seed,
+    )
+    title = f"{name}, lr {config.train.learning_rate:g}, seed {config.train.seed}"
+    seconds, flops = _train(module, losses, config, dataset, title)
+    module.eval()
+    test = ShapesSource(num_images=TEST_IMAGES, seed=TEST_SEED)
+    indices = list(range(TEST_IMAGES))
+    metrics = evaluate(test, indices, (predict(test.image(i)) for i in indices))
+    return {
+        "mask_ap": metrics.values["segm"]["AP"],
+        "box_ap": metrics.values["bbox"]["AP"],
+        "train_seconds": seconds,
+        "gflop_per_image": flops / config.train.batch_size / 1e9,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "images": images * config.train.epochs,
+    }
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The same training with another seed: other weights, images and samples."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def comask(config: Config, name: str = "CoMask") -> Row:
+    """CoMask with this configuration."""
+    torch.manual_seed(config.train.seed)
+    model = CoMask(config.model, config.preprocess)
+    objective = Objective(model)
+    return train_and_score(
+        name,
+        objective,
+        lambda batch: objective(batch.images, batch.image_sizes, batch.targets),
+        Predictor(torch_stages(model), config.preprocess),
+        config,
+    )

@@ -1,0 +1,78 @@
+"""From what `--data` says to a data set, checked where it comes from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from comask.config import DataConfig
+from comask.data.check import Problem, sound_part
+from comask.data.coco import coco_source
+from comask.data.source import InstanceSource
+from comask.errors import DataError
+
+SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
+
+
+def open_source(data: str, split: str, *, shapes_images: int, shapes_seed: int) -> InstanceSource:
+    """The data set that `--data` names: a folder, or `shapes` made on the fly.
+
+    Raises:
+        DataError: when the folder holds no data set.
+    """
+    if _is_shapes(data):
+        from comask.data.shapes import ShapesSource
+
+        return ShapesSource(num_images=shapes_images, seed=shapes_seed)
+    return coco_source(Path(data), split)
+
+
+def training_sources(
+    config: DataConfig, data: str, val: str | None, seed: int
+) -> tuple[InstanceSource, list[int], InstanceSource, list[int], list[Problem]]:
+    """The sound part of the training and of the validation data, and what was wrong with the rest.
+
+    Args:
+        config: sizes of `shapes`, and the share that is set aside without `val`.
+        data: as `--data` has it.
+        val: as `--val` has it; a seeded share of `data` without it, or other images with `shapes`.
+        seed: of that share and of the shapes.
+
+    Returns:
+        the training source with indices into it, the validation source with indices, problems.
+
+    Raises:
+        DataError: when a folder holds no data set, the two differ in categories, or there are too few
+            images to set some aside.
+    """
+    source, problems = _checked(data, "train", config.shapes_train, seed)
+    everything = list(range(len(source)))
+    if val is not None or _is_shapes(data):
+        val_source, more = _checked(val or data, "val", config.shapes_val, SHAPES_VAL_SEED)
+        if val_source.categories != source.categories:
+            raise DataError(f"--val {val}: its categories differ from those of --data {data}")
+        if val != data:
+            problems += more
+        return source, everything, val_source, list(range(len(val_source))), problems
+    count = max(1, round(len(source) * config.val_fraction))
+    if count >= len(everything):
+        raise DataError(
+            f"--data {data}: too few images ({len(everything)}) to set {count} aside for "
+            f"validation; name some by --val"
+        )
+    order = np.random.default_rng(seed).permutation(everything).tolist()
+    return source, sorted(order[count:]), source, sorted(order[:count]), problems
+
+
+def _checked(
+    data: str, split: str, shapes_images: int, shapes_seed: int
+) -> tuple[InstanceSource, list[Problem]]:
+    source = open_source(data, split, shapes_images=shapes_images, shapes_seed=shapes_seed)
+    if _is_shapes(data):  # sound by construction, and rendered when asked for
+        return source, []
+    return sound_part(source)
+
+
+def _is_shapes(data: str) -> bool:
+    return data == "shapes" and not Path(data).exists()

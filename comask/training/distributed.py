@@ -1,0 +1,99 @@
+"""One training process or several, as torchrun starts them: gloo on CPUs, NCCL on GPUs.
+
+In a single process every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from comask.errors import TrainingError
+
+T = TypeVar("T")
+# Other ranks wait while the first one scores a large validation set.
+PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among its kind.
+
+    Attributes:
+        rank: of this process, from 0.
+        world: how many there are.
+        device: of this process.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """Joins the group that torchrun's environment variables describe; alone without them.
+
+    Raises:
+        TrainingError: when there are more processes on this machine than GPUs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                f"give torchrun --nproc-per-node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Ranks(rank=0, world=1, device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(rank=dist.get_rank(), world=world, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes, without a gradient."""
+    if not dist.is_initialized():
+        return values.detach()
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def gather(value: T) -> list[T]:
+    """Every process's `value`, by rank, on the first process; nothing on the others."""
+    if not dist.is_initialized():
+        return [value]
+    first = dist.get_rank() == 0
+    values: list[T | None] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(value, values)
+    return values or []  # type: ignore[return-value]  # all are filled now
+
+
+def share_from_first(value: T) -> T:
+    """The first process's `value`, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

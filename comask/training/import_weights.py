@@ -1,0 +1,205 @@
+"""Starting from weights: what of a file fits is copied into the model, and a report says what did.
+
+See `comask.training.weight_files` for the files that are understood.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from comask.data.source import Category
+from comask.errors import CheckpointError
+from comask.models.comask import CoMask
+from comask.training.weight_files import WeightFile, nothing_fits, read_hub, read_weights
+
+CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is background
+# Layers whose numbers mean something else under another value of a setting.
+SETTINGS = {
+    "rpn.objectness.": "anchor_ratios",
+    "rpn.deltas.": "anchor_ratios",
+    "head.offset": "offset_activation",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReport:
+    """What became of a file's values and of the model's; BatchNorm's step counters do not count.
+
+    Attributes:
+        layout: of the file.
+        taken: the model's names that were filled, if only with the rows of some classes.
+        left: the file's names that were not used, followed by `: reason` where their place exists.
+        random: the model's names that were not touched.
+        class_rows: classes whose rows came from the file.
+        new_classes: classes of the model whose rows stay random, where others came from the file.
+        lost_classes: classes of the file that the model does not have.
+    """
+
+    layout: str
+    taken: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+    class_rows: tuple[str, ...] = ()
+    new_classes: tuple[str, ...] = ()
+    lost_classes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """A few lines for a reader, values counted by module."""
+        took = f": took {_grouped(self.taken)}" if self.taken else ""
+        lines = [f"weights: {self.layout}{took}"]
+        if any(name.startswith(CLASS_LAYERS) for name in self.taken):
+            lines.append(f"class rows from the file: {_listed(('background', *self.class_rows))}")
+            if self.new_classes:
+                lines.append(f"class rows that stay random: {_listed(self.new_classes)}")
+            if self.lost_classes:
+                lines.append(f"classes of the file alone: {_listed(self.lost_classes)}")
+        if self.left:
+            lines.append(f"left in the file: {_grouped(self.left)}")
+        if self.random:
+            lines.append(f"stay random: {_grouped(self.random)}")
+        return lines
+
+
+def import_weights(model: CoMask, source: str, categories: tuple[Category, ...]) -> WeightReport:
+    """Fills what it can of `model`; on an error the model is as it was.
+
+    A file that has a backbone must fill the model's completely, but for BatchNorm where the model has
+    GroupNorm. A comask checkpoint also gives the rows of classes of the same name in the layers that
+    have a row or channel a class; other layouts order classes otherwise and give none.
+
+    Args:
+        model: to fill.
+        source: `none`, `imagenet` (torchvision's weights of the backbone, downloaded once), or the path
+            of a file: PyTorch's or safetensors.
+        categories: the model's classes in label order.
+
+    Raises:
+        CheckpointError: when the weights cannot be had or read, or do not fit.
+    """
+    targets = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    if source == "none":
+        return WeightReport(layout="none", random=tuple(targets))
+    try:
+        hub = source == "imagenet"
+        file = read_hub(model.config.backbone) if hub else read_weights(Path(source))
+        values, report = _fit(model, targets, file, categories)
+    except CheckpointError as error:
+        raise CheckpointError(f"train.weights={source}: {error}") from error
+    for name, value in values.items():
+        targets[name].copy_(value)  # a state dict shares the model's memory
+    return report
+
+
+def _fit(
+    model: CoMask, targets: dict[str, Tensor], file: WeightFile, categories: tuple[Category, ...]
+) -> tuple[dict[str, Tensor], WeightReport]:
+    """The values for the model by its names, and the report on them."""
+    their_row = {category.name: row for row, category in enumerate(file.categories, 1)}
+    rows = [(0, 0)]  # (the model's, the file's)
+    rows += [(i, their_row[c.name]) for i, c in enumerate(categories, 1) if c.name in their_row]
+    values: dict[str, Tensor] = {}
+    left = dict(file.left)
+    reasons = {name: _misfit(model, targets, file, name) for name in file.values}
+    unfit = {_layer(name) for name, reason in reasons.items() if reason is not None}
+    for name, value in file.values.items():
+        reason = reasons[name]
+        if reason is None and _layer(name) in unfit:
+            reason = "the rest of its layer does not fit"  # a bias is nothing without its weight
+        if reason is not None:
+            left[file.names[name]] = reason
+        elif name.startswith(CLASS_LAYERS):
+            values[name] = targets[name].clone()
+            for row, theirs in rows:
+                values[name][row] = value[theirs]
+        else:
+            values[name] = value
+    _require_backbone(model, targets, file, values)
+    if not values:
+        raise nothing_fits(dict.fromkeys((*file.names.values(), *file.left)))
+
+    by_class = any(name.startswith(CLASS_LAYERS) for name in values)
+    ours = [category.name for category in categories] if by_class else []
+    return values, WeightReport(
+        layout=file.layout,
+        taken=tuple(values),
+        left=tuple(f"{name}: {reason}" if reason else name for name, reason in left.items()),
+        random=tuple(name for name in targets if name not in values),
+        class_rows=tuple(name for name in ours if name in their_row),
+        new_classes=tuple(name for name in ours if name not in their_row),
+        lost_classes=tuple(name for name in their_row if by_class and name not in ours),
+    )
+
+
+def _misfit(model: CoMask, targets: dict[str, Tensor], file: WeightFile, name: str) -> str | None:
+    """Why the file's value of `name` is not for the model; None when it is."""
+    if _loses_batch_norm(targets, file, name):
+        return "BatchNorm"
+    if name not in targets:
+        return ""
+    for start, setting in SETTINGS.items():
+        wanted = getattr(model.config, setting)
+        if name.startswith(start) and file.settings.get(setting, wanted) != wanted:
+            return f"another model.{setting}"
+    shape, ours = list(file.values[name].shape), list(targets[name].shape)
+    expected = ours
+    if name.startswith(CLASS_LAYERS):
+        if not file.categories:
+            return "class names unknown"
+        expected = [len(file.categories) + 1, *ours[1:]]
+    return None if shape == expected else f"another shape, {shape} where the model has {ours}"
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _loses_batch_norm(targets: dict[str, Tensor], file: WeightFile, name: str) -> bool:
+    """Whether `name` is of a BatchNorm in the file and of none in the model; GroupNorm has its names."""
+    statistics = f"{_layer(name)}.running_mean"
+    return statistics in file.values and statistics not in targets
+
+
+def _require_backbone(
+    model: CoMask, targets: dict[str, Tensor], file: WeightFile, values: dict[str, Tensor]
+) -> None:
+    """Refuses another backbone: a part of one computes nothing that was ever trained."""
+    names = [
+        name
+        for name in {**file.values, **targets}
+        if name.startswith("backbone.") and not _loses_batch_norm(targets, file, name)
+    ]
+    wrong = [name for name in names if name not in values]
+    if not wrong or not any(name in file.values for name in names):
+        return
+    first = f"{file.names[wrong[0]]} does not fit" if wrong[0] in file.values else f"no {wrong[0]}"
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    config = model.config
+    raise CheckpointError(
+        f"its backbone is not model.backbone={config.backbone} with "
+        f"model.backbone_norm={config.backbone_norm} ({first}{more}); give a file of that backbone, or "
+        "set model.backbone to the file's"
+    )
+
+
+def _grouped(names: Iterable[str]) -> str:
+    """`backbone (100), rpn (2: another shape)` of names, which may be followed by a reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for entry in names:
+        name, _, reason = entry.partition(": ")
+        parts = name.split(".")
+        one = parts[0] in ("backbone", "rpn", "head", "fine_head") and parts[1:2] != ["fpn"]
+        module = parts[0] if one or len(parts) < 3 else ".".join(parts[:2]).rstrip("0123456789")
+        counts[module, reason.partition(",")[0]] += 1
+    return ", ".join(
+        f"{module} ({count}{f': {reason}' if reason else ''})"
+        for (module, reason), count in counts.items()
+    )
+
+
+def _listed(names: tuple[str, ...], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
