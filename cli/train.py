@@ -137,7 +137,9 @@ def _train(
     if not ranks.first:
         return
     if trainer.out_of_patience:
-        click.echo(f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} evaluations")
+        click.echo(
+            f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} evaluations"
+        )
     if trainer.validation:
         _show(trainer.validation)
     click.echo("wrote " + ", ".join(str(output / name) for name in (BEST, LAST, "report.html")))

@@ -69,6 +69,7 @@ class ModelConfig:
     detections: int = 100
 
     # Collaborative head (section 3.2)
+    head_channels: int = 256
     head_convs: int = 9  # after the stride-2 one
     mask_kernel: Literal[1, 3] = 3  # of the last convolution
     head_rois: int = 96  # positive RoIs an image that train it; half of the authors' 192 for two
@@ -100,12 +101,10 @@ class ModelConfig:
         _require(
             1 <= self.msfem_branches <= 4, "model.msfem_branches", "1 to 4", self.msfem_branches
         )
-        _require(
-            self.channels % self.norm_groups == 0,
-            "model.channels",
-            f"a multiple of model.norm_groups = {self.norm_groups}",
-            self.channels,
-        )
+        for name in ("channels", "head_channels"):
+            value, groups = getattr(self, name), self.norm_groups
+            expected = f"a multiple of model.norm_groups = {groups}"
+            _require(value > 0 and value % groups == 0, f"model.{name}", expected, value)
         _require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
         _require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
         # TensorRT's TopK ends at 3840.
@@ -281,7 +280,9 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     origin = get_origin(hint)
     if origin is Literal:
         known = ", ".join(map(str, get_args(hint)))
-        _require(value in get_args(hint) and not isinstance(value, bool), name, f"one of {known}", value)
+        _require(
+            value in get_args(hint) and not isinstance(value, bool), name, f"one of {known}", value
+        )
         return value
     if origin is tuple:
         _require(isinstance(value, list | tuple), name, "a list such as [1, 2]", value)

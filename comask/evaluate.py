@@ -69,9 +69,7 @@ def coco_results(source: InstanceSource, index: int, found: Detections) -> list[
     ]
 
 
-def score(
-    source: InstanceSource, indices: list[int], results: list[dict[str, Any]]
-) -> CocoMetrics:
+def score(source: InstanceSource, indices: list[int], results: list[dict[str, Any]]) -> CocoMetrics:
     """Scores COCO results (as `coco_results` gives them) on the images `indices` of a source.
 
     Raises:

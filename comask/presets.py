@@ -18,6 +18,7 @@ SHAPES_TINY = Config(
         channels=64,
         norm_groups=16,
         msfem_branches=2,
+        head_channels=64,
         head_convs=4,
         anchor_sizes=(14.0, 28.0, 56.0, 90.0, 120.0),
         rpn_samples=128,

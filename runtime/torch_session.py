@@ -28,9 +28,7 @@ class TorchSession:
         options: keyword arguments of that stage.
     """
 
-    def __init__(
-        self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool
-    ) -> None:
+    def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool) -> None:
         self._model = model
         self._run = partial(getattr(model, stage), **options)
         names = (

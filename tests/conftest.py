@@ -28,6 +28,7 @@ COMMANDS = {
 # shapes-tiny, slimmer still: what is tested is the path, not the accuracy
 MICRO = (
     "model.channels=32",
+    "model.head_channels=32",
     "model.head_convs=2",
     "model.classifier_width=64",
     "model.detections=16",

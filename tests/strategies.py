@@ -55,6 +55,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
     """The preset `shapes-tiny`, smaller still."""
     small: dict[str, Any] = {
         "channels": 32,
+        "head_channels": 32,
         "norm_groups": 8,
         "classifier_width": 64,
         "head_convs": 1,
@@ -78,6 +79,8 @@ def _network() -> CoMask:
             (model.rpn.deltas, 0.05),
             (model.classifier.logits, 0.5),
             (model.head.offsets, 0.05),
+            (model.head.mask, 0.3),
+            *((module.reduce, 0.1) for module in model.mfpn.modules_per_level),
         ):
             layer.weight.normal_(std=std)
     return model

@@ -19,7 +19,7 @@ from comask.evaluate import METRICS, CocoMetrics
 
 # Frozen: a new option is a decision, not an accident.
 OPTIONS = {
-    "train": {"data", "val", "preset", "output", "set", "resume"},
+    "train": {"data", "val", "preset", "output", "set", "resume", "eval-only", "print-config"},
     "export": {"output", "score-threshold", "val-data", "verify-images", "diagnostics", "json"},
     "infer": {"output", "backend", "save", "threshold", "batch", "json"},
     "eval": {"data", "backend", "images", "tolerance", "batch", "no-record", "json"},
@@ -278,7 +278,9 @@ def test_train_refuses_in_one_line(tmp_path: Path) -> None:
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.channel=3"), 1,
          "did you mean model.channels"),
         (("--data", "shapes", "--output", tmp_path / "r", "--preset", "big"), 2, "comask-r50"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--resume"), 1, "no such checkpoint"),
+        (("--data", "shapes"), 2, "missing option --output"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--resume", "--eval-only"), 2, "one of"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--eval-only"), 1, "no such checkpoint"),
         (("--data", "shapes", "--output", tmp_path / "r",
           "--set", "train.weights=/none.pth"), 1, "cannot be loaded"),
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.num_classes=3"), 1,

@@ -20,7 +20,7 @@ from comask.models.collaboration import (
 
 def head(channels: int = 16, convs: int = 2) -> CollaborativeHead:
     torch.manual_seed(1)
-    return CollaborativeHead(channels, 8, convs=convs, norm_groups=4)
+    return CollaborativeHead(channels, channels, 8, convs=convs, norm_groups=4)
 
 
 def places(roi: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
@@ -46,7 +46,7 @@ def perfect_offsets(rois: Tensor, truth: Tensor) -> Tensor:
 
 def test_parameter_count_is_that_of_the_design() -> None:
     with torch.device("meta"):
-        module = CollaborativeHead(256, 80, convs=9, norm_groups=32)
+        module = CollaborativeHead(256, 256, 80, convs=9, norm_groups=32)
     convs = 10 * (256 * 256 * 9 + 512)
     deconvs = 2 * (256 * 256 * 4 + 256 + 512)
     masks, offsets = 256 * 81 * 9 + 81, 256 * 4 * 9 + 4 * 7 * 7  # a bias for each cell

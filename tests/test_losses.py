@@ -134,7 +134,7 @@ def test_iou_loss_has_a_gradient_for_every_cell_at_initialisation() -> None:
     torch.manual_seed(3)
     truth = torch.tensor([[20.0, 20, 90, 60]]).expand(8, 4)
     rois = jitter(truth, 0.15, 200, 200)
-    head = CollaborativeHead(16, 4, convs=2, norm_groups=4)
+    head = CollaborativeHead(16, 16, 4, convs=2, norm_groups=4)
     _, offsets = head(torch.randn(8, 16, 14, 14))
     offsets.retain_grad()
     mean_box_loss(decode_cells(offsets, rois), truth, torch.ones(8, 7, 7)).backward()
@@ -215,9 +215,7 @@ def test_an_image_draws_the_same_samples_in_any_batch() -> None:
     torch.testing.assert_close(whole, first + second)
 
 
-def every_term(
-    model: CoMask, images: Tensor, sizes: Tensor, targets: list[Target]
-) -> Tensor:
+def every_term(model: CoMask, images: Tensor, sizes: Tensor, targets: list[Target]) -> Tensor:
     """Sums and counts [5, 2] of an `Objective`, before it divides them."""
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from strategies import parameter_count
@@ -148,10 +150,10 @@ def backbone_features(height: int, width: int) -> list[Tensor]:
     return [torch.randn(2, channels, height // s, width // s) for channels, s in sizes]
 
 
-def test_fpn_adds_the_coarser_map_and_subsamples_p5() -> None:
+def test_fpn_adds_the_coarser_map() -> None:
     fpn, features = FPN((4, 6, 8, 10), 16), backbone_features(96, 160)
     pyramid = fpn(features)
-    sizes = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
+    sizes = [(24, 40), (12, 20), (6, 10), (3, 5)]
     assert [tuple(p.shape) for p in pyramid] == [(2, 16, *size) for size in sizes]
     merged = fpn.lateral[3](features[3])
     torch.testing.assert_close(pyramid[3], fpn.output[3](merged))
@@ -159,18 +161,63 @@ def test_fpn_adds_the_coarser_map_and_subsamples_p5() -> None:
         doubled = merged.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         merged = fpn.lateral[i](features[i]) + doubled
         torch.testing.assert_close(pyramid[i], fpn.output[i](merged))
-    assert torch.equal(pyramid[4], pyramid[3][:, :, ::2, ::2])
+
+
+def mfpn_of(**options: Any) -> MFPN:
+    torch.manual_seed(2)
+    mfpn = MFPN(
+        (4, 6, 8, 10), 16, branches=4, mode="independent", reduction=4, norm_groups=4, **options
+    )
+    with torch.no_grad():
+        for parameter in mfpn.parameters():  # unlike the identity that it starts as
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return mfpn
 
 
 @pytest.mark.parametrize(("size", "p6"), [((32, 32), (1, 1)), ((64, 96), (1, 2))])
 def test_mfpn_is_one_module_after_each_of_five_levels(
     size: tuple[int, int], p6: tuple[int, int]
 ) -> None:
-    mfpn = MFPN((4, 6, 8, 10), 16, branches=4, mode="independent", reduction=4, norm_groups=4)
+    mfpn = mfpn_of()
     features = backbone_features(*size)
     pyramid = mfpn(features)
     assert len(set(mfpn.modules_per_level)) == len(pyramid) == 5
     assert pyramid[4].shape[2:] == p6
-    for module, level, out in zip(mfpn.modules_per_level, mfpn.fpn(features), pyramid, strict=True):
+    levels = mfpn.fpn(features)
+    levels.append(levels[3][:, :, ::2, ::2])
+    for module, level, out in zip(mfpn.modules_per_level, levels, pyramid, strict=True):
         torch.testing.assert_close(out, module(level))
         assert out.shape == level.shape
+
+
+def test_modules_can_replace_the_fpns_convolutions() -> None:
+    mfpn, features = mfpn_of(place="replace"), backbone_features(64, 96)
+    pyramid = mfpn(features)
+    assert len(set(mfpn.modules_per_level)) == 4
+    assert not any(isinstance(module, nn.Conv2d) for module in mfpn.fpn.output)
+    torch.testing.assert_close(
+        pyramid[3], mfpn.modules_per_level[3](mfpn.fpn.lateral[3](features[3]))
+    )
+    assert torch.equal(pyramid[4], pyramid[3][:, :, ::2, ::2])
+
+
+def test_residual_attention_is_the_authors() -> None:
+    torch.manual_seed(4)
+    module = MSFEM(16, branches=2, mode="independent", reduction=4, residual=True, norm_groups=4)
+    x = torch.randn(2, 16, 9, 7)
+    attended = module.attention(module.reduce(torch.cat(module.multi_scale(x), dim=1)))
+    assert module.norm is not None
+    expected = (attended + module.norm(module.smooth(attended))).clamp(min=0)
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4])
+def test_a_new_module_is_nearly_the_identity(branches: int) -> None:
+    torch.manual_seed(5)
+    module = MSFEM(64, branches=branches, mode="independent", reduction=4, norm_groups=16)
+    x = torch.randn(2, 64, 12, 20)
+    torch.testing.assert_close(module(x), x, rtol=0.1, atol=0.1)
+    module(x).square().sum().backward()
+    every = dict(module.named_parameters())
+    # behind weights of 0 the first gradient is 0, as in a residual branch that starts at 0
+    assert [k for k, p in every.items() if not p.grad.any() and not k.startswith("branches")] == []

@@ -175,7 +175,8 @@ def test_losses_equal_torchvisions_when_every_anchor_is_sampled(objects: int) ->
         for boxes in truths
     ]
     config = replace(tiny_config(), rpn_samples=10**6, rpn_positive_fraction=0.5)
-    ours = rpn_losses(levels, targets, config)
+    terms = rpn_losses(levels, targets, config, [target.generator() for target in targets])
+    ours = [total / count for total, count in terms]
     theirs = their_rpn()
     anchors = [torch.cat([level.anchors for level in levels])] * 2
     labels, matched = theirs.assign_targets_to_anchors(anchors, [{"boxes": b} for b in truths])

@@ -19,7 +19,8 @@ class CollaborativeHead(nn.Module):
     """14×14 RoI features → class masks at 28×28 and box offsets at 7×7.
 
     Args:
-        channels: C, of input and hidden layers.
+        in_channels: of the RoI features.
+        channels: C, of the hidden layers.
         num_classes: K; mask channel 0 is an unused background, class label k has channel k + 1.
         convs: 3×3 convolutions after the one of stride 2; nine in the paper.
         norm_groups: of each GroupNorm.
@@ -30,6 +31,7 @@ class CollaborativeHead(nn.Module):
 
     def __init__(
         self,
+        in_channels: int,
         channels: int,
         num_classes: int,
         *,
@@ -42,9 +44,9 @@ class CollaborativeHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(convs + 1):
-            stride = 2 if i == 0 else 1
+            before, stride = (in_channels, 2) if i == 0 else (channels, 1)
             layers += [
-                nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
+                nn.Conv2d(before, channels, 3, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(norm_groups, channels),
                 nn.ReLU(inplace=True),
             ]
@@ -76,7 +78,7 @@ class CollaborativeHead(nn.Module):
             self.offset_bias = nn.Parameter(start.log() if activation == "exp" else start)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features [R, C, 14, 14] → mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
+        """RoI features [R, in_channels, 14, 14] → mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
 
         A head for masks alone gives the offsets of the RoI itself.
         """

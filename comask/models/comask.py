@@ -78,6 +78,7 @@ class CoMask(nn.Module):
         config = self.config
         return CollaborativeHead(
             config.channels,
+            config.head_channels,
             config.num_classes,
             convs=config.head_convs,
             norm_groups=config.norm_groups,

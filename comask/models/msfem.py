@@ -56,7 +56,7 @@ class MSFEM(nn.Module):
         branches: int,
         mode: str,
         reduction: int,
-        residual: bool,
+        residual: bool = False,
         norm_groups: int,
     ) -> None:
         super().__init__()
@@ -75,10 +75,16 @@ class MSFEM(nn.Module):
         self.attention = ChannelAttention(channels, reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = nn.GroupNorm(norm_groups, channels) if residual else None
+        # It starts as the identity, so that what stands before and behind it (an FPN and an RPN of
+        # other weights, or their first gradients) fits together from the first step: F₀ alone passes,
+        # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½.
+        nn.init.dirac_(self.reduce.weight)
+        nn.init.dirac_(self.smooth.weight)
+        with torch.no_grad():
+            self.smooth.weight.mul_(2.0)
         for conv in (self.reduce, self.smooth):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def multi_scale(self, x: Tensor) -> list[Tensor]:
         """Equation 1: F_i = C₂^i(F), with F₀ = F; each brought back to the input's size."""
@@ -119,11 +125,11 @@ class MFPN(nn.Module):
         in_channels: tuple[int, ...],
         channels: int,
         *,
-        place: str,
+        place: str = "after",
         branches: int,
         mode: str,
         reduction: int,
-        residual: bool,
+        residual: bool = False,
         norm_groups: int,
     ) -> None:
         super().__init__()

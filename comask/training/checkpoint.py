@@ -84,7 +84,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except (
-        OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
     ) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(

@@ -79,8 +79,9 @@ class Trainer:
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
         if train.compile:
-            for part in (model.backbone, model.mfpn, model.head):
-                part.compile()
+            for part in (model.backbone, model.mfpn, model.head, model.fine_head):
+                if part:
+                    part.compile()
         objective = Objective(model)
         self.objective: nn.Module = objective
         if ranks.world > 1:
@@ -220,9 +221,7 @@ class Trainer:
         model.eval()
         self.validation = self.evaluate(model, self.step)
         if self.record:
-            self.record.add_metrics(
-                self.step, epoch, self.validation.final, self.validation.first
-            )
+            self.record.add_metrics(self.step, epoch, self.validation.final, self.validation.first)
             self._report()
         ap = self.validation.final.values["segm"]["AP"]
         self.stale += 1

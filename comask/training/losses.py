@@ -121,7 +121,9 @@ def assign_rois(
     candidates = torch.cat((proposals, target.boxes))
     iou = box_iou(target.boxes, candidates)
     matches = match(iou, config.roi_positive_iou, config.roi_positive_iou, keep_best=False)
-    positive, negative = sample(matches, config.roi_samples, config.roi_positive_fraction, generator)
+    positive, negative = sample(
+        matches, config.roi_samples, config.roi_positive_fraction, generator
+    )
     return Rois(candidates[positive], matches[positive], candidates[negative])
 
 

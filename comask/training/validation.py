@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comask.runtime.predictor import Predictor
+from comask.runtime.torch_session import torch_stages
+
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
 from comask.errors import ImageError
@@ -84,9 +87,7 @@ class Validator:
             return share_from_first(None)  # type: ignore[return-value]  # the first one's answer
         every = sorted(index for indices, _, _ in parts for index in indices)
         metrics = {
-            stage: score(
-                self._source, every, [r for _, found, _ in parts for r in found[stage]]
-            )
+            stage: score(self._source, every, [r for _, found, _ in parts for r in found[stage]])
             for stage in results
         }
         if self._pictures:
@@ -101,9 +102,6 @@ class Validator:
         self, model: CoMask, indices: list[int]
     ) -> Iterator[tuple[int, Detections, Detections]]:
         """Image by image: its index, the final detections, those of the first pass."""
-        from comask.runtime.predictor import Predictor
-        from comask.runtime.torch_session import torch_stages
-
         predictor = Predictor(
             torch_stages(model, diagnostics=True),
             self._preprocess,
@@ -118,7 +116,7 @@ class Validator:
                 first = predictor.detections({**outputs, **unrefined}, batch)
                 yield from zip([images[i][0] for i in places], final, first, strict=True)
 
-    def _prepared(self, predictor: Any, indices: list[int]) -> Iterator[tuple[int, Prepared]]:
+    def _prepared(self, predictor: Predictor, indices: list[int]) -> Iterator[tuple[int, Prepared]]:
         for index in indices:
             try:
                 yield index, predictor.prepare(self._source.image(index))
