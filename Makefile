@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test lint format types clean
+.PHONY: setup demo compare ablation test lint format types clean
 
 setup: $(VENV)/ready
 
@@ -25,7 +25,14 @@ demo: setup
 	$(BIN)/python examples/contact_sheet.py $(DEMO)/bundle $(DEMO)/contact_sheet.png
 	$(BIN)/comask-eval $(DEMO)/bundle --data shapes --tolerance 0.02
 	@echo "pictures: $(DEMO)/contact_sheet.png $(DEMO)/pictures/*.overlay.png"
-	@echo "curves:   $(DEMO)/run/losses.png $(DEMO)/run/ap.png"
+	@echo "report:   $(DEMO)/run/report.html"
+
+# The figures of docs/performance.md; each takes the better part of an hour on two cores.
+compare: setup
+	$(BIN)/python benchmarks/vs_mask_rcnn.py --output runs/vs --seeds 3
+
+ablation: setup
+	$(BIN)/python benchmarks/ablation.py --output runs/ablation --seeds 3
 
 test: setup
 	$(BIN)/python -m pytest

@@ -209,11 +209,12 @@ def _sources(
     from comask.data.check import describe
     from comask.data.open_source import training_sources
 
-    *sources, problems = training_sources(config.data, data, val, config.train.seed)
+    source, train, val_source, val_indices, problems = training_sources(
+        config.data, data, val, config.train.seed
+    )
     if ranks.first:
         for line in describe(problems):
             click.echo(line, err=True)
-    source, train, val_source, val_indices = sources
     return source, train, val_source, val_indices
 
 

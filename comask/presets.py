@@ -30,7 +30,12 @@ SHAPES_TINY = Config(
         roi_positive_fraction=0.5,
         classifier_width=256,
         detections=32,
-        head_rois=12,
+        head_rois=16,
+        # From scratch the shared features serve whoever has the loudest gradient; by default that is
+        # the classifier, and masks come late (docs/algorithm.md).
+        class_weight=1.0,
+        mask_weight=16.0,
+        box_weight=8.0,
         roi_canonical_size=112.0,
     ),
     preprocess=PreprocessConfig(short_side=96, max_side=160),

@@ -12,7 +12,7 @@ from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
 from comask.runtime.compare import Comparison, Tolerance, compare_stages
 from comask.runtime.session import Stages
-from conftest import run
+from conftest import MICRO, run, settings
 
 from comask.bundle import Bundle
 from comask.data.shapes import ShapesSource
@@ -183,3 +183,34 @@ def test_export_refuses_in_one_line(tmp_path: Path, micro_run: Path, micro_bundl
 
 def test_json_report(micro_bundle: Path) -> None:
     json.loads((micro_bundle / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("model.collaboration=fc_reg", "model.msfem_place=replace"),
+        (
+            "model.refined_nms_iou=0.5", "model.separate_fine_head=true",
+            "model.train_refined_masks=true", "model.backbone_norm=group",
+            "model.residual_attention=true", "model.mask_kernel=1", "model.offset_activation=exp",
+            "model.cell_pooling=logit", "model.empty_foreground=proposal",
+            "model.mask_threshold=0.4",
+        ),
+        ("model.cell_pooling=bilinear", "model.offset_activation=none", "model.msfem_mode=tied"),
+    ],
+    ids=["fc_reg", "many", "others"],
+)  # fmt: skip
+def test_every_option_exports(tmp_path: Path, changes: tuple[str, ...]) -> None:
+    """`comask-export` compares with PyTorch before it writes anything."""
+    assert run(
+        "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path / "run",
+        *settings(*MICRO, "train.max_steps=0", "train.evaluate_every=0", *changes),
+    ).exit_code == 0  # fmt: skip
+    result = run(
+        "export", tmp_path / "run" / "checkpoint-best.pt", "--output", tmp_path / "bundle",
+        "--score-threshold", "0", "--verify-images", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["mask_threshold"] == manifest["model"]["mask_threshold"]
+    assert manifest["verification"]

@@ -34,7 +34,9 @@ class Classifier(nn.Module):
         regress: also regress one box a RoI, for all classes.
     """
 
-    def __init__(self, channels: int, width: int, num_classes: int, *, regress: bool = False) -> None:
+    def __init__(
+        self, channels: int, width: int, num_classes: int, *, regress: bool = False
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels * POOL_SIZE**2, width)
         self.fc2 = nn.Linear(width, width)

@@ -78,14 +78,14 @@ class CollaborativeHead(nn.Module):
             self.offset_bias = nn.Parameter(start.log() if activation == "exp" else start)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features [R, in_channels, 14, 14] → mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
+        """RoI features [R, in_channels, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7].
 
         A head for masks alone gives the offsets of the RoI itself.
         """
         hidden = self.refine(pooled)
         masks = self.mask(self.upsample(hidden))
         if not self.regress:
-            return masks, roi_offsets().to(pooled).expand(len(pooled), -1, -1, -1)
+            return masks, roi_offsets().to(pooled).expand(pooled.shape[0], -1, -1, -1)
         offsets = (self.offsets(hidden) + self.offset_bias).float()
         if self.activation == "relu":
             offsets = F.relu(offsets)

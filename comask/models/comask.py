@@ -162,7 +162,7 @@ class CoMask(nn.Module):
         per_image = proposals.shape[:2]
         class_logits, deltas = self.classifier(self.pool(pyramid, proposals, CLASSIFIER_POOL))
         chosen = choose_detections(
-            class_logits.unflatten(0, per_image),
+            class_logits.reshape(*per_image, config.num_classes + 1),
             proposals,
             proposal_scores,
             score_threshold=config.score_threshold,
@@ -174,7 +174,7 @@ class CoMask(nn.Module):
             refined, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
         else:
             rows = chosen.rows[..., None].expand(-1, -1, 4)
-            refined = decode_boxes(deltas.unflatten(0, per_image).gather(1, rows), chosen.boxes)
+            refined = decode_boxes(deltas.reshape(*per_image, 4).gather(1, rows), chosen.boxes)
             if diagnostics:
                 _, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
         boxes = clip_boxes(refined, image_sizes)

@@ -29,7 +29,7 @@ class Term(NamedTuple):
     """A loss before normalisation: a sum and how many items it is over, both scalars f32."""
 
     total: Tensor
-    count: Tensor
+    items: Tensor
 
 
 class Rois(NamedTuple):
@@ -62,12 +62,12 @@ def head_losses(
     """
     config = model.config
     boxes, labels, objects, masks, chosen = [], [], [], [], []
-    for (positive, matched, _), size, target, generator in zip(
+    for (positive, matched, _), (height, width), target, generator in zip(
         rois, image_sizes.tolist(), targets, generators, strict=True
     ):
         every = torch.arange(len(positive), device=positive.device)
         keep = choose(every, config.head_rois, generator)
-        box = jitter(positive[keep], config.roi_jitter, *size, generator)
+        box = jitter(positive[keep], config.roi_jitter, height, width, generator)
         boxes.append(box)
         chosen.append(matched[keep])
         labels.append(target.labels[matched[keep]])

@@ -181,8 +181,9 @@ class Trainer:
         means: Tensor | float = 0.0
         for i, batch in enumerate(batches):
             # DDP exchanges gradients in the last backward pass only.
-            wait = isinstance(self.objective, DistributedDataParallel) and i < len(batches) - 1
-            with self.objective.no_sync() if wait else nullcontext():
+            last = i == len(batches) - 1
+            ddp = self.objective if isinstance(self.objective, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp and not last else nullcontext():
                 try:
                     with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
                         losses = self.objective(

@@ -73,7 +73,7 @@ class Objective(nn.Module):
             "mask": mask,
             "box": regressed or box,
         }
-        counts = mean_over_ranks(torch.stack([term.count for term in terms.values()]))
+        counts = mean_over_ranks(torch.stack([term.items for term in terms.values()]))
         return {
             name: getattr(config, f"{name}_weight") * term.total / count
             for (name, term), count in zip(terms.items(), counts.clamp(min=1.0), strict=True)

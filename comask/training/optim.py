@@ -10,6 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from comask.config import TrainConfig
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with momentum, the paper's, or AdamW; only parameters that take a gradient."""
@@ -53,7 +55,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
         return None
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+    def update(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
         now = min(decay, (1 + int(count)) / (10 + int(count)))
         if torch.is_floating_point(averages[0]):
             torch._foreach_lerp_(averages, values, 1 - now)

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comask.runtime.predictor import Predictor
-from comask.runtime.torch_session import torch_stages
-
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
 from comask.errors import ImageError
@@ -18,6 +15,8 @@ from comask.evaluate import CocoMetrics, coco_results, score
 from comask.models.comask import CoMask
 from comask.preprocess import Prepared
 from comask.progress import Progress
+from comask.runtime.predictor import Predictor
+from comask.runtime.torch_session import torch_stages
 from comask.structures import Detections
 from comask.training.distributed import Ranks, gather, share_from_first
 from comask.training.pictures import picture_grid
