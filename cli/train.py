@@ -206,8 +206,8 @@ def _sources(
     config: Config, data: str, val: str | None, ranks: Ranks
 ) -> tuple[InstanceSource, list[int], InstanceSource, list[int]]:
     """The sound part of the data; what is wrong with the rest is printed."""
-    from comask.data.check import describe
     from comask.data.open_source import training_sources
+    from comask.data.problems import describe
 
     source, train, val_source, val_indices, problems = training_sources(
         config.data, data, val, config.train.seed

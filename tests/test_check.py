@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from comask.config import PreprocessConfig
-from comask.data.check import Problem, describe, sound_part
+from comask.data.check import sound_part
 from comask.data.coco import CocoSource, coco_source
+from comask.data.problems import Problem, describe
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.data.training_set import TrainingSet

@@ -15,6 +15,7 @@ from comask.config import Config, TrainConfig, from_dict
 from comask.data.training_set import Batch
 from comask.errors import CheckpointError
 from comask.presets import preset
+from comask.training import losses
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.loop import Trainer
 from comask.training.optim import average_weights, build_optimizer, learning_rate
@@ -250,6 +251,18 @@ def test_options_of_the_loop_train_and_export(tmp_path: Path, change: str) -> No
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, checkpoint.weights[name])
         assert torch.isfinite(weight).all()
+
+
+def test_running_out_of_memory_names_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(losses.Objective, "forward", exhausted)
+    result = run(*train(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "set train.micro_batch below 4" in result.output
 
 
 def test_what_the_machine_cannot_do_is_refused(tmp_path: Path) -> None:

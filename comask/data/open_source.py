@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from comask.config import DataConfig
-from comask.data.check import Problem, sound_part
+from comask.data.check import sound_part
 from comask.data.coco import coco_source
+from comask.data.problems import Problem
 from comask.data.source import InstanceSource
 from comask.errors import DataError
 

@@ -1,0 +1,89 @@
+"""Which images of a data set are sound, by their entries and their files' headers."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from comask.data.problems import Findings, Kind
+from comask.data.source import ImageInfo, InstanceSource
+from comask.preprocess import FORMATS
+
+_THREADS = 16  # reading headers is waiting for the disk
+_TRANSPOSING = {5, 6, 7, 8}  # values of EXIF's orientation that swap width and height
+
+
+@runtime_checkable
+class FileSource(InstanceSource, Protocol):
+    """A source whose images are files."""
+
+    def path(self, index: int) -> Path:
+        """Where image `index` lies."""
+
+
+def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
+    """Indices of the images whose entries are sound, whatever their files."""
+    infos = [source.info(index) for index in range(len(source))]
+    first: dict[int, ImageInfo] = {}
+    # Nobody knows to which of them the annotations belong.
+    ambiguous = {info.id for info in infos if first.setdefault(info.id, info) != info}
+    seen: set[int] = set()
+    sound = []
+    for index, info in enumerate(infos):
+        if min(info.height, info.width) < 1:
+            findings[Kind.NO_SIZE].append(f"{info.file_name}: {info.width}x{info.height}")
+        elif info.id in ambiguous:
+            findings[Kind.SHARED_ID].append(f"{info.file_name}: id {info.id}")
+        elif info.id in seen:
+            findings[Kind.REPEATED_IMAGE].append(f"{info.file_name}: id {info.id}")
+        else:
+            seen.add(info.id)
+            sound.append(index)
+    return sound
+
+
+def with_sound_files(source: FileSource, indices: list[int], findings: Findings) -> list[int]:
+    """Those of the images whose file is there and has the annotated size."""
+    from PIL import Image
+
+    def look(index: int) -> tuple[Kind, str] | None:
+        return _file_problem(source.path(index), source.info(index))
+
+    # Around all threads, since filters belong to the process. Pillow warns of much that it can read.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        problems = list(pool.map(look, indices))
+    sound = []
+    for index, problem in zip(indices, problems, strict=True):
+        if problem is None:
+            sound.append(index)
+        else:
+            findings[problem[0]].append(f"{source.info(index).file_name}{problem[1]}")
+    return sound
+
+
+def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
+    """What `decode_image` would find wrong, or a size that differs from the entry's."""
+    from PIL import ExifTags, Image
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
+                width, height = image.tag_v2[256], image.tag_v2[257]
+            # The base class's method: that of PNG decodes the image to look for EXIF behind it.
+            exif = Image.Image.getexif(image)
+    except (FileNotFoundError, NotADirectoryError):
+        return Kind.NO_FILE, ""
+    # Pillow raises many kinds on broken data, SyntaxError and struct.error among them.
+    except Exception as error:
+        return Kind.BAD_HEADER, f": {error}"
+    if exif.get(ExifTags.Base.Orientation) in _TRANSPOSING:
+        width, height = height, width
+    if (width, height) != (info.width, info.height):
+        return Kind.OTHER_SIZE, f": {width}x{height}, annotated {info.width}x{info.height}"
+    return None

@@ -1,0 +1,76 @@
+"""The kinds of problem that `comask.data.check` knows, and how they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+EXAMPLES = 3  # of each kind of problem
+
+
+class Kind(Enum):
+    """Every kind of problem and its consequence, in the order of the report."""
+
+    NO_SIZE = "images annotated with a side below 1 pixel", "left out"
+    SHARED_ID = "images sharing an id with a different one", "all left out"
+    REPEATED_IMAGE = "images listed again", "left out"
+    NO_FILE = "images without a file", "left out"
+    BAD_HEADER = "images with an unreadable header", "left out"
+    OTHER_SIZE = "images of another size than annotated", "left out"
+    UNKNOWN_IMAGE = "annotations of unknown images", "left out"
+    REPEATED_ANNOTATION = "annotations listed again", "left out"
+    NO_FIELD = "annotations without bbox or category_id", "left out"
+    UNKNOWN_CATEGORY = "annotations of unknown categories", "left out"
+    BAD_CROWD = "annotations with an iscrowd other than 0 and 1", "left out"
+    NO_AREA = "boxes without area", "left out"
+    OUTSIDE = "boxes outside the image", "left out"
+    NO_SEGMENTATION = "annotations without segmentation", "left out"
+    ONLY_SHORT = "annotations with only polygons of fewer than 3 points", "left out"
+    NO_POLYGONS = "segmentations neither polygons nor RLE", "left out"
+    BAD_RLE = "masks in RLE that cannot be of the image", "left out"
+    NO_PIXEL = "masks without a pixel", "left out"
+    CLIPPED = "boxes partly outside the image", "clipped"
+    SOME_SHORT = "annotations with a polygon of fewer than 3 points", "polygon left out"
+    BAD_AREA = "annotations with an area that is no number", "area ignored"
+    NO_ID = "annotations without a unique id", "given a new one"
+
+
+Findings = dict[Kind, list[str]]  # examples of each kind, all of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One kind of problem of a data set.
+
+    Attributes:
+        kind: what is wrong, in the plural, as in "boxes without area".
+        count: how often.
+        examples: the first 3, naming the file, the annotation's id and the values.
+        consequence: what was done about it, as in "left out" or "clipped".
+    """
+
+    kind: str
+    count: int
+    examples: tuple[str, ...]
+    consequence: str
+
+
+def describe(problems: list[Problem]) -> list[str]:
+    """One line a problem: `data: 9 boxes without area (left out): 1.jpg annotation 7: …, …`."""
+    lines = []
+    for problem in problems:
+        noun, rest = problem.kind.split(" ", 1)
+        if problem.count == 1:
+            noun = "box" if noun == "boxes" else noun.removesuffix("s")
+        examples = [*problem.examples, "…"] if problem.count > EXAMPLES else problem.examples
+        head = f"data: {problem.count} {noun} {rest} ({problem.consequence})"
+        lines.append(f"{head}: {', '.join(examples)}")
+    return lines
+
+
+class UnsoundError(Exception):
+    """An image or annotation that has to be left out."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
