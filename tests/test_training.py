@@ -11,13 +11,16 @@ import pytest
 import torch
 from conftest import MICRO, run, settings
 
-from comask.config import Config, TrainConfig, from_dict
+from comask.config import Config, TrainConfig, from_dict, override
 from comask.data.training_set import Batch
-from comask.errors import CheckpointError
+from comask.errors import CheckpointError, ConfigError
+from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.training import losses
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
+from comask.training.machine import fit_to_machine
 from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord, read_rows
 
@@ -108,7 +111,7 @@ def test_non_finite_loss_stops_and_names_the_images(
     assert kept["step"] == 0
     assert len(kept["image_ids"]) == 4
     assert "not finite at step 0" in result.output
-    assert "images [" in result.output
+    assert "its images [" in result.output
     assert "Traceback" not in result.output
 
 
@@ -271,6 +274,22 @@ def test_what_the_machine_cannot_do_is_refused(tmp_path: Path) -> None:
     result = run(*train(tmp_path / "run", *settings("train.precision=fp16")))
     assert result.exit_code == 1
     assert "needs a GPU" in result.output
+
+
+@pytest.mark.parametrize(
+    ("world", "change", "words"),
+    [
+        (3, "train.batch_size=8", "a multiple of the 3 processes"),
+        (2, "model.backbone_norm=batch", "give group or frozen"),
+    ],
+)
+def test_settings_that_do_not_fit_the_processes_are_refused(
+    world: int, change: str, words: str
+) -> None:
+    config = override(preset("shapes-tiny"), (change,))
+    ranks = Ranks(rank=0, world=world, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=words):
+        fit_to_machine(CoMask(config.model, config.preprocess), config, ranks)
 
 
 def test_patience_ends_training(tmp_path: Path) -> None:

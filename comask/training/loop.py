@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,12 @@ from comask.data.training_set import (
     load_batches,
     micro_batches,
 )
-from comask.errors import TrainingError
 from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
 from comask.training.curves import draw_curves
 from comask.training.distributed import Ranks, gather, mean_over_ranks
+from comask.training.failures import non_finite, out_of_memory
 from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord
@@ -102,8 +101,8 @@ class Trainer:
             TrainingError: when a loss is not finite, or memory does not suffice.
         """
         train = self.config.train
-        title = "training"
-        with Progress(title, self.total_steps, done=self.step, quiet=not self.ranks.first) as bar:
+        quiet = not self.ranks.first
+        with Progress("training", self.total_steps, done=self.step, quiet=quiet) as bar:
             while self.step < self.total_steps and not self.out_of_patience:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 self.model.train()
@@ -118,7 +117,7 @@ class Trainer:
                 self.save(LAST)
         if self.total_steps == 0:
             self.save(LAST)
-        if not (self.output / BEST).exists():
+        if self.evaluate is None or not (self.output / BEST).exists():
             self.save(BEST)
         if self.record:
             self._report()
@@ -157,7 +156,9 @@ class Trainer:
         losses = self._accumulate(batches)
         total = sum(losses.values())
         if not math.isfinite(total):
-            self._stop_at(batches, losses)
+            shares = gather([image for batch in batches for image in batch.image_ids])
+            images = [image for share in shares for image in share]
+            raise non_finite(self.output, self.step, losses, images)
         self.scaler.unscale_(self.optimizer)
         if train.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -194,25 +195,10 @@ class Trainer:
                     parts = torch.stack(list(losses.values())) * (len(batch.targets) / images)
                     self.scaler.scale(parts.sum()).backward()
                 except torch.OutOfMemoryError as error:
-                    raise TrainingError(_out_of_memory(batch)) from error
+                    raise out_of_memory(batch) from error
             means = means + parts.detach()
         assert isinstance(means, Tensor)
         return dict(zip(losses, mean_over_ranks(means).tolist(), strict=True))
-
-    def _stop_at(self, batches: list[Batch], losses: dict[str, float]) -> None:
-        """Ends a run whose loss is not finite, leaving what is needed to find out why."""
-        own = [image for batch in batches for image in batch.image_ids]
-        images = [image for part in gather(own) for image in part]
-        report = {"step": self.step, "losses": losses, "image_ids": images}
-        if self.ranks.first:
-            text = json.dumps(report, indent=2, default=str) + "\n"
-            (self.output / "non_finite.json").write_text(text)
-        parts = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
-        raise TrainingError(
-            f"the loss is not finite at step {self.step} ({parts}), images {images or own}, kept in "
-            f"{self.output / 'non_finite.json'}; lower train.learning_rate, raise "
-            f"train.warmup_steps or set train.clip_norm, then go on with --resume"
-        )
 
     def run_evaluation(self, epoch: int) -> None:
         """Scores the model, records it, and keeps it when it is the best so far."""
@@ -268,12 +254,3 @@ class Trainer:
         if resume.scaler:
             self.scaler.load_state_dict(resume.scaler)
         self.step, self.best_ap, self.stale = resume.step, resume.best_ap, resume.stale
-
-
-def _out_of_memory(batch: Batch) -> str:
-    count, height, width = batch.images.shape[:3]
-    return (
-        f"out of GPU memory with {count} images of {width}x{height}: set train.micro_batch below "
-        f"{count} (as many images count for a step, in smaller parts), train.precision=bf16, or a "
-        f"smaller preprocess.max_side; then go on with --resume"
-    )

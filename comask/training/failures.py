@@ -1,0 +1,48 @@
+"""Ends of a run that its user can do something about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from comask.data.training_set import Batch
+from comask.errors import TrainingError
+
+
+def non_finite(
+    folder: Path, step: int, losses: dict[str, float], image_ids: list[int]
+) -> TrainingError:
+    """The error of a loss that is not finite; what is needed to find out why is kept in a file.
+
+    Args:
+        folder: of the run; gets `non_finite.json`.
+        step: optimiser steps done.
+        losses: of the step that failed.
+        image_ids: of its images, on all processes; none on any but the first process, which writes.
+    """
+    file = folder / "non_finite.json"
+    if image_ids:
+        # NaN and infinity are not JSON
+        report = {
+            "step": step,
+            "losses": {name: str(loss) for name, loss in losses.items()},
+            "image_ids": image_ids,
+        }
+        file.write_text(json.dumps(report, indent=2) + "\n")
+    parts = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    return TrainingError(
+        f"the loss is not finite at step {step} ({parts}); its images {image_ids} are kept in {file}; "
+        f"lower train.learning_rate, raise train.warmup_steps or set train.clip_norm, then go on "
+        f"with --resume"
+    )
+
+
+def out_of_memory(batch: Batch) -> TrainingError:
+    """The error of a batch that is too large for the GPU, naming the settings that shrink it."""
+    count, height, width = batch.images.shape[:3]
+    smaller = f"train.micro_batch below {count} (a step keeps its images, in smaller parts), "
+    return TrainingError(
+        f"out of GPU memory with {count} images of {width}x{height}: set "
+        f"{smaller if count > 1 else ''}train.precision=bf16 or a smaller preprocess.max_side, then go "
+        f"on with --resume"
+    )
