@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMANDS, run
+from conftest import COMMANDS, MICRO, run, settings
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -259,8 +259,6 @@ def test_eval_matches_categories_by_name(micro_bundle: Path, tmp_path: Path) -> 
 
 
 def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
-    from conftest import MICRO, settings
-
     folder = tmp_path / "set"
     assert run("shapes", folder, "--images", "12", "--seed", "5").exit_code == 0
     assert run("shapes", folder, "--images", "12").exit_code == 1
@@ -298,3 +296,23 @@ def test_real_images_odd_files_included(
     assert result.exit_code == 1
     assert "19 of 23 images" in result.output
     assert result.output.count("skipped:") == 4
+
+
+def test_train_reports_unsound_data_and_trains_on_the_rest(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_coco(ShapesSource(num_images=12, seed=5), folder)
+    file = folder / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["category_id"] = 77
+    content["annotations"][1]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    next((folder / "images").iterdir()).unlink()
+    result = run(
+        "train", "--data", folder, "--preset", "shapes-tiny", "--output", tmp_path / "run",
+        *settings(*MICRO, "train.max_steps=1", "train.evaluate_every=0"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "data: 1 image without a file (left out)" in result.output
+    assert "10 training images, 1 for validation" in result.output
+    for words in ("unknown categor", "without area"):
+        assert words in result.output
