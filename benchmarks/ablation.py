@@ -42,7 +42,7 @@ def main(output: Path, seeds: int) -> None:
         for seed in range(seeds):
             config = with_seed(override(preset("shapes-tiny"), settings), seed)
             key = {"variant": name, "seed": seed}
-            rows.append(remembered(output / "rows.jsonl", key, lambda c=config: comask(c)))
+            rows.append(remembered(output / "rows.jsonl", key, config, comask))
         cells = [name]
         for metric in ("mask_ap", "box_ap"):
             values = [100 * row[metric] for row in rows]

@@ -6,12 +6,14 @@ Rows are kept in a JSON-lines file, so that a comparison that was stopped goes o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from comask.runtime.predictor import Predictor
@@ -19,11 +21,12 @@ from comask.runtime.torch_session import torch_stages
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from comask.config import Config
+from comask.config import Config, override
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
 from comask.evaluate import evaluate
 from comask.models.comask import CoMask
+from comask.presets import preset
 from comask.progress import Progress
 from comask.structures import Detections
 from comask.training.losses import Objective
@@ -33,13 +36,15 @@ TEST_SEED, TEST_IMAGES = 4_000_000, 200
 Row = dict[str, Any]
 
 
-def remembered(path: Path, key: Row, measure: Callable[[], Row]) -> Row:
-    """The row of `path` that has `key`, or a new one that is measured and kept."""
+def remembered(path: Path, key: Row, config: Config, measure: Callable[[Config], Row]) -> Row:
+    """The row of `path` of this key and configuration, or a new one that is measured and kept."""
+    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    key = key | {"config": hashlib.sha256(settings.encode()).hexdigest()[:12]}
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for row in rows:
         if row.items() >= key.items():
             return row
-    row = key | measure()
+    row = key | measure(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -108,6 +113,30 @@ def train_and_score(
     }
 
 
+# What these trainings heed besides the model's settings; all else would be silently ignored.
+HEEDED = {
+    "data.shapes_train", "data.flip_probability",
+    *(f"train.{name}" for name in (
+        "optimizer", "schedule", "learning_rate", "batch_size", "reference_batch", "momentum",
+        "adamw_beta2", "weight_decay", "epochs", "step_epochs", "step_factor", "warmup_steps",
+        "warmup_factor",
+    )),
+}  # fmt: skip
+
+
+def base_config(settings: tuple[str, ...]) -> Config:
+    """`shapes-tiny` with settings that a row of these benchmarks can honour.
+
+    Raises:
+        click.BadParameter: for one that it cannot.
+    """
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key not in HEEDED and not key.startswith(("model.", "preprocess.")):
+            raise click.BadParameter(f"{key} has no effect in this benchmark; leave it out")
+    return override(preset("shapes-tiny"), settings)
+
+
 def with_seed(config: Config, seed: int) -> Config:
     """The same training with another seed: other weights, images and samples."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -122,6 +151,8 @@ def comask(config: Config, name: str = "CoMask") -> Row:
         name,
         objective,
         lambda batch: objective(batch.images, batch.image_sizes, batch.targets),
-        Predictor(torch_stages(model), config.preprocess),
+        Predictor(
+            torch_stages(model), config.preprocess, mask_threshold=config.model.mask_threshold
+        ),
         config,
     )

@@ -17,7 +17,15 @@ import click
 import numpy as np
 import torch
 import torchvision
-from shapes_runs import TEST_IMAGES, Row, comask, remembered, train_and_score, with_seed
+from shapes_runs import (
+    TEST_IMAGES,
+    Row,
+    base_config,
+    comask,
+    remembered,
+    train_and_score,
+    with_seed,
+)
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -26,15 +34,14 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from comask.config import Config, override
+from comask.config import Config
 from comask.data.training_set import Batch
 from comask.models.backbone import build_resnet
-from comask.presets import preset
 from comask.structures import Detections
 
 
 def reference_model(config: Config) -> MaskRCNN:
-    """Mask R-CNN with the preset's backbone, widths, anchors, sampling and thresholds."""
+    """Mask R-CNN with the preset's backbone, widths, anchors and sampling; its NMS at its own 0.5."""
     model = config.model
     resnet, channels = build_resnet(model.backbone)
     layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
@@ -116,7 +123,7 @@ def reference(config: Config) -> Row:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of both models.")
 def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...]) -> None:
     """Compare CoMask and Mask R-CNN; rows go to OUTPUT/rows.jsonl."""
-    base = override(preset("shapes-tiny"), settings)
+    base = base_config(settings)
     rates = [float(rate) for rate in learning_rates.split(",")]
 
     def row(name: str, rate: float, seed: int) -> Row:
@@ -124,9 +131,9 @@ def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...
         tuned = dataclasses.replace(
             tuned, train=dataclasses.replace(tuned.train, learning_rate=rate)
         )
-        key = {"model": name, "learning_rate": rate, "seed": seed, "settings": list(settings)}
+        key = {"model": name, "learning_rate": rate, "seed": seed}
         measure = comask if name == "CoMask" else reference
-        return remembered(output / "rows.jsonl", key, lambda: measure(tuned))
+        return remembered(output / "rows.jsonl", key, tuned, measure)
 
     # The reference's rates are tried with the first seed; its best one goes on.
     tried = {rate: row("Mask R-CNN", rate, 0) for rate in rates}

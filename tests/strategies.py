@@ -81,6 +81,7 @@ def _network() -> CoMask:
             (model.head.offsets, 0.05),
             (model.head.mask, 0.3),
             *((module.reduce, 0.1) for module in model.mfpn.modules_per_level),
+            *((module.attention.excite, 0.1) for module in model.mfpn.modules_per_level),
         ):
             layer.weight.normal_(std=std)
     return model

@@ -159,6 +159,8 @@ def by_hand(
             )
             cells = decode_cells(offsets, roi[None])[0]
             foreground = wanted.reshape(7, 4, 7, 4).mean(dim=(1, 3)) > 0.5
+            if model.config.collaboration == "uniform":
+                foreground[:] = True
             goal = truth.boxes[place].tolist()
             box_losses += [iou_loss(cell, goal) for cell in cells[foreground].tolist()]
 
@@ -224,7 +226,11 @@ def every_term(model: CoMask, images: Tensor, sizes: Tensor, targets: list[Targe
         )
         losses = Objective(model)(images, sizes, targets)
     weights = [getattr(model.config, f"{name}_weight") for name in losses]
-    sums = torch.stack(list(losses.values())) / torch.tensor(weights) * seen[0].clamp(min=1.0)
+    sums = (
+        torch.stack(list(losses.values()))
+        / torch.tensor(weights)
+        * torch.where(seen[0] > 0, seen[0], 1.0)
+    )
     return torch.stack((sums, seen[0]), dim=1).detach()
 
 

@@ -212,12 +212,13 @@ def test_residual_attention_is_the_authors() -> None:
 
 
 @pytest.mark.parametrize("branches", [1, 2, 4])
-def test_a_new_module_is_nearly_the_identity(branches: int) -> None:
+def test_a_new_module_is_the_identity(branches: int) -> None:
     torch.manual_seed(5)
     module = MSFEM(64, branches=branches, mode="independent", reduction=4, norm_groups=16)
-    x = torch.randn(2, 64, 12, 20)
-    torch.testing.assert_close(module(x), x, rtol=0.1, atol=0.1)
+    x = torch.randn(2, 64, 12, 20) * 5
+    torch.testing.assert_close(module(x), x)
     module(x).square().sum().backward()
     every = dict(module.named_parameters())
     # behind weights of 0 the first gradient is 0, as in a residual branch that starts at 0
-    assert [k for k, p in every.items() if not p.grad.any() and not k.startswith("branches")] == []
+    behind = ("branches", "attention.squeeze")
+    assert [k for k, p in every.items() if not p.grad.any() and not k.startswith(behind)] == []

@@ -77,11 +77,13 @@ class MSFEM(nn.Module):
         self.norm = nn.GroupNorm(norm_groups, channels) if residual else None
         # It starts as the identity, so that what stands before and behind it (an FPN and an RPN of
         # other weights, or their first gradients) fits together from the first step: F₀ alone passes,
-        # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½.
+        # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½. (Not so a residual one,
+        # with its norm and ReLU.)
         nn.init.dirac_(self.reduce.weight)
         nn.init.dirac_(self.smooth.weight)
         with torch.no_grad():
             self.smooth.weight.mul_(2.0)
+        nn.init.zeros_(self.attention.excite.weight)
         for conv in (self.reduce, self.smooth):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)

@@ -105,9 +105,12 @@ def _mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _training_weights(model: CoMask, mask_logits: Tensor, mask_target: Tensor) -> Tensor:
-    """How much each cell [R, 7, 7] learns: by the object's mask over it, or by the predicted one."""
+    """How much each cell [R, 7, 7] learns: by the object's mask over it, or by the predicted one.
+
+    Where all cells vote alike, all learn alike.
+    """
     kind = model.config.cell_targets
-    if kind == "pred":
+    if kind == "pred" or model.config.collaboration == "uniform":
         return model.weigh_cells(mask_logits.detach())
     pooled = F.avg_pool2d(mask_target[:, None], MASK_SIZE // CELLS)[:, 0]
     return pooled if kind == "soft" else (pooled > 0.5).float()

@@ -73,10 +73,12 @@ class Objective(nn.Module):
             "mask": mask,
             "box": regressed or box,
         }
-        counts = mean_over_ranks(torch.stack([term.items for term in terms.values()]))
+        items = torch.stack([term.items for term in terms.values()])
+        share = mean_over_ranks(items)  # of this process, were all alike
+        counts = torch.where(share > 0, share, 1.0)
         return {
             name: getattr(config, f"{name}_weight") * term.total / count
-            for (name, term), count in zip(terms.items(), counts.clamp(min=1.0), strict=True)
+            for (name, term), count in zip(terms.items(), counts, strict=True)
         }
 
 

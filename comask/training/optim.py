@@ -20,10 +20,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return torch.optim.SGD(
             trainable, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
         )
-    # Decoupled decay would pull norm scales to zero, so AdamW decays matrices and kernels only.
+    # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays matrices and
+    # kernels only.
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "bias" not in name]
+    decayed = {id(p) for p in weights}
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adamw_beta2), fused=True)
 
