@@ -44,6 +44,12 @@ def command(function: Callable[..., None]) -> click.Command:
                 raise
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(1)
+        except OSError as error:  # a full disk, a folder that may not be written
+            if verbose or error.strerror is None:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror}", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)

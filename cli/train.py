@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 from comask.cli.options import command
 
 from comask.errors import CheckpointError, ConfigError
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from comask.training.validation import Validation, Validator
 
 # A run that goes on may change how it trains, but not what its steps and state mean.
-FIXED = ("train.batch_size", "train.seed", "train.optimizer", "train.ema_decay")
+FIXED = {
+    "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
+    "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
+}  # fmt: skip
 
 
 @command
@@ -51,9 +56,9 @@ def main(
 
     \b
     comask-train --data shapes --preset shapes-tiny --output runs/shapes
-    comask-train --data /data/coco --preset comask-r50 --output runs/r50 --set train.batch_size=4
+    comask-train --data /data/coco --val /data/coco --output runs/r50 --set train.batch_size=4
     comask-train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
-    torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --output runs/r50
+    torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --val /data/coco --output r50
     """
     from comask.config import override
 
@@ -68,12 +73,20 @@ def main(
         raise click.UsageError("--resume trains and --eval-only does not: give one of them")
 
     from comask.training.distributed import join
+    from comask.training.run_lock import lock_run
 
     with join() as ranks:
         if eval_only:
+            context = click.get_current_context()
+            if context.get_parameter_source("preset_name") is ParameterSource.COMMANDLINE:
+                raise click.UsageError(
+                    "--eval-only takes the settings of the checkpoint: no --preset"
+                )
             _evaluate(data, val, output, settings, ranks)
         else:
-            _train(config, data, val, settings, output, resume, ranks)
+            output.mkdir(parents=True, exist_ok=True)
+            with lock_run(output) if ranks.first else nullcontext():
+                _train(config, data, val, settings, output, resume, ranks)
 
 
 def _train(
@@ -87,6 +100,7 @@ def _train(
 ) -> None:
     import torch
 
+    from comask.data.open_source import data_digest
     from comask.data.training_set import TrainingSet
     from comask.models.comask import CoMask
     from comask.training.import_weights import import_weights
@@ -99,7 +113,8 @@ def _train(
         )
     train_source, train, val_source, val_indices = _sources(config, data, val, ranks)
     config = _with_classes(config, settings, train_source)
-    checkpoint = _checkpoint_to_resume(output, config) if resume else None
+    images = data_digest((train_source, train), (val_source, val_indices))
+    checkpoint = _checkpoint_to_resume(output, config, images, ranks) if resume else None
     dataset = TrainingSet(
         train_source,
         train,
@@ -112,10 +127,15 @@ def _train(
     if checkpoint is None:
         weights = import_weights(model, config.train.weights, train_source.categories)
         _say(ranks, *weights.lines())
+        if config.train.weights == "none" and config.model.frozen_stages:
+            _say(
+                ranks,
+                f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
+                f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group",
+            )
     model = fit_to_machine(model, config, ranks)
     validator = _validator(val_source, val_indices, config, ranks, output)
 
-    output.mkdir(parents=True, exist_ok=True)
     if ranks.first:
         (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     _say(
@@ -129,10 +149,13 @@ def _train(
         dataset,
         train_source.categories,
         output,
+        data=images,
         ranks=ranks,
         evaluate=validator if config.train.evaluate_every else None,
         resume=checkpoint,
     )
+    if checkpoint and trainer.step == trainer.total_steps:
+        _say(ranks, f"nothing left to do: the run ended at step {trainer.step}")
     trainer.train()
     if not ranks.first:
         return
@@ -228,7 +251,9 @@ def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSou
     return dataclasses.replace(config, model=model)
 
 
-def _checkpoint_to_resume(output: Path, config: Config) -> Checkpoint | None:
+def _checkpoint_to_resume(
+    output: Path, config: Config, images: str, ranks: Ranks
+) -> Checkpoint | None:
     """The run's last checkpoint; None where there is none yet, as when a job is queued again."""
     from comask.training.checkpoint import load_checkpoint
     from comask.training.loop import LAST
@@ -243,14 +268,20 @@ def _checkpoint_to_resume(output: Path, config: Config) -> Checkpoint | None:
         for name, value in values.items()
         if value != before[part][name]
     ]
-    fixed = [name for name in changed if not name.startswith("train.") or name in FIXED]
+    free = ("train.", "data.workers")
+    fixed = [name for name in changed if not name.startswith(free) or name in FIXED]
     if fixed:
         raise ConfigError(
             f"--resume: settings differ from the run's ({', '.join(fixed)}); give the same "
             f"--preset and --set as when it was started"
         )
+    if checkpoint.data != images:
+        raise ConfigError(
+            "--resume: the images or classes are not those that the run was started with; give the "
+            "same --data and --val"
+        )
     if changed:
-        click.echo(f"going on with other settings than before: {', '.join(changed)}", err=True)
+        _say(ranks, f"going on with other settings than before: {', '.join(changed)}")
     return checkpoint
 
 

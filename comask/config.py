@@ -101,6 +101,17 @@ class ModelConfig:
         _require(
             1 <= self.msfem_branches <= 4, "model.msfem_branches", "1 to 4", self.msfem_branches
         )
+        for name in (
+            "norm_groups", "attention_reduction", "rpn_samples", "rpn_top_k_train",
+            "proposals_train", "roi_samples", "classifier_width", "head_rois", "roi_sampling_ratio",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}", "at least 1", value)
+        _require(self.head_convs >= 0, "model.head_convs", "0 or more", self.head_convs)
+        _require(self.roi_canonical_size > 0, "model.roi_canonical_size", "above 0", 0)
+        for name in ("anchor_sizes", "anchor_ratios"):
+            value = getattr(self, name)
+            _require(bool(value) and min(value) > 0, f"model.{name}", "numbers above 0", value)
         for name in ("channels", "head_channels"):
             value, groups = getattr(self, name), self.norm_groups
             expected = f"a multiple of model.norm_groups = {groups}"
@@ -129,6 +140,23 @@ class ModelConfig:
             "false with model.collaboration=fc_reg, which has no dense boxes to refine with",
             self.train_refined_masks,
         )
+        idle = IDLE.get(self.collaboration, ())
+        for f in (f for f in dataclasses.fields(self) if f.name in idle):
+            expected = (
+                f"{f.default}: it has no effect with model.collaboration={self.collaboration}"
+            )
+            value = getattr(self, f.name)
+            _require(value == f.default, f"model.{f.name}", expected, value)
+
+
+# What a way of collaborating does not heed.
+IDLE = {
+    "uniform": ("cell_pooling", "cell_threshold", "empty_foreground", "cell_targets"),
+    "fc_reg": (
+        "cell_pooling", "cell_threshold", "empty_foreground", "cell_targets", "box_loss",
+        "offset_activation",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +193,18 @@ class DataConfig:
     workers: int = 2
     shapes_train: int = 4000  # with --data shapes: images made on the fly
     shapes_val: int = 200
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.flip_probability <= 1,
+            "data.flip_probability",
+            "0 to 1",
+            self.flip_probability,
+        )
+        _require(0 < self.val_fraction < 1, "data.val_fraction", "0 < value < 1", self.val_fraction)
+        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        for name in ("shapes_train", "shapes_val"):
+            _require(getattr(self, name) >= 1, f"data.{name}", "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,11 +245,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "checkpoint_every", "reference_batch"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm"):
+        for name in (
+            "micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm", "seed",
+            "weight_decay",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         _require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
         _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
-        _require(0 <= self.ema_decay < 1, "train.ema_decay", "0 ≤ value < 1", self.ema_decay)
+        for name in ("ema_decay", "momentum", "adamw_beta2"):
+            _require(
+                0 <= getattr(self, name) < 1, f"train.{name}", "0 ≤ value < 1", getattr(self, name)
+            )
         _require(
             not self.patience or self.evaluate_every > 0,
             "train.patience",

@@ -54,7 +54,12 @@ def train(preset: str, data: str, output: Path, processes: int, settings: tuple[
     ]  # fmt: skip
     for setting in settings:
         command += ["--set", setting]
-    subprocess.run(command, check=True)
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise click.ClickException(
+            f"{output}: the training ended with {error.returncode}"
+        ) from error
 
 
 def mask_ap(run: Path) -> list[float]:
@@ -64,6 +69,8 @@ def mask_ap(run: Path) -> list[float]:
         for row in read_rows(run / "eval.csv")
         if (row["task"], row["stage"]) == ("segm", "final")
     ]
+    if not rows:
+        raise click.ClickException(f"{run}: has no evaluation; leave train.evaluate_every alone")
     return [100 * float(rows[-1][name]) for name in METRICS]
 
 

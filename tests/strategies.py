@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from comask.config import ModelConfig
+from comask.data.target import Target
 from comask.models.comask import CoMask
 from comask.presets import PRESETS
-from comask.training.head_losses import Rois
-from comask.training.targets import Target
+from comask.training.rois import Rois
 
 FEW = settings(deadline=None, max_examples=50)
 seeds = st.integers(0, 2**31 - 1)

@@ -77,6 +77,10 @@ def test_override_parses_by_type() -> None:
         ("model.mask_kernel=true", "one of 1, 3"),
         ("model.separate_fine_head=true", "train_refined_masks"),
         ("train.ema_decay=1", "0 ≤ value < 1"),
+        ("model.norm_groups=0", "at least 1"),
+        ("data.workers=-1", "0 or more"),
+        ("data.val_fraction=3", "0 < value < 1"),
+        ("train.seed=-1", "0 or more"),
         ("train.precision=fp8", "fp32, bf16, fp16"),
         ("nothing.at.all=1", "unknown setting"),
     ],
@@ -85,6 +89,14 @@ def test_override_errors_name_the_setting(assignment: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("[", r"\[")) as caught:
         override(Config(), (assignment,))
     assert assignment.split("=")[0] in str(caught.value)
+
+
+def test_settings_without_an_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.box_loss: expected iou: it has no effect"):
+        override(Config(), ("model.collaboration=fc_reg", "model.box_loss=giou"))
+    override(Config(), ("model.collaboration=uniform", "model.box_loss=giou"))
+    with pytest.raises(ConfigError, match=r"model\.cell_threshold"):
+        override(Config(), ("model.collaboration=uniform", "model.cell_threshold=0"))
 
 
 def test_unknown_preset_lists_the_known() -> None:

@@ -178,6 +178,7 @@ def checkpoint(
         step=7,
         best_ap=0.5,
         stale=0,
+        data="",
     )
     save_checkpoint(path, content)
 

@@ -13,10 +13,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
+from comask.data.target import Target
 from comask.models.anchors import base_anchors, level_anchors
 from comask.models.rpn import RPN, STRIDES, LevelOutput, proposals_from_levels
 from comask.training.losses import rpn_losses
-from comask.training.targets import Target
 
 SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 RATIOS = (0.5, 1.0, 2.0)

@@ -11,16 +11,9 @@ from strategies import FEW, boxes, random_boxes, seeds
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 
+from comask.data.target import Target
 from comask.models.boxes import clip_boxes, decode_boxes, encode_boxes, paired_iou
-from comask.training.targets import (
-    BACKGROUND,
-    IGNORE,
-    Target,
-    jitter,
-    mask_targets,
-    match,
-    sample,
-)
+from comask.training.targets import BACKGROUND, IGNORE, jitter, mask_targets, match, sample
 
 
 def target(masks: Tensor, scale: tuple[float, float] = (1.0, 1.0)) -> Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from conftest import MICRO, run, settings
 
 from comask.config import Config, TrainConfig, from_dict, override
+from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch
+from comask.data.write_coco import write_coco
 from comask.errors import CheckpointError, ConfigError
 from comask.models.comask import CoMask
 from comask.presets import preset
-from comask.training import losses
+from comask.training import losses, run_lock
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
@@ -102,8 +105,9 @@ def test_non_finite_loss_stops_and_names_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from comask.training import head_losses
+    from comask.training.rois import Term
 
-    nan = head_losses.Term(torch.tensor(float("nan")), torch.tensor(1.0))
+    nan = Term(torch.tensor(float("nan")), torch.tensor(1.0))
     monkeypatch.setattr(head_losses, "dense_box_loss", lambda *_: nan)
     result = run(*train(tmp_path / "run"))
     assert result.exit_code == 1
@@ -265,7 +269,7 @@ def test_running_out_of_memory_names_the_setting(
     monkeypatch.setattr(losses.Objective, "forward", exhausted)
     result = run(*train(tmp_path / "run"))
     assert result.exit_code == 1
-    assert "set train.micro_batch below 4" in result.output
+    assert "train.micro_batch=2" in result.output
 
 
 def test_what_the_machine_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -305,6 +309,39 @@ def test_patience_ends_training(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "checkpoint-last.pt").step == 6
 
 
+def test_one_process_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
+    (tmp_path / "run").mkdir()
+    with run_lock.lock_run(tmp_path / "run"):
+        result = run(*train(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "another process trains there" in result.output
+    assert run(*train(tmp_path / "run", *settings("train.max_steps=0"))).exit_code == 0
+
+
+def test_resume_heeds_what_it_can_and_refuses_the_rest(micro_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(micro_run, folder)
+    for change, words in [
+        ("data.shapes_train=12", "data.shapes_train"),
+        ("train.weight_decay=0.1", "train.weight_decay"),
+        ("train.channels_last=true", "train.channels_last"),
+    ]:
+        result = run(*train(folder, "--resume", *settings(change)))
+        assert result.exit_code == 1
+        assert words in result.output
+    write_coco(ShapesSource(num_images=8, seed=0), tmp_path / "set")
+    other = train(folder, "--resume")
+    other[other.index("shapes")] = tmp_path / "set"
+    result = run(*other)
+    assert result.exit_code == 1
+    assert "not those that the run was started with" in result.output
+    result = run(*train(folder, "--resume", *settings("train.learning_rate=1e-4")))
+    assert result.exit_code == 0, result.output
+    assert "other settings than before: train.learning_rate" in result.output
+    assert "nothing left to do" in result.output
+
+
 def test_eval_only_scores_the_best_checkpoint(micro_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in micro_run.rglob("*")}
     result = run("train", "--data", "shapes", "--output", micro_run, "--eval-only")
@@ -312,7 +349,11 @@ def test_eval_only_scores_the_best_checkpoint(micro_run: Path) -> None:
     assert "on 4 images" in result.output
     assert "collaboration: box AP" in result.output
     assert before == {path: path.stat().st_mtime_ns for path in micro_run.rglob("*")}
-    for extra, words in (("--resume", "give one of them"), ("--set=data.workers=1", "--eval-only")):
+    for extra, words in (
+        ("--resume", "give one of them"),
+        ("--set=data.workers=1", "--eval-only"),
+        ("--preset=shapes-tiny", "no --preset"),
+    ):
         refused = run("train", "--data", "shapes", "--output", micro_run, "--eval-only", extra)
         assert refused.exit_code != 0
         assert words in refused.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def training_sources(
         val_source, more = _checked(val or data, "val", config.shapes_val, SHAPES_VAL_SEED)
         if val_source.categories != source.categories:
             raise DataError(f"--val {val}: its categories differ from those of --data {data}")
-        if val != data:
+        if more != problems:  # or it is the same file
             problems += more
         return source, everything, val_source, list(range(len(val_source))), problems
     count = max(1, round(len(source) * config.val_fraction))
@@ -64,6 +66,15 @@ def training_sources(
         )
     order = np.random.default_rng(seed).permutation(everything).tolist()
     return source, sorted(order[count:]), source, sorted(order[:count]), problems
+
+
+def data_digest(*parts: tuple[InstanceSource, list[int]]) -> str:
+    """What tells whether a run goes on with the images it began with: their ids and the classes."""
+    content = [
+        ([(c.id, c.name) for c in source.categories], [source.info(i).id for i in indices])
+        for source, indices in parts
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _checked(

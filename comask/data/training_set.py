@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
+from comask.data.target import Target
 from comask.errors import ImageError
 from comask.masks import mask_from_segmentation
 from comask.preprocess import prepare
-from comask.training.targets import Target
 
 Key = tuple[int, int]  # (epoch, index into the source)
 Item = tuple[Tensor, tuple[int, int], Target, int]  # canvas, size on it, target, image id
@@ -43,6 +43,15 @@ class Batch:
     image_sizes: Tensor
     targets: list[Target]
     image_ids: list[int]
+
+    def pin_memory(self) -> Batch:
+        """What a loader calls where there is a GPU; see `Target.pin_memory`."""
+        return Batch(
+            images=self.images.pin_memory(),
+            image_sizes=self.image_sizes.pin_memory(),
+            targets=[target.pin_memory() for target in self.targets],
+            image_ids=self.image_ids,
+        )
 
 
 class TrainingSet(Dataset[Item]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from comask.config import Config, from_dict
 from comask.data.source import Category
 from comask.errors import CheckpointError, ConfigError
 from comask.models.comask import CoMask
+from comask.training.whole_file import whole_file
 
 FORMAT = 2
-STORED = ("model", "ema", "optimizer", "scaler", "step", "best_ap", "stale")  # as they are
+STORED = ("model", "ema", "optimizer", "scaler", "step", "best_ap", "stale", "data")  # as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class Checkpoint:
             learning rate and the place in the data, so none of those is stored.
         best_ap: the best mask AP so far (0..1); -1 before the first evaluation.
         stale: evaluations since then.
+        data: digest of the images it trains and is evaluated on, see `data_digest`.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Checkpoint:
     step: int
     best_ap: float
     stale: int
+    data: str
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -62,15 +64,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "categories": [(c.id, c.name) for c in checkpoint.categories],
         **{name: getattr(checkpoint, name) for name in STORED},
     }
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.evaluate import TASKS
-from comask.training.record import Evaluation, read_evaluations, read_rows, write_whole
+from comask.training.record import Evaluation, read_evaluations, read_rows
+from comask.training.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

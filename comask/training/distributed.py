@@ -48,7 +48,8 @@ def join() -> Iterator[Ranks]:
     """Joins the group that torchrun's environment variables describe; alone without them.
 
     Raises:
-        TrainingError: when there are more processes on this machine than GPUs.
+        TrainingError: when there are more processes on this machine than GPUs, or the variables are
+            incomplete.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,11 +65,16 @@ def join() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(rank=0, world=1, device=device)
         return
+    if "RANK" not in os.environ:
+        raise TrainingError(
+            f"WORLD_SIZE={world} is set, but RANK is not: start several processes by torchrun, or "
+            f"unset WORLD_SIZE"
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield Ranks(rank=dist.get_rank(), world=world, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank=dist.get_rank(), world=world, device=device)
+    # Not after an error: the others may never come to meet this process, and torchrun ends them when
+    # this one ends.
+    dist.destroy_process_group()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -97,3 +103,16 @@ def share_from_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def require_agreement(value: object) -> None:
+    """Makes sure that all processes hold the first one's `value`, before they would wait in vain.
+
+    Raises:
+        TrainingError: on a process that does not.
+    """
+    if share_from_first(value) != value:
+        raise TrainingError(
+            f"process {dist.get_rank()} sees other data or another checkpoint than the first one: "
+            f"--data and --output must name the same folders on all machines"
+        )

@@ -40,9 +40,13 @@ def non_finite(
 def out_of_memory(batch: Batch) -> TrainingError:
     """The error of a batch that is too large for the GPU, naming the settings that shrink it."""
     count, height, width = batch.images.shape[:3]
-    smaller = f"train.micro_batch below {count} (a step keeps its images, in smaller parts), "
+    found = f"out of GPU memory with {count} images of {width}x{height} at once"
+    if count == 1:
+        return TrainingError(
+            f"{found}: go on with --resume --set train.precision=bf16, or start anew with a smaller "
+            f"preprocess.max_side"
+        )
     return TrainingError(
-        f"out of GPU memory with {count} images of {width}x{height}: set "
-        f"{smaller if count > 1 else ''}train.precision=bf16 or a smaller preprocess.max_side, then go "
-        f"on with --resume"
+        f"{found}: go on with --resume --set train.micro_batch={count // 2} (a step keeps its images, "
+        f"in smaller parts) or train.precision=bf16"
     )

@@ -5,12 +5,13 @@ Legend: R positive RoIs of the batch. Boxes are f32 `xyxy` in pixels of the resi
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comask.data.target import Target
 from comask.models.boxes import clip_boxes, paired_giou, paired_iou
 from comask.models.collaboration import (
     CELLS,
@@ -21,29 +22,8 @@ from comask.models.collaboration import (
     select_class,
 )
 from comask.models.comask import CoMask
-from comask.models.roi_align import pool_rows
-from comask.training.targets import Target, choose, jitter, mask_targets
-
-
-class Term(NamedTuple):
-    """A loss before normalisation: a sum and how many items it is over, both scalars f32."""
-
-    total: Tensor
-    items: Tensor
-
-
-class Rois(NamedTuple):
-    """The RoIs of one image that train the heads.
-
-    Attributes:
-        positive: [P, 4].
-        objects: [P] i64, the object of each (index into the target).
-        negative: [Q, 4].
-    """
-
-    positive: Tensor
-    objects: Tensor
-    negative: Tensor
+from comask.training.rois import Rois, Term, pool_by_image
+from comask.training.targets import choose, jitter, mask_targets
 
 
 def head_losses(
@@ -137,10 +117,3 @@ def dense_box_loss(
         iou = paired_iou(cell_boxes, goal)
         loss = -torch.log(torch.where(iou <= 0.1, iou + 0.1, iou))
     return Term((loss * weights).sum(), weights.sum())
-
-
-def pool_by_image(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-    """RoIs by image, of differing number → features [ΣR, C, size, size] in the same order."""
-    rows = torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
-    config = model.config
-    return pool_rows(pyramid, rows, size, config.roi_sampling_ratio, config.roi_canonical_size)

@@ -20,9 +20,10 @@ from comask.training.weight_files import WeightFile, nothing_fits, read_hub, rea
 CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is background
 # Layers whose numbers mean something else under another value of a setting.
 SETTINGS = {
-    "rpn.objectness.": "anchor_ratios",
-    "rpn.deltas.": "anchor_ratios",
-    "head.offset": "offset_activation",
+    "rpn.objectness.": ("anchor_ratios",),
+    "rpn.deltas.": ("anchor_ratios",),
+    "head.offset": ("offset_activation",),
+    "mfpn.modules_per_level.": ("msfem_mode", "msfem_place", "residual_attention"),
 }
 
 
@@ -141,10 +142,11 @@ def _misfit(model: CoMask, targets: dict[str, Tensor], file: WeightFile, name: s
         return "BatchNorm"
     if name not in targets:
         return ""
-    for start, setting in SETTINGS.items():
-        wanted = getattr(model.config, setting)
-        if name.startswith(start) and file.settings.get(setting, wanted) != wanted:
-            return f"another model.{setting}"
+    for start, settings in SETTINGS.items():
+        for setting in settings if name.startswith(start) else ():
+            wanted = getattr(model.config, setting)
+            if file.settings.get(setting, wanted) != wanted:
+                return f"another model.{setting}"
     shape, ours = list(file.values[name].shape), list(targets[name].shape)
     expected = ours
     if name.startswith(CLASS_LAYERS):

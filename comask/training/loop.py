@@ -27,7 +27,7 @@ from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
 from comask.training.curves import draw_curves
-from comask.training.distributed import Ranks, gather, mean_over_ranks
+from comask.training.distributed import Ranks, gather, mean_over_ranks, require_agreement
 from comask.training.failures import non_finite, out_of_memory
 from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
@@ -48,6 +48,7 @@ class Trainer:
         dataset: training images.
         categories: the classes in label order.
         output: `checkpoint-last.pt`, `checkpoint-best.pt`, `metrics.csv` and `eval.csv` go here.
+        data: digest of the images, kept in checkpoints.
         ranks: this process among its kind.
         evaluate: scores a model on the validation images; None leaves the last checkpoint the best.
         resume: where to go on.
@@ -61,13 +62,15 @@ class Trainer:
         categories: tuple[Category, ...],
         output: Path,
         *,
+        data: str,
         ranks: Ranks,
         evaluate: Evaluator | None,
         resume: Checkpoint | None = None,
     ) -> None:
         train = config.train
         self.model, self.config, self.dataset, self.ranks = model, config, dataset, ranks
-        self.categories, self.output, self.evaluate = categories, output, evaluate
+        self.categories, self.output, self.data = categories, output, data
+        self.evaluate = evaluate
         self.optimizer = build_optimizer(model, train)
         self.ema = average_weights(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
@@ -75,6 +78,11 @@ class Trainer:
         self.validation: Validation | None = None  # the last one
         if resume:
             self._restore(resume)
+        elif ranks.first:
+            (output / BEST).unlink(
+                missing_ok=True
+            )  # of a run that was killed before its first LAST
+        require_agreement((data, self.step))
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
         if train.compile:
@@ -107,8 +115,14 @@ class Trainer:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 self.model.train()
                 for batches, seconds in self._batches(epoch, done):
-                    bar.advance(note=self.train_step(batches, epoch, seconds))
-                    if self.step % train.checkpoint_every == 0 and self.step % self.steps_per_epoch:
+                    try:
+                        note = self.train_step(batches, epoch, seconds)
+                    except torch.OutOfMemoryError as error:
+                        raise out_of_memory(batches[0]) from error
+                    bar.advance(note=note)
+                    # The last step of an epoch is saved below, after its evaluation.
+                    ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
+                    if self.step % train.checkpoint_every == 0 and not ends:
                         self.save(LAST)
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
@@ -185,17 +199,14 @@ class Trainer:
             last = i == len(batches) - 1
             ddp = self.objective if isinstance(self.objective, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and not last else nullcontext():
-                try:
-                    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                        losses = self.objective(
-                            batch.images.to(device, non_blocking=True),
-                            batch.image_sizes.to(device, non_blocking=True),
-                            [target.to(device) for target in batch.targets],
-                        )
-                    parts = torch.stack(list(losses.values())) * (len(batch.targets) / images)
-                    self.scaler.scale(parts.sum()).backward()
-                except torch.OutOfMemoryError as error:
-                    raise out_of_memory(batch) from error
+                with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+                    losses = self.objective(
+                        batch.images.to(device, non_blocking=True),
+                        batch.image_sizes.to(device, non_blocking=True),
+                        [target.to(device) for target in batch.targets],
+                    )
+                parts = torch.stack(list(losses.values())) * (len(batch.targets) / images)
+                self.scaler.scale(parts.sum()).backward()
             means = means + parts.detach()
         assert isinstance(means, Tensor)
         return dict(zip(losses, mean_over_ranks(means).tolist(), strict=True))
@@ -241,6 +252,7 @@ class Trainer:
                 step=self.step,
                 best_ap=self.best_ap,
                 stale=self.stale,
+                data=self.data,
             ),
         )
 

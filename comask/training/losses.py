@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from comask.config import ModelConfig
+from comask.data.target import Target
 from comask.models.boxes import encode_boxes
 from comask.models.classifier import DELTA_SCALE
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.comask import CoMask
 from comask.models.rpn import LevelOutput, proposals_from_levels
 from comask.training.distributed import mean_over_ranks
-from comask.training.head_losses import Rois, Term, head_losses, pool_by_image
-from comask.training.targets import Target, match, sample
+from comask.training.head_losses import head_losses
+from comask.training.rois import Rois, Term, pool_by_image
+from comask.training.targets import match, sample
 
 Generators = list[torch.Generator]
 

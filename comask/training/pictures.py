@@ -15,7 +15,7 @@ from comask.data.source import InstanceSource
 from comask.draw import draw_overlay
 from comask.masks import mask_from_segmentation
 from comask.structures import Detections
-from comask.training.record import write_whole
+from comask.training.whole_file import write_whole
 
 if TYPE_CHECKING:
     from PIL import ImageFont

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS, CocoMetrics
+from comask.training.whole_file import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -160,19 +160,6 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
         values = evaluations.setdefault(step, new).values
         values[row["stage"]][row["task"]] = {name: float(row[name]) for name in METRICS}
     return [e for e in evaluations.values() if all(len(e.values[s]) == len(TASKS) for s in STAGES)]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes `path` whole or not at all: a killed process leaves the previous file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:

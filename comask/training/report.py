@@ -16,7 +16,8 @@ from urllib.parse import quote
 from comask.data.source import Category
 from comask.evaluate import METRICS, TASKS
 from comask.training.curves import COLLABORATION, points_text
-from comask.training.record import Evaluation, read_evaluations, read_rows, write_whole
+from comask.training.record import Evaluation, read_evaluations, read_rows
+from comask.training.whole_file import write_whole
 
 # By model.collaboration: what turns the unrefined boxes into the refined ones
 _REFINEMENT = {

@@ -5,47 +5,14 @@ Boxes are f32 `xyxy` in pixels of the resized image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torchvision
 from torch import Tensor
 
+from comask.data.target import Target
+
 BACKGROUND = -1
 IGNORE = -2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """The ground truth of one image with G objects; crowd regions are not among them.
-
-    Attributes:
-        boxes: [G, 4] f32.
-        labels: [G] i64 from 0.
-        masks: [G, h, w] u8 bitmaps of the *original* image (0 or 1).
-        mask_scale: [4] f32; boxes × mask_scale are in pixels of `masks`.
-        seed: of everything random about this image in this step.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor
-    mask_scale: Tensor
-    seed: int = 0
-
-    def to(self, device: torch.device) -> Target:
-        """The same on `device`."""
-        return Target(
-            boxes=self.boxes.to(device),
-            labels=self.labels.to(device),
-            masks=self.masks.to(device),
-            mask_scale=self.mask_scale.to(device),
-            seed=self.seed,
-        )
-
-    def generator(self) -> torch.Generator:
-        """What draws this image's samples: the same whatever batch or process it is in."""
-        return torch.Generator(self.boxes.device).manual_seed(self.seed)
 
 
 def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> Tensor:
