@@ -126,8 +126,9 @@ def _train(
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
         weights = import_weights(model, config.train.weights, train_source.categories)
-        _say(ranks, *weights.lines())
-        if config.train.weights == "none" and config.model.frozen_stages:
+        if config.train.weights != "none":
+            _say(ranks, *weights.lines())
+        elif config.model.frozen_stages:
             _say(
                 ranks,
                 f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
