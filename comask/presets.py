@@ -67,8 +67,8 @@ COCO_SLIM = Config(
         roi_samples=64,
         detections=100,
     ),
-    preprocess=PreprocessConfig(short_side=256, max_side=416),
-    train=replace(SHAPES_TINY.train, epochs=90, warmup_steps=100, evaluate_every=30),
+    preprocess=PreprocessConfig(short_side=192, max_side=320),
+    train=replace(SHAPES_TINY.train, batch_size=4, epochs=80, warmup_steps=50, evaluate_every=20),
 )
 
 PRESETS: dict[str, Config] = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
-from comask.runtime.session import Array, Stages
+from comask.runtime.session import Array, Closing, Stages
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     ImageLike: TypeAlias = str | Path | PILImage | NDArray[np.uint8]
 
 
-class Predictor:
+class Predictor(Closing):
     """Finds the instances in images.
 
     One Predictor may be shared by threads. It is a context manager; `close` frees its backend.
@@ -156,17 +155,6 @@ class Predictor:
                 yield from self.predict_prepared(waiting)
                 waiting = []
         yield from self.predict_prepared(waiting)
-
-    def __enter__(self) -> Predictor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Frees the backend."""

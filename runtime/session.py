@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,29 @@ class Session(Protocol):
         """Frees what the session holds; running it afterwards is an error."""
 
 
+class Closing:
+    """What `with` closes at its end."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees what is held."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class Stages:
+class Stages(Closing):
     """Both stages of one backend.
 
     Attributes:
@@ -59,17 +80,6 @@ class Stages:
     backend: str
     stage1: Session
     stage2: Session
-
-    def __enter__(self) -> Stages:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes both sessions."""
