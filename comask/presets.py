@@ -68,7 +68,7 @@ COCO_SLIM = Config(
         detections=100,
     ),
     preprocess=PreprocessConfig(short_side=192, max_side=320),
-    train=replace(SHAPES_TINY.train, batch_size=4, epochs=80, warmup_steps=50, evaluate_every=20),
+    train=replace(SHAPES_TINY.train, batch_size=4, epochs=40, warmup_steps=50, evaluate_every=20),
 )
 
 PRESETS: dict[str, Config] = {
