@@ -21,8 +21,7 @@ VARIANTS = {
     "1 branch": ("model.msfem_branches=1",),
     "2 branches": (),
     "4 branches": ("model.msfem_branches=4",),
-    "w/o collaboration: uniform": ("model.collaboration=uniform",),
-    "w/o collaboration: fc_reg": ("model.collaboration=fc_reg",),
+    "w/o collaboration": ("model.collaboration=uniform",),
 }
 
 
