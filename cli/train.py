@@ -72,7 +72,7 @@ def main(
     if resume and eval_only:
         raise click.UsageError("--resume trains and --eval-only does not: give one of them")
 
-    from comask.training.distributed import join
+    from comask.training.distributed import join, share_from_first
     from comask.training.run_lock import lock_run
 
     with join() as ranks:
@@ -86,6 +86,7 @@ def main(
         else:
             output.mkdir(parents=True, exist_ok=True)
             with lock_run(output) if ranks.first else nullcontext():
+                share_from_first(None)  # the others look into the folder when it is locked
                 _train(config, data, val, settings, output, resume, ranks)
 
 

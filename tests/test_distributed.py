@@ -22,7 +22,7 @@ STEADY = (
     *MICRO,
     "model.backbone_norm=group",  # BatchNorm would see each process's images only
     "train.optimizer=sgd",  # AdamW turns a gradient's rounding near 0 into whole steps
-    "train.learning_rate=0.01",
+    "train.learning_rate=0.001",  # with 0.01 the third step blows up, and any rounding with it
     "train.ema_decay=0.9",
     "train.evaluate_every=1",
     "data.workers=0",
@@ -76,8 +76,8 @@ def assert_same(a: Path, b: Path, **tolerance: float) -> None:
     first, second = (load_checkpoint(folder / "checkpoint-last.pt") for folder in (a, b))
     assert first.step == second.step
     for name, weight in first.model.items():
-        torch.testing.assert_close(second.model[name], weight, **tolerance, msg=name)
-        torch.testing.assert_close(second.ema[name], first.ema[name], **tolerance, msg=name)
+        torch.testing.assert_close(second.model[name], weight, **tolerance)
+        torch.testing.assert_close(second.ema[name], first.ema[name], **tolerance)
 
 
 def test_two_ranks_train_as_one(landscape: Path, tmp_path: Path) -> None:
@@ -123,7 +123,8 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(
         time.sleep(moments.uniform(0, 0.6))
         signalled = process.poll() is None
         if signalled:
-            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+            # torchrun's processes, too, which are not of its session
+            subprocess.run(["pkill", "-KILL", "-f", f"[-]-output {killed}"], check=False)
         process.wait()
     run(arguments)
     assert_same(whole, killed, rtol=0, atol=0)
