@@ -1,0 +1,110 @@
+"""The page that shows a run."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from comask.config import Config, ModelConfig
+from comask.training.curves import draw_curves
+from comask.training.record import RunRecord
+from comask.training.report import write_report
+from runs import CATEGORIES, metrics, write_run
+
+
+class Page(HTMLParser):
+    """The images and the visible text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.source, self.text = path.read_text(), ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attributes if name == "src"]
+        self.links += [value or "" for name, value in attributes if name == "href"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def report(folder: Path, **model: Any) -> Page:
+    config = dataclasses.asdict(Config(model=ModelConfig(num_classes=3, **model)))
+    return Page(write_report(folder, config=config, categories=CATEGORIES, title="run <i>"))
+
+
+def test_report_holds_everything(tmp_path: Path) -> None:
+    write_run(tmp_path, 3)
+    draw_curves(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for step in (10, 999990, 1000000):
+        Image.new("RGB", (4, 4), (step % 255, 0, 0)).save(pictures / f"step-{step:06d}.png")
+    page = report(tmp_path)
+    shown = [tmp_path / name for name in ("collaboration.png", "ap.png", "losses.png")]
+    shown.append(pictures / "step-1000000.png")
+    prefix = "data:image/png;base64,"
+    assert all(source.startswith(prefix) for source in page.sources)
+    assert [base64.b64decode(source.removeprefix(prefix)) for source in page.sources] == [
+        path.read_bytes() for path in shown
+    ]
+    assert page.links == ["pictures/step-999990.png", "pictures/step-000010.png"]
+    assert all((tmp_path / link).exists() for link in page.links)
+    assert "http://" not in page.source
+    assert "https://" not in page.source
+    assert not page.tags & {"b", "i", "script", "link"}
+    for text in ("<b>&", "run <i>", "mask 40.0, box 50.0", "25.0 %", "msfem_branches", "AR100"):
+        assert text in page.text, text
+    assert "Yes." in page.text
+    assert "The weighted average raised box AP by 2.00 points, from 48.00 to 50.00." in page.text
+    assert "refined boxes were better in 3 of 3 evaluations" in page.text
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("box_gain", "mask_gain", "verdict"),
+    [
+        (
+            -0.02,
+            -0.01,
+            "No: it does harm. The weighted average LOWERED box AP by 2.00 points, from 52.00",
+        ),
+        (-0.02, 0.01, "In part. The weighted average LOWERED box AP by 2.00 points"),
+        (0.0, -0.01, "No: it does harm. The weighted average hardly changed box AP, from 50.00"),
+        (0.0, 0.0, "No: it makes no difference."),
+        (0.02, 0.0, "In part."),
+    ],
+)
+def test_report_is_honest(tmp_path: Path, box_gain: float, mask_gain: float, verdict: str) -> None:
+    write_run(tmp_path, 1, box_gain=box_gain, mask_gain=mask_gain)
+    assert verdict in report(tmp_path).text
+
+
+def test_report_names_what_refines(tmp_path: Path) -> None:
+    write_run(tmp_path, 1)
+    assert (
+        "plain average (model.collaboration=uniform)"
+        in report(tmp_path, collaboration="uniform").text
+    )
+
+
+def test_report_of_a_young_run(tmp_path: Path) -> None:
+    assert "No step yet." in report(tmp_path).text
+    write_run(tmp_path, 0)
+    page = report(tmp_path)
+    assert "No evaluation yet." in page.text
+    assert "last step" in page.text
+    assert not page.sources
+    record = RunRecord(tmp_path, keep_until=10)
+    record.add_metrics(10, 0, metrics(-1, -1), metrics(-1, -1))
+    assert "It cannot be told: the validation data holds no objects." in report(tmp_path).text
