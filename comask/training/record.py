@@ -200,7 +200,7 @@ def _board(folder: Path, keep_until: int) -> SummaryWriter:
     except ImportError as error:
         raise ConfigError(
             "train.tensorboard=true: the package tensorboard is not installed; "
-            "pip install tensorboard, or leave the setting out"
+            "pip install 'comask[tensorboard]', or leave the setting out"
         ) from error
     # The first step to be hidden; the last one kept is still shown, as in the tables.
     return SummaryWriter(str(folder), purge_step=keep_until + 1)
