@@ -108,7 +108,12 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value >= 1, f"model.{name}", "at least 1", value)
         _require(self.head_convs >= 0, "model.head_convs", "0 or more", self.head_convs)
-        _require(self.roi_canonical_size > 0, "model.roi_canonical_size", "above 0", 0)
+        _require(
+            self.roi_canonical_size > 0,
+            "model.roi_canonical_size",
+            "above 0",
+            self.roi_canonical_size,
+        )
         for name in ("anchor_sizes", "anchor_ratios"):
             value = getattr(self, name)
             _require(bool(value) and min(value) > 0, f"model.{name}", "numbers above 0", value)
