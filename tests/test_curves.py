@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import metrics, write_run
 from PIL import Image
 
 from comask.training import curves
 from comask.training.curves import draw_curves
 from comask.training.record import RunRecord, read_evaluations
-from runs import metrics, write_run
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 12])

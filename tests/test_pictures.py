@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import CATEGORIES
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +17,6 @@ from comask.data.source import ImageInfo
 from comask.masks import mask_from_segmentation
 from comask.structures import Detections
 from comask.training.pictures import picture_grid, true_detections
-from runs import CATEGORIES
 
 
 class OneImage:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import CLASSES, metrics, write_run
 
 from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS
 from comask.training.record import RunRecord, read_evaluations, read_rows
-from runs import CLASSES, metrics, write_run
 
 
 def test_rows_hold_what_was_added(tmp_path: Path) -> None:

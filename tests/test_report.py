@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import CATEGORIES, metrics, write_run
 from PIL import Image
 
 from comask.config import Config, ModelConfig
 from comask.training.curves import draw_curves
 from comask.training.record import RunRecord
 from comask.training.report import write_report
-from runs import CATEGORIES, metrics, write_run
 
 
 class Page(HTMLParser):
