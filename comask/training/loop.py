@@ -78,10 +78,8 @@ class Trainer:
         self.validation: Validation | None = None  # the last one
         if resume:
             self._restore(resume)
-        elif ranks.first:
-            (output / BEST).unlink(
-                missing_ok=True
-            )  # of a run that was killed before its first LAST
+        elif ranks.first:  # what is there is of a run that was killed before its first LAST
+            (output / BEST).unlink(missing_ok=True)
         require_agreement((data, self.step))
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -134,7 +132,8 @@ class Trainer:
         if self.evaluate is None or not (self.output / BEST).exists():
             self.save(BEST)
         if self.record:
-            self._report()
+            if self.validation is None:  # else the last evaluation has reported all there is
+                self._report()
             self.record.close()
 
     @property
