@@ -1,4 +1,4 @@
-"""RoIAlign's forward and backward on a CPU: torchvision's against `dense_roi_align`.
+"""The custom operators on a CPU against torchvision's, in one run.
 
 python benchmarks/roi_align.py
 """
@@ -13,26 +13,77 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.models.roi_align import dense_roi_align
+from comask.models.dense_roi_align import dense_roi_align
+from comask.models.nms import sorted_nms
+from comask.models.roi_align import STRIDES, pool_rows, roi_levels
 
-RUNS = 10
+RUNS = 9
+HEIGHT, WIDTH, CHANNELS = 800, 1344, 256  # of ResNet-50's maps
 
 
-def seconds(align: Callable[[], Tensor]) -> float:
-    """The median of several forward and backward passes."""
-    times = []
+def seconds(*functions: Callable[[], object]) -> list[float]:
+    """The median of each, run in turns."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(RUNS):
-        started = time.perf_counter()
-        align().sum().backward()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[RUNS // 2]
+        for function, taken in zip(functions, times, strict=True):
+            started = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - started)
+    return [sorted(taken)[RUNS // 2] for taken in times]
 
 
-@click.command()
-def main() -> None:
-    """Print the ratio for the maps and RoIs of `shapes-tiny`'s two branches, and for larger maps."""
-    torch.manual_seed(0)
-    click.echo("map      RoIs  S   torchvision ms  dense ms  ratio")
+def report(what: str, theirs: float, ours: float) -> None:
+    click.echo(f"{what:<38}{theirs * 1e3:>14.2f}{ours * 1e3:>10.2f}{theirs / ours:>7.2f}")
+
+
+def torchvision_by_level(maps: list[Tensor], rows: Tensor, size: int) -> Tensor:
+    """What `MultiScaleRoIAlign` does, aligned."""
+    levels = roi_levels(rows[:, 1:], 224.0)
+    pooled = maps[0].new_empty(len(rows), maps[0].shape[1], size, size)
+    for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+        chosen = torch.where(levels == level)[0]
+        pooled[chosen] = torchvision.ops.roi_align(
+            features, rows[chosen], size, 1 / stride, 2, aligned=True
+        )
+    return pooled
+
+
+def some_boxes(count: int) -> Tensor:
+    """[count, 4] in the image, with sides from 16 to 600 pixels."""
+    side = 16 * 2 ** (torch.rand(count, 2) * 5.2)
+    centre = torch.rand(count, 2) * torch.tensor([WIDTH, HEIGHT])
+    limit = torch.tensor([WIDTH, HEIGHT] * 2)
+    return torch.cat((centre - side / 2, centre + side / 2), dim=1).clamp(min=0).minimum(limit)
+
+
+def forward() -> None:
+    maps = [torch.randn(1, CHANNELS, HEIGHT // s, WIDTH // s) for s in STRIDES]
+    last = [features.to(memory_format=torch.channels_last) for features in maps]
+    for count, size in ((1000, 7), (100, 14)):
+        rows = torch.cat((torch.zeros(count, 1), some_boxes(count)), dim=1)
+        assert (
+            pool_rows(maps, rows, size, 2, 224.0) - torchvision_by_level(maps, rows, size)
+        ).abs().max() <= 1e-5
+        for name, layout in (("[B, C, H, W]", maps), ("channels-last", last)):
+            theirs, ours = seconds(
+                lambda m=layout, r=rows, s=size: torchvision_by_level(m, r, s),
+                lambda m=layout, r=rows, s=size: pool_rows(m, r, s, 2, 224.0),
+            )
+            report(f"RoIAlign {count} at {size}, {name}", theirs, ours)
+
+
+def suppression() -> None:
+    boxes, scores = some_boxes(1000), torch.linspace(1, 0, 1000)
+    one_group = torch.zeros(1, 1000, dtype=torch.int32)
+    theirs, ours = seconds(
+        lambda: torchvision.ops.nms(boxes, scores, 0.5),
+        lambda: sorted_nms(boxes[None], one_group, 0.5),
+    )
+    report("NMS of 1000 boxes", theirs, ours)
+
+
+def training() -> None:
+    """Forward and backward, for the maps and RoIs of `shapes-tiny`'s two branches and larger maps."""
     for height, width, rois, size in [
         (24, 32, 256, 7), (24, 32, 64, 14), (64, 64, 256, 7), (64, 64, 64, 14), (100, 168, 64, 14),
     ]:  # fmt: skip
@@ -40,16 +91,23 @@ def main() -> None:
         corner = torch.rand(rois, 2) * torch.tensor([width, height]) * 2
         image = torch.randint(0, 8, (rois, 1)).float()
         rows = torch.cat((image, corner, corner + 5 + torch.rand(rois, 2) * 50), dim=1)
-        theirs = seconds(
-            lambda f=features, r=rows, s=size: torchvision.ops.roi_align(
-                f, r, s, 0.25, 2, aligned=True
-            )
+        theirs, ours = seconds(
+            lambda f=features, r=rows, s=size: (
+                torchvision.ops.roi_align(f, r, s, 0.25, 2, aligned=True).sum().backward()
+            ),
+            lambda f=features, r=rows, s=size: dense_roi_align(f, r, s, 0.25, 2).sum().backward(),
         )
-        ours = seconds(lambda f=features, r=rows, s=size: dense_roi_align(f, r, s, 0.25, 2))
-        click.echo(
-            f"{height:>3}x{width:<4} {rois:<5} {size:<3} {theirs * 1e3:<15.1f} {ours * 1e3:<9.1f} "
-            f"{theirs / ours:.1f}"
-        )
+        report(f"training, {height}x{width}, {rois} at {size}, dense", theirs, ours)
+
+
+@click.command()
+def main() -> None:
+    """Print milliseconds of torchvision's operators and ours, and their ratio."""
+    torch.manual_seed(0)
+    click.echo(f"{torch.get_num_threads()} threads{'':<29}torchvision ms   ours ms  ratio")
+    forward()
+    suppression()
+    training()
 
 
 if __name__ == "__main__":

@@ -35,3 +35,11 @@ class ParityError(ComaskError):
 
 class TrainingError(ComaskError, RuntimeError):
     """A training run that cannot go on."""
+
+
+class EngineError(ComaskError, RuntimeError):
+    """A TensorRT engine that cannot be built, loaded or trusted."""
+
+
+class KernelError(ComaskError, RuntimeError):
+    """A kernel that cannot be compiled, loaded or launched."""

@@ -13,8 +13,9 @@ from strategies import FEW, random_boxes, seeds, thresholds
 from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
+from comask.models.dense_roi_align import dense_roi_align
 from comask.models.nms import float32_below, sorted_nms, top_k
-from comask.models.roi_align import pyramid_roi_align, roi_levels
+from comask.models.roi_align import STRIDES, pool_rows, pyramid_roi_align, roi_levels
 
 BOUNDARIES = (112.0, 224.0, 448.0)
 
@@ -160,7 +161,7 @@ def test_pyramid_roi_align_pools_each_roi_from_torchvisions_level(size: int, sam
 
 
 def test_a_linear_map_is_pooled_at_bin_centres() -> None:
-    column = torch.arange(128.0)[None, None, None].expand(1, 1, 128, 128)  # of P2: 4 pixels each
+    column = torch.arange(128.0)[None, None, None].expand(1, 3, 128, 128)  # of P2: 4 pixels each
     rois = torch.tensor([[[40.0, 40, 96, 96]]])
     pooled = pyramid_roi_align(
         [column, *pyramid(1)[1:4]], rois, 7, sampling_ratio=2, canonical_size=224.0
@@ -184,3 +185,100 @@ def test_no_rois_give_an_empty_result() -> None:
         pyramid(), torch.zeros(2, 0, 4), 14, sampling_ratio=2, canonical_size=224.0
     )
     assert pooled.shape == (0, 3, 14, 14)
+
+
+def rows_of(count: int, seed: int) -> Tensor:
+    """[R, 5] of two images and all levels of 512 × 512 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(generator, count, 250, 1)
+    boxes[:, 2:] += 30 * 2 ** (5 * torch.rand(count, 1, generator=generator))
+    image = torch.randint(0, 2, (count, 1), generator=generator)
+    return torch.cat((image, boxes), dim=1)
+
+
+def by_matrices(maps: list[Tensor], rows: Tensor, size: int) -> Tensor:
+    """`pool_rows` by `dense_roi_align`."""
+    levels = roi_levels(rows[:, 1:], 224.0)
+    order = levels.argsort(stable=True)
+    parts = [
+        dense_roi_align(features, rows[levels == level], size, 1 / STRIDES[level], 2)
+        for level, features in enumerate(maps)
+    ]
+    return torch.cat(parts)[order.argsort()]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rois_per_image", [0, 15])
+def test_gradient_of_the_kernels_operator(layout: torch.memory_format, rois_per_image: int) -> None:
+    rows = rows_of(30, 1)
+    rows[:, 0] = torch.arange(2).repeat_interleave(15)
+    assert roi_levels(rows[:, 1:], 224.0).unique().tolist() == [0, 1, 2, 3]
+    weight = torch.randn(30, 3, 7, 7)
+    gradients = []
+    for kernel in (True, False):
+        maps = [m.contiguous(memory_format=layout).requires_grad_() for m in pyramid()[:4]]
+        rois = rows[:, 1:] if rois_per_image else rows
+        pooled = (
+            torch.ops.comask.pyramid_roi_align(*maps, rois, rois_per_image, 7, 2, 224.0)
+            if kernel
+            else by_matrices(maps, rows, 7)
+        )
+        gradients.append(torch.autograd.grad(pooled, maps, weight))
+    assert all(gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_gradients_are_made_for_the_maps_that_want_one() -> None:
+    maps = pyramid()[:4]
+    maps[1].requires_grad_()
+    rows = rows_of(30, 2)
+    pooled = torch.ops.comask.pyramid_roi_align(*maps, rows, 0, 7, 2, 224.0)
+    pooled.sum().backward()
+    on_p3 = roi_levels(rows[:, 1:], 224.0) == 1
+    assert maps[1].grad is not None
+    assert maps[1].grad.sum().item() == pytest.approx(on_p3.sum().item() * 3 * 49, rel=1e-4)
+
+
+def test_training_and_inference_pool_alike() -> None:
+    rows = rows_of(40, 3)
+    kernel = pool_rows(pyramid(), rows, 14, 2, 224.0)
+    trained = pool_rows([m.requires_grad_() for m in pyramid()], rows, 14, 2, 224.0)
+    assert trained.requires_grad
+    torch.testing.assert_close(kernel, trained, rtol=0, atol=5e-5)  # places round differently
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_and_layouts_of_maps(dtype: torch.dtype) -> None:
+    rows = rows_of(20, 4)
+    maps = [m.to(dtype).to(memory_format=torch.channels_last) for m in pyramid()]
+    expected = pool_rows([m.float() for m in maps], rows, 7, 2, 224.0).to(dtype)
+    for first in (maps[0], maps[0].contiguous()):
+        pooled = pool_rows([first, *maps[1:]], rows, 7, 2, 224.0)
+        same = first.is_contiguous(memory_format=torch.channels_last)
+        assert pooled.is_contiguous(memory_format=torch.channels_last) == same
+        assert torch.equal(pooled, expected)
+    apart = [torch.stack((m, m), dim=4)[..., 0] for m in maps]
+    assert torch.equal(pool_rows(apart, rows, 7, 2, 224.0), expected)
+
+
+def test_operators_are_what_pytorch_asks_of_them() -> None:
+    maps = [m.requires_grad_() for m in pyramid(size=128)[:4]]
+    arguments = (*maps, rows_of(6, 5), 0, 7, 2, 224.0)
+    torch.library.opcheck(torch.ops.comask.pyramid_roi_align.default, arguments)
+    last = [m.detach().to(memory_format=torch.channels_last) for m in maps]
+    arguments = (*last, rows_of(6, 5)[:, 1:], 3, 7, 2, 224.0)
+    torch.library.opcheck(torch.ops.comask.pyramid_roi_align.default, arguments)
+    generator = torch.Generator().manual_seed(0)
+    arguments = (random_boxes(generator, 9, 9, 9)[None], torch.zeros(1, 9, dtype=torch.int64), 0.5)
+    torch.library.opcheck(torch.ops.comask.sorted_nms.default, arguments)
+
+
+def test_operators_under_torch_compile() -> None:
+    def both(maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = pyramid_roi_align(maps, rois, 7, sampling_ratio=2, canonical_size=224.0)
+        return pooled * 2, sorted_nms(rois, rois[..., 0].int() % 2, 0.5)
+
+    rois = rows_of(20, 6)[:, 1:].view(2, 10, 4)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for mine, plain in zip(compiled(pyramid(), rois), both(pyramid(), rois), strict=True):
+        assert torch.equal(mine, plain)

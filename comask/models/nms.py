@@ -1,16 +1,18 @@
 """`SortedNms`, the custom op of the exported graphs: exact greedy NMS with a fixed-size answer.
 
 TensorRT's own NMS has data-dependent shapes and TensorRT-RTX has none; a keep mask over sorted boxes
-has neither problem. `comask.export.functions` holds the same op as an ONNX function.
+has neither problem. The kernel is `comask/kernels/sorted_nms.cu`; `comask.export.functions` holds the
+same op as an ONNX function.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torchvision
 from torch import Tensor
+
+from comask.kernels.launch import NMS, float32_below, nms_launch
+from comask.kernels.tensors import available, launch
 
 
 def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
@@ -18,7 +20,7 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
 
     Args:
         boxes: [G, M, 4] f32 `xyxy`, each row of M by falling score.
-        group_ids: [G, M] int; only boxes of equal id compete.
+        group_ids: [G, M] int within i32; only boxes of equal id compete.
         iou_threshold: a box goes when its IoU with a kept one is above this.
 
     Returns:
@@ -37,6 +39,28 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
             shape=group_ids.shape,
             version=1,
         )
+    keep: Tensor = _sorted_nms(boxes, group_ids, iou_threshold)
+    return keep
+
+
+@torch.library.custom_op("comask::sorted_nms", mutates_args=())
+def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
+    """The kernel on tensors, or torchvision's operator where it cannot be had."""
+    if not available(NMS, boxes.device):
+        return _by_torchvision(boxes, group_ids, iou_threshold)
+    keep = torch.empty(group_ids.shape, dtype=torch.bool, device=boxes.device)
+    ids = group_ids.to(torch.int32).contiguous()
+    rows, count = ids.shape
+    launch(nms_launch(rows, count, iou_threshold), [boxes.float().contiguous(), ids], keep)
+    return keep
+
+
+@_sorted_nms.register_fake
+def _fake(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
+    return torch.empty(group_ids.shape, dtype=torch.bool, device=boxes.device)
+
+
+def _by_torchvision(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
     rank = torch.arange(boxes.shape[1], 0, -1, dtype=torch.float32, device=boxes.device)
     keep = torch.zeros_like(group_ids, dtype=torch.bool)
     for row_boxes, row_ids, row_keep in zip(boxes, group_ids, keep, strict=True):
@@ -45,18 +69,6 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
             kept = torchvision.ops.nms(row_boxes[members], rank[members], iou_threshold)
             row_keep[members[kept]] = True
     return keep
-
-
-def float32_below(threshold: float) -> float:
-    """The largest f32 not above `threshold`.
-
-    torchvision compares an f32 IoU with an f64 threshold. `iou > float32_below(t)` in f32 gives the
-    same answers; rounding 0.3 up to the nearest f32 would not, at an IoU of exactly that f32.
-    """
-    nearest = torch.tensor(threshold, dtype=torch.float32)
-    if nearest.item() > threshold:
-        nearest = torch.nextafter(nearest, torch.tensor(-math.inf))
-    return nearest.item()
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,25 @@
 """`PyramidRoiAlign`, the custom op of the exported graphs: RoIAlign from the level that fits the RoI.
 
-`comask.export.functions` holds the same op as an ONNX function.
+The kernel is `comask/kernels/pyramid_roi_align.cu`; `comask.export.functions` holds the same op as an
+ONNX function.
 
-Legend: B batch, N RoIs an image, C channels, S output size.
+Legend: B batch, N RoIs an image, R all RoIs, C channels, S output size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
+from comask.kernels.launch import ROI_ALIGN, roi_align_launch
+from comask.kernels.tensors import available, launch
+from comask.models.dense_roi_align import DENSE_AREA, dense_roi_align
+
 STRIDES = (4, 8, 16, 32)  # of P2..P5
 CANONICAL_LEVEL = 4
-DENSE_AREA = 64 * 64  # largest map, in feature pixels, that `dense_roi_align` is for
 # A RoI leaves level k for k + 1 when its side reaches canonical_size × 2^(k + 1 - 4 - 1e-6).
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
 
@@ -78,9 +84,10 @@ def pyramid_roi_align(
             shape=(batch * count, maps[0].shape[1], output_size, output_size),
             version=1,
         )
-    image = torch.arange(batch, device=rois.device, dtype=rois.dtype).repeat_interleave(count)
-    rows = torch.cat((image[:, None], rois.reshape(-1, 4)), dim=1)
-    return pool_rows(maps, rows, output_size, sampling_ratio, canonical_size)
+    pooled: Tensor = _pyramid_roi_align(
+        *maps, rois.reshape(-1, 4), count, output_size, sampling_ratio, canonical_size
+    )
+    return pooled
 
 
 def pool_rows(
@@ -102,9 +109,124 @@ def pool_rows(
     Returns:
         [R, C, S, S].
     """
+    maps = pyramid[: len(STRIDES)]
+    if rows.device.type == "cpu" and any(features.requires_grad for features in maps):
+        return _pool_by_level(maps, rows, output_size, sampling_ratio, canonical_size)
+    pooled: Tensor = _pyramid_roi_align(*maps, rows, 0, output_size, sampling_ratio, canonical_size)
+    return pooled
+
+
+@torch.library.custom_op("comask::pyramid_roi_align", mutates_args=())
+def _pyramid_roi_align(
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    p5: Tensor,
+    rois: Tensor,
+    rois_per_image: int,
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
+) -> Tensor:
+    """The kernel on tensors, or torchvision's operators where it cannot be had.
+
+    Args:
+        p2, p3, p4, p5: [B, C, H, W] of any layout; of other types than f32 and f16 by way of f32.
+        rois: [R, 4], or [R, 5] if `rois_per_image` is 0; see `roi_align_launch`.
+        rois_per_image: likewise.
+        output_size: S.
+        sampling_ratio: samples a bin and axis.
+        canonical_size: see `roi_levels`.
+
+    Returns:
+        [R, C, S, S] of the maps' type and layout.
+    """
+    maps, layout, dtype = [p2, p3, p4, p5], _layout([p2, p3, p4, p5]), p2.dtype
+    has_kernel = available(ROI_ALIGN, p2.device)
+    if dtype not in (torch.float32, torch.float16) or not has_kernel:
+        maps = [features.float() for features in maps]
+    if not has_kernel:
+        rows = _rows(rois, rois_per_image)
+        pooled = _pool_by_level(maps, rows, output_size, sampling_ratio, canonical_size)
+        return pooled.to(dtype).contiguous(memory_format=layout)
+    maps = [features.contiguous(memory_format=layout) for features in maps]
+    kernel = roi_align_launch(
+        [features.shape for features in maps], len(rois), rois_per_image, output_size,
+        sampling_ratio, canonical_size,
+        half=maps[0].dtype == torch.float16, channels_last=layout == torch.channels_last,
+    )  # fmt: skip
+    shape = (len(rois), p2.shape[1], output_size, output_size)
+    pooled = torch.empty(shape, dtype=maps[0].dtype, device=p2.device, memory_format=layout)
+    launch(kernel, [*maps, rois.float().contiguous()], pooled)
+    return pooled.to(dtype)
+
+
+@_pyramid_roi_align.register_fake
+def _fake(
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    p5: Tensor,
+    rois: Tensor,
+    rois_per_image: int,
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
+) -> Tensor:
+    shape = (rois.shape[0], p2.shape[1], output_size, output_size)
+    layout = _layout([p2, p3, p4, p5])
+    return torch.empty(shape, dtype=p2.dtype, device=p2.device, memory_format=layout)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *maps, rois, ctx.rois_per_image, _, ctx.sampling_ratio, ctx.canonical_size = inputs
+    ctx.save_for_backward(rois)
+    ctx.shapes, ctx.dtype = [features.shape for features in maps], output.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """By torchvision's operator, level by level, in f32."""
+    rows = _rows(ctx.saved_tensors[0], ctx.rois_per_image)
+    levels = roi_levels(rows[:, 1:], ctx.canonical_size)
+    size = grad.shape[2]
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for level, (shape, stride) in enumerate(zip(ctx.shapes, STRIDES, strict=True)):
+        if ctx.needs_input_grad[level]:
+            chosen = torch.where(levels == level)[0]
+            grads[level] = torch.ops.torchvision._roi_align_backward(
+                grad[chosen].float().contiguous(), rows[chosen], 1 / stride, size, size, *shape,
+                ctx.sampling_ratio, True,
+            ).to(ctx.dtype)  # fmt: skip
+    return tuple(grads)
+
+
+_pyramid_roi_align.register_autograd(_backward, setup_context=_save)
+
+
+def _layout(maps: list[Tensor]) -> torch.memory_format:
+    """Channels-last where all maps are, so that none is copied."""
+    if all(features.is_contiguous() for features in maps):
+        return torch.contiguous_format
+    if all(features.is_contiguous(memory_format=torch.channels_last) for features in maps):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _rows(rois: Tensor, rois_per_image: int) -> Tensor:
+    """[R, 5] f32 of the [R, 4] or [R, 5] that `_pyramid_roi_align` takes."""
+    if rois_per_image == 0:
+        return rois.float()
+    image = torch.arange(len(rois), device=rois.device) // rois_per_image
+    return torch.cat((image[:, None].float(), rois.float()), dim=1)
+
+
+def _pool_by_level(
+    maps: list[Tensor], rows: Tensor, output_size: int, sampling_ratio: int, canonical_size: float
+) -> Tensor:
+    """`pool_rows` by the operator that is fastest in training on a CPU for each level's size."""
     levels = roi_levels(rows[:, 1:], canonical_size)
-    pooled = pyramid[0].new_zeros((len(rows), pyramid[0].shape[1], output_size, output_size))
-    for level, (features, stride) in enumerate(zip(pyramid, STRIDES, strict=False)):
+    pooled = maps[0].new_zeros((len(rows), maps[0].shape[1], output_size, output_size))
+    for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
         chosen = torch.where(levels == level)[0]
         if len(chosen) == 0:
             continue
@@ -118,50 +240,3 @@ def pool_rows(
             )
         pooled[chosen] = part.to(pooled.dtype)  # autocast gives dense_roi_align's products its own
     return pooled
-
-
-def dense_roi_align(
-    features: Tensor, rows: Tensor, output_size: int, scale: float, sampling_ratio: int
-) -> Tensor:
-    """RoIAlign as two matrix products: bilinear sampling is separable.
-
-    For training on a CPU with small maps, where torchvision's backward scatters with one thread
-    (`benchmarks/roi_align.py` compares them).
-
-    Args:
-        features: [B, C, H, W].
-        rows: [R, 5] f32, image index and `xyxy` in pixels.
-        output_size: S.
-        scale: feature pixels a pixel.
-        sampling_ratio: samples a bin and axis.
-
-    Returns:
-        [R, C, S, S].
-    """
-    channels, height, width = features.shape[1:]
-    x1, y1, x2, y2 = (rows[:, 1:] * scale - 0.5).unbind(1)
-    along_y = _sampling_matrix(y1, y2, output_size, sampling_ratio, height)
-    along_x = _sampling_matrix(x1, x2, output_size, sampling_ratio, width)
-    places = [torch.where(rows[:, 0] == image)[0] for image in range(len(features))]
-    parts = []
-    for plane, place in zip(features, places, strict=True):
-        columns = plane.permute(1, 0, 2).reshape(height, channels * width)
-        part = along_y[place].flatten(0, 1) @ columns
-        part = part.view(len(place), output_size * channels, width) @ along_x[place].transpose(1, 2)
-        parts.append(part.view(len(place), output_size, channels, output_size).transpose(1, 2))
-    return torch.cat(parts)[torch.cat(places).argsort()]
-
-
-def _sampling_matrix(
-    start: Tensor, end: Tensor, output_size: int, sampling_ratio: int, length: int
-) -> Tensor:
-    """[R, S, length]: how much each feature pixel adds to each bin between `start` and `end`, [R]."""
-    samples = output_size * sampling_ratio
-    share = (torch.arange(samples, device=start.device) + 0.5) / samples
-    position = start[:, None] + (end - start)[:, None] * share
-    inside = (position >= -1) & (position <= length)  # farther out a sample counts as zero
-    pixel = torch.arange(length, device=start.device)
-    distance = (position.clamp(0, length - 1)[..., None] - pixel).abs()
-    weights = (1 - distance).clamp(min=0) * inside[..., None]
-    means: Tensor = weights.unflatten(1, (output_size, sampling_ratio)).mean(2)
-    return means

@@ -1,0 +1,203 @@
+"""Kernel sources to cubins, PTX and CPU libraries, cached by content.
+
+The cache is `$COMASK_CACHE/kernels`, else `~/.cache/comask/kernels`, else a temporary folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from comask.errors import KernelError
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tests compile for
+HEADER = "portable.h"
+# Products and sums are not contracted: see the sources.
+CUDA_OPTIONS = ("--std=c++17", "--fmad=false")
+HOST_OPTIONS = (
+    "-x", "c++", "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread",
+)  # fmt: skip
+# The PTX version that knows each target. Compilers write their own, which needs as new a driver.
+PTX_VERSIONS = {
+    75: "7.0", 80: "7.0", 86: "7.1", 89: "7.8", 90: "7.8", 100: "8.6", 120: "8.7",
+}  # fmt: skip
+FOLDER = Path(__file__).parent
+
+
+def cubin(source: str, capability: int) -> bytes:
+    """A kernel for GPUs of one compute capability (90 for 9.0).
+
+    Raises:
+        KernelError: neither NVRTC nor nvcc is there, or it does not know the capability.
+    """
+    return _cuda(source, f"sm_{capability}", "cubin")
+
+
+def ptx(source: str, capability: int) -> bytes:
+    """A kernel as PTX for GPUs of at least that capability, for drivers as old as it allows.
+
+    Raises:
+        KernelError: as `cubin`.
+    """
+    text = _cuda(source, f"compute_{capability}", "ptx")
+    version = PTX_VERSIONS.get(capability)
+    if version is None:
+        return text
+    return re.sub(rb"\.version \S+", f".version {version}".encode(), text, count=1)
+
+
+@cache
+def host_library(source: str) -> ctypes.CDLL:
+    """A kernel as a CPU library with `<entry>_host(blocks, threads, arguments)` for each entry.
+
+    Raises:
+        KernelError: there is no C++ compiler, or it failed.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    commands = [shlex.split(name) for name in names]  # $CXX may be "ccache g++"
+    compiler = next((command for command in commands if shutil.which(command[0])), None)
+    if compiler is None:
+        raise KernelError(
+            f"no C++ compiler: found none of {', '.join(names)} on PATH; install g++ or set $CXX"
+        )
+    version = _run([*compiler, "--version"])
+
+    def build(target: Path, tuning: str = "-march=native") -> None:
+        code = str(FOLDER / f"{source}.cu")
+        try:
+            _run([*compiler, *HOST_OPTIONS, tuning, code, "-o", str(target)])
+        except KernelError:
+            if tuning == "-O3":
+                raise
+            build(target, "-O3")  # some compilers do not know -march=native
+
+    return ctypes.CDLL(str(_cached(source, "host", ".so", (version, _cpu()), build)))
+
+
+def _cuda(source: str, architecture: str, kind: str) -> bytes:
+    """The cubin or PTX of a source, by NVRTC or else nvcc."""
+    try:
+        nvrtc = import_module("cuda.bindings.nvrtc")
+        _, major, minor = nvrtc.nvrtcVersion()
+        version = f"NVRTC {major}.{minor}"
+    except (ImportError, OSError, RuntimeError) as error:
+        # cuda-bindings without the library raises RuntimeError at the first call
+        compiler = shutil.which("nvcc")
+        if compiler is None:
+            raise KernelError(
+                f"no CUDA compiler: cuda.bindings.nvrtc says {error!r} and nvcc is not on PATH; "
+                "pip install 'comask[gpu]' nvidia-cuda-nvrtc, or install the CUDA toolkit"
+            ) from error
+        nvcc, version = compiler, _run([compiler, "--version"])
+
+        def build(target: Path) -> None:
+            code = str(FOLDER / f"{source}.cu")
+            _run(
+                [nvcc, f"--{kind}", f"-arch={architecture}", *CUDA_OPTIONS, code, "-o", str(target)]
+            )
+    else:
+
+        def build(target: Path) -> None:
+            target.write_bytes(_by_nvrtc(nvrtc, source, architecture, kind))
+
+    return _cached(source, architecture, f".{kind}", (version,), build).read_bytes()
+
+
+def _by_nvrtc(nvrtc: Any, source: str, architecture: str, kind: str) -> bytes:
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        status, *values = function(*arguments)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise KernelError(
+                f"NVRTC, compiling {source}.cu for {architecture}: {status.name} {log()}"
+            )
+        return values[0] if values else None
+
+    def log() -> str:
+        size: int = nvrtc.nvrtcGetProgramLogSize(program)[1]
+        text = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, text)
+        return _one_line(text.rstrip(b"\0").decode(errors="replace"))
+
+    code = (FOLDER / f"{source}.cu").read_bytes()
+    header = (FOLDER / HEADER).read_bytes()
+    program = nvrtc.nvrtcCreateProgram(
+        code, f"{source}.cu".encode(), 1, [header], [HEADER.encode()]
+    )[1]
+    try:
+        options = [option.encode() for option in (f"-arch={architecture}", *CUDA_OPTIONS)]
+        call(nvrtc.nvrtcCompileProgram, program, len(options), options)
+        name = "CUBIN" if kind == "cubin" else "PTX"
+        result: bytes = b" " * call(getattr(nvrtc, f"nvrtcGet{name}Size"), program)
+        call(getattr(nvrtc, f"nvrtcGet{name}"), program, result)
+        return result.rstrip(b"\0") if kind == "ptx" else result
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _cached(
+    source: str, target: str, suffix: str, versions: tuple[str, ...], build: Callable[[Path], None]
+) -> Path:
+    """The file that `build` writes, kept under a name that changes with all that shapes it."""
+    digest = hashlib.sha256()
+    for part in (target, *versions, *CUDA_OPTIONS, *HOST_OPTIONS):
+        digest.update(part.encode() + b"\0")
+    for name in (f"{source}.cu", HEADER):
+        digest.update((FOLDER / name).read_bytes())
+    folder = _cache_folder()
+    path = folder / f"{source}-{target}-{digest.hexdigest()[:20]}{suffix}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # others may build the same
+            built = Path(work) / path.name
+            build(built)
+            os.replace(built, path)
+    return path
+
+
+@cache
+def _cache_folder() -> Path:
+    chosen = Path(os.environ.get("COMASK_CACHE") or "~/.cache/comask").expanduser() / "kernels"
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=chosen).close()
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="comask-kernels-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
+    return chosen
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    names = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({x for x in lines if x.startswith(names)}))
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise KernelError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        raise KernelError(f"{' '.join(command)} failed: {_one_line(done.stderr)}")
+    return done.stdout
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

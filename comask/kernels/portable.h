@@ -1,0 +1,131 @@
+// What lets one kernel source be CUDA C (nvcc, NVRTC) and plain C++ (g++).
+//
+// A kernel walks over its work in steps of BLOCKS and LANES, so that on the host a block runs with one
+// thread (LANE 0 of 1), shared memory is a local array, and a barrier is nothing. The host's launch
+// mirrors cuLaunchKernel: the arguments come as an array of pointers to them.
+#pragma once
+
+#ifdef __CUDACC__
+
+// `blocks` of `threads` are to fit a multiprocessor at once, which bounds the registers.
+#define KERNEL(entry, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) entry
+#define HOST_LAUNCH(entry)
+#define DEVICE static __device__ __forceinline__
+#define SHARED __shared__
+#define RESTRICT __restrict__
+#define BLOCK ((int)blockIdx.x)
+#define BLOCKS ((int)gridDim.x)
+#define LANE ((int)threadIdx.x)
+#define LANES ((int)blockDim.x)
+#define BARRIER() __syncthreads()
+
+DEVICE float float_of_bits(int bits) { return __int_as_float(bits); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// Halves travel as their bits: this needs no cuda_fp16.h, which NVRTC would have to find.
+DEVICE float to_float(unsigned short half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+DEVICE void store(unsigned short *half, float value) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(*half) : "f"(value));
+}
+
+#else
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define KERNEL(entry, threads, blocks) extern "C" void entry
+#define HOST_LAUNCH(entry)                                                            \
+    extern "C" void entry##_host(int blocks, int threads, void **arguments) {         \
+        spread(entry, blocks, threads, arguments);                                    \
+    }
+#define DEVICE static inline __attribute__((always_inline))
+#define SHARED
+#define RESTRICT __restrict__
+#define BLOCK current_block
+#define BLOCKS current_blocks
+#define LANE 0
+#define LANES 1
+#define BARRIER()
+
+static thread_local int current_block, current_blocks;
+
+DEVICE float float_of_bits(int bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+DEVICE unsigned bits_of_float(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+DEVICE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return std::fmaf(a, b, c);
+#else
+    return a * b + c;  // fmaf would be a call into the library
+#endif
+}
+
+// By bits, since _Float16 is not known to g++ before 12.
+DEVICE float to_float(unsigned short half) {
+    const float two_to_112 = float_of_bits((127 + 112) << 23);  // between the exponents' biases
+    float magnitude = float_of_bits((half & 0x7fff) << 13) * two_to_112;
+    unsigned bits = bits_of_float(magnitude);
+    if (magnitude >= 65536.0f) bits |= 0xffu << 23;  // infinity and NaN
+    return float_of_bits((int)(bits | (unsigned)(half & 0x8000) << 16));
+}
+DEVICE void store(unsigned short *half, float value) {
+    const unsigned sign = bits_of_float(value) & 0x80000000u;
+    unsigned bits = bits_of_float(value) ^ sign, result;
+    if (bits > 0x7f800000u) {
+        result = 0x7e00;  // NaN
+    } else if (bits >= 0x47800000u) {
+        result = 0x7c00;  // 65536 and more
+    } else if (bits < 0x38800000u) {
+        // Below half's least normal number: adding a half leaves the rounded subnormal in the last bits.
+        result = bits_of_float(float_of_bits((int)bits) + 0.5f) - bits_of_float(0.5f);
+    } else {
+        bits += 0xfffu + (bits >> 13 & 1);  // to the nearest, ties to even; may carry into infinity
+        result = (bits - (112u << 23)) >> 13;
+    }
+    *half = (unsigned short)(result | sign >> 16);
+}
+
+template <typename... A, std::size_t... I>
+static void call(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_reference_t<A> *>(arguments[I])...);
+}
+
+// Runs the blocks of a launch on up to `threads` threads, each taking the next block there is.
+template <typename... A>
+static void spread(void (*kernel)(A...), int blocks, int threads, void **arguments) {
+    std::atomic<int> next{0};
+    auto work = [&] {
+        current_blocks = blocks;
+        while ((current_block = next++) < blocks)
+            call(kernel, arguments, std::index_sequence_for<A...>{});
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < std::min(threads, blocks); ++i) others.emplace_back(work);
+    work();
+    for (auto &other : others) other.join();
+}
+
+#endif
+
+DEVICE float to_float(float value) { return value; }
+DEVICE void store(float *place, float value) { *place = value; }
+
+template <typename T> DEVICE T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T> DEVICE T larger(T a, T b) { return a > b ? a : b; }

@@ -1,0 +1,403 @@
+/* A stand-in for libcuda.so.1 on machines without a GPU: device memory is the host's, and a launch runs
+   the kernel's CPU build (from the libraries named by $STANDIN_KERNELS, colon-separated) at once.
+
+   What is asynchronous on a GPU waits here as well: copies, events' waits and whatever standin_enqueue is
+   given are done when their stream is synchronised, so that a program that forgets to reads garbage.
+
+   gcc -shared -fPIC -Wl,-soname,libcuda.so.1 standin_cuda.c -o libcuda.so.1 -ldl, on LD_LIBRARY_PATH */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400, NOT_FOUND = 500
+};
+
+typedef void (*Entry)(int blocks, int threads, void **arguments);
+
+/* What the last launch was given, and how often things happened, for the tests to read. */
+struct {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    int launches, loads;
+} standin_record;
+
+/* What is held now and what was ever asked for; a test that knows these numbers knows of every leak. */
+struct {
+    long device_allocations, device_live, device_bytes; /* bytes: of what is live */
+    long host_allocations, host_live;
+    long streams_live, events_live, contexts_retained, contexts_current; /* current: on all threads */
+    long hasty_frees; /* of memory that a copy still waits for */
+} standin_counts;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of counts and lists, never held in a call */
+
+/* The primary context is all there is; each thread has a stack of contexts, as in CUDA. */
+enum { DEEPEST = 64 };
+static char primary_context;
+static __thread void *contexts[DEEPEST];
+static __thread int depth;
+#define current_context (depth ? contexts[depth - 1] : NULL)
+
+static void count(long *counter, long change) {
+    pthread_mutex_lock(&lock);
+    *counter += change;
+    pthread_mutex_unlock(&lock);
+}
+
+int cuInit(unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
+
+/* NVRTC looks for a driver, and crashes where this is missing from it. */
+int cuGetExportTable(const void **table, const void *id) {
+    *table = NULL;
+    return id ? NOT_FOUND : INVALID_VALUE;
+}
+
+int cuGetErrorName(int error, const char **text) {
+    *text = error == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR";
+    return SUCCESS;
+}
+
+int cuGetErrorString(int error, const char **text) {
+    *text = error == INVALID_IMAGE     ? "device kernel image is invalid"
+            : error == INVALID_CONTEXT ? "invalid device context"
+            : error == OUT_OF_MEMORY   ? "out of memory"
+                                       : "stand-in's error";
+    return SUCCESS;
+}
+
+int cuDriverGetVersion(int *version) {
+    *version = 13000;
+    return SUCCESS;
+}
+
+int cuDeviceGetCount(int *number) {
+    *number = 1;
+    return SUCCESS;
+}
+
+int cuDeviceGetName(char *name, int length, int device) {
+    strncpy(name, "stand-in", length);
+    return device == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDeviceTotalMem_v2(size_t *bytes, int device) {
+    *bytes = (size_t)8 << 30;
+    return device == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = ordinal;
+    return ordinal == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+/* An RTX 40: compute capability 8.9. */
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 0;
+    return device == 0 && *value ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    *context = &primary_context;
+    count(&standin_counts.contexts_retained, 1);
+    return device == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+    count(&standin_counts.contexts_retained, -1);
+    return device == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+int cuCtxPushCurrent_v2(void *context) {
+    if (context != &primary_context || depth == DEEPEST) return INVALID_CONTEXT;
+    contexts[depth++] = context;
+    count(&standin_counts.contexts_current, 1);
+    return SUCCESS;
+}
+
+int cuCtxPopCurrent_v2(void **context) {
+    if (!depth) return INVALID_CONTEXT;
+    *context = contexts[--depth];
+    count(&standin_counts.contexts_current, -1);
+    return SUCCESS;
+}
+
+int cuCtxSetCurrent(void *context) {
+    if (depth) count(&standin_counts.contexts_current, -1), --depth;
+    return context ? cuCtxPushCurrent_v2(context) : SUCCESS;
+}
+
+int cuCtxGetCurrent(void **context) {
+    *context = current_context;
+    return SUCCESS;
+}
+
+int cuCtxGetDevice(int *device) {
+    *device = 0;
+    return current_context ? SUCCESS : INVALID_CONTEXT;
+}
+
+/* Memory. Lists hold what is live; `host` is page-locked. */
+typedef struct Block {
+    char *start;
+    size_t bytes;
+    int host;
+    struct Block *next;
+} Block;
+
+static Block *blocks;
+
+static int allocate(void **address, size_t bytes, int host) {
+    const char *limit = getenv("STANDIN_MEMORY"); /* of the device, in bytes */
+    if (!current_context) return INVALID_CONTEXT;
+    if (!bytes) return INVALID_VALUE;
+    if (!host && limit && standin_counts.device_bytes + (long)bytes > atol(limit)) return OUT_OF_MEMORY;
+    Block *block = malloc(sizeof *block);
+    block->start = aligned_alloc(256, (bytes + 255) & ~(size_t)255); /* as CUDA's */
+    memset(block->start, 0xA5, bytes); /* what nobody wrote is nothing sensible */
+    block->bytes = bytes;
+    block->host = host;
+    pthread_mutex_lock(&lock);
+    block->next = blocks;
+    blocks = block;
+    if (host) {
+        ++standin_counts.host_allocations, ++standin_counts.host_live;
+    } else {
+        ++standin_counts.device_allocations, ++standin_counts.device_live;
+        standin_counts.device_bytes += (long)bytes;
+    }
+    pthread_mutex_unlock(&lock);
+    *address = block->start;
+    return SUCCESS;
+}
+
+/* Whether all of it lies inside one live allocation of the device. */
+static int is_device(const void *address, size_t bytes) {
+    int found = 0;
+    pthread_mutex_lock(&lock);
+    for (Block *block = blocks; block && !found; block = block->next)
+        found = !block->host && (char *)address >= block->start
+                && (char *)address + bytes <= block->start + block->bytes;
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+int standin_is_device(const void *address, size_t bytes) { return is_device(address, bytes); }
+
+/* Streams: what is queued is done by `finish`. A destroyed stream stays in the list, for its events. */
+typedef struct Task {
+    void *to;
+    const void *from;
+    size_t bytes;
+    void (*call)(void *);
+    void *argument;
+    struct Stream *awaited; /* up to its task number `position` */
+    long position;
+    struct Task *next;
+} Task;
+
+typedef struct Stream {
+    Task *first, **last;
+    long queued, done;
+    int live;
+    struct Stream *next;
+} Stream;
+
+typedef struct {
+    Stream *stream;
+    long position;
+} Event;
+
+static Stream *streams;
+
+static Stream *find_stream(void *handle) {
+    pthread_mutex_lock(&lock);
+    Stream *stream = streams;
+    while (stream && stream != handle) stream = stream->next;
+    pthread_mutex_unlock(&lock);
+    return stream && stream->live ? stream : NULL;
+}
+
+static void finish(Stream *stream, long position) {
+    while (stream->done < position) {
+        pthread_mutex_lock(&lock);
+        Task *task = stream->first;
+        stream->first = task->next;
+        if (!stream->first) stream->last = &stream->first;
+        pthread_mutex_unlock(&lock);
+        if (task->awaited) finish(task->awaited, task->position);
+        if (task->bytes) memcpy(task->to, task->from, task->bytes);
+        if (task->call) task->call(task->argument);
+        ++stream->done;
+        free(task);
+    }
+}
+
+static int enqueue(void *handle, Task task) {
+    Stream *stream = find_stream(handle);
+    if (!current_context) return INVALID_CONTEXT;
+    if (!stream) return INVALID_HANDLE;
+    Task *copy = malloc(sizeof task);
+    *copy = task;
+    copy->next = NULL;
+    pthread_mutex_lock(&lock);
+    *stream->last = copy;
+    stream->last = &copy->next;
+    ++stream->queued;
+    pthread_mutex_unlock(&lock);
+    return SUCCESS;
+}
+
+/* For other stand-ins, whose work is on a stream as well. */
+int standin_enqueue(void *stream, void (*call)(void *), void *argument) {
+    return enqueue(stream, (Task){.call = call, .argument = argument});
+}
+
+int cuStreamCreate(void **handle, unsigned flags) {
+    if (!current_context) return INVALID_CONTEXT;
+    if (flags > 1) return INVALID_VALUE;
+    Stream *stream = calloc(1, sizeof *stream);
+    stream->last = &stream->first;
+    stream->live = 1;
+    pthread_mutex_lock(&lock);
+    stream->next = streams;
+    streams = stream;
+    ++standin_counts.streams_live;
+    pthread_mutex_unlock(&lock);
+    *handle = stream;
+    return SUCCESS;
+}
+
+int cuStreamSynchronize(void *handle) {
+    Stream *stream = find_stream(handle);
+    if (!current_context) return INVALID_CONTEXT;
+    if (!stream) return INVALID_HANDLE;
+    finish(stream, stream->queued);
+    return SUCCESS;
+}
+
+int cuStreamDestroy_v2(void *handle) {
+    int status = cuStreamSynchronize(handle);
+    if (status) return status;
+    ((Stream *)handle)->live = 0;
+    count(&standin_counts.streams_live, -1);
+    return SUCCESS;
+}
+
+int cuEventCreate(void **event, unsigned flags) {
+    (void)flags;
+    if (!current_context) return INVALID_CONTEXT;
+    *event = calloc(1, sizeof(Event));
+    count(&standin_counts.events_live, 1);
+    return SUCCESS;
+}
+
+int cuEventRecord(void *event, void *handle) {
+    Stream *stream = find_stream(handle);
+    if (!current_context) return INVALID_CONTEXT;
+    if (!stream) return INVALID_HANDLE;
+    *(Event *)event = (Event){stream, stream->queued};
+    return SUCCESS;
+}
+
+int cuStreamWaitEvent(void *stream, void *handle, unsigned flags) {
+    Event event = *(Event *)handle;
+    if (flags) return INVALID_VALUE;
+    if (!event.stream) return SUCCESS; /* never recorded */
+    return enqueue(stream, (Task){.awaited = event.stream, .position = event.position});
+}
+
+int cuEventDestroy_v2(void *event) {
+    if (!current_context) return INVALID_CONTEXT;
+    free(event);
+    count(&standin_counts.events_live, -1);
+    return SUCCESS;
+}
+
+int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    if (!is_device(to, bytes)) return INVALID_VALUE;
+    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+}
+
+int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    if (!is_device(from, bytes)) return INVALID_VALUE;
+    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+}
+
+int cuMemAlloc_v2(void **address, size_t bytes) { return allocate(address, bytes, 0); }
+
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
+    return flags ? INVALID_VALUE : allocate(address, bytes, 1);
+}
+
+static int release(void *address, int host) {
+    if (!current_context) return INVALID_CONTEXT;
+    pthread_mutex_lock(&lock);
+    Block **place = &blocks;
+    while (*place && (*place)->start != address) place = &(*place)->next;
+    Block *block = *place;
+    if (!block || block->host != host) {
+        pthread_mutex_unlock(&lock);
+        return INVALID_VALUE;
+    }
+    char *end = block->start + block->bytes;
+    for (Stream *stream = streams; stream; stream = stream->next)
+        for (Task *task = stream->first; task; task = task->next)
+            standin_counts.hasty_frees += ((char *)task->to >= block->start && (char *)task->to < end)
+                                          || ((char *)task->from >= block->start && (char *)task->from < end);
+    *place = block->next;
+    if (host) {
+        --standin_counts.host_live;
+    } else {
+        --standin_counts.device_live;
+        standin_counts.device_bytes -= (long)block->bytes;
+    }
+    pthread_mutex_unlock(&lock);
+    free(block->start);
+    free(block);
+    return SUCCESS;
+}
+
+int cuMemFree_v2(void *address) { return release(address, 0); }
+
+int cuMemFreeHost(void *address) { return release(address, 1); }
+
+int cuModuleLoadData(void **module, const void *image) {
+    if (!current_context) return INVALID_CONTEXT;
+    if (memcmp(image, "\177ELF", 4)) return INVALID_IMAGE;
+    *module = &standin_record;
+    ++standin_record.loads;
+    return SUCCESS;
+}
+
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    const char *paths = getenv("STANDIN_KERNELS");
+    if (!module || !paths) return NOT_FOUND;
+    char *list = strdup(paths), entry[256] = "";
+    strncat(strncat(entry, name, 200), "_host", 6);
+    *function = NULL;
+    for (char *path = strtok(list, ":"); path && !*function; path = strtok(NULL, ":")) {
+        void *library = dlopen(path, RTLD_NOW);
+        if (library) *function = dlsym(library, entry);
+    }
+    free(list);
+    return *function ? SUCCESS : NOT_FOUND;
+}
+
+int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, void *stream,
+                   void **arguments, void **extra) {
+    if (!current_context) return INVALID_CONTEXT;
+    if (!grid_x || !block_x || block_x * block_y * block_z > 1024 || extra) return INVALID_VALUE;
+    const unsigned grid[] = {grid_x, grid_y, grid_z}, block[] = {block_x, block_y, block_z};
+    memcpy(standin_record.grid, grid, sizeof grid);
+    memcpy(standin_record.block, block, sizeof block);
+    standin_record.shared = shared;
+    standin_record.stream = stream;
+    ++standin_record.launches;
+    if (find_stream(stream)) cuStreamSynchronize(stream); /* what the kernel reads comes first */
+    ((Entry)function)((int)(grid_x * grid_y * grid_z), 1, arguments);
+    return SUCCESS;
+}
