@@ -14,9 +14,10 @@ from comask.config import ModelConfig, PreprocessConfig, from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+PRECISIONS = ("fp32", "fp16")  # of graphs; a bundle holds fp32 in any case, as the reference
 STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
 
 
@@ -35,12 +36,12 @@ class Manifest:
         categories: the classes in label order.
         mask_threshold: a pixel belongs to a mask when its probability is at least this.
         precisions: of the graphs that are there, `fp32` first.
-        graphs: per stage the `inputs` and `outputs`, each with name, dtype and shape; a dynamic
-            dimension is a string.
+        graphs: per stage the `inputs` and `outputs` in fp32, each with name, dtype and shape; a dynamic
+            dimension is a string. In fp16 `p2`…`p5` are float16.
         files: sha256 of every other file of the bundle by its relative path.
         source: where the weights come from: checkpoint's sha256 and optimiser step.
         parity: measurements, the latest of each backend and data set: AP, deltas to PyTorch, when.
-        verification: how the exported graphs were compared with PyTorch before release.
+        verification: by precision, how its graphs were compared with PyTorch before release.
         latency: seconds per stage and backend; None until measured.
         comask_version: that wrote the bundle.
         created: time of export, ISO 8601 in UTC.

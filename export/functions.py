@@ -25,6 +25,7 @@ SortedNms <iou_threshold> (boxes, group_ids) => (keep)
     threshold = Constant <value_float: float = @iou_threshold> ()
     zero = Constant <value_float = 0.0> ()
     half = Constant <value_float = 0.5> ()
+    half_count = Cast <to = {count_type}> (half)
     axis_1 = Constant <value_ints = [1]> ()
     axis_2 = Constant <value_ints = [2]> ()
 
@@ -66,28 +67,28 @@ SortedNms <iou_threshold> (boxes, group_ids) => (keep)
     higher = Less (rank_row, rank_column)
     rivals = And (overlaps, same_group)
     beats = And (rivals, higher)
-    suppresses = Cast <to = 1> (beats)
+    suppresses = Cast <to = {count_type}> (beats)
 
     nothing = Mul (x1_t, zero)
     false_row = Greater (nothing, half)
     true_row = Not (false_row)
-    keep_all = Cast <to = 1> (true_row)
+    keep_all = Cast <to = {count_type}> (true_row)
     go_on = Constant <value = bool {1}> ()
     settled = Loop (count, go_on, keep_all) <
-        body = settle (int64 step, bool unsettled, float["G", 1, "M"] keep_in)
-            => (bool changed, float["G", 1, "M"] keep_out)
+        body = settle (int64 step, bool unsettled, {count_name}["G", 1, "M"] keep_in)
+            => (bool changed, {count_name}["G", 1, "M"] keep_out)
         {
             hits = MatMul (keep_in, suppresses)
-            spared = Less (hits, half)
-            keep_out = Cast <to = 1> (spared)
+            spared = Less (hits, half_count)
+            keep_out = Cast <to = {count_type}> (spared)
             difference = Sub (keep_out, keep_in)
             distance = Abs (difference)
             moved = ReduceMax <keepdims = 0> (distance)
-            changed = Greater (moved, half)
+            changed = Greater (moved, half_count)
         }
     >
     settled_rows = Squeeze (settled, axis_1)
-    keep = Greater (settled_rows, half)
+    keep = Greater (settled_rows, half_count)
 }
 """
 
@@ -156,9 +157,18 @@ PYRAMID_ROI_ALIGN_TAIL = """
 """
 
 
-def sorted_nms_function() -> onnx.FunctionProto:
-    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`."""
-    return onnx.parser.parse_function(SORTED_NMS)
+def sorted_nms_function(
+    count_type: onnx.TensorProto.DataType = onnx.TensorProto.FLOAT,
+) -> onnx.FunctionProto:
+    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
+
+    Args:
+        count_type: in which the boxes that suppress another are counted: `FLOAT`, or `FLOAT16`, where
+            a sum of ones may be rounded but not to 0, so that the answer is the same.
+    """
+    name = onnx.TensorProto.DataType.Name(count_type).lower()
+    text = SORTED_NMS.replace("{count_type}", str(count_type)).replace("{count_name}", name)
+    return onnx.parser.parse_function(text)
 
 
 def pyramid_roi_align_function() -> onnx.FunctionProto:

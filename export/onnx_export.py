@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,26 @@ from comask.export.functions import OPSET, add_functions
 from comask.export.graphs import Stage1Graph, Stage2Graph
 from torch import nn
 
+from comask.models.backbone import fold_batch_norms
 from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
+from comask.models.roi_align import STRIDES
 
 # The traced example: three different sizes, so that no two dynamic dimensions look alike.
 BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
+
+
+def in_precision(model: CoMask, precision: str) -> CoMask:
+    """The network whose graphs are those of `precision`: itself in fp32, else a converted copy.
+
+    Args:
+        model: f32, in evaluation mode.
+        precision: one of `comask.bundle.PRECISIONS`.
+    """
+    if precision == "fp32":
+        return model
+    copy = deepcopy(model)
+    fold_batch_norms(copy.backbone)
+    return copy.half()
 
 
 def export_stage1(model: CoMask, path: Path) -> None:
@@ -34,7 +51,9 @@ def export_stage1(model: CoMask, path: Path) -> None:
 def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
     """Writes pyramid and proposals → detections; also the number of proposals is dynamic."""
     channels = model.config.channels
-    pyramid = [torch.zeros(BATCH, channels, HEIGHT // s, WIDTH // s) for s in (4, 8, 16, 32)]
+    pyramid = [
+        torch.zeros(BATCH, channels, HEIGHT // s, WIDTH // s, dtype=model.dtype) for s in STRIDES
+    ]
     proposals = torch.zeros(BATCH, PROPOSALS, 4)
     scores = torch.zeros(BATCH, PROPOSALS)
     sizes = torch.tensor([[HEIGHT, WIDTH]] * BATCH, dtype=torch.int32)

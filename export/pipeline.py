@@ -1,37 +1,44 @@
-"""Checkpoint → bundle: weights, graphs, verification, manifest."""
+"""Checkpoint → bundle: weights, graphs, verification, manifest; and more graphs for a bundle."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from comask.export.onnx_export import export_stage1, export_stage2
-from comask.export.verify import verify
+from comask.export.onnx_export import export_stage1, export_stage2, in_precision
+from comask.export.verify import verification_batches, verify
+from comask.runtime.compare import TOLERANCES
 from comask.runtime.ort_session import ort_stages
 from comask.runtime.session import Session
-from comask.runtime.torch_session import torch_stages
+from comask.runtime.torch_session import model_from_bundle, torch_stages
 from numpy.typing import NDArray
 
 from comask import __version__
-from comask.bundle import WEIGHTS, Bundle, Manifest, graph_file, sha256, write_manifest
+from comask.bundle import STAGES, WEIGHTS, Bundle, Manifest, graph_file, sha256, write_manifest
 from comask.errors import BundleError
+from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
+
+Images = Sequence[NDArray[np.uint8]]
+Report = Callable[[str], None]
 
 
 def export_bundle(
     checkpoint: Checkpoint,
     checkpoint_file: Path,
     output: Path,
-    images: Sequence[NDArray[np.uint8]],
+    images: Images,
     *,
+    precisions: Sequence[str] = ("fp32",),
     score_threshold: float | None = None,
     diagnostics: bool = False,
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = lambda line: None,
 ) -> Bundle:
     """Writes a bundle that has been compared with PyTorch, or nothing.
 
@@ -40,6 +47,7 @@ def export_bundle(
         checkpoint_file: where it came from; its hash goes into the manifest.
         output: folder of the bundle; must not exist, or be empty.
         images: real images for the comparison, u8 [h, w, 3].
+        precisions: of the graphs, `fp32` first.
         score_threshold: detections below it are dropped in the graph; None: the model's own.
         diagnostics: also give stage 2 the outputs that show what the collaboration changed.
         report: takes a line before each step.
@@ -56,49 +64,122 @@ def export_bundle(
         config = dataclasses.replace(config, model=model_config)
         checkpoint = dataclasses.replace(checkpoint, config=config)
     model = model_from_checkpoint(checkpoint)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # beside the output, so that the finished bundle appears by a rename
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise BundleError(f"{output}: cannot be written: {error.strerror or error}") from error
-    try:
-        from safetensors.torch import save_file
-
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
-        report("exporting stage 1 (backbone, MFPN, RPN)")
-        export_stage1(model, folder / graph_file("stage1", "fp32"))
-        report("exporting stage 2 (collaborative RoI head)")
-        export_stage2(model, folder / graph_file("stage2", "fp32"), diagnostics=diagnostics)
+    # beside the output, so that the finished bundle appears by a rename
+    with _scratch_folder(output, output.parent) as folder:
+        _write_weights(model, folder / WEIGHTS)
         manifest = Manifest(
             model=config.model,
             preprocess=config.preprocess,
             categories=checkpoint.categories,
             mask_threshold=config.model.mask_threshold,
-            files={path.name: sha256(path) for path in sorted(folder.iterdir())},
+            precisions=(),
+            files={WEIGHTS: sha256(folder / WEIGHTS)},
             source={"checkpoint_sha256": sha256(checkpoint_file), "step": checkpoint.step},
             comask_version=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        report(f"comparing the graphs with PyTorch on {len(images)} images")
-        reference = torch_stages(model)
-        with ort_stages(Bundle(folder, manifest), "fp32") as exported:
-            manifest = dataclasses.replace(
-                manifest,
-                verification=verify(reference, exported, images, config.model, config.preprocess),
-                graphs={
-                    "stage1": _contract(exported.stage1),
-                    "stage2": _contract(exported.stage2),
-                },
-            )
-        write_manifest(folder, manifest)
+        bundle = Bundle(folder, manifest)
+        for precision in precisions:
+            bundle = _with_graphs(bundle, model, precision, images, diagnostics, report)
+        write_manifest(folder, bundle.manifest)
         folder.chmod(0o755)  # mkdtemp's is private
         if output.exists():
             output.rmdir()
         folder.rename(output)
+    return Bundle(output, bundle.manifest)
+
+
+def add_precisions(
+    bundle: Bundle,
+    precisions: Sequence[str],
+    images: Images,
+    *,
+    report: Report = lambda line: None,
+) -> Bundle:
+    """Adds graphs of more precisions to a bundle, or changes nothing.
+
+    Args:
+        bundle: with its weights.
+        precisions: that it does not hold yet.
+        images: real images for the comparison, u8 [h, w, 3].
+        report: takes a line before each step.
+
+    Raises:
+        BundleError: when the bundle cannot be read or written.
+        ParityError: when a graph differs from PyTorch.
+    """
+    model = model_from_bundle(bundle)
+    names = {output["name"] for output in bundle.manifest.graphs["stage2"]["outputs"]}
+    diagnostics = names.issuperset(DIAGNOSTIC_OUTPUTS)
+    with _scratch_folder(bundle.folder, bundle.folder) as folder:
+        extended = Bundle(folder, bundle.manifest)
+        for precision in precisions:
+            extended = _with_graphs(extended, model, precision, images, diagnostics, report)
+        # Until the manifest names them, nobody reads the files.
+        for path in folder.iterdir():
+            path.replace(bundle.folder / path.name)
+        write_manifest(bundle.folder, extended.manifest)
+    return Bundle(bundle.folder, extended.manifest)
+
+
+def _with_graphs(
+    bundle: Bundle,
+    model: CoMask,
+    precision: str,
+    images: Images,
+    diagnostics: bool,
+    report: Report,
+) -> Bundle:
+    """The bundle with graphs of one more precision, compared with PyTorch; writes no manifest."""
+    manifest = bundle.manifest
+    converted = in_precision(model, precision)
+    report(f"exporting stage 1 (backbone, MFPN, RPN) in {precision}")
+    paths = {stage: bundle.folder / graph_file(stage, precision) for stage in STAGES}
+    export_stage1(converted, paths["stage1"])
+    report(f"exporting stage 2 (collaborative RoI head) in {precision}")
+    export_stage2(converted, paths["stage2"], diagnostics=diagnostics)
+    written = {path.name: sha256(path) for path in paths.values()}
+    bundle = Bundle(bundle.folder, dataclasses.replace(manifest, files=manifest.files | written))
+
+    report(f"comparing the {precision} graphs with PyTorch on {len(images)} images")
+    reference, tolerance = torch_stages(model), TOLERANCES[precision]
+    batches = verification_batches(images, manifest.preprocess)
+    with ort_stages(bundle, precision) as graphs:
+        proof = verify(reference, graphs, batches, manifest.model, tolerance)
+        contract = {name: _contract(getattr(graphs, name)) for name in STAGES}
+    if converted is not model:
+        # On a CPU ONNX Runtime computes fp16 graphs in fp32, PyTorch rounds every activation: what
+        # overflows shows here alone.
+        report(f"comparing PyTorch in {precision} with PyTorch in fp32")
+        half = torch_stages(converted)
+        proof["rounded"] = verify(reference, half, batches[:1], manifest.model, tolerance)
+    changed = dataclasses.replace(
+        bundle.manifest,
+        precisions=(*manifest.precisions, precision),
+        verification=manifest.verification | {precision: {"images": len(images), **proof}},
+        graphs=manifest.graphs or contract,
+    )
+    return Bundle(bundle.folder, changed)
+
+
+@contextlib.contextmanager
+def _scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
+    """A folder in `parent`, gone afterwards unless it was renamed; errors name `bundle`."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=parent))
+    except OSError as error:
+        raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Bundle(output, manifest)
+
+
+def _write_weights(model: CoMask, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
 
 
 def _contract(session: Session) -> dict[str, list[dict[str, object]]]:

@@ -18,22 +18,24 @@ from comask.preprocess import Prepared, prepare
 # Canvases, as shares of the configured size: whole, a smaller one, and a strip.
 SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))
 
+Batch = Sequence[Prepared]
+
 
 def verify(
     reference: Stages,
-    exported: Stages,
-    images: Sequence[NDArray[np.uint8]],
+    other: Stages,
+    batches: Sequence[Batch],
     model: ModelConfig,
-    preprocess: PreprocessConfig,
+    tolerance: Tolerance,
 ) -> dict[str, Any]:
-    """Runs real images through both, alone and as a batch, and compares every output.
+    """Runs images through both and compares every output.
 
     Args:
-        reference: the network in PyTorch.
-        exported: the graphs.
-        images: u8 [h, w, 3], RGB.
+        reference: the network in PyTorch, fp32.
+        other: its graphs, or itself in another precision.
+        batches: each of images of one canvas.
         model: its thresholds.
-        preprocess: from an image to the first graph's input.
+        tolerance: for the other's precision.
 
     Returns:
         the worst differences, for the manifest.
@@ -42,38 +44,38 @@ def verify(
         ParityError: naming the first output that differs.
     """
     comparison = Comparison()
-    for batch in _batches(images, preprocess):
+    for batch in batches:
         compare_stages(
             reference,
-            exported,
+            other,
             np.stack([image.canvas for image in batch]),
             np.array([image.size for image in batch], dtype=np.int32),
             nms_iou=model.nms_iou,
             score_threshold=model.score_threshold,
-            tolerance=Tolerance(),
+            tolerance=tolerance,
             into=comparison,
         )
     if comparison.failures:
         rest = len(comparison.failures) - 1
         raise ParityError(
-            f"the exported graphs do not compute what PyTorch does: {comparison.failures[0]}"
+            f"{other.backend} does not compute what PyTorch does in fp32: {comparison.failures[0]}"
             + (f" (and {rest} more differences)" if rest else "")
         )
     result = dataclasses.asdict(comparison)
     del result["failures"]
-    return {
-        "reference": reference.backend,
-        "backend": exported.backend,
-        "images": len(images),
-        **result,
-    }
+    return {"reference": reference.backend, "backend": other.backend, **result}
 
 
-def _batches(
+def verification_batches(
     images: Sequence[NDArray[np.uint8]], preprocess: PreprocessConfig
-) -> list[list[Prepared]]:
-    """Every image alone at its own size, then smaller and narrower, then two on one canvas."""
-    batches = []
+) -> list[Batch]:
+    """Every image alone at its own size, then smaller and narrower; at last two on one canvas.
+
+    Args:
+        images: u8 [h, w, 3], RGB.
+        preprocess: from an image to the first graph's input.
+    """
+    batches: list[Batch] = []
     for image in images:
         for y, x in SCALES:
             size = dataclasses.replace(

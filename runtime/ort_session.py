@@ -27,12 +27,16 @@ NUMPY_TYPES = {
 class OrtSession:
     """One ONNX file in ONNX Runtime, on CUDA where its build and the machine offer it.
 
+    Args:
+        path: of the file.
+        device: index of the GPU, where CUDA is used.
+
     Raises:
         BackendUnavailableError: when onnxruntime is not installed.
         BundleError: when it cannot load the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: int = 0) -> None:
         try:
             import onnxruntime
         except (ImportError, OSError) as error:
@@ -41,8 +45,9 @@ class OrtSession:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they are raised as well
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+        wanted = {"CUDAExecutionProvider": {"device_id": device}, "CPUExecutionProvider": {}}
+        there = onnxruntime.get_available_providers()
+        providers = [(name, wanted[name]) for name in wanted if name in there]
         try:
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
                 str(path), options, providers=providers
@@ -70,14 +75,16 @@ class OrtSession:
         self._session = None
 
 
-def ort_stages(bundle: Bundle, precision: str) -> Stages:
-    """Both graphs of a bundle.
+def ort_stages(bundle: Bundle, precision: str, device: int = 0) -> Stages:
+    """Both graphs of a bundle, on GPU `device` where CUDA is used.
 
     Raises:
         BackendUnavailableError: when onnxruntime is not installed.
         BundleError: when a graph is missing, altered or broken.
     """
-    stage1, stage2 = (OrtSession(bundle.graph(stage, precision)) for stage in ("stage1", "stage2"))
+    stage1, stage2 = (
+        OrtSession(bundle.graph(stage, precision), device) for stage in ("stage1", "stage2")
+    )
     return Stages(f"onnxruntime:{precision}", stage1, stage2)
 
 

@@ -9,7 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 from comask.runtime.session import Array, Stages, TensorSpec
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from comask.bundle import WEIGHTS, Bundle
+from comask.errors import BundleError, ComaskError
 from comask.models.comask import (
     STAGE1_INPUTS,
     STAGE1_OUTPUTS,
@@ -17,6 +21,7 @@ from comask.models.comask import (
     STAGE2_OUTPUTS,
     CoMask,
 )
+from comask.training.checkpoint import load_weights
 
 
 class TorchSession:
@@ -44,7 +49,12 @@ class TorchSession:
         """See `Session`."""
         device = self._model.mean.device
         with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array).to(device) for name, array in feeds.items()}
+            tensors = {
+                spec.name: torch.from_numpy(feeds[spec.name].astype(spec.dtype, copy=False)).to(
+                    device
+                )
+                for spec in self.inputs
+            }
             outputs = self._run(**tensors)
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
@@ -55,7 +65,7 @@ class TorchSession:
 def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
     """Both stages of a model in evaluation mode; `diagnostics` as in `CoMask.stage2`."""
     return Stages(
-        "torch",
+        "torch" if model.dtype == torch.float32 else "torch:fp16",
         TorchSession(model, "stage1"),
         TorchSession(model, "stage2", diagnostics=diagnostics),
     )
@@ -64,11 +74,12 @@ def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
 def graph_spec(name: str, model: CoMask) -> TensorSpec:
     """Name, dtype and shape of a graph's input or output, the contract of docs/bundle.md."""
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
+    maps = f32 if model.dtype == torch.float32 else np.dtype(np.float16)
     d = model.config.detections
     if name in ("p2", "p3", "p4", "p5"):
         stride = 2 ** int(name[1])
         return TensorSpec(
-            name, f32, ("batch", model.config.channels, f"height/{stride}", f"width/{stride}")
+            name, maps, ("batch", model.config.channels, f"height/{stride}", f"width/{stride}")
         )
     return {
         "images": TensorSpec(name, np.dtype(np.uint8), ("batch", "height", "width", 3)),
@@ -81,3 +92,18 @@ def graph_spec(name: str, model: CoMask) -> TensorSpec:
         "labels": TensorSpec(name, i32, ("batch", d)),
         "masks": TensorSpec(name, f32, ("batch", d, 28, 28)),
     }[name]
+
+
+def model_from_bundle(bundle: Bundle) -> CoMask:
+    """The network of a bundle in evaluation mode, on the CPU.
+
+    Raises:
+        BundleError: when its weights are missing, altered or do not fit.
+    """
+    path = bundle.file(WEIGHTS)
+    model = CoMask(bundle.manifest.model, bundle.manifest.preprocess)
+    try:
+        load_weights(model, load_file(path))
+    except (SafetensorError, ComaskError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    return model.eval()

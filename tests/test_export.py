@@ -129,7 +129,7 @@ def test_graph_files_follow_the_contract(bundle: Bundle) -> None:
 
 
 def test_manifest_says_how_it_was_proved(bundle: Bundle) -> None:
-    proof = bundle.manifest.verification
+    proof = bundle.manifest.verification["fp32"]
     assert proof["detections"] > 0
     assert max(proof["relative"].values()) < 1e-3
     assert set(bundle.manifest.files) == {
@@ -161,7 +161,7 @@ def test_a_graph_that_differs_is_not_released(
         "--verify-images", "1",
     )  # fmt: skip
     assert result.exit_code == 1
-    assert "do not compute what PyTorch does" in result.output
+    assert "onnxruntime:fp32 does not compute what PyTorch does" in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -213,4 +213,4 @@ def test_every_option_exports(tmp_path: Path, changes: tuple[str, ...]) -> None:
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["mask_threshold"] == manifest["model"]["mask_threshold"]
-    assert manifest["verification"]
+    assert list(manifest["verification"]) == ["fp32"]

@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
         if self.deltas is None:
             return self.logits(hidden), None
-        scale = pooled.new_tensor(DELTA_SCALE).float()
+        scale = pooled.new_tensor(DELTA_SCALE, dtype=torch.float32)
         return self.logits(hidden), self.deltas(hidden).float() * scale
 
 

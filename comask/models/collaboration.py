@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comask.models.precision import FloatTensors, GroupNorm
+
 POOL_SIZE = 14
 CELLS = 7
 MASK_SIZE = 28
 
 
-class CollaborativeHead(nn.Module):
+class CollaborativeHead(FloatTensors):
     """14×14 RoI features → class masks at 28×28 and box offsets at 7×7.
 
     Args:
@@ -47,16 +49,16 @@ class CollaborativeHead(nn.Module):
             before, stride = (in_channels, 2) if i == 0 else (channels, 1)
             layers += [
                 nn.Conv2d(before, channels, 3, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(norm_groups, channels),
+                GroupNorm(norm_groups, channels),
                 nn.ReLU(inplace=True),
             ]
         self.refine = nn.Sequential(*layers)
         self.upsample = nn.Sequential(
             nn.ConvTranspose2d(channels, channels, 2, stride=2),
-            nn.GroupNorm(norm_groups, channels),
+            GroupNorm(norm_groups, channels),
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(channels, channels, 2, stride=2),
-            nn.GroupNorm(norm_groups, channels),
+            GroupNorm(norm_groups, channels),
             nn.ReLU(inplace=True),
         )
         self.mask = nn.Conv2d(channels, num_classes + 1, mask_kernel, padding=mask_kernel // 2)
@@ -85,8 +87,9 @@ class CollaborativeHead(nn.Module):
         hidden = self.refine(pooled)
         masks = self.mask(self.upsample(hidden))
         if not self.regress:
-            return masks, roi_offsets().to(pooled).expand(pooled.shape[0], -1, -1, -1)
-        offsets = (self.offsets(hidden) + self.offset_bias).float()
+            return masks, roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
+        # the bias is most of an offset, and in f16 would lie up to 1/4096 of the RoI beside itself
+        offsets = self.offsets(hidden).float() + self.offset_bias
         if self.activation == "relu":
             offsets = F.relu(offsets)
         elif self.activation == "exp":

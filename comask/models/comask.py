@@ -7,7 +7,7 @@ D detections an image. Boxes are f32 `xyxy` in pixels of the resized image.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.models.backbone import ResNet
@@ -25,6 +25,7 @@ from comask.models.collaboration import (
 )
 from comask.models.msfem import MFPN
 from comask.models.nms import sorted_nms, top_k
+from comask.models.precision import FloatTensors
 from comask.models.roi_align import pyramid_roi_align
 from comask.models.rpn import RPN, proposals_from_levels
 
@@ -35,7 +36,7 @@ STAGE2_OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
 DIAGNOSTIC_OUTPUTS = ("first_boxes", "coarse_masks", "cell_weights")
 
 
-class CoMask(nn.Module):
+class CoMask(FloatTensors):
     """Backbone, MFPN, RPN, classification branch and collaborative head.
 
     Args:
@@ -87,6 +88,12 @@ class CoMask(nn.Module):
             regress=regress,
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers' weights and the feature maps; f16 after `half()`."""
+        dtype: torch.dtype = self.backbone.conv1.weight.dtype
+        return dtype
+
     def pyramid(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
         """Images u8 [B, H, W, 3] RGB, sizes i32 [B, 2] (h, w) → P2..P6, each [B, C, H/2^i, W/2^i].
 
@@ -98,7 +105,7 @@ class CoMask(nn.Module):
         columns = torch.arange(width, device=images.device)[None] < image_sizes[:, 1:]
         inside = rows[:, :, None] & columns[:, None, :]
         x = torch.where(inside[..., None], x, 0.0).permute(0, 3, 1, 2)
-        pyramid: list[Tensor] = self.mfpn(self.backbone(x))
+        pyramid: list[Tensor] = self.mfpn(self.backbone(x.to(self.dtype)))
         return pyramid
 
     def pool(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:

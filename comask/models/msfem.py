@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comask.models.fpn import FPN, coarsest
+from comask.models.precision import GroupNorm
 
 
 def downsample(channels: int, norm_groups: int) -> nn.Sequential:
     """C₂ of equation 1: 3×3 convolution of stride 2, with GN and ReLU so that a chain is not linear."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
-        nn.GroupNorm(norm_groups, channels),
+        GroupNorm(norm_groups, channels),
         nn.ReLU(inplace=True),
     )
 
@@ -31,7 +32,8 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W], each channel scaled by a weight in 0..1."""
-        pooled = x.mean(dim=(2, 3))  # equation 4: V₁ = gp(F_f)
+        # equation 4: V₁ = gp(F_f), in f32 since P2 has more pixels than f16 can count
+        pooled = x.mean(dim=(2, 3), dtype=torch.float32).to(self.squeeze.weight.dtype)
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))  # equation 5: V₂
         return x * weights[:, :, None, None]  # equation 6: F̂_f = F_f × EX(V₂; F_f)
 
@@ -74,7 +76,7 @@ class MSFEM(nn.Module):
         self.reduce = nn.Conv2d(channels * branches, channels, 1)
         self.attention = ChannelAttention(channels, reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.GroupNorm(norm_groups, channels) if residual else None
+        self.norm = GroupNorm(norm_groups, channels) if residual else None
         # It starts as the identity, so that what stands before and behind it (an FPN and an RPN of
         # other weights, or their first gradients) fits together from the first step: F₀ alone passes,
         # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½. (Not so a residual one,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from comask.models.anchors import base_anchors, level_anchors
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
+from comask.models.precision import FloatTensors
 
 STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
 # A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
@@ -36,7 +37,7 @@ class LevelOutput(NamedTuple):
     anchors: Tensor
 
 
-class RPN(nn.Module):
+class RPN(FloatTensors):
     """A 3×3 convolution, objectness and box deltas at every place; the weights serve all levels."""
 
     base_anchors: Tensor

@@ -1,0 +1,196 @@
+"""The custom ops in ops that TensorRT and TensorRT-RTX build on any machine, for engines without plugins.
+
+TensorRT-RTX has no NonZero and no NonMaxSuppression, and its RoiAlign does not parse without a GPU. ONNX
+Runtime runs the bodies in `comask.export.functions` three to five times as fast (docs/bundle.md), so
+both exist.
+
+Legend: B images with N RoIs each, C channels, S output size, r samples a bin and axis.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+from comask.export.functions import sorted_nms_function
+
+from comask.models.roi_align import LEVEL_FACTORS, STRIDES
+
+# One GridSample serves all levels, because they lie in one image, the atlas: P2, and to its right P3 over
+# P4 over P5, which 7/8 of P2's height hold. Positions are clamped inside their level first; at its
+# border the farther tap weighs nothing, so no neighbour shines through.
+ATLAS = """
+<domain: "comask", opset_import: ["": 20]>
+PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, rois) => (pooled)
+{
+    no = Constant <value_ints = [0]> ()
+    axis_2 = Constant <value_ints = [2]> ()
+    axis_3 = Constant <value_ints = [3]> ()
+    h2 = Shape <start = 2, end = 3> (p2)
+    w2 = Shape <start = 3, end = 4> (p2)
+    h3 = Shape <start = 2, end = 3> (p3)
+    w3 = Shape <start = 3, end = 4> (p3)
+    h4 = Shape <start = 2, end = 3> (p4)
+    w4 = Shape <start = 3, end = 4> (p4)
+    h5 = Shape <start = 2, end = 3> (p5)
+    w5 = Shape <start = 3, end = 4> (p5)
+    h34 = Add (h3, h4)
+    h345 = Add (h34, h5)
+    beside_4 = Sub (w3, w4)
+    beside_5 = Sub (w3, w5)
+    beneath = Sub (h2, h345)
+    pads_4 = Concat <axis = 0> (no, beside_4)
+    pads_5 = Concat <axis = 0> (no, beside_5)
+    pads_beneath = Concat <axis = 0> (no, beneath)
+    wide_4 = Pad (p4, pads_4, , axis_3)
+    wide_5 = Pad (p5, pads_5, , axis_3)
+    coarse = Concat <axis = 2> (p3, wide_4, wide_5)
+    coarse_padded = Pad (coarse, pads_beneath, , axis_2)
+    atlas_half = Concat <axis = 3> (p2, coarse_padded)
+    atlas = Cast <to = 1> (atlas_half)
+"""
+
+# As comask.models.roi_align.roi_levels; then what that level means for a RoI, each [B, N, 1].
+LEVEL = """
+    zero_f = Constant <value_float = 0.0> ()
+    half = Constant <value_float = 0.5> ()
+    one_f = Constant <value_float = 1.0> ()
+    minus_one_f = Constant <value_float = -1.0> ()
+    two_f = Constant <value_float = 2.0> ()
+    x1, y1, x2, y2 = Split <axis = 2, num_outputs = 4> (rois)
+    width = Sub (x2, x1)
+    height = Sub (y2, y1)
+    width_0 = Max (width, zero_f)
+    height_0 = Max (height, zero_f)
+    area = Mul (width_0, height_0)
+    side = Sqrt (area)
+    canonical = Constant <value_float: float = @canonical_size> ()
+    factors = Constant <value_floats = [{factors}]> ()
+    bounds = Mul (factors, canonical)
+    reached = GreaterOrEqual (side, bounds)
+    reached_int = Cast <to = 7> (reached)
+    level = ReduceSum <keepdims = 1> (reached_int, axis_2)
+
+    scales = Constant <value_floats = [{scales}]> ()
+    widths_int = Concat <axis = 0> (w2, w3, w4, w5)
+    heights_int = Concat <axis = 0> (h2, h3, h4, h5)
+    lefts_int = Concat <axis = 0> (no, w2, w2, w2)
+    tops_int = Concat <axis = 0> (no, no, h3, h34)
+    widths = Cast <to = 1> (widths_int)
+    heights = Cast <to = 1> (heights_int)
+    lefts = Cast <to = 1> (lefts_int)
+    tops = Cast <to = 1> (tops_int)
+    scale = Gather (scales, level)
+    length_x = Gather (widths, level)
+    length_y = Gather (heights, level)
+    origin_x = Gather (lefts, level)
+    origin_y = Gather (tops, level)
+
+    first = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    size = Constant <value_int: int = @output_size> ()
+    ratio = Constant <value_int: int = @sampling_ratio> ()
+    size_1 = Unsqueeze (size, no)
+    ratio_1 = Unsqueeze (ratio, no)
+    size_f = Cast <to = 1> (size)
+    ratio_f = Cast <to = 1> (ratio)
+    samples = Mul (size, ratio)
+    sample = Range (first, samples, step)
+    bin_int = Div (sample, ratio)
+    part_int = Mod (sample, ratio)
+    bin = Cast <to = 1> (bin_int)
+    part = Cast <to = 1> (part_int)
+    part_middle = Add (part, half)
+    same_2 = Constant <value_ints = [0, 0]> ()
+    by_bin = Concat <axis = 0> (same_2, size_1, ratio_1)
+"""
+
+# Sample positions in one axis, in torchvision's order of operations, [B, N, S·r]; then as [B, r, N, S]
+# with the axes of the other direction between. GridSample's -1 and 1 are the atlas's outer pixels.
+AXIS = """
+    start_pixels_{a} = Mul ({a}1, scale)
+    end_pixels_{a} = Mul ({a}2, scale)
+    start_{a} = Sub (start_pixels_{a}, half)
+    end_{a} = Sub (end_pixels_{a}, half)
+    extent_{a} = Sub (end_{a}, start_{a})
+    bin_size_{a} = Div (extent_{a}, size_f)
+    before_bin_{a} = Mul (bin, bin_size_{a})
+    bin_start_{a} = Add (start_{a}, before_bin_{a})
+    parts_{a} = Mul (part_middle, bin_size_{a})
+    in_bin_{a} = Div (parts_{a}, ratio_f)
+    position_{a} = Add (bin_start_{a}, in_bin_{a})
+    after_start_{a} = GreaterOrEqual (position_{a}, minus_one_f)
+    before_end_{a} = LessOrEqual (position_{a}, length_{a})
+    is_inside_{a} = And (after_start_{a}, before_end_{a})
+    weight_{a} = Cast <to = 1> (is_inside_{a})
+
+    last_{a} = Sub (length_{a}, one_f)
+    at_least_0_{a} = Max (position_{a}, zero_f)
+    clamped_{a} = Min (at_least_0_{a}, last_{a})
+    place_{a} = Add (clamped_{a}, origin_{a})
+    atlas_length_int_{a} = Shape <start = {axis}, end = {axis_after}> (atlas)
+    atlas_length_{a} = Cast <to = 1> (atlas_length_int_{a})
+    atlas_last_{a} = Sub (atlas_length_{a}, one_f)
+    twice_{a} = Mul (place_{a}, two_f)
+    share_{a} = Div (twice_{a}, atlas_last_{a})
+    coordinate_{a} = Sub (share_{a}, one_f)
+
+    between_{a} = Constant <value_ints = [{between}]> ()
+    weight_bins_{a} = Reshape (weight_{a}, by_bin)
+    weight_parts_{a} = Transpose <perm = [0, 3, 1, 2]> (weight_bins_{a})
+    weights_{a} = Unsqueeze (weight_parts_{a}, between_{a})
+    coordinate_bins_{a} = Reshape (coordinate_{a}, by_bin)
+    coordinate_parts_{a} = Transpose <perm = [0, 3, 1, 2]> (coordinate_bins_{a})
+    coordinates_{a} = Unsqueeze (coordinate_parts_{a}, between_{a})
+"""
+
+# The samples of a bin lie in an axis of their own, outside the RoIs, so that their mean is one of rows.
+SAMPLE = """
+    weights = Mul (weights_y, weights_x)
+    everywhere = Shape (weights)
+    grid_y = Expand (coordinates_y, everywhere)
+    grid_x = Expand (coordinates_x, everywhere)
+    rest = Constant <value_ints = [-1]> ()
+    pair_y = Unsqueeze (grid_y, rest)
+    pair_x = Unsqueeze (grid_x, rest)
+    pairs = Concat <axis = -1> (pair_x, pair_y)
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
+    grid_shape = Concat <axis = 0> (no, rest, size_1, two)
+    grid = Reshape (pairs, grid_shape)
+    sampled = GridSample <mode = "linear", padding_mode = "border", align_corners = 1> (atlas, grid)
+
+    weights_shape = Concat <axis = 0> (no, one, rest, size_1)
+    weights_image = Reshape (weights, weights_shape)
+    weighted = Mul (sampled, weights_image)
+    ratio_squared = Mul (ratio_1, ratio_1)
+    by_sample_shape = Concat <axis = 0> (same_2, ratio_squared, rest, size_1, size_1)
+    by_sample = Reshape (weighted, by_sample_shape)
+    mean = ReduceMean <keepdims = 0> (by_sample, axis_2)
+    by_roi = Transpose <perm = [0, 2, 1, 3, 4]> (mean)
+    channels = Shape <start = 1, end = 2> (p2)
+    pooled_shape = Concat <axis = 0> (rest, channels, size_1, size_1)
+    pooled_f = Reshape (by_roi, pooled_shape)
+    pooled = CastLike (pooled_f, p2)
+}
+"""
+
+
+def pyramid_roi_align_by_grid_sample() -> onnx.FunctionProto:
+    """`PyramidRoiAlign` as in `comask.export.functions`, sampled in fp32 whatever the maps' type."""
+    text = ATLAS + LEVEL
+    text += AXIS.format(a="y", axis=2, axis_after=3, between="2, 5")  # [B, r, 1, N, S, 1]
+    text += AXIS.format(a="x", axis=3, axis_after=4, between="1, 4")  # [B, 1, r, N, 1, S]
+    text += SAMPLE
+    factors = ", ".join(f"{factor:.9g}" for factor in LEVEL_FACTORS)
+    scales = ", ".join(str(1 / stride) for stride in STRIDES)
+    return onnx.parser.parse_function(
+        text.replace("{factors}", factors).replace("{scales}", scales)
+    )
+
+
+def tensorrt_functions() -> list[onnx.FunctionProto]:
+    """Both ops."""
+    return [
+        pyramid_roi_align_by_grid_sample(),
+        sorted_nms_function(count_type=onnx.TensorProto.FLOAT16),
+    ]
