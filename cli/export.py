@@ -1,27 +1,43 @@
-"""`comask-export`: from a checkpoint to a bundle."""
+"""`comask-export`: from a checkpoint to a bundle, and what an existing bundle still lacks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from comask.cli.engine_options import build_with_progress, check_usage, engine_options
 from comask.cli.options import command, json_option, write_json
 
+from comask.bundle import PRECISIONS
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
     import numpy as np
+    from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
+
+    from comask.bundle import Bundle
 
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 
 
+def precision_list(
+    context: click.Context, parameter: click.Parameter, value: str
+) -> tuple[str, ...]:
+    """`fp16,fp32` → the precisions in the order of `PRECISIONS`."""
+    wanted = {name.strip() for name in value.split(",")}
+    if unknown := sorted(wanted.difference(PRECISIONS)):
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}")
+    return tuple(name for name in PRECISIONS if name in wanted)
+
+
 @command
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
-)
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="The bundle's folder.")
+@click.option("--precision", "precisions", default="fp32", show_default=True,
+              callback=precision_list, metavar=",".join(PRECISIONS),
+              help="Of the graphs; fp32 is written in any case.")  # fmt: skip
 @click.option("--score-threshold", type=click.FloatRange(0, 1, max_open=True),
               help="Drop detections at or below this in the graph; default: the model's.")  # fmt: skip
 @click.option("--val-data", default="shapes", show_default=True, metavar="DIR|shapes",
@@ -29,55 +45,150 @@ VERIFY_SEED = 2_000_000  # other images than training and validation see
 @click.option("--verify-images", type=click.IntRange(1), default=3, show_default=True,
               help="How many of them.")  # fmt: skip
 @click.option("--diagnostics", is_flag=True, help="Also output what the collaboration changed.")
+@engine_options
 @json_option
 def main(
-    checkpoint: Path,
-    output: Path,
+    source: Path,
+    output: Path | None,
+    precisions: tuple[str, ...],
     score_threshold: float | None,
     val_data: str,
     verify_images: int,
     diagnostics: bool,
     json_file: str | None,
+    **engine_values: Any,
 ) -> None:
-    """Export CHECKPOINT to a bundle: two ONNX graphs, weights and a manifest.
+    """Export CHECKPOINT to a bundle: two ONNX graphs a precision, weights and a manifest.
 
-    The graphs are compared with PyTorch on real images, at several sizes and as a batch; a bundle
-    whose outputs differ is not written.
+    Graphs are compared with PyTorch on real images, at several sizes and as a batch; those whose
+    outputs differ are not written. An existing BUNDLE takes further precisions and engines in place.
 
     \b
-    comask-export runs/shapes/checkpoint-best.pt --output bundle
+    comask-export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16
+    comask-export bundle --precision fp16 --engine tensorrt-rtx
     """
+    check_usage(engine_values)
+    if source.is_dir():
+        _refuse_in_place(output=output, score_threshold=score_threshold, diagnostics=diagnostics)
+        bundle, added = _extend(source, precisions, val_data, verify_images)
+    elif output is None:
+        raise click.UsageError("--output is missing: name the bundle's folder")
+    else:
+        bundle = _export(
+            source, output, precisions, val_data, verify_images,
+            score_threshold=score_threshold, diagnostics=diagnostics,
+        )  # fmt: skip
+        added = bundle.manifest.precisions
+    for precision in added:
+        _print_proof(bundle, precision, to_stderr=json_file == "-")
+    engines = []
+    if engine_values["engine"] != "none":
+        engines = build_with_progress(bundle, engine_values, precisions)
+    for folder in engines:
+        _print_engines(folder, to_stderr=json_file == "-")
+    if json_file:
+        write_json(json_file, _as_json(bundle, engines))
+
+
+def _as_json(bundle: Bundle, engines: list[EngineFolder]) -> dict[str, Any]:
+    """The manifest, and `engines`: what each `engine.json` of this call holds, by its folder."""
+    import dataclasses
     import json
 
+    found = {str(folder.folder): dataclasses.asdict(folder.info) for folder in engines}
+    content: dict[str, Any] = json.loads(bundle.manifest.to_json())
+    return content | {"engines": found}
+
+
+def _refuse_in_place(**options: Any) -> None:
+    """A bundle has decided these already.
+
+    Raises:
+        UsageError: naming the first that was given.
+    """
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for checkpoints; an existing bundle is changed in place"
+            )
+
+
+def _export(
+    checkpoint: Path,
+    output: Path,
+    precisions: tuple[str, ...],
+    data: str,
+    count: int,
+    **options: Any,
+) -> Bundle:
     from comask.export.pipeline import export_bundle
 
     from comask.training.checkpoint import load_checkpoint
 
-    state = load_checkpoint(checkpoint)
-    bundle = export_bundle(
-        state,
+    return export_bundle(
+        load_checkpoint(checkpoint),
         checkpoint,
         output,
-        _images(val_data, verify_images),
-        score_threshold=score_threshold,
-        diagnostics=diagnostics,
-        report=lambda line: click.echo(line, err=True),
+        _images(data, count),
+        precisions=tuple(dict.fromkeys(("fp32", *precisions))),
+        report=_report,
+        **options,
     )
-    proof = bundle.manifest.verification
+
+
+def _extend(
+    folder: Path, precisions: tuple[str, ...], data: str, count: int
+) -> tuple[Bundle, tuple[str, ...]]:
+    """The bundle with its new graphs, and which precisions those are of."""
+    from comask.bundle import Bundle
+
+    bundle = Bundle.open(folder)
+    there = bundle.manifest.precisions
+    missing = tuple(name for name in precisions if name not in there)
+    if kept := [name for name in precisions if name in there]:
+        _report(f"{folder}: holds {', '.join(kept)} graphs already; they stay as they are")
+    if missing:
+        from comask.export.pipeline import add_precisions
+
+        bundle = add_precisions(bundle, missing, _images(data, count), report=_report)
+    return bundle, missing
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _print_proof(bundle: Bundle, precision: str, *, to_stderr: bool) -> None:
+    """How far the graphs of one precision are off PyTorch."""
+    proof = bundle.manifest.verification[precision]
     click.echo(
-        f"{output}: graphs equal PyTorch on {proof['images']} images: {proof['detections']} "
-        f"detections, boxes within {proof['box']:.1e} px, scores within {proof['score']:.1e}, "
-        f"mask pixels within {proof['mask']:.1e}, maps within "
+        f"{bundle.folder}: {precision} graphs agree with PyTorch on {proof['images']} images: "
+        f"{proof['detections']} detections, boxes within {proof['box']:.1e} px, scores within "
+        f"{proof['score']:.1e}, mask pixels within {proof['mask']:.1e}, maps within "
         f"{max(proof['relative'].values()):.1e} relative",
-        err=json_file == "-",
+        err=to_stderr,
     )
     if not proof["detections"]:
-        click.echo(
+        _report(
             "warning: PyTorch found nothing in these images, so no detection was compared; name "
-            "better ones by --val-data, or lower --score-threshold",
-            err=True,
+            "better ones by --val-data, or lower --score-threshold"
         )
-    write_json(json_file, json.loads(bundle.manifest.to_json()))
+
+
+def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
+    """What was built, and which layers have which precision."""
+    from comask.runtime.trt.engine_folder import PLANS
+
+    info = engines.info
+    for stage, file in PLANS.items():
+        layers = info.layers[stage]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in layers["found"].items())
+        size = (engines.folder / file).stat().st_size / 2**20
+        click.echo(
+            f"{engines.folder / file}: {size:.0f} MiB, built in {info.seconds[stage]:.1f} s; of "
+            f"{layers['of']} convolutions and products {kinds} (read from the {layers['read_from']})",
+            err=to_stderr,
+        )
 
 
 def _images(data: str, count: int) -> list[NDArray[np.uint8]]:

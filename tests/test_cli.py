@@ -12,7 +12,7 @@ from conftest import COMMANDS, MICRO, run, settings
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from comask.bundle import Bundle
+from comask.bundle import SCHEMA_VERSION, Bundle
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
 from comask.evaluate import METRICS, CocoMetrics
@@ -20,11 +20,16 @@ from comask.evaluate import METRICS, CocoMetrics
 # Frozen: a new option is a decision, not an accident.
 OPTIONS = {
     "train": {"data", "val", "preset", "output", "set", "resume", "eval-only", "print-config"},
-    "export": {"output", "score-threshold", "val-data", "verify-images", "diagnostics", "json"},
+    "export": {
+        "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics", "engine",
+        "plugin", "profile", "workspace", "optimization-level", "hardware-compatibility",
+        "version-compatible", "compute-capability", "rebuild", "json",
+    },
     "infer": {"output", "backend", "save", "threshold", "batch", "json"},
     "eval": {"data", "backend", "images", "tolerance", "batch", "no-record", "json"},
     "shapes": {"images", "seed"},
-}
+    "doctor": {"need", "json"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -163,7 +168,7 @@ def test_manifest_errors_say_what_to_do(micro_bundle: Path, pictures: Path, tmp_
         (json.dumps(manifest | {"schema_version": 99}), "manifest schema 99"),
         (json.dumps(manifest | {"surplus": 1}), "surplus"),
         (json.dumps(manifest | {"categories": []}), "0 categories for 8 classes"),
-        (json.dumps({"schema_version": 1}), "not a comask manifest"),
+        (json.dumps({"schema_version": SCHEMA_VERSION}), "not a comask manifest"),
     ]:
         (bundle / "manifest.json").write_text(content)
         result = run("infer", bundle, pictures, "--output", tmp_path / "out")

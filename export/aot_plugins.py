@@ -1,0 +1,224 @@
+"""Our ops as TensorRT's ahead-of-time plugins: the plan holds each kernel's PTX and how to launch it.
+
+What loads such a plan, be it trtexec, a C++ program or Triton, needs nothing of comask; so this is of the
+builder alone. TensorRT has had `tensorrt.plugin` for it since 10.9, TensorRT-RTX has none.
+
+There, a launch is made of expressions of the inputs' dimensions, whereas `comask.kernels.launch` works
+with numbers. `symbolic_launch` works with either, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, Signature
+from typing import Any, Protocol
+
+import numpy as np
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.ops import (
+    HALVES_A_VECTOR,
+    NAMESPACE,
+    OPS,
+    VERSION,
+    Op,
+    SortedNmsOp,
+    TensorDesc,
+)
+from numpy.typing import NDArray
+
+from comask.errors import ComaskError, EngineError
+from comask.kernels import compile
+from comask.kernels.launch import (
+    CHANNEL_BYTES,
+    MAX_THREADS,
+    THREADS,
+    Launch,
+    float32_below,
+    float_bits,
+)
+
+AMPERE = 80  # the oldest GPU of --hardware-compatibility ampere_plus
+TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # of DataType → of autotuning, where they differ
+
+
+class Arithmetic(Protocol):
+    """What dimensions' own operators lack; `tensorrt.plugin` has it for expressions."""
+
+    def cdiv(self, first: Any, second: Any, /) -> Any:
+        """Quotient, rounded up."""
+
+    def min(self, first: Any, second: Any, /) -> Any:
+        """Lesser of two."""
+
+    def max(self, first: Any, second: Any, /) -> Any:
+        """Greater of two."""
+
+
+def check_aot(flavor: Flavor) -> None:
+    """Refuses a TensorRT without ahead-of-time plugins.
+
+    Raises:
+        EngineError: naming what to take instead.
+    """
+    if flavor.name == "tensorrt-rtx":
+        raise EngineError(
+            "--plugin aot: tensorrt-rtx has no ahead-of-time plugins; take --plugin python or none"
+        )
+    if not hasattr(flavor.trt, "QuickPluginCreationRequest"):
+        raise EngineError(
+            f"--plugin aot: needs tensorrt 10.9 or newer, {flavor.version} is installed; "
+            "upgrade it, or take --plugin python"
+        )
+
+
+def ptx_capability(gpu: Gpu, hardware_compatibility: str | None) -> int:
+    """Oldest compute capability that a plan is for; newer GPUs compile its PTX too."""
+    return AMPERE if hardware_compatibility == "ampere_plus" else gpu.capability
+
+
+@functools.cache
+def register_aot_plugins(flavor: Flavor, capability: int) -> None:
+    """Makes the ops known to a TensorRT's builder, once a process; to be called before parsing.
+
+    Args:
+        flavor: one that `check_aot` lets pass.
+        capability: compute capability that the kernels are compiled for, 90 for 9.0.
+
+    Raises:
+        EngineError: this process has other plugins of these names.
+        KernelError: the kernels cannot be compiled.
+    """
+    registry = flavor.trt.get_plugin_registry()
+    for op in OPS:
+        if registry.get_creator(op.name, VERSION, NAMESPACE) is not None:
+            raise EngineError(
+                f"--plugin aot: this process has another {NAMESPACE}::{op.name} already; "
+                "build in a process of its own"
+            )
+    kernels = {op.kernel: compile.ptx(op.kernel, capability) for op in OPS}
+    trtp = importlib.import_module(f"{flavor.trt.__name__}.plugin")
+    for op in OPS:
+        _declare(flavor, trtp, op, kernels[op.kernel])
+
+
+def symbolic_launch(op: Op, inputs: Sequence[TensorDesc], arithmetic: Arithmetic) -> Launch:
+    """`op.launch(inputs)`, but for its checks and `entry`, on dimensions of any kind.
+
+    Args:
+        op: of either class.
+        inputs: whose shapes hold whatever `arithmetic` works on.
+        arithmetic: see there.
+    """
+    if isinstance(op, SortedNmsOp):
+        rows, boxes = inputs[1].shape
+        threads = arithmetic.cdiv(boxes, 32) * 32
+        return Launch(
+            source=op.kernel,
+            entry="",
+            grid=rows,
+            block=arithmetic.min(arithmetic.max(threads, THREADS), MAX_THREADS),
+            integers=(rows, boxes, float_bits(float32_below(op.iou_threshold))),
+        )
+    maps, (batch, count, _) = inputs[:4], inputs[4].shape
+    channels = stride = maps[0].shape[1]
+    if maps[0].format == "HWC8":
+        stride = arithmetic.cdiv(channels, HALVES_A_VECTOR) * HALVES_A_VECTOR
+    tile = CHANNEL_BYTES // (2 if maps[0].type == "HALF" else 4)
+    return Launch(
+        source=op.kernel,
+        entry="",
+        grid=batch * count * arithmetic.cdiv(stride, tile),
+        block=THREADS,
+        integers=(
+            maps[0].shape[0], channels, stride, *(side for desc in maps for side in desc.shape[2:]),
+            batch * count, count, op.output_size, op.sampling_ratio, float_bits(op.canonical_size),
+        ),
+    )  # fmt: skip
+
+
+def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
+    """Registers one op: its output, the formats it takes, and its launch."""
+    trt, count = flavor.trt, op.num_inputs
+
+    def describe(*inputs: Any, **attributes: Any) -> Any:
+        made = op.from_attributes(_numbers(attributes))
+        dims = made.output_shape([desc.shape_expr for desc in inputs], int, operator.mul)
+        kind = made.output_type([desc.dtype.name for desc in inputs])
+        return trtp.from_shape_expr(tuple(dims), getattr(trt.DataType, kind))
+
+    def offer_formats(*descs: Any) -> list[Any]:
+        # strongly typed: the network has settled the types
+        types = [desc.dtype.name for desc in descs[:count]]
+        return [
+            trtp.AutoTuneCombination(
+                ", ".join(TYPE_NAMES.get(kind, kind) for kind, _ in known),
+                ", ".join(layout for _, layout in known),
+            )
+            for known in op.formats
+            if [kind for kind, _ in known[:count]] == types
+        ]
+
+    def launch(*arguments: Any) -> tuple[str, bytes, Any, Any]:
+        inputs, values = arguments[:count], arguments[count:-2]  # then outputs and tactic
+        made = op.from_attributes(_numbers(dict(zip(op.attributes, values, strict=True))))
+        # the largest shapes tell what the kernel cannot do before the plan is used
+        entry = made.launch([_desc(desc, _largest(desc.shape)) for desc in inputs]).entry
+        found = symbolic_launch(
+            made, [_desc(desc, tuple(desc.shape_expr)) for desc in inputs], trtp
+        )
+        parameters = trtp.KernelLaunchParams(grid_x=found.grid, block_x=found.block)
+        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in found.integers])
+        return entry, ptx, parameters, integers
+
+    tensors = [(f"input{i}", trtp.TensorDesc) for i in range(count)]
+    attributes = [(name, _annotation(kind)) for name, kind in op.attributes.items()]
+    outputs, tactic = ("outputs", Parameter.empty), ("tactic", Parameter.empty)
+    launched = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    name, signed = f"{NAMESPACE}::{op.name}", functools.partial(_signed, flavor)
+    trtp.register(name)(signed(describe, [*tensors, *attributes], trtp.TensorDesc))
+    trtp.autotune(name)(signed(offer_formats, [*tensors, outputs], Parameter.empty))
+    trtp.aot_impl(name)(signed(launch, [*tensors, *attributes, outputs, tactic], launched))
+
+
+def _signed(
+    flavor: Flavor,
+    function: Callable[..., Any],
+    parameters: Sequence[tuple[str, Any]],
+    returned: Any,
+) -> Callable[..., Any]:
+    """A function with the signature from which TensorRT takes inputs and attributes."""
+
+    def called(*arguments: Any, **attributes: Any) -> Any:
+        try:
+            return function(*arguments, **attributes)
+        except ComaskError as error:
+            flavor.plugin_errors.append(str(error))
+            raise
+
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    called.__signature__ = Signature(  # type: ignore[attr-defined]
+        [Parameter(name, kind, annotation=annotation) for name, annotation in parameters],
+        return_annotation=returned,
+    )
+    return called
+
+
+def _annotation(kind: type) -> Any:
+    """Arrays for single numbers too: TensorRT 10 cannot make an `int` of what it gets under NumPy 2.4."""
+    return NDArray[np.float32] if kind is float else NDArray[np.int32]
+
+
+def _numbers(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: array.tolist()[0] for name, array in arrays.items()}
+
+
+def _desc(desc: Any, shape: tuple[Any, ...]) -> TensorDesc:
+    return TensorDesc(shape, desc.dtype.name, desc.format.name)
+
+
+def _largest(shape: Any) -> tuple[int, ...]:
+    return tuple(shape.max) if shape.is_dynamic else tuple(shape)

@@ -1,0 +1,224 @@
+"""From a bundle's graphs to a folder of engines, built once for each request."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnx
+from comask.export.build_options import BuildOptions, check_options
+from comask.export.engine_process import build_in_process
+from comask.export.engine_profile import Profile
+from comask.export.layer_precision import asked_precisions, differences, summary
+from comask.export.trt_graph import with_plugins, without_plugins
+from comask.runtime.gpu import Gpu, find_gpu
+from comask.runtime.trt.engine_folder import (
+    DESCRIPTION,
+    ENGINES,
+    PLANS,
+    TIMING_CACHE,
+    EngineFolder,
+    EngineInfo,
+)
+from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.ops import kernels_sha256
+
+from comask import __version__
+from comask.bundle import STAGES, Bundle, sha256
+from comask.errors import EngineError
+
+Report = Callable[[str], None]
+Progress = Callable[[str, str, float], None]  # stage, phase, finished share of the phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What is to be built.
+
+    Attributes:
+        flavor: `tensorrt` or `tensorrt-rtx`.
+        precision: of the bundle's graphs.
+        plugin: `python`, `aot` or `none`.
+        profile: sizes.
+        options: of the builder.
+    """
+
+    flavor: str
+    precision: str
+    plugin: str
+    profile: Profile
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+
+def build_engines(
+    bundle: Bundle,
+    request: EngineRequest,
+    *,
+    rebuild: bool = False,
+    report: Report = lambda line: None,
+    progress: Progress = lambda stage, phase, share: None,
+) -> EngineFolder:
+    """Both plans of a bundle, in `BUNDLE/engines/…`; what is there and fits is kept.
+
+    Args:
+        bundle: holds graphs of the precision.
+        request: what to build.
+        rebuild: replace what is there but differs from the request or this machine.
+        report: takes a line a step.
+        progress: takes the builder's progress.
+
+    Raises:
+        EngineError: when TensorRT cannot build it, or what is there differs and `rebuild` is not given.
+        BackendUnavailableError: when the flavor is not installed.
+        BundleError: when a graph is missing or altered.
+    """
+    flavor, gpu = load_flavor(request.flavor), find_gpu()
+    check_options(flavor, request.plugin, request.options, gpu)
+    info = _describe(bundle, request, flavor, gpu)
+    folder = bundle.folder / ENGINES / info.folder_name
+    if folder.exists() and not rebuild:
+        existing = _existing(folder, info)
+        report(f"{folder}: is there already")
+        return existing
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        # beside its place, so that finished engines appear by a rename
+        work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        try:
+            finished = work / "finished"
+            finished.mkdir()
+            if (folder / TIMING_CACHE).exists():
+                shutil.copy(folder / TIMING_CACHE, finished)
+            for stage in STAGES:
+                report(f"building {stage} for {flavor.name} {flavor.version}, {info.precision}")
+                step = functools.partial(progress, stage)
+                info = _build_stage(bundle, info, stage, work, finished, step, gpu is not None)
+            text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
+            (finished / DESCRIPTION).write_text(text, encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            finished.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return EngineFolder.open(folder)
+
+
+def _describe(
+    bundle: Bundle, request: EngineRequest, flavor: Flavor, gpu: Gpu | None
+) -> EngineInfo:
+    """What `engine.json` will say, but for what building finds out."""
+    if request.flavor == "tensorrt-rtx":
+        chosen = request.options.compute_capabilities
+        target, tuned_on = "-".join(f"sm{c}" for c in chosen) or "portable", None
+    else:
+        assert gpu is not None
+        target, tuned_on = f"sm{gpu.capability}", gpu.name
+    graphs = {stage: bundle.graph(stage, request.precision) for stage in STAGES}
+    return EngineInfo(
+        flavor=flavor.name,
+        version=flavor.version,
+        target=target,
+        gpu=tuned_on,
+        driver=gpu.driver if gpu else None,
+        precision=request.precision,
+        plugin=request.plugin,
+        plugin_sha256=None if request.plugin == "none" else kernels_sha256(),
+        profile=request.profile.ranges(),
+        options=dataclasses.asdict(request.options),
+        graphs={stage: sha256(path) for stage, path in graphs.items()},
+        plans={},
+        layers={},
+        seconds={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        comask_version=__version__,
+    )
+
+
+def _existing(folder: Path, wanted: EngineInfo) -> EngineFolder:
+    """The engines that are there.
+
+    Raises:
+        EngineError: naming what differs from the request, or a damaged plan.
+    """
+    existing = EngineFolder.open(folder)
+    told_later = {"plans", "layers", "seconds", "created", "driver", "comask_version"}
+    there, asked = _flat(existing.info), _flat(wanted)
+    changed = [
+        f"{name}: {there.get(name)} is there, {asked.get(name)} is wanted"
+        for name in sorted(there | asked)
+        if name.partition(".")[0] not in told_later and there.get(name) != asked.get(name)
+    ]
+    if changed:
+        raise EngineError(
+            f"{folder}: differs from what was asked for ({'; '.join(changed)}); give --rebuild to "
+            f"replace it"
+        )
+    for stage in PLANS:
+        existing.plan(stage)
+    return existing
+
+
+def _flat(info: EngineInfo) -> dict[str, Any]:
+    """By dotted name, with lists for tuples as they come back from JSON."""
+    values = json.loads(json.dumps(dataclasses.asdict(info)))
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            {f"{name}.{key}": v for key, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def _build_stage(
+    bundle: Bundle,
+    info: EngineInfo,
+    stage: str,
+    work: Path,
+    finished: Path,
+    progress: Callable[[str, float], None],
+    has_gpu: bool,
+) -> EngineInfo:
+    """Builds one plan into `finished`; returns `info` with what is now known."""
+    model = onnx.load(bundle.graph(stage, info.precision))
+    model = without_plugins(model) if info.plugin == "none" else with_plugins(model)
+    (work / "graph.onnx").write_bytes(model.SerializeToString())
+    plan = finished / PLANS[stage]
+    profile = Profile(**info.profile)
+    result = build_in_process(
+        {
+            "flavor": info.flavor,
+            "plugin": info.plugin,
+            "graph": str(work / "graph.onnx"),
+            "plan": str(plan),
+            "profile": profile.shapes(bundle.manifest.graphs[stage]["inputs"]),
+            "options": info.options,
+            "timing_cache": str(finished / TIMING_CACHE) if has_gpu else None,
+            "has_gpu": has_gpu,
+        },
+        work,
+        progress,
+    )
+    asked, found = asked_precisions(model), result["layers"]
+    wrong = differences(asked, found)
+    if wrong:
+        raise EngineError(
+            f"{info.flavor} built {len(wrong)} layers of {stage} in another precision: {wrong[0]}"
+        )
+    layers = {"read_from": result["read_from"], **summary(asked, found)}
+    return dataclasses.replace(
+        info,
+        plans=info.plans | {stage: sha256(plan)},
+        layers=info.layers | {stage: layers},
+        seconds=info.seconds | {stage: round(result["seconds"], 3)},
+    )

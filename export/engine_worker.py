@@ -1,0 +1,197 @@
+"""One plan, built in a process of its own: `python -m comask.export.engine_worker REQUEST.json`.
+
+TensorRT can end its process instead of raising. Whoever starts this one reads lines of JSON from file
+descriptor `events` (progress, then the result or an error), and from a process that ends without
+either, how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from comask.export.aot_plugins import ptx_capability, register_aot_plugins
+from comask.export.layer_precision import engine_layers, network_layers
+from comask.runtime.gpu import find_gpu
+from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.plugins import register_plugins
+
+from comask.errors import ComaskError, EngineError
+
+MIB = 2**20
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+def main(request_file: str, events: str) -> None:
+    """Builds what the request names and reports on descriptor `events`."""
+    with os.fdopen(int(events), "w", buffering=1) as pipe:
+
+        def emit(event: Mapping[str, Any]) -> None:
+            pipe.write(json.dumps(event) + "\n")
+
+        try:
+            emit({"result": build_plan(json.loads(Path(request_file).read_text()), emit)})
+        except (ComaskError, OSError, MemoryError) as error:
+            emit({"error": f"{error}" or type(error).__name__})
+
+
+def build_plan(request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """Parses `request["graph"]`, builds it and writes `request["plan"]`.
+
+    Returns:
+        the layers' precisions and the seconds it took.
+
+    Raises:
+        EngineError: when TensorRT refuses the graph, the profile or an option, or the plan cannot be
+            written.
+    """
+    flavor = load_flavor(request["flavor"])
+    trt = flavor.trt
+    _register(flavor, request["plugin"], request["options"])
+    builder = trt.Builder(flavor.log)
+    flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    network = builder.create_network(1 << int(flag))
+    _parse(flavor, network, request["graph"])
+    config = builder.create_builder_config()
+    _apply_options(flavor, config, request["options"])
+    _add_profile(flavor, builder, config, request["profile"])
+    monitor = _monitor(trt, emit)
+    config.progress_monitor = monitor
+    cache = _load_timing_cache(config, request["timing_cache"])
+
+    start = time.perf_counter()
+    flavor.clear()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        found = "; ".join(flavor.plugin_errors) or flavor.errors()
+        raise EngineError(f"{flavor.name} cannot build it: {found}")
+    seconds = time.perf_counter() - start
+    data = memoryview(plan)
+    try:
+        Path(request["plan"]).write_bytes(data)
+    except OSError as error:
+        raise EngineError(f"{request['plan']}: cannot be written: {error.strerror}") from error
+    if cache is not None:
+        Path(request["timing_cache"]).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    built = _inspect(flavor, data) if request["has_gpu"] else None
+    return {
+        "seconds": seconds,
+        "read_from": "network" if built is None else "engine",
+        "layers": network_layers(network) if built is None else built,
+    }
+
+
+def _register(flavor: Flavor, plugin: str, options: Mapping[str, Any]) -> None:
+    if plugin == "python":
+        register_plugins(flavor)
+    elif plugin == "aot":
+        gpu = find_gpu()
+        assert gpu is not None  # or check_options would have refused
+        capability = ptx_capability(gpu, options["hardware_compatibility"])
+        register_aot_plugins(flavor, capability)
+
+
+def _inspect(flavor: Flavor, plan: memoryview) -> dict[str, str]:
+    """The layers' precisions in the finished engine, which only a machine with a GPU can open."""
+    trt = flavor.trt
+    runtime = trt.Runtime(flavor.log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(f"{flavor.name} does not open what it built: {flavor.errors()}")
+    inspector = engine.create_engine_inspector()
+    return engine_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _parse(flavor: Flavor, network: Any, graph: str) -> None:
+    parser = flavor.trt.OnnxParser(network, flavor.log)
+    flavor.clear()
+    if parser.parse_from_file(graph):
+        return
+    found = list(flavor.plugin_errors)
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        node = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
+        found.append(f"{error.desc()}{node}")
+    raise EngineError(
+        f"{flavor.name} {flavor.version} cannot parse the graph: {'; '.join(found) or flavor.errors()}"
+    )
+
+
+def _apply_options(flavor: Flavor, config: Any, options: Mapping[str, Any]) -> None:
+    trt = flavor.trt
+    if options["workspace_mib"] is not None:
+        limit = options["workspace_mib"] * MIB
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
+    if options["optimization_level"] is not None:
+        config.builder_optimization_level = options["optimization_level"]
+    if options["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options["hardware_compatibility"]:
+        level = options["hardware_compatibility"].upper()
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    # full names let the inspector say which layer has which precision
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options["compute_capabilities"]:
+        config.num_compute_capabilities = len(options["compute_capabilities"])
+        for place, capability in enumerate(options["compute_capabilities"]):
+            config.set_compute_capability(_capability(trt, capability), place)
+
+
+def _capability(trt: Any, capability: int) -> Any:
+    found = getattr(trt.ComputeCapability, f"SM{capability}", None)
+    if found is None:
+        known = sorted(n for n in dir(trt.ComputeCapability) if n.startswith("SM"))
+        raise EngineError(
+            f"compute capability {capability} is none of this TensorRT-RTX's: {', '.join(known)}"
+        )
+    return found
+
+
+def _add_profile(flavor: Flavor, builder: Any, config: Any, shapes: Mapping[str, Any]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, best, largest) in shapes.items():
+        profile.set_shape(name, tuple(least), tuple(best), tuple(largest))
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"{flavor.name} refuses the profile: {flavor.errors()}")
+
+
+def _load_timing_cache(config: Any, path: str | None) -> Any:
+    if path is None:
+        return None
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    cache = config.create_timing_cache(data)
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _monitor(trt: Any, emit: Emit) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the outermost phase on; the inner ones come and go too fast to read."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outer: str | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outer = name
+                emit({"phase": name, "done": 0, "steps": steps})
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outer:
+                emit({"phase": name, "done": step + 1})
+            return True  # go on
+
+        def phase_finish(self, name: str) -> None:
+            """The last step said so."""
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX, by one body of code over whichever module is installed."""

@@ -1,0 +1,164 @@
+"""A folder of engines: two plans, and `engine.json`, which says what they are and what they need.
+
+A plan runs only under the TensorRT that built it, on its GPU, for the graphs it was built from. All of
+that is compared before a plan is deserialised, since TensorRT's own message names neither side.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comask.runtime.gpu import Gpu
+
+from comask.bundle import Bundle, graph_file, sha256
+from comask.errors import EngineError
+
+ENGINES = "engines"  # folder of the bundle
+DESCRIPTION = "engine.json"
+TIMING_CACHE = "timing.cache"
+SCHEMA_VERSION = 1
+PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What `engine.json` holds.
+
+    Attributes:
+        flavor: `tensorrt` or `tensorrt-rtx`.
+        version: of the TensorRT that built the plans.
+        target: `sm90` and the like; `portable` for TensorRT-RTX, which compiles when it loads.
+        gpu: name of the GPU that the plans were tuned on; None when built without one.
+        driver: that machine's CUDA driver version, 13000 for 13.0; for information.
+        precision: of the graphs.
+        plugin: `python`, `aot` or `none`.
+        plugin_sha256: of the kernels inside the plans or behind the plugins; None without plugins.
+        profile: name of a size (batch, height, width, proposals) → least, best and largest.
+        options: how the builder was asked to work.
+        graphs: sha256 of each stage's ONNX file.
+        plans: sha256 of each stage's plan.
+        layers: per stage the number of layers of each precision, and where it was read.
+        seconds: building time of each stage.
+        created: ISO 8601 in UTC.
+        comask_version: that built it.
+        schema_version: of this description.
+    """
+
+    flavor: str
+    version: str
+    target: str
+    gpu: str | None
+    driver: int | None
+    precision: str
+    plugin: str
+    plugin_sha256: str | None
+    profile: dict[str, tuple[int, int, int]]
+    options: dict[str, Any]
+    graphs: dict[str, str]
+    plans: dict[str, str]
+    layers: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    created: str
+    comask_version: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def folder_name(self) -> str:
+        """`tensorrt-10.16.1-sm90-fp16-python`."""
+        return f"{self.flavor}-{self.version}-{self.target}-{self.precision}-{self.plugin}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFolder:
+    """An existing folder of engines.
+
+    Attributes:
+        folder: where it lies.
+        info: what it holds.
+    """
+
+    folder: Path
+    info: EngineInfo
+
+    @classmethod
+    def open(cls, folder: Path) -> EngineFolder:
+        """Reads the description; the plans are compared when they are asked for.
+
+        Raises:
+            EngineError: when there is none, or none that this comask reads.
+        """
+        path = folder / DESCRIPTION
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["schema_version"] != SCHEMA_VERSION:
+                raise EngineError(
+                    f"{path}: has schema {values['schema_version']!r}, this comask reads "
+                    f"{SCHEMA_VERSION}; build the engines again"
+                )
+            values["profile"] = {k: tuple(v) for k, v in values["profile"].items()}
+            return cls(folder, EngineInfo(**values))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{path}: is no engine description: {error}") from error
+
+    def plan(self, stage: str) -> Path:
+        """The plan of `stage1` or `stage2`, after comparing its sha256.
+
+        Raises:
+            EngineError: when it is missing or altered.
+        """
+        path = self.folder / PLANS[stage]
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise EngineError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if found != self.info.plans[stage]:
+            raise EngineError(
+                f"{path}: was altered since it was built (sha256 {found[:12]}…, {DESCRIPTION} says "
+                f"{self.info.plans[stage][:12]}…); build it again with comask-export --rebuild"
+            )
+        return path
+
+    def mismatches(
+        self, bundle: Bundle, version: str, gpu: Gpu | None, plugin_sha256: str | None
+    ) -> list[str]:
+        """Why these engines may not run here, each `what: found, built for`; empty when they may.
+
+        Args:
+            bundle: that they belong to.
+            version: of the installed TensorRT of their flavor.
+            gpu: of this machine.
+            plugin_sha256: of this comask's kernels.
+        """
+        info, found = self.info, []
+        if info.version != version and not info.options.get("version_compatible"):
+            found.append(f"{info.flavor} {version} is installed, it was built with {info.version}")
+        for stage, expected in info.graphs.items():
+            if bundle.manifest.files.get(graph_file(stage, info.precision)) != expected:
+                found.append(
+                    f"{graph_file(stage, info.precision)} is not the graph it was built from"
+                )
+        # the other plugins' kernels are inside the plan
+        if info.plugin == "python" and info.plugin_sha256 != plugin_sha256:
+            found.append("the plugins' kernels are not those it was built with")
+        if gpu is None:
+            found.append("there is no GPU")
+        elif info.target != "portable" and not info.options.get("hardware_compatibility"):
+            if info.target != f"sm{gpu.capability}":
+                found.append(f"the GPU is {gpu.name} (sm{gpu.capability}), it is for {info.target}")
+            elif info.gpu != gpu.name:
+                found.append(f"the GPU is {gpu.name}, it was tuned on {info.gpu}")
+        return found
+
+
+def find_engines(bundle: Bundle) -> list[EngineFolder]:
+    """The bundle's engine folders by name; unfinished ones begin with a dot and are left out.
+
+    Raises:
+        EngineError: when one cannot be read.
+    """
+    folder = bundle.folder / ENGINES
+    names = sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
+    return [EngineFolder.open(path) for path in names]

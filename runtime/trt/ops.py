@@ -1,0 +1,213 @@
+"""What TensorRT must know of our two custom ops, apart from any version of TensorRT.
+
+Each class is one node of the graph: its attributes, the shapes and types that follow, the memory formats
+its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` put TensorRT's interfaces around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, ClassVar, Self
+
+from comask.errors import EngineError
+from comask.kernels.launch import Launch, nms_launch, roi_align_launch
+
+NAMESPACE = "comask"
+VERSION = "1"
+HALVES_A_VECTOR = 8  # HWC8 pads the channels to this
+LINEAR_F32 = ("FLOAT", "LINEAR")
+# (type, format) of the inputs and then the output, for each way that a kernel takes them
+Formats = tuple[tuple[tuple[str, str], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDesc:
+    """An input or output as TensorRT hands it to a plugin.
+
+    Attributes:
+        shape: with the logical channel count, whatever the format pads.
+        type: name of TensorRT's DataType: FLOAT, HALF, INT32, BOOL.
+        format: name of TensorRT's TensorFormat: LINEAR, HWC, HWC8.
+    """
+
+    shape: tuple[int, ...]
+    type: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class PyramidRoiAlignOp:
+    """`PyramidRoiAlign(p2, p3, p4, p5, rois [B, N, 4]) → [B·N, C, S, S]`.
+
+    Attributes:
+        output_size: S.
+        sampling_ratio: samples a bin and axis.
+        canonical_size: side in pixels of a RoI that is pooled from P4.
+    """
+
+    output_size: int
+    sampling_ratio: int
+    canonical_size: float
+
+    name: ClassVar[str] = "PyramidRoiAlign"
+    kernel: ClassVar[str] = "pyramid_roi_align"
+    num_inputs: ClassVar[int] = 5
+    # attribute of the ONNX node → Python type
+    attributes: ClassVar[Mapping[str, type]] = {
+        "output_size": int, "sampling_ratio": int, "canonical_size": float,
+    }  # fmt: skip
+    # attributes that the kernel fixes; compared in the graph, since TensorRT's Python before 10.16 reads
+    # a list of numbers as so many times the first
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "canonical_level": 4, "strides": (4, 8, 16, 32), "aligned": 1,
+    }  # fmt: skip
+    formats: ClassVar[Formats] = tuple(
+        (maps, maps, maps, maps, LINEAR_F32, maps)
+        for maps in (LINEAR_F32, ("HALF", "LINEAR"), ("FLOAT", "HWC"), ("HALF", "HWC8"))
+    )
+
+    @classmethod
+    def from_attributes(cls, values: Mapping[str, Any]) -> Self:
+        """From a node's attributes or an engine's fields.
+
+        Raises:
+            EngineError: for one that is missing.
+        """
+        return cls(*_required(cls.name, values, "output_size", "sampling_ratio", "canonical_size"))
+
+    def fields(self) -> dict[str, Any]:
+        """What an engine must hold to create this op again."""
+        return {
+            "output_size": self.output_size,
+            "sampling_ratio": self.sampling_ratio,
+            "canonical_size": self.canonical_size,
+        }
+
+    def output_type(self, input_types: Sequence[str]) -> str:
+        """The maps' type, by name."""
+        return input_types[0]
+
+    def output_shape(
+        self,
+        inputs: Sequence[Any],
+        constant: Callable[[int], Any],
+        product: Callable[[Any, Any], Any],
+    ) -> list[Any]:
+        """Symbolic dimensions of the output from those of the inputs."""
+        rois, size = inputs[4], constant(self.output_size)
+        return [product(rois[0], rois[1]), inputs[0][1], size, size]
+
+    def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
+        """Whether the kernel takes tensor `position` in this format, given those before it."""
+        return _supports(self.formats, position, descs)
+
+    def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
+        """The kernel launch for inputs of these shapes."""
+        maps, (batch, count, _) = inputs[:4], inputs[4].shape
+        channels = maps[0].shape[1]
+        padded = -(-channels // HALVES_A_VECTOR) * HALVES_A_VECTOR
+        return roi_align_launch(
+            tuple(desc.shape for desc in maps),
+            batch * count,
+            count,
+            self.output_size,
+            self.sampling_ratio,
+            self.canonical_size,
+            half=maps[0].type == "HALF",
+            channels_last=maps[0].format != "LINEAR",
+            channel_stride=padded if maps[0].format == "HWC8" else channels,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SortedNmsOp:
+    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
+
+    Attributes:
+        iou_threshold: a box goes when its IoU with a kept one is above this f32.
+    """
+
+    iou_threshold: float
+
+    name: ClassVar[str] = "SortedNms"
+    kernel: ClassVar[str] = "sorted_nms"
+    num_inputs: ClassVar[int] = 2
+    attributes: ClassVar[Mapping[str, type]] = {"iou_threshold": float}
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    formats: ClassVar[Formats] = ((LINEAR_F32, ("INT32", "LINEAR"), ("BOOL", "LINEAR")),)
+
+    @classmethod
+    def from_attributes(cls, values: Mapping[str, Any]) -> Self:
+        """See `PyramidRoiAlignOp`."""
+        return cls(*_required(cls.name, values, "iou_threshold"))
+
+    def fields(self) -> dict[str, Any]:
+        """See `PyramidRoiAlignOp`."""
+        return {"iou_threshold": self.iou_threshold}
+
+    def output_type(self, input_types: Sequence[str]) -> str:
+        """See `PyramidRoiAlignOp`."""
+        return "BOOL"
+
+    def output_shape(
+        self,
+        inputs: Sequence[Any],
+        constant: Callable[[int], Any],
+        product: Callable[[Any, Any], Any],
+    ) -> list[Any]:
+        """See `PyramidRoiAlignOp`."""
+        return [inputs[1][0], inputs[1][1]]
+
+    def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
+        """See `PyramidRoiAlignOp`."""
+        return _supports(self.formats, position, descs)
+
+    def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
+        """See `PyramidRoiAlignOp`."""
+        rows, boxes = inputs[1].shape
+        return nms_launch(rows, boxes, self.iou_threshold)
+
+
+Op = PyramidRoiAlignOp | SortedNmsOp
+OPS: tuple[type[PyramidRoiAlignOp] | type[SortedNmsOp], ...] = (PyramidRoiAlignOp, SortedNmsOp)
+
+
+def _supports(formats: Formats, position: int, descs: Sequence[TensorDesc]) -> bool:
+    asked = tuple((desc.type, desc.format) for desc in descs[: position + 1])
+    return any(known[: position + 1] == asked for known in formats)
+
+
+def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
+    """Compares a node's attributes with what its kernel fixes.
+
+    Raises:
+        EngineError: naming the attribute.
+    """
+    for op in OPS:
+        for name, value in op.fixed.items() if op.name == op_type else ():
+            if values.get(name, value) != value:
+                raise EngineError(
+                    f"{op_type}: {name} is {values[name]}, the kernel does {value} alone; export the "
+                    f"bundle again with this comask"
+                )
+
+
+def _required(op: str, values: Mapping[str, Any], *names: str) -> list[Any]:
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise EngineError(
+            f"{op}: has no attribute {', '.join(missing)}; export the bundle again with this comask"
+        )
+    return [values[name] for name in names]
+
+
+def kernels_sha256() -> str:
+    """One hash over the sources of our kernels, which plans hold or call."""
+    digest = hashlib.sha256(f"{NAMESPACE} {VERSION}".encode())
+    for file in sorted(resources.files("comask.kernels").iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith((".cu", ".h")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,360 @@
+"""Engines really built by TensorRT-RTX, which needs no GPU for it: what is built, kept and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from comask.export import engine_process
+from comask.export.build_options import BuildOptions
+from comask.export.engine import EngineRequest, build_engines
+from comask.export.engine_process import build_in_process
+from comask.export.engine_profile import Profile
+from comask.export.trt_graph import with_plugins
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines
+from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.ops import kernels_sha256
+from conftest import run
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, BundleError, ConfigError, EngineError
+
+try:
+    load_flavor("tensorrt-rtx")
+except BackendUnavailableError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+SMALL = ("batch=1:1:2", "height=32:96:128", "width=32:128:128")
+
+
+def request(bundle: Bundle, plugin: str = "python", **options: Any) -> EngineRequest:
+    return EngineRequest(
+        flavor="tensorrt-rtx",
+        precision="fp32",
+        plugin=plugin,
+        profile=Profile.of(bundle.manifest, SMALL),
+        options=BuildOptions(**options),
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy that the engines of this module go into."""
+    folder = tmp_path_factory.mktemp("engines") / "bundle with a space"
+    shutil.copytree(micro_bundle, folder)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def engines(bundle: Bundle) -> EngineFolder:
+    return build_engines(bundle, request(bundle))
+
+
+def own_copy(bundle: Bundle, folder: Path) -> Bundle:
+    shutil.copytree(bundle.folder, folder / "bundle")
+    return Bundle.open(folder / "bundle")
+
+
+def test_both_stages_are_built_with_our_plugins(bundle: Bundle, engines: EngineFolder) -> None:
+    info = EngineFolder.open(engines.folder).info
+    assert info == engines.info
+    assert engines.folder.name == f"tensorrt-rtx-{info.version}-portable-fp32-python"
+    for stage, op in (("stage1", b"SortedNms"), ("stage2", b"PyramidRoiAlign")):
+        assert op in engines.plan(stage).read_bytes()  # a plan names its plugins
+        layers = info.layers[stage]
+        assert layers["found"] == {"fp32": layers["of"]}
+        assert layers["of"] > 15
+    assert not list((bundle.folder / ENGINES).glob(".*"))
+
+
+def test_the_same_request_builds_nothing(
+    bundle: Bundle, engines: EngineFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comask.export.engine.build_in_process", None)
+    assert build_engines(bundle, request(bundle)).info == engines.info
+
+
+def test_another_request_is_named_and_rebuilt_when_asked(
+    bundle: Bundle, engines: EngineFolder, tmp_path: Path
+) -> None:
+    copy = own_copy(bundle, tmp_path)
+    wider = dataclasses.replace(
+        request(copy), profile=Profile.of(copy.manifest, (*SMALL, "batch=1:2:4"))
+    )
+    with pytest.raises(EngineError, match=r"profile\.batch: \[1, 1, 2\] is there, \[1, 2, 4\]"):
+        build_engines(copy, wider)
+    rebuilt = build_engines(copy, wider, rebuild=True)
+    assert rebuilt.info.profile["batch"] == (1, 2, 4)
+    assert rebuilt.folder.name == engines.folder.name
+
+
+def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
+    engines = build_engines(bundle, request(bundle, plugin="none"))
+    for stage in ("stage1", "stage2"):
+        plan = engines.plan(stage).read_bytes()
+        assert b"SortedNms" not in plan
+        assert b"PyramidRoiAlign" not in plan
+    assert engines.info.plugin_sha256 is None
+
+
+def test_a_plan_for_chosen_gpus(bundle: Bundle) -> None:
+    engines = build_engines(bundle, request(bundle, compute_capabilities=(86, 89)))
+    assert "-sm86-sm89-" in engines.folder.name
+    with pytest.raises(EngineError, match="compute capability 90 is none of"):
+        build_engines(bundle, request(bundle, compute_capabilities=(90,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"hardware_compatibility": "ampere_plus"}, "its plans fit all GPUs"),
+        ({"version_compatible": True}, "no lean runtime"),
+    ],
+)
+def test_options_of_the_other_flavor_are_refused(
+    bundle: Bundle, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(EngineError, match=text):
+        build_engines(bundle, request(bundle, **options))
+
+
+def test_a_flavor_that_is_not_installed(bundle: Bundle) -> None:
+    with pytest.raises(BackendUnavailableError, match="pip install tensorrt"):
+        build_engines(bundle, dataclasses.replace(request(bundle), flavor="tensorrt"))
+
+
+def test_what_has_changed_since_is_named(bundle: Bundle, engines: EngineFolder) -> None:
+    gpu = Gpu("H200", 90, 13000, 2**37)
+    version, kernels = engines.info.version, kernels_sha256()
+    assert engines.mismatches(bundle, version, gpu, kernels) == []
+    assert engines.mismatches(bundle, version, None, kernels) == ["there is no GPU"]
+    (found,) = engines.mismatches(bundle, "1.8", gpu, kernels)
+    assert "1.8 is installed" in found
+    assert version in found
+    (found,) = engines.mismatches(bundle, version, gpu, "0" * 64)
+    assert "kernels" in found
+    files = bundle.manifest.files | {"stage1_proposals.onnx": "0" * 64}
+    changed = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
+    (found,) = engines.mismatches(changed, version, gpu, kernels)
+    assert "stage1_proposals.onnx" in found
+
+    tuned = EngineFolder(
+        engines.folder, dataclasses.replace(engines.info, target="sm90", gpu="H100")
+    )
+    (found,) = tuned.mismatches(bundle, version, gpu, kernels)
+    assert "H200" in found
+    assert "H100" in found
+    (found,) = tuned.mismatches(bundle, version, Gpu("L4", 89, 13000, 2**34), kernels)
+    assert "sm89" in found
+    assert "sm90" in found
+
+
+def test_an_altered_plan_is_refused(bundle: Bundle, engines: EngineFolder, tmp_path: Path) -> None:
+    copy = own_copy(bundle, tmp_path)
+    (found,) = [e for e in find_engines(copy) if e.folder.name == engines.folder.name]
+    plan = found.folder / "stage1.plan"
+    plan.write_bytes(plan.read_bytes()[:-1] + b"x")
+    with pytest.raises(EngineError, match="altered since it was built"):
+        found.plan("stage1")
+    with pytest.raises(EngineError, match="--rebuild"):
+        build_engines(copy, request(copy))
+    (found.folder / "engine.json").write_text("{}")
+    with pytest.raises(EngineError, match="is no engine description"):
+        find_engines(copy)
+    assert build_engines(copy, request(copy), rebuild=True).plan("stage1").exists()
+
+
+def test_an_altered_graph_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = own_copy(bundle, tmp_path)
+    graph = copy.folder / "stage1_proposals.onnx"
+    graph.write_bytes(graph.read_bytes() + b"x")
+    with pytest.raises(BundleError, match="altered since the export"):
+        build_engines(copy, request(copy), rebuild=True)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    copy = own_copy(bundle, tmp_path)
+    shutil.rmtree(copy.folder / ENGINES)
+    profile = [part for text in SMALL for part in ("--profile", text)]
+    report = tmp_path / "report.json"
+    result = run(
+        "export", copy.folder, "--engine", "tensorrt-rtx", *profile, "--workspace", 512,
+        "--optimization-level", 1, "--json", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (folder,) = find_engines(copy)
+    assert folder.info.options["workspace_mib"] == 512
+    assert folder.info.profile["batch"] == (1, 1, 2)
+    assert f"{folder.folder}/stage2.plan: " in result.output
+    content = json.loads(report.read_text())["engines"][str(folder.folder)]
+    assert content["layers"] == folder.info.layers
+    assert run("doctor", copy.folder).exit_code == 0
+
+    refused = run("export", copy.folder, "--engine", "tensorrt-rtx")
+    assert refused.exit_code == 1
+    assert "--rebuild" in refused.output.splitlines()[-1]
+    assert refused.output.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--rebuild"], 2, "--rebuild needs --engine"),
+        (["--profile", "batch=1"], 2, "--profile needs --engine"),
+        (["--engine", "tensorrt-rtx", "--profile", "batch=9:1:1"], 1, "1 <= MIN <= BEST <= MAX"),
+        (["--engine", "tensorrt-rtx", "--plugin", "aot"], 1, "aot"),
+        (["--engine", "tensorrt-rtx", "--version-compatible"], 1, "no lean runtime"),
+        (["--engine", "tensorrt"], 1, "pip install tensorrt"),
+        (["--engine", "tensorrt-rtx", "--output", "elsewhere"], 2, "--output is for checkpoints"),
+    ],
+)
+def test_engine_options_that_cannot_be_honoured(
+    bundle: Bundle, arguments: list[str], code: int, text: str
+) -> None:
+    result = run("export", bundle.folder, *arguments)
+    assert result.exit_code == code
+    assert text in result.output.splitlines()[-1]
+
+
+# --- what the building process meets ------------------------------------------------------------
+
+
+def worker_request(bundle: Bundle, folder: Path, model: onnx.ModelProto) -> dict[str, Any]:
+    (folder / "graph.onnx").write_bytes(model.SerializeToString())
+    return {
+        "flavor": "tensorrt-rtx",
+        "plugin": "python",
+        "graph": str(folder / "graph.onnx"),
+        "plan": str(folder / "stage2.plan"),
+        "profile": request(bundle).profile.shapes(bundle.manifest.graphs["stage2"]["inputs"]),
+        "options": dataclasses.asdict(BuildOptions()),
+        "timing_cache": None,
+        "has_gpu": False,
+    }
+
+
+@pytest.fixture
+def stage2(bundle: Bundle) -> onnx.ModelProto:
+    return with_plugins(onnx.load(bundle.graph("stage2", "fp32")))
+
+
+def custom_node(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == op)
+
+
+def error_of(asked: dict[str, Any], folder: Path) -> str:
+    with pytest.raises(EngineError) as raised:
+        build_in_process(asked, folder, lambda phase, share: None)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_plugin(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:
+    custom_node(stage2, "SortedNms").op_type = "SoftNms"
+    text = error_of(worker_request(bundle, tmp_path, stage2), tmp_path)
+    assert "cannot parse the graph" in text
+    assert "SoftNms" in text
+    assert "Plugin not found" in text
+
+
+def test_an_operator_with_other_strides_than_the_kernels(stage2: onnx.ModelProto) -> None:
+    node = custom_node(stage2, "PyramidRoiAlign")
+    (strides,) = [a for a in node.attribute if a.name == "strides"]
+    strides.ints[:] = [8, 16, 32, 64]
+    with pytest.raises(EngineError, match=r"strides is \(8, 16, 32, 64\), the kernel does"):
+        with_plugins(stage2)
+
+
+def test_an_operator_without_an_attribute(
+    bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
+) -> None:
+    node = custom_node(stage2, "SortedNms")
+    (threshold,) = [a for a in node.attribute if a.name == "iou_threshold"]
+    node.attribute.remove(threshold)
+    text = error_of(worker_request(bundle, tmp_path, stage2), tmp_path)
+    assert "SortedNms: has no attribute iou_threshold" in text
+
+
+def test_a_graph_that_is_none(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:
+    asked = worker_request(bundle, tmp_path, stage2)
+    Path(asked["graph"]).write_bytes(b"not a graph")
+    assert "cannot parse the graph" in error_of(asked, tmp_path)
+
+
+def test_a_profile_that_misses_an_input(
+    bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
+) -> None:
+    asked = worker_request(bundle, tmp_path, stage2)
+    del asked["profile"]["proposals"]
+    assert "proposals" in error_of(asked, tmp_path)
+
+
+def test_a_full_disk(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:
+    asked = worker_request(bundle, tmp_path, stage2) | {"plan": "/dev/full"}
+    assert "No space left on device" in error_of(asked, tmp_path)
+
+
+def test_a_native_abort_is_an_error_message(
+    bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the wheel's missing link TensorRT-RTX calls std::terminate at the first plugin."""
+    from comask.runtime.trt.rtx_wheel import wheel_library
+
+    if wheel_library() is None:
+        pytest.skip("this wheel of TensorRT-RTX has its link, so nothing aborts")
+    monkeypatch.setattr(engine_process, "search_path", lambda folder: None)
+    text = error_of(worker_request(bundle, tmp_path, stage2), tmp_path)
+    assert "ended by SIGABRT" in text
+    assert "terminate called" in text
+
+
+def test_an_interrupted_build_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    copy = own_copy(bundle, tmp_path)
+    shutil.rmtree(copy.folder / ENGINES)
+
+    def interrupt(stage: str, phase: str, share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, request(copy), progress=interrupt)
+    assert list((copy.folder / ENGINES).iterdir()) == []
+
+
+# --- profiles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["batch=2:1:4", "batch=0:1:1", "height=32:100:128", "width=abc", "depth=1", "proposals=1:9:99999",
+     "batch=1:2", "batch"],
+)  # fmt: skip
+def test_impossible_profiles(bundle: Bundle, text: str) -> None:
+    with pytest.raises(ConfigError, match="profile"):
+        Profile.of(bundle.manifest, [text])
+
+
+def test_the_default_profile_holds_every_canvas(bundle: Bundle) -> None:
+    pre = dataclasses.replace(bundle.manifest.preprocess, short_side=800, max_side=1333)
+    profile = Profile.of(dataclasses.replace(bundle.manifest, preprocess=pre))
+    assert profile.height == (32, 800, 1344)
+    assert profile.width == (32, 1088, 1344)
+    inputs = bundle.manifest.graphs["stage2"]["inputs"]
+    channels = bundle.manifest.model.channels
+    shapes = profile.shapes(inputs)
+    assert shapes["p3"] == ((1, channels, 4, 4), (1, channels, 100, 136), (8, channels, 168, 168))
+    assert set(shapes) == {entry["name"] for entry in inputs}
+
+
+def test_engine_json_is_plain_json(engines: EngineFolder) -> None:
+    content = json.loads((engines.folder / "engine.json").read_text())
+    assert content["plans"].keys() == content["graphs"].keys() == {"stage1", "stage2"}
