@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 from comask.runtime.session import Array, Closing, Stages
@@ -32,7 +32,7 @@ class Predictor(Closing):
         class_names: of the labels.
         category_ids: of the labels in the data set's numbering.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
-        max_batch: images of one canvas that run together.
+        max_batch: images of one canvas that run together, fewer where the backend takes fewer.
     """
 
     def __init__(
@@ -50,20 +50,33 @@ class Predictor(Closing):
         self.class_names = class_names
         self.category_ids = category_ids
         self.mask_threshold = mask_threshold
-        self.max_batch = max_batch
+        self.max_batch = min(max_batch, stages.largest_batch or max_batch)
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto", *, max_batch: int = 8) -> Predictor:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        *,
+        device: int = 0,
+        on_mismatch: Literal["error", "rebuild"] = "error",
+        max_batch: int = 8,
+    ) -> Predictor:
         """A predictor that runs `bundle`.
 
         Args:
             bundle: folder that `comask-export` wrote.
-            backend: `torch`, `onnxruntime`, or `auto` for the fastest that is installed.
+            backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, `torch`, each with a precision behind a
+                colon where it is not fp32, or `auto` for the fastest that runs here.
+            device: index of the GPU, for a backend that uses one.
+            on_mismatch: when TensorRT engines do not fit this machine or bundle, `rebuild` builds them
+                again first, which takes minutes and the packages of `comask[export]`.
             max_batch: images of one canvas that run together.
 
         Raises:
             BundleError: when a file of the bundle is missing or altered.
-            BackendUnavailableError: when the backend's packages are not installed.
+            BackendUnavailableError: when the backend's packages, engines or GPU are missing.
+            EngineError: when its engines do not fit, or cannot be opened or built.
         """
         from comask.runtime.backends import open_stages
 
@@ -71,7 +84,7 @@ class Predictor(Closing):
 
         opened = Bundle.open(Path(bundle))
         return cls(
-            open_stages(opened, backend),
+            open_stages(opened, backend, device=device, on_mismatch=on_mismatch),
             opened.manifest.preprocess,
             class_names=tuple(c.name for c in opened.manifest.categories),
             category_ids=tuple(c.id for c in opened.manifest.categories),
@@ -130,8 +143,7 @@ class Predictor(Closing):
                 places = same[start : start + self.max_batch]
                 sizes = np.array([prepared[i].size for i in places], dtype=np.int32)
                 images = np.stack([prepared[i].canvas for i in places])
-                features = self.stages.stage1.run({"images": images, "image_sizes": sizes})
-                yield places, self.stages.stage2.run({**features, "image_sizes": sizes})
+                yield places, self.stages.run(images, sizes)
 
     def detections(
         self, outputs: Mapping[str, Array], batch: Sequence[Prepared]

@@ -75,11 +75,26 @@ class Stages(Closing):
         backend: its name, as the command line writes it.
         stage1: images → pyramid and proposals.
         stage2: pyramid and proposals → detections.
+        largest_batch: images that may run together; None for any number.
     """
 
     backend: str
     stage1: Session
     stage2: Session
+    largest_batch: int | None = None
+
+    def run(self, images: Array, image_sizes: Array) -> dict[str, Array]:
+        """Runs stage 1 and then stage 2 on what it gave.
+
+        Args:
+            images: u8 [B, H, W, 3] in RGB.
+            image_sizes: i32 [B, 2], (h, w) of each image on the canvas.
+
+        Returns:
+            stage 2's outputs by name; the arrays belong to the caller.
+        """
+        features = self.stage1.run({"images": images, "image_sizes": image_sizes})
+        return self.stage2.run({**features, "image_sizes": image_sizes})
 
     def close(self) -> None:
         """Closes both sessions."""

@@ -1,0 +1,217 @@
+"""One GPU: its memory, page-locked host memory and streams, by pycuda.
+
+Everything happens in the device's primary context, which PyTorch, ONNX Runtime and whoever hands us a
+stream share. Contexts are current for a thread, so every use of this module's objects, freeing them
+included, stands inside `with device:`; pycuda frees an object in any thread, but only where the very
+same Context object is current, hence one `Device` for each GPU and process. Nothing is left to the
+garbage collector, which would free in whichever thread it happens to run.
+
+pycuda lacks events on streams that are not its own; ctypes on the driver does those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import threading
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.errors import BackendUnavailableError, EngineError
+
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
+DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: cheaper to record and to wait for
+MIB = 2**20
+
+_devices: dict[int, Device] = {}
+_opening = threading.Lock()
+
+
+def open_device(index: int = 0) -> Device:
+    """The GPU with this index, always the same object.
+
+    Raises:
+        BackendUnavailableError: when pycuda or the driver cannot be loaded, or there is no such GPU.
+    """
+    with _opening:
+        if index not in _devices:
+            _devices[index] = Device(index)
+        return _devices[index]
+
+
+class Device:
+    """A GPU and its primary context, which `with device:` makes current; made by `open_device`.
+
+    Attributes:
+        index: of the GPU, from 0.
+    """
+
+    def __init__(self, index: int) -> None:
+        try:
+            self._driver: Any = importlib.import_module("pycuda.driver")
+        except (ImportError, OSError) as error:
+            raise BackendUnavailableError(
+                f"pycuda cannot be imported ({' '.join(str(error).split())}): "
+                f"pip install 'comask[gpu]', and NVIDIA's driver"
+            ) from error
+        try:
+            self._driver.init()
+            # a second object of the same context could not free what the first one's made
+            self._context = self._driver.Device(index).retain_primary_context()
+        except self._driver.Error as error:
+            raise BackendUnavailableError(f"GPU {index} cannot be opened: {error}") from error
+        # Its destructor would detach as if it were no primary context, which the driver refuses. Last to
+        # be made is first to be finalised: whatever finalises itself in this context comes before.
+        weakref.finalize(self, self._context.detach)
+        self.index = index
+
+    def __enter__(self) -> Self:
+        self._context.push()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # a thread that ends with a context on pycuda's stack takes the process along
+        self._driver.Context.pop()
+
+    def memory(self, size: int) -> DeviceMemory:
+        """Allocates `size` bytes, 256-byte aligned.
+
+        Raises:
+            EngineError: when the GPU has not enough.
+        """
+        return DeviceMemory(self._allocate(self._driver.mem_alloc, size, f"GPU {self.index}"), size)
+
+    def pinned(self, size: int) -> PinnedMemory:
+        """Allocates `size` bytes of page-locked host memory, the only kind that copies run beside.
+
+        Raises:
+            EngineError: when the system has not enough.
+        """
+        allocate = functools.partial(self._driver.pagelocked_empty, dtype=np.uint8)
+        return PinnedMemory(self._allocate(allocate, size, "page-locked host memory"))
+
+    def _allocate(self, allocate: Any, size: int, where: str) -> Any:
+        try:
+            return allocate(size)
+        except self._driver.MemoryError as error:
+            raise EngineError(
+                f"{where}: {-(-size // MIB)} MiB more are not to be had; give a smaller max_batch or "
+                f"fewer threads, or free what else uses it"
+            ) from error
+
+    def stream(self) -> Stream:
+        """Creates a stream that waits for no other one, the default stream included."""
+        return Stream(self._driver)
+
+
+class DeviceMemory:
+    """Memory of a GPU.
+
+    Attributes:
+        address: of its first byte.
+        size: in bytes.
+    """
+
+    def __init__(self, allocation: Any, size: int) -> None:
+        self._allocation = allocation
+        self.address = int(allocation)
+        self.size = size
+
+    def free(self) -> None:
+        """Gives it back; nothing may be using it."""
+        self._allocation.free()
+
+
+class PinnedMemory:
+    """Page-locked host memory.
+
+    Attributes:
+        bytes: u8 [size]; dead after `free`, as are its views.
+    """
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self.bytes = array
+        self._allocation: Any = array.base
+
+    def free(self) -> None:
+        """Gives it back; nothing may be using it."""
+        self.bytes = np.empty(0, dtype=np.uint8)
+        self._allocation.free()
+
+
+class Stream:
+    """A queue of work on the GPU; made by `Device.stream`.
+
+    Attributes:
+        handle: the CUstream as an integer.
+    """
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._stream = driver.Stream(NON_BLOCKING)
+        self.handle = int(self._stream.handle)
+        self._event = ctypes.c_void_p()
+        _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
+
+    def copy_in(self, memory: DeviceMemory, array: NDArray[Any]) -> None:
+        """Queues a copy from a contiguous host array, which must stay as it is until then."""
+        self._driver.memcpy_htod_async(memory.address, array, self._stream)
+
+    def copy_out(self, array: NDArray[Any], memory: DeviceMemory) -> None:
+        """Queues a copy of as many bytes as the contiguous host array has."""
+        self._driver.memcpy_dtoh_async(array, memory.address, self._stream)
+
+    def synchronize(self) -> None:
+        """Returns when all queued work is done; other threads run meanwhile.
+
+        Raises:
+            EngineError: when some of it failed, after which CUDA refuses this process everything.
+        """
+        try:
+            self._stream.synchronize()
+        except self._driver.Error as error:
+            raise EngineError(f"work on the GPU failed, start a new process: {error}") from error
+
+    def wait_for(self, foreign: int) -> None:
+        """Later work on this stream starts after what is now queued on another one.
+
+        Args:
+            foreign: handle of any library's stream in this context.
+        """
+        self._order(foreign, self.handle)
+
+    def hold_back(self, foreign: int) -> None:
+        """Later work on another stream starts after what is now queued on this one."""
+        self._order(self.handle, foreign)
+
+    def _order(self, first: int, then: int) -> None:
+        # a wait keeps what was recorded before it, so one event serves all
+        _call("cuEventRecord", self._event, ctypes.c_void_p(first))
+        _call("cuStreamWaitEvent", ctypes.c_void_p(then), self._event, 0)
+
+    def close(self) -> None:
+        """Destroys it once its work is done."""
+        self.synchronize()
+        _call("cuEventDestroy_v2", self._event)
+        self._stream = None  # pycuda destroys it with its last reference
+
+
+def _call(name: str, *arguments: object) -> None:
+    status = getattr(_libcuda(), name)(*arguments)
+    if status:
+        raise EngineError(f"{name} failed with {status}, a CUresult of NVIDIA's cuda.h")
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

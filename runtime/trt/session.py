@@ -1,0 +1,164 @@
+"""The TensorRT backends: a bundle's engines that fit this machine, as `Stages`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from comask.runtime.device import open_device
+from comask.runtime.gpu import Gpu, find_gpu_or_reason
+from comask.runtime.session import Array, Stages
+from comask.runtime.trt.engine import Engine
+from comask.runtime.trt.engine_folder import PLANS, EngineFolder, find_engines
+from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.ops import kernels_sha256
+from comask.runtime.trt.plugins import register_plugins
+from comask.runtime.trt.rebuild import rebuild, rebuild_command
+from comask.runtime.trt.slot import SlotPool
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, EngineError
+
+# where several folders fit, by falling preference
+PRECISIONS = ("int8", "fp16", "fp32")
+PLUGINS = ("python", "aot", "none")
+SLOTS = 2  # one call copies while another one computes
+
+
+class TrtSession:
+    """One stage alone: its inputs come from the host and its outputs go there.
+
+    Args:
+        pool: of both stages; whoever made it closes it.
+        engine: of the stage.
+    """
+
+    def __init__(self, pool: SlotPool, engine: Engine) -> None:
+        self._pool = pool
+        self._stage = engine.stage
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session`."""
+        wanted = {spec.name: feeds[spec.name] for spec in self.inputs}
+        with self._pool.slot() as slot:
+            return slot.run((self._stage,), wanted)
+
+    def close(self) -> None:
+        """Nothing of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrtStages(Stages):
+    """Both stages on the GPU; between them nothing leaves it.
+
+    Attributes:
+        pool: of slots.
+    """
+
+    pool: SlotPool
+
+    def run(self, images: Array, image_sizes: Array) -> dict[str, Array]:
+        """See `Stages`."""
+        with self.pool.slot() as slot:
+            return slot.run(tuple(PLANS), {"images": images, "image_sizes": image_sizes})
+
+    def close(self) -> None:
+        """Waits for running calls, then frees everything."""
+        self.pool.close()
+
+
+def trt_stages(
+    bundle: Bundle,
+    flavor_name: str,
+    precision: str | None,
+    *,
+    device: int = 0,
+    on_mismatch: Literal["error", "rebuild"] = "error",
+) -> Stages:
+    """The bundle's engines of a flavor.
+
+    Args:
+        bundle: holds them.
+        flavor_name: `tensorrt` or `tensorrt-rtx`.
+        precision: of the engines; None for the fastest that fit.
+        device: index of the GPU.
+        on_mismatch: when the engines are for another GPU, TensorRT, graph or comask: say so, or build
+            them again.
+
+    Raises:
+        BackendUnavailableError: when the bundle has no such engines, or GPU, pycuda or the flavor is
+            missing.
+        EngineError: when the engines do not fit and are not to be built again, or cannot be opened.
+    """
+    folders = _engines(bundle, flavor_name, precision)
+    gpu, reason = find_gpu_or_reason(device)
+    if gpu is None:
+        raise BackendUnavailableError(
+            f"{flavor_name} needs a GPU: {reason}; the onnxruntime and torch backends need none"
+        )
+    opened, flavor = open_device(device), load_flavor(flavor_name)
+    folder, mismatches = _first_fit(folders, bundle, flavor, gpu)
+    if mismatches and on_mismatch == "rebuild":
+        rebuild(folder)
+        folders = _engines(bundle, flavor_name, folder.info.precision)
+        folder, mismatches = _first_fit(folders, bundle, flavor, gpu)
+    if mismatches:
+        raise EngineError(
+            f"{folder.folder}: {'; '.join(mismatches)}; build it again: {rebuild_command(folder)}"
+        )
+    info = folder.info
+    if info.plugin == "python":
+        register_plugins(flavor)
+    with opened:
+        runtime = flavor.trt.Runtime(flavor.log)
+        if info.options.get("version_compatible"):
+            runtime.engine_host_code_allowed = True  # the plan holds a lean runtime
+        engines = {stage: Engine(flavor, runtime, folder, stage) for stage in PLANS}
+    pool = SlotPool(opened, flavor, runtime, engines, SLOTS)
+    return TrtStages(
+        backend=f"{flavor_name}:{info.precision}",
+        stage1=TrtSession(pool, engines["stage1"]),
+        stage2=TrtSession(pool, engines["stage2"]),
+        largest_batch=min(engine.largest_batch for engine in engines.values()),
+        pool=pool,
+    )
+
+
+def _engines(bundle: Bundle, flavor_name: str, precision: str | None) -> list[EngineFolder]:
+    """The flavor's engines, fastest first.
+
+    Raises:
+        BackendUnavailableError: when there are none.
+    """
+    there = find_engines(bundle)
+    found = [
+        folder
+        for folder in there
+        if folder.info.flavor == flavor_name and precision in (None, folder.info.precision)
+    ]
+    if not found:
+        kinds = sorted({f"{f.info.flavor}:{f.info.precision}" for f in there})
+        kind = f"{flavor_name}:{precision}" if precision else flavor_name
+        raise BackendUnavailableError(
+            f"{bundle.folder}: holds no engines for {kind} (it has {', '.join(kinds) or 'none'}); "
+            f"comask-export {bundle.folder} --engine {flavor_name} --precision {precision or 'fp16'} "
+            f"builds them"
+        )
+
+    def rank(folder: EngineFolder) -> tuple[int, int]:
+        info = folder.info
+        return PRECISIONS.index(info.precision), PLUGINS.index(info.plugin)
+
+    return sorted(found, key=rank)
+
+
+def _first_fit(
+    folders: list[EngineFolder], bundle: Bundle, flavor: Flavor, gpu: Gpu
+) -> tuple[EngineFolder, list[str]]:
+    """The first folder that may run here; else the first of all, and why it may not."""
+    kernels = kernels_sha256()
+    reasons = [folder.mismatches(bundle, flavor.version, gpu, kernels) for folder in folders]
+    fitting = [folder for folder, found in zip(folders, reasons, strict=True) if not found]
+    return (fitting[0], []) if fitting else (folders[0], reasons[0])

@@ -1,0 +1,255 @@
+"""A slot: all that one call at a time needs to run both stages on the GPU, and a pool of slots.
+
+Device buffers go by tensor name and belong to both stages: what stage 1 writes as `p2` stage 2 reads as
+`p2`, without a copy. Buffers grow when a larger shape comes and never shrink, so that after the first
+calls nothing is allocated and addresses stay, which captured CUDA graphs will need.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from comask.runtime.device import Device, DeviceMemory, PinnedMemory
+from comask.runtime.session import Array
+from comask.runtime.trt.engine import Engine, Shape, manages_memory
+from comask.runtime.trt.flavors import Flavor
+
+from comask.errors import EngineError
+
+
+class Slot:
+    """A stream, an execution context of each stage, and their buffers; all inside `with device:`.
+
+    Args:
+        device: to run on.
+        flavor: of the engines.
+        engines: by stage.
+    """
+
+    def __init__(self, device: Device, flavor: Flavor, engines: Mapping[str, Engine]) -> None:
+        self._device, self._flavor, self._engines = device, flavor, engines
+        self._buffers: dict[str, DeviceMemory] = {}
+        self._staging: dict[str, PinnedMemory] = {}
+        self._scratch: DeviceMemory | None = None  # of both stages, which run one after the other
+        self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
+        # what each context was last told: its tensors' shapes, and where they and its scratch lie
+        self._shapes: dict[str, dict[str, Shape]] = {}
+        self._addresses: dict[str, list[int]] = {}
+        self._contexts = {stage: engine.new_context() for stage, engine in engines.items()}
+        self.stream = device.stream()
+
+    def run(self, stages: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs stages one after the other; those after the first read what the ones before wrote.
+
+        Args:
+            stages: `stage1`, `stage2`, or both.
+            feeds: inputs that no earlier stage writes, by name.
+
+        Returns:
+            the last stage's outputs in arrays of the caller's.
+
+        Raises:
+            EngineError: for a shape outside the profile, too little memory, or a failure of the GPU.
+        """
+        shapes: dict[str, Shape] = {name: array.shape for name, array in feeds.items()}
+        wanted = [spec.name for spec in self._engines[stages[-1]].outputs]
+        try:
+            for stage in stages:
+                self._set_shapes(stage, shapes)
+                shapes |= self._shapes[stage]
+            for name in (*feeds, *wanted):
+                self._stage_on_host(name, shapes[name])
+        except EngineError:
+            self._shapes.clear()  # memory may be missing that they stand for
+            raise
+        for stage in stages:
+            self._set_addresses(stage)
+        try:
+            for name, array in feeds.items():
+                staged = self._host_view(name, array.shape)
+                staged[...] = array  # in the engine's type, as maps of another precision are not
+                self.stream.copy_in(self._buffers[name], staged)
+            for stage in stages:
+                self._enqueue(stage)
+            for name in wanted:
+                self.stream.copy_out(self._host_view(name, shapes[name]), self._buffers[name])
+        finally:
+            self.stream.synchronize()  # also after an error: nothing may move while work is queued
+        return {name: self._host_view(name, shapes[name]).copy() for name in wanted}
+
+    # No local variable holds a context: an exception's traceback would keep it alive beyond `close`.
+
+    def _set_shapes(self, stage: str, known: Mapping[str, Shape]) -> None:
+        """Tells a context its inputs' shapes; makes room for all of its tensors."""
+        engine = self._engines[stage]
+        inputs: dict[str, Shape] = {spec.name: known[spec.name] for spec in engine.inputs}
+        if inputs.items() <= self._shapes.get(stage, {}).items():
+            return
+        engine.check(inputs)
+        self._addresses.pop(stage, None)
+        self._flavor.clear()
+        for name, shape in inputs.items():
+            taken = self._contexts[stage].set_input_shape(name, shape)
+            self._must(taken, f"{stage}: {name} {shape}")
+        unknown = self._contexts[stage].infer_shapes()
+        self._must(not unknown, f"{stage}: no shape follows for {unknown}")
+        shapes = inputs | {
+            spec.name: tuple(int(n) for n in self._contexts[stage].get_tensor_shape(spec.name))
+            for spec in engine.outputs
+        }
+        for name, shape in shapes.items():
+            self._buffers[name] = self._grown(
+                self._buffers.pop(name, None), self._size(name, shape)
+            )
+        if manages_memory(self._flavor.trt):
+            held, self._scratch = self._scratch, None
+            size = int(self._contexts[stage].update_device_memory_size_for_shapes())
+            self._scratch = self._grown(held, size)
+        self._shapes[stage] = shapes
+
+    def _set_addresses(self, stage: str) -> None:
+        """Tells a context where its tensors and its scratch memory lie, if anything changed."""
+        names = list(self._shapes[stage])
+        addresses = [self._buffers[name].address for name in names]
+        if self._scratch is not None:
+            addresses.append(self._scratch.address)
+        if self._addresses.get(stage) == addresses:
+            return
+        self._flavor.clear()
+        for name, address in zip(names, addresses, strict=False):
+            taken = self._contexts[stage].set_tensor_address(name, address)
+            self._must(taken, f"{stage}: address of {name}")
+        if self._scratch is not None:
+            self._contexts[stage].set_device_memory(self._scratch.address, self._scratch.size)
+        self._addresses[stage] = addresses
+
+    def _size(self, name: str, shape: Shape) -> int:
+        return math.prod(shape) * self._specs[name].dtype.itemsize
+
+    def _enqueue(self, stage: str) -> None:
+        self._flavor.clear()
+        started = self._contexts[stage].execute_async_v3(self.stream.handle)
+        self._must(started, f"{stage} does not start")
+
+    def _stage_on_host(self, name: str, shape: Shape) -> None:
+        size = self._size(name, shape)
+        held = self._staging.get(name)
+        if held is not None and held.bytes.size >= size:
+            return
+        if held is not None:
+            del self._staging[name]
+            held.free()
+        self._staging[name] = self._device.pinned(max(size, 1))
+
+    def _host_view(self, name: str, shape: Shape) -> Array:
+        staged = self._staging[name].bytes[: self._size(name, shape)]
+        return staged.view(self._specs[name].dtype).reshape(shape)
+
+    def _grown(self, held: DeviceMemory | None, size: int) -> DeviceMemory:
+        """At least `size` bytes, in place of what is held; freed first, so that both need never fit."""
+        if held is not None and held.size >= size:
+            return held
+        if held is not None:
+            held.free()
+        return self._device.memory(max(size, 1))  # CUDA has no empty allocations
+
+    def _must(self, succeeded: Any, what: str) -> None:
+        if not succeeded:
+            raise EngineError(f"{self._flavor.name} refuses {what}: {self._flavor.errors()}")
+
+    def close(self) -> None:
+        """Frees everything; no call may be running."""
+        self._contexts.clear()  # TensorRT frees a context with its last reference
+        self.stream.close()
+        for memory in self._buffers.values():
+            memory.free()
+        if self._scratch is not None:
+            self._scratch.free()
+        for staged in self._staging.values():
+            staged.free()
+        self._buffers, self._staging, self._scratch = {}, {}, None
+
+
+class SlotPool:
+    """Slots over one pair of engines, made as threads come, at most `size`; a call borrows one.
+
+    Closed at the latest when it is collected or when the process ends, while CUDA still works.
+
+    Args:
+        device: to run on.
+        flavor: of the engines.
+        runtime: that the engines came from.
+        engines: by stage; the pool closes them.
+        size: how many slots there may be, so how many calls run at once.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        flavor: Flavor,
+        runtime: Any,
+        engines: Mapping[str, Engine],
+        size: int,
+    ) -> None:
+        self._device, self._flavor, self._engines, self._size = device, flavor, engines, size
+        self._permits = threading.Semaphore(size)
+        self._lock = threading.Lock()
+        self._slots: list[Slot] = []
+        self._idle: list[Slot] = []
+        self._free = weakref.finalize(
+            self, _free_all, device, self._slots, self._idle, dict(engines), [runtime]
+        )
+
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """A slot of one's own with its device current; waits for one where all are taken.
+
+        Raises:
+            RuntimeError: when the pool is closed.
+            EngineError: when there is no memory for another slot.
+        """
+        with self._permits, self._device:
+            with self._lock:
+                if not self._free.alive:
+                    raise RuntimeError("this backend is closed")
+                slot = self._idle.pop() if self._idle else self._new_slot()
+            try:
+                yield slot
+            finally:
+                self._idle.append(slot)
+
+    def _new_slot(self) -> Slot:
+        slot = Slot(self._device, self._flavor, self._engines)
+        self._slots.append(slot)
+        return slot
+
+    def close(self) -> None:
+        """Waits for running calls and frees slots and engines; again is harmless."""
+        for _ in range(self._size):
+            self._permits.acquire()
+        self._free()
+        self._permits.release(self._size)
+
+
+def _free_all(
+    device: Device,
+    slots: list[Slot],
+    idle: list[Slot],
+    engines: dict[str, Engine],
+    runtime: list[Any],
+) -> None:
+    """In the order that TensorRT asks for: contexts, engines, runtime."""
+    with device:
+        idle.clear()
+        for slot in slots:
+            slot.close()
+        slots.clear()
+        for engine in engines.values():
+            engine.close()
+        engines.clear()
+        runtime.clear()

@@ -1,0 +1,46 @@
+"""Folders of engines whose plans are those of the stand-in TensorRT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from comask.export.engine_profile import Profile
+from comask.runtime.gpu import find_gpu
+from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineFolder, EngineInfo
+from comask.runtime.trt.ops import OPS, kernels_sha256
+
+from comask.bundle import STAGES, Bundle, graph_file, sha256
+
+PROFILE = Profile(
+    batch=(1, 1, 3), height=(32, 96, 128), width=(32, 128, 128), proposals=(1, 200, 200)
+)
+
+
+def write_engines(
+    folder: str | Path, *, plugin: str = "python", flavor: str = "tensorrt", **changes: Any
+) -> EngineFolder:
+    """Engines in a bundle as `comask-export` lays them down; needs the stand-in driver."""
+    from standin_tensorrt import __version__, write_plan
+
+    bundle, gpu = Bundle.open(Path(folder)), find_gpu()
+    assert gpu is not None
+    info = EngineInfo(
+        flavor=flavor, version=__version__, target=f"sm{gpu.capability}", gpu=gpu.name, driver=13000,
+        precision="fp32", plugin=plugin, plugin_sha256=kernels_sha256(), profile=PROFILE.ranges(),
+        options={}, graphs={s: bundle.manifest.files[graph_file(s, "fp32")] for s in STAGES}, plans={},
+        layers={}, seconds={}, created="", comask_version="",
+    )  # fmt: skip
+    info = dataclasses.replace(info, **changes)
+    place = bundle.folder / ENGINES / info.folder_name
+    place.mkdir(parents=True, exist_ok=True)
+    for stage, name in PLANS.items():
+        shapes = Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"])
+        needed = tuple(op.name for op in OPS) if plugin == "python" else ()
+        graph = bundle.graph(stage, "fp32")
+        write_plan(place / name, graph, shapes, needed, code=bool(info.options))
+    info = dataclasses.replace(info, plans={s: sha256(place / n) for s, n in PLANS.items()})
+    (place / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(info)))
+    return EngineFolder(place, info)
