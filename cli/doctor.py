@@ -1,0 +1,66 @@
+"""`comask-doctor`: what is installed, what each part can do, and what to do about the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from comask.cli.options import command, json_option, write_json
+
+if TYPE_CHECKING:
+    from comask.runtime.diagnosis import Finding
+
+MARKS = {"ok": "ok    ", "absent": "absent", "broken": "BROKEN"}
+
+
+@command
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--need", "needed", multiple=True, metavar="NAME",
+              help="Fail when this is absent: gpu, torch, tensorrt-rtx and so on.")  # fmt: skip
+@json_option
+def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) -> None:
+    """Say what this installation can do, and what mends the rest; with BUNDLE, whether it is whole.
+
+    What is absent is no fault, since nobody needs everything; what is broken is. Exits with 1 when
+    something is broken, or absent though --need names it.
+
+    \b
+    comask-doctor
+    comask-doctor bundle --need gpu --need tensorrt-rtx
+    """
+    from comask.runtime.diagnosis import diagnose
+    from comask.runtime.diagnosis_bundle import diagnose_bundle
+
+    findings = diagnose()
+    if bundle is not None:
+        findings += diagnose_bundle(bundle)
+    unknown = sorted(set(needed) - {finding.name for finding in findings})
+    if unknown:
+        names = ", ".join(finding.name for finding in findings)
+        raise click.UsageError(f"--need {unknown[0]}: expected one of {names}")
+    faults = [
+        finding
+        for finding in findings
+        if finding.status == "broken" or (finding.status == "absent" and finding.name in needed)
+    ]
+    for finding in findings:
+        _print(finding, to_stderr=json_file == "-")
+    verdict = (
+        f"{len(faults)} to mend: {', '.join(f.name for f in faults)}" if faults else "all is well"
+    )
+    click.echo(verdict, err=json_file == "-")
+    write_json(
+        json_file,
+        {"healthy": not faults, "findings": [dataclasses.asdict(finding) for finding in findings]},
+    )
+    if faults:
+        sys.exit(1)
+
+
+def _print(finding: Finding, *, to_stderr: bool) -> None:
+    click.echo(f"{MARKS[finding.status]}  {finding.name}: {finding.found}", err=to_stderr)
+    if finding.mend:
+        click.echo(f"        -> {finding.mend}", err=to_stderr)

@@ -1,0 +1,211 @@
+"""What this installation can do, what it lacks, and the command that mends each lack."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from comask.runtime.gpu import find_gpu_or_reason
+from comask.runtime.trt.flavors import MODULES, PACKAGES, load_flavor
+from comask.runtime.trt.rtx_wheel import LIBRARY, wheel_library
+
+from comask import __version__
+from comask.errors import BackendUnavailableError, KernelError
+
+NEWEST_PYTHON = (3, 13)
+KERNELS = ("pyramid_roi_align", "sorted_nms")
+FALLBACK_CAPABILITY = 80  # compiled for where there is no GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the diagnosis.
+
+    Attributes:
+        name: of what was looked at.
+        status: `ok`; `absent`, which is no fault unless it is wanted; `broken`, which is one.
+        found: what there is, or why not.
+        mend: the command or step that mends it; empty where there is nothing to mend.
+    """
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Looks at everything that comask can use on this machine; takes seconds."""
+    looks: list[Callable[[], Finding]] = [
+        _python, _comask, _gpu, _torch, _torchvision, _onnxruntime,
+        lambda: _flavor("tensorrt"), lambda: _flavor("tensorrt-rtx"), _rtx_wheel, _pycuda,
+        _host_kernels, _cuda_kernels,
+    ]  # fmt: skip
+    return [look() for look in looks]
+
+
+def _python() -> Finding:
+    found = (
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    )
+    if sys.version_info[:2] > NEWEST_PYTHON:
+        found += f"; comask is tested up to {'.'.join(map(str, NEWEST_PYTHON))}"
+    return Finding(name="python", status="ok", found=found)
+
+
+def _comask() -> Finding:
+    return Finding(name="comask", status="ok", found=__version__)
+
+
+def _gpu() -> Finding:
+    gpu, reason = find_gpu_or_reason()
+    if gpu is None:
+        has_driver = shutil.which("nvidia-smi") is not None
+        mend = "nvidia-smi tells more" if has_driver else "install NVIDIA's driver"
+        return Finding(name="gpu", status="absent", found=reason, mend=mend)
+    found = (
+        f"{gpu.name}, sm{gpu.capability}, {gpu.memory / 2**30:.0f} GiB, driver for CUDA "
+        f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
+    )
+    return Finding(name="gpu", status="ok", found=found)
+
+
+def _torch() -> Finding:
+    mend = "pip install 'comask[train]'"
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError:
+        return Finding(name="torch", status="absent", found="not installed", mend=mend)
+    except (ImportError, OSError) as error:
+        return _broken("torch", error, "pip install --force-reinstall 'comask[train]'")
+    found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    if find_gpu_or_reason()[0] is not None and not torch.cuda.is_available():
+        return Finding(
+            name="torch",
+            status="broken",
+            found=f"{found}; it does not see the GPU",
+            mend="install a torch built for this driver's CUDA, or a newer driver",
+        )
+    return Finding(name="torch", status="ok", found=found)
+
+
+def _torchvision() -> Finding:
+    try:
+        torchvision = importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        mend = "pip install 'comask[train]'"
+        return Finding(name="torchvision", status="absent", found="not installed", mend=mend)
+    except (ImportError, OSError, RuntimeError) as error:
+        # RuntimeError: its operators do not fit the torch beside it
+        mend = "pip install --upgrade torch torchvision (a matching pair; torch 2.13 has none)"
+        return _broken("torchvision", error, mend)
+    return Finding(name="torchvision", status="ok", found=torchvision.__version__)
+
+
+def _onnxruntime() -> Finding:
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError:
+        mend = "pip install 'comask[ort]'"
+        return Finding(name="onnxruntime", status="absent", found="not installed", mend=mend)
+    except (ImportError, OSError) as error:
+        return _broken("onnxruntime", error, "pip install --force-reinstall onnxruntime")
+    providers = onnxruntime.get_available_providers()
+    short = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+    found = f"{onnxruntime.__version__}: {short}"
+    if find_gpu_or_reason()[0] is not None and "CUDAExecutionProvider" not in providers:
+        mend = "for the GPU: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+        return Finding(name="onnxruntime", status="ok", found=found, mend=mend)
+    return Finding(name="onnxruntime", status="ok", found=found)
+
+
+def _flavor(name: str) -> Finding:
+    try:
+        importlib.metadata.version(PACKAGES[name])
+        installed = True
+    except importlib.metadata.PackageNotFoundError:
+        installed = importlib.util.find_spec(MODULES[name]) is not None
+    mend = f"pip install {PACKAGES[name]}"
+    try:
+        flavor = load_flavor(name)
+    except BackendUnavailableError as error:
+        if not installed:
+            return Finding(name=name, status="absent", found="not installed", mend=mend)
+        return Finding(
+            name=name,
+            status="broken",
+            found=str(error.__cause__ or error),
+            mend=f"pip install --force-reinstall {PACKAGES[name]}",
+        )
+    return Finding(name=name, status="ok", found=flavor.version)
+
+
+def _rtx_wheel() -> Finding:
+    """The missing link of `rtx_wheel.py`; our own builds work without it."""
+    library = wheel_library()
+    name = "tensorrt-rtx plugins"
+    if library is None:
+        return Finding(name=name, status="ok", found="nothing in their way")
+    found = (
+        f"the wheel lacks {LIBRARY}; comask's builds make up for it, other programs abort when they "
+        f"parse a plugin"
+    )
+    mend = f"for other programs: ln -s {library.name} {library.parent / LIBRARY}"
+    return Finding(name=name, status="ok", found=found, mend=mend)
+
+
+def _pycuda() -> Finding:
+    mend = (
+        "pip install 'comask[gpu]' (compiles for a minute or two; needs g++ and the CUDA toolkit)"
+    )
+    try:
+        version = importlib.metadata.version("pycuda")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name="pycuda", status="absent", found="not installed", mend=mend)
+    try:
+        importlib.import_module("pycuda.driver")
+    except (ImportError, OSError) as error:
+        if "libcuda" in str(error):
+            found = f"{version}, waits for a driver ({error})"
+            return Finding(name="pycuda", status="absent", found=found, mend="see gpu")
+        return _broken("pycuda", error, "pip install --force-reinstall --no-cache-dir pycuda")
+    return Finding(name="pycuda", status="ok", found=version)
+
+
+def _host_kernels() -> Finding:
+    from comask.kernels.compile import host_library
+
+    name = "kernels for the CPU"
+    try:
+        for source in KERNELS:
+            host_library(source)
+    except KernelError as error:
+        found = f"PyTorch falls back to torchvision's operators: {' '.join(str(error).split())}"
+        return Finding(name=name, status="absent", found=found, mend="install g++, or set $CXX")
+    return Finding(name=name, status="ok", found="compile")
+
+
+def _cuda_kernels() -> Finding:
+    from comask.kernels.compile import cubin
+
+    gpu, _ = find_gpu_or_reason()
+    capability = gpu.capability if gpu else FALLBACK_CAPABILITY
+    name = "kernels for the GPU"
+    try:
+        for source in KERNELS:
+            cubin(source, capability)
+    except KernelError as error:
+        mend = "pip install 'comask[gpu]', or put the CUDA toolkit's nvcc on PATH"
+        found = " ".join(str(error).split())
+        return Finding(name=name, status="broken" if gpu else "absent", found=found, mend=mend)
+    where = "" if gpu else ", as a trial: there is no GPU"
+    return Finding(name=name, status="ok", found=f"compile for sm{capability}{where}")
+
+
+def _broken(name: str, error: Exception, mend: str) -> Finding:
+    return Finding(name=name, status="broken", found=" ".join(str(error).split()), mend=mend)

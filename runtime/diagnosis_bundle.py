@@ -1,0 +1,66 @@
+"""Whether a bundle is whole, and which of its engines run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comask.runtime.diagnosis import Finding
+from comask.runtime.gpu import find_gpu
+from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder
+from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.ops import kernels_sha256
+from comask.runtime.trt.rebuild import rebuild_command
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, BundleError, ComaskError, EngineError
+
+
+def diagnose_bundle(folder: Path) -> list[Finding]:
+    """Compares every file with its hash, and every engine with this machine."""
+    try:
+        bundle = Bundle.open(folder)
+    except BundleError as error:
+        mend = "comask-export CHECKPOINT --output BUNDLE"
+        return [Finding(name="bundle", status="broken", found=str(error), mend=mend)]
+    manifest = bundle.manifest
+    found = (
+        f"{folder}: {', '.join(manifest.precisions)}, {len(manifest.categories)} classes, written by "
+        f"comask {manifest.comask_version}"
+    )
+    findings = [Finding(name="bundle", status="ok", found=found)]
+    for name in manifest.files:
+        try:
+            bundle.file(name)
+        except BundleError as error:
+            mend = "export the checkpoint again, or copy the bundle again from where it is whole"
+            findings.append(Finding(name=name, status="broken", found=str(error), mend=mend))
+    if len(findings) == 1:
+        found = f"{len(manifest.files)} have the manifest's hashes"
+        findings.append(Finding(name="bundle's files", status="ok", found=found))
+    folders = sorted(p for p in (folder / ENGINES).glob("[!.]*") if p.is_dir())
+    return findings + [_engine(bundle, path) for path in folders]
+
+
+def _engine(bundle: Bundle, path: Path) -> Finding:
+    name = f"{ENGINES}/{path.name}"
+    try:
+        engines = EngineFolder.open(path)
+        for stage in PLANS:
+            engines.plan(stage)
+    except EngineError as error:
+        mend = f"rm -r {path}, and build it again by comask-export {bundle.folder} --engine …"
+        return Finding(name=name, status="broken", found=str(error), mend=mend)
+    info, mend = engines.info, rebuild_command(engines)
+    try:
+        version = load_flavor(info.flavor).version
+    except BackendUnavailableError as error:
+        return Finding(name=name, status="absent", found=str(error))
+    try:
+        reasons = engines.mismatches(bundle, version, find_gpu(), kernels_sha256())
+    except ComaskError as error:
+        return Finding(name=name, status="broken", found=str(error), mend=mend)
+    if reasons == ["there is no GPU"]:
+        return Finding(name=name, status="absent", found="would run, but there is no GPU here")
+    if reasons:
+        return Finding(name=name, status="broken", found="; ".join(reasons), mend=mend)
+    return Finding(name=name, status="ok", found="runs here")

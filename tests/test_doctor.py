@@ -1,0 +1,135 @@
+"""`comask-doctor`: what it says of an installation, of a bundle, and when it fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from comask.runtime import diagnosis
+from comask.runtime.diagnosis import Finding, diagnose
+from conftest import run
+
+from comask.kernels import compile as kernel_compile
+
+
+def finding(name: str) -> Finding:
+    return next(f for f in diagnose() if f.name == name)
+
+
+@pytest.fixture
+def without_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes an import fail as if with that error."""
+
+    def forbid(module: str, error: Exception) -> None:
+        real = importlib.import_module
+
+        def fail(name: str, package: str | None = None) -> Any:
+            if name == module:
+                raise error
+            return real(name, package)
+
+        monkeypatch.setattr(importlib, "import_module", fail)
+
+    return forbid
+
+
+def test_this_machine_is_well() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "all is well" in result.output
+    for name in ("python", "torch", "onnxruntime", "tensorrt-rtx", "kernels for the CPU"):
+        assert f"{name}: " in result.output
+
+
+def test_every_lack_comes_with_its_mending() -> None:
+    lacks = [f for f in diagnose() if f.status != "ok"]
+    assert all(f.found and f.mend for f in lacks)
+
+
+def test_json_holds_the_same(tmp_path: Path) -> None:
+    result = run("doctor", "--json", tmp_path / "doctor.json")
+    content = json.loads((tmp_path / "doctor.json").read_text())
+    assert content["healthy"] is True
+    for entry in content["findings"]:
+        assert f"{entry['name']}: {entry['found']}" in result.output
+
+
+def test_what_is_needed_and_absent_fails(without_module: Any) -> None:
+    without_module("onnxruntime", ModuleNotFoundError("No module named 'onnxruntime'"))
+    assert run("doctor").exit_code == 0
+    result = run("doctor", "--need", "onnxruntime")
+    assert result.exit_code == 1
+    assert "1 to mend: onnxruntime" in result.output
+    assert "pip install 'comask[ort]'" in result.output
+
+
+def test_an_unknown_need_is_wrong_usage() -> None:
+    result = run("doctor", "--need", "tensorflow")
+    assert result.exit_code == 2
+    assert "tensorrt-rtx" in result.output
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "mend"),
+    [
+        ("torchvision", RuntimeError("operator torchvision::nms does not exist"), "matching pair"),
+        ("torch", OSError("libcudart.so.13: cannot open shared object file"), "comask[train]"),
+        ("onnxruntime", ImportError("libonnxruntime.so.1: undefined symbol"), "onnxruntime"),
+    ],
+)
+def test_what_does_not_import_is_broken(
+    without_module: Any, module: str, error: Exception, mend: str
+) -> None:
+    without_module(module, error)
+    found = finding(module)
+    assert found.status == "broken"
+    assert str(error) in found.found
+    assert mend in found.mend
+    assert run("doctor").exit_code == 1
+
+
+def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    gpu = SimpleNamespace(name="H200", capability=90, driver=13000, memory=2**37)
+    monkeypatch.setattr(diagnosis, "find_gpu_or_reason", lambda index=0: (gpu, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert finding("torch").status == "broken"
+    assert finding("gpu").found.startswith("H200, sm90, 128 GiB, driver for CUDA 13.0")
+    assert "onnxruntime-gpu" in finding("onnxruntime").mend
+
+
+def test_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_compile.host_library.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    host, cuda = finding("kernels for the CPU"), finding("kernels for the GPU")
+    assert (host.status, cuda.status) == ("absent", "absent")
+    assert "falls back to torchvision" in host.found
+    assert "g++" in host.mend
+    assert "comask[gpu]" in cuda.mend
+
+
+def test_a_whole_bundle(micro_bundle: Path) -> None:
+    result = run("doctor", micro_bundle)
+    assert result.exit_code == 0, result.output
+    assert "have the manifest's hashes" in result.output
+
+
+def test_a_damaged_bundle(micro_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(micro_bundle, copy)
+    graph = copy / "stage2_roi_head.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    result = run("doctor", copy)
+    assert result.exit_code == 1
+    assert "BROKEN  stage2_roi_head.onnx" in result.output
+    assert "altered since the export" in result.output
+    assert run("doctor", tmp_path).exit_code == 1
