@@ -1,0 +1,197 @@
+"""PyTorch on CUDA, ONNX Runtime on CUDA and the engines: does each still compute the model?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from context import Context
+from rows import Figure, UnavailableError
+
+AP_POINTS = {"fp32": 0.02, "fp16": 0.1}  # bars of the design, in AP points
+FLAVORS = ("tensorrt", "tensorrt-rtx")
+PLUGINS = ("python", "aot", "none")
+
+
+def torch_outputs(context: Context) -> Figure:
+    """Stage outputs of PyTorch on CUDA against PyTorch on the CPU."""
+    context.need_gpu()
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    bundle = Bundle.open(context.trained_bundle)
+    return _compare(context, bundle, open_stages(bundle, "torch"), "fp32")
+
+
+def onnxruntime_outputs(context: Context, precision: str) -> Figure:
+    """Stage outputs of ONNX Runtime's CUDA provider against PyTorch on the CPU."""
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    _need_cuda_provider(context)
+    bundle = Bundle.open(context.trained_bundle)
+    with open_stages(bundle, f"onnxruntime:{precision}") as stages:
+        return _compare(context, bundle, stages, precision)
+
+
+def engine_outputs(context: Context, flavor: str, precision: str, plugin: str) -> Figure:
+    """Stage outputs of a freshly built engine against PyTorch on the CPU."""
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    build_engine(context, context.trained_bundle, flavor, precision, plugin)
+    bundle = Bundle.open(context.trained_bundle)
+    with open_stages(bundle, f"{flavor}:{precision}") as stages:
+        return _compare(context, bundle, stages, precision)
+
+
+def ap(context: Context, backend: str, precision: str) -> Figure:
+    """Largest difference of COCO's 24 numbers to PyTorch, by comask-eval, in AP points."""
+    if backend == "onnxruntime":
+        _need_cuda_provider(context)
+    elif backend != "torch":
+        build_engine(context, context.trained_bundle, backend, precision, "python")
+    name = f"{backend}:{precision}"
+    report = json.loads(
+        context.command(
+            "evaluate", str(context.trained_bundle), "--data", "shapes", "--backend", "torch",
+            "--backend", name, "--no-record", "--json", "-", "--tolerance", "1000",
+        )
+    )  # fmt: skip
+    mask = report["backends"]["torch"]["segm"]["AP"]
+    note = f"mask AP {mask:.1f} in PyTorch"
+    return Figure(
+        value=report["comparisons"][name]["largest"],
+        unit="AP points",
+        most=AP_POINTS[precision],
+        note=note,
+    )
+
+
+def build_engine(
+    context: Context, bundle: Any, flavor: str, precision: str, plugin: str, *options: str
+) -> None:
+    """`comask-export BUNDLE --engine …`; builds nothing where it is there already.
+
+    Raises:
+        UnavailableError: when the flavor is not installed or has no such plugin route.
+    """
+    context.need_gpu()
+    from comask.export.build_options import BuildOptions, check_options
+    from comask.runtime.gpu import find_gpu
+    from comask.runtime.trt.flavors import load_flavor
+
+    from comask.errors import EngineError
+
+    try:
+        check_options(load_flavor(flavor), plugin, BuildOptions(), find_gpu())
+    except EngineError as error:
+        raise UnavailableError(str(error)) from error
+    context.command(
+        "export", str(bundle), "--precision", precision, "--engine", flavor, "--plugin", plugin,
+        *options,
+    )  # fmt: skip
+
+
+def smallest_engine(context: Context, flavor: str) -> Figure:
+    """One convolution: does this TensorRT run on this GPU at all?"""
+    context.need_gpu()
+    import torch
+    from comask.runtime.trt.flavors import load_flavor
+
+    loaded = load_flavor(flavor)
+    trt = loaded.trt
+    builder = trt.Builder(loaded.log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    weights = torch.randn(8, 4, 3, 3)
+    layer = network.add_convolution_nd(
+        network.add_input("x", trt.float32, (1, 4, 32, 32)), 8, (3, 3),
+        trt.Weights(weights.numpy()), trt.Weights(),
+    )  # fmt: skip
+    layer.padding_nd = (1, 1)
+    layer.get_output(0).name = "y"
+    network.mark_output(layer.get_output(0))
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    if plan is None:
+        raise RuntimeError(f"does not build: {loaded.errors()}")
+    loaded.clear()
+    engine = trt.Runtime(loaded.log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RuntimeError(f"does not deserialise: {loaded.errors()}")
+    execution = engine.create_execution_context()
+    if execution is None:
+        raise RuntimeError(f"gives no context: {loaded.errors()}")
+    x, y = torch.randn(1, 4, 32, 32, device="cuda"), torch.zeros(1, 8, 32, 32, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    execution.set_tensor_address("x", x.data_ptr())
+    execution.set_tensor_address("y", y.data_ptr())
+    if not execution.execute_async_v3(stream.cuda_stream):
+        raise RuntimeError(f"does not run: {loaded.errors()}")
+    stream.synchronize()
+    expected = torch.nn.functional.conv2d(x.cpu(), weights, padding=1)
+    error = float((y.cpu() - expected).abs().max() / expected.abs().max())
+    # TensorFloat-32 has 10 bits of mantissa
+    return Figure(value=error, unit="relative", most=2e-3, note=loaded.version)
+
+
+def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figure:
+    """The worst relative error of the maps; anything beyond the precision's tolerance is a failure."""
+    from comask.export.verify import verification_batches, verify
+    from comask.runtime.compare import TOLERANCES
+    from comask.runtime.torch_session import model_from_bundle, torch_stages
+
+    from comask.data.shapes import ShapesSource
+
+    source, manifest = ShapesSource(num_images=4, seed=4_000_000), bundle.manifest
+    proof = verify(
+        torch_stages(model_from_bundle(bundle)),
+        stages,
+        verification_batches([source.image(i) for i in range(4)], manifest.preprocess),
+        manifest.model,
+        TOLERANCES[precision],
+    )
+    note = (
+        f"{proof['detections']} detections, boxes within {proof['box']:.1e} px, scores within "
+        f"{proof['score']:.1e}"
+    )
+    worst = max(proof["relative"].values())
+    return Figure(value=worst, unit="relative", most=TOLERANCES[precision].relative, note=note)
+
+
+def _need_cuda_provider(context: Context) -> None:
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    if context.device == "cuda" and "CUDAExecutionProvider" not in providers:
+        raise UnavailableError(
+            f"onnxruntime {onnxruntime.__version__} has {', '.join(providers)}; "
+            f"pip install onnxruntime-gpu"
+        )
+
+
+def _checks() -> dict[str, Callable[[Context], Figure]]:
+    checks: dict[str, Callable[[Context], Figure]] = {
+        f"{flavor} runs one convolution": partial(smallest_engine, flavor=flavor)
+        for flavor in FLAVORS
+    }
+    checks["PyTorch CUDA equals CPU"] = torch_outputs
+    for precision in AP_POINTS:
+        name = f"onnxruntime CUDA {precision}"
+        checks[f"{name} equals PyTorch"] = partial(onnxruntime_outputs, precision=precision)
+        checks[f"{name}, AP"] = partial(ap, backend="onnxruntime", precision=precision)
+        for flavor in FLAVORS:
+            for plugin in PLUGINS:
+                checks[f"{flavor} {precision}, plugin {plugin}, equals PyTorch"] = partial(
+                    engine_outputs, flavor=flavor, precision=precision, plugin=plugin
+                )
+            checks[f"{flavor} {precision}, AP"] = partial(ap, backend=flavor, precision=precision)
+    return checks
+
+
+CHECKS = _checks()

@@ -1,0 +1,77 @@
+"""The machine that a table was made on: versions and GPU; never its name or its user."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from rows import Figure, UnavailableError
+
+PACKAGES = (
+    "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13",
+    "pycuda", "cuda-bindings", "numpy",
+)  # fmt: skip
+
+
+def facts() -> dict[str, Any]:
+    """Operating system, Python, GPU, driver and versions, in the order of the table's head."""
+    from comask.runtime.gpu import find_gpu_or_reason
+
+    from comask import __version__
+
+    gpu, reason = find_gpu_or_reason()
+    return {
+        "comask": __version__,
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "gpu": gpu.name if gpu else reason,
+        "capability": gpu.capability if gpu else None,
+        "memory_gib": round(gpu.memory / 2**30) if gpu else None,
+        "cuda_driver": gpu.driver if gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def why_no_gpu() -> str | None:
+    """The reason why no row can run; None where torch sees a GPU."""
+    from comask.runtime.gpu import find_gpu_or_reason
+
+    gpu, reason = find_gpu_or_reason()
+    if gpu is None:
+        return reason
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch cannot be imported: {error}"
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} does not see the GPU"
+
+
+def unavailable(reason: str | None) -> Callable[[Any], Figure] | None:
+    """A check that is unavailable for that reason; None without one."""
+    if reason is None:
+        return None
+
+    def check(context: Any) -> Figure:
+        raise UnavailableError(reason)
+
+    return check
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.splitlines()[0].strip() if result.stdout.strip() else None

@@ -1,0 +1,187 @@
+"""How fast the whole model is, as ratios in one run, and what memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from backends import FLAVORS, build_engine
+from clock import wall_seconds
+from context import Context
+from rows import Figure, UnavailableError
+
+IMAGES_A_SECOND = {1: 250.0, 8: 450.0}  # bars for an H200, by batch
+BARS_ARE_FOR = "H200"
+MEMORY_GIB = 6.0
+
+
+def against_amp(context: Context, flavor: str) -> Figure:
+    """The fp16 engine against PyTorch under float16 autocast, images on the host to results."""
+    engine = _engine_seconds(context, flavor, "fp16", 1)
+    amp = _torch_seconds(context, 1)
+    note = f"{1e3 * engine:.2f} ms against {1e3 * amp:.2f} ms"
+    return Figure(value=amp / engine, unit="times as fast", least=3.0, note=note)
+
+
+def against_fp32(context: Context, flavor: str) -> Figure:
+    """The fp16 engine against the fp32 engine."""
+    half = _engine_seconds(context, flavor, "fp16", 1)
+    full = _engine_seconds(context, flavor, "fp32", 1)
+    note = f"{1e3 * half:.2f} ms against {1e3 * full:.2f} ms"
+    return Figure(value=full / half, unit="times as fast", least=2.0, note=note)
+
+
+def throughput(context: Context, backend: str, batch: int) -> Figure:
+    """Images a second, host to host; the bars are those of an H200."""
+    if backend == "torch":
+        context.need_gpu()
+        time = _torch_seconds(context, batch)
+    elif backend == "onnxruntime":
+        time = _onnxruntime_seconds(context, batch)
+    else:
+        time = _engine_seconds(context, backend, "fp16", batch)
+    import torch
+
+    judged = backend in FLAVORS and BARS_ARE_FOR in torch.cuda.get_device_name(0)
+    return Figure(
+        value=batch / time,
+        unit="images/s",
+        least=IMAGES_A_SECOND[batch] if judged else None,
+        note=f"{1e3 * time:.2f} ms a batch of {batch}",
+    )
+
+
+def engine_memory(context: Context, flavor: str) -> Figure:
+    """GPU memory that both stages take at batch 8, by the driver's free memory before and after."""
+    context.need_gpu()
+    import torch
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    stages, feeds = _engine(context, flavor, "fp16", 8)
+    with stages:
+        stages.run(feeds["images"], feeds["image_sizes"])
+        taken = (before - torch.cuda.mem_get_info()[0]) / 2**30
+    return Figure(value=taken, unit="GiB", most=MEMORY_GIB)
+
+
+def captured_graph(context: Context) -> Figure:
+    """Both custom ops in a captured CUDA graph, replayed on other data, against eager calls."""
+    context.need_gpu()
+    import torch
+    from kernels import CANONICAL, need_kernels, noise_pyramid
+
+    from comask.models.nms import sorted_nms
+    from comask.models.roi_align import pyramid_roi_align
+
+    need_kernels(context)
+    maps, rois = noise_pyramid(context, half=True, channels_last=True)
+    groups = torch.zeros(rois.shape[:2], dtype=torch.int32, device="cuda")
+
+    def both() -> tuple[Any, Any]:
+        pooled = pyramid_roi_align(maps, rois, 7, sampling_ratio=2, canonical_size=CANONICAL)
+        return pooled, sorted_nms(rois, groups, 0.5)
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pooled, keep = both()
+    rois += 5.0
+    graph.replay()
+    torch.cuda.synchronize()
+    expected, kept = both()
+    wrong = float((pooled.float() - expected.float()).abs().max()) + float((keep != kept).sum())
+    return Figure(value=wrong, unit="difference", most=0.0)
+
+
+def training_step(context: Context) -> Figure:
+    """Twenty steps of training on the GPU in mixed precision: the loss falls and stays finite."""
+    context.need_gpu()
+    run = context.folder / "training"
+    context.command(
+        "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", str(run),
+        "--set", "train.max_steps=20", "--set", "train.precision=bf16",
+        "--set", "data.shapes_train=64", "--set", "data.shapes_val=8",
+    )  # fmt: skip
+    import csv
+
+    with (run / "metrics.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["split"] == "train"]
+    return Figure(
+        value=losses[-1] / losses[0],
+        unit="of the first loss",
+        most=0.999,
+        note=f"{len(losses)} rows",
+    )
+
+
+def _engine(context: Context, flavor: str, precision: str, batch: int) -> tuple[Any, Any]:
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    build_engine(context, context.timed_bundle, flavor, precision, "python")
+    stages = open_stages(Bundle.open(context.timed_bundle), f"{flavor}:{precision}")
+    return stages, context.images(batch)
+
+
+def _engine_seconds(context: Context, flavor: str, precision: str, batch: int) -> float:
+    stages, feeds = _engine(context, flavor, precision, batch)
+    with stages:
+        return wall_seconds(
+            lambda: stages.run(feeds["images"], feeds["image_sizes"]), context.sizes.repeats
+        )
+
+
+def _onnxruntime_seconds(context: Context, batch: int) -> float:
+    import onnxruntime
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UnavailableError("onnxruntime has no CUDA provider; pip install onnxruntime-gpu")
+    feeds = context.images(batch)
+    with open_stages(Bundle.open(context.timed_bundle), "onnxruntime:fp16") as stages:
+        return wall_seconds(
+            lambda: stages.run(feeds["images"], feeds["image_sizes"]), context.sizes.repeats
+        )
+
+
+def _torch_seconds(context: Context, batch: int) -> float:
+    """PyTorch under float16 autocast in channels-last, from host images to host results."""
+    context.need_gpu()
+    import torch
+    from comask.runtime.backends import open_stages
+
+    from comask.bundle import Bundle
+
+    feeds = context.images(batch)
+    with (
+        open_stages(Bundle.open(context.timed_bundle), "torch") as stages,
+        torch.autocast("cuda", torch.float16),
+    ):
+        return wall_seconds(
+            lambda: stages.run(feeds["images"], feeds["image_sizes"]), context.sizes.repeats
+        )
+
+
+def _checks() -> dict[str, Callable[[Context], Figure]]:
+    checks: dict[str, Callable[[Context], Figure]] = {
+        "custom ops in a captured CUDA graph": captured_graph,
+        "training step in bf16": training_step,
+    }
+    for flavor in FLAVORS:
+        checks[f"{flavor} fp16 against PyTorch AMP"] = partial(against_amp, flavor=flavor)
+        checks[f"{flavor} fp16 against its fp32"] = partial(against_fp32, flavor=flavor)
+        checks[f"{flavor} memory, batch 8"] = partial(engine_memory, flavor=flavor)
+    for batch in IMAGES_A_SECOND:
+        for backend in (*FLAVORS, "onnxruntime", "torch"):
+            checks[f"{backend} images a second, batch {batch}"] = partial(
+                throughput, backend=backend, batch=batch
+            )
+    return checks
+
+
+CHECKS = _checks()
