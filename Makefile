@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo compare ablation test lint format types clean
+.PHONY: setup demo compare ablation gpu-check test lint format types clean
 
 setup: $(VENV)/ready
 
@@ -34,8 +34,20 @@ compare: setup
 ablation: setup
 	$(BIN)/python benchmarks/ablation.py --output runs/ablation --seeds 3
 
-test: setup
+# Builds and runs everything that needs a GPU, with the interpreter named by PYTHON=…, else with .venv's;
+# sets nothing up and fetches nothing. docs/verified/README.md describes what JSON=… holds.
+JSON := runs/gpu-check.json
+GPU_PYTHON := $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check --json $(JSON) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+test: setup $(VENV)/pycuda
 	$(BIN)/python -m pytest
+
+# The GPU runtime's host side is tested with pycuda and stand-ins. It compiles for a minute or two, and
+# needs nvcc; where it cannot be built this file says why, and its tests are skipped.
+$(VENV)/pycuda: $(VENV)/ready tests/install_pycuda.py
+	-$(BIN)/python tests/install_pycuda.py $@
 
 lint: setup types
 	$(BIN)/ruff check .

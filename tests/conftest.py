@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import comask.cli.doctor
 import comask.cli.evaluate
 import comask.cli.export
 import comask.cli.infer
@@ -24,6 +25,7 @@ COMMANDS = {
     "infer": comask.cli.infer.main,
     "eval": comask.cli.evaluate.main,
     "shapes": comask.cli.shapes.main,
+    "doctor": comask.cli.doctor.main,
 }
 # shapes-tiny, slimmer still: what is tested is the path, not the accuracy
 MICRO = (

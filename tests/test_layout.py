@@ -33,7 +33,10 @@ def test_no_module_is_named_like_a_dependency(folder: str) -> None:
 @pytest.mark.parametrize(
     "module",
     ["comask", "comask.runtime", "comask.export", "comask.calib", "comask.bundle"]
-    + [f"comask.cli.{name}" for name in ("train", "export", "infer", "evaluate", "shapes")],
+    + [
+        f"comask.cli.{name}"
+        for name in ("train", "export", "infer", "evaluate", "shapes", "doctor")
+    ],
 )
 def test_import_is_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
