@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +20,7 @@ import onnx
 from comask.export.build_options import BuildOptions, check_options
 from comask.export.engine_process import build_in_process
 from comask.export.engine_profile import Profile
-from comask.export.layer_precision import asked_precisions, differences, summary
+from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_graph import with_plugins, without_plugins
 from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.trt.engine_folder import (
@@ -35,6 +38,8 @@ from comask import __version__
 from comask.bundle import STAGES, Bundle, sha256
 from comask.errors import EngineError
 
+# folders beside the finished ones; a dot keeps them from being taken for engines
+BUILDING, REPLACED = ".building-", ".replaced-"
 Report = Callable[[str], None]
 Progress = Callable[[str, str, float], None]  # stage, phase, finished share of the phase
 
@@ -84,32 +89,51 @@ def build_engines(
     check_options(flavor, request.plugin, request.options, gpu)
     info = _describe(bundle, request, flavor, gpu)
     folder = bundle.folder / ENGINES / info.folder_name
-    if folder.exists() and not rebuild:
-        existing = _existing(folder, info)
-        report(f"{folder}: is there already")
-        return existing
     try:
         folder.parent.mkdir(exist_ok=True)
-        # beside its place, so that finished engines appear by a rename
-        work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        try:
-            finished = work / "finished"
-            finished.mkdir()
-            if (folder / TIMING_CACHE).exists():
-                shutil.copy(folder / TIMING_CACHE, finished)
-            for stage in STAGES:
-                report(f"building {stage} for {flavor.name} {flavor.version}, {info.precision}")
-                step = functools.partial(progress, stage)
-                info = _build_stage(bundle, info, stage, work, finished, step, gpu is not None)
-            text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
-            (finished / DESCRIPTION).write_text(text, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            finished.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with _lock(folder.parent, report):
+            if folder.exists() and not rebuild:
+                existing = _existing(folder, info)
+                report(f"{folder}: is there already")
+                return existing
+            with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as work:
+                _build_into(Path(work), folder, bundle, info, report, progress)
     except OSError as error:
         raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return EngineFolder.open(folder)
+
+
+@contextmanager
+def _lock(engines: Path, report: Report) -> Iterator[None]:
+    """Keeps other builds of the bundle waiting, and clears away what a killed one left."""
+    with (engines / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"{engines}: another build is running; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in (*engines.glob(f"{BUILDING}*"), *engines.glob(f"{REPLACED}*")):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _build_into(
+    work: Path, folder: Path, bundle: Bundle, info: EngineInfo, report: Report, progress: Progress
+) -> None:
+    """Builds both stages in `work` and puts them in `folder`'s place by renaming."""
+    finished = work / "finished"
+    finished.mkdir()
+    if (folder / TIMING_CACHE).exists():
+        shutil.copy(folder / TIMING_CACHE, finished)
+    for stage in STAGES:
+        report(f"building {stage} for {info.flavor} {info.version}, {info.precision}")
+        step = functools.partial(progress, stage)
+        info = _build_stage(bundle, info, stage, work, finished, step)
+    text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
+    (finished / DESCRIPTION).write_text(text, encoding="utf-8")
+    if folder.exists():
+        folder.rename(folder.with_name(f"{REPLACED}{work.name.removeprefix(BUILDING)}"))
+    finished.rename(folder)
 
 
 def _describe(
@@ -123,6 +147,10 @@ def _describe(
         assert gpu is not None
         target, tuned_on = f"sm{gpu.capability}", gpu.name
     graphs = {stage: bundle.graph(stage, request.precision) for stage in STAGES}
+    transformed = {
+        stage: _graph_for_tensorrt(bundle, stage, request.precision, request.plugin)
+        for stage in STAGES
+    }
     return EngineInfo(
         flavor=flavor.name,
         version=flavor.version,
@@ -135,6 +163,10 @@ def _describe(
         profile=request.profile.ranges(),
         options=dataclasses.asdict(request.options),
         graphs={stage: sha256(path) for stage, path in graphs.items()},
+        transformed={
+            stage: hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+            for stage, model in transformed.items()
+        },
         plans={},
         layers={},
         seconds={},
@@ -180,6 +212,11 @@ def _flat(info: EngineInfo) -> dict[str, Any]:
     return flat
 
 
+def _graph_for_tensorrt(bundle: Bundle, stage: str, precision: str, plugin: str) -> onnx.ModelProto:
+    model = onnx.load(bundle.graph(stage, precision))
+    return without_plugins(model) if plugin == "none" else with_plugins(model)
+
+
 def _build_stage(
     bundle: Bundle,
     info: EngineInfo,
@@ -187,35 +224,27 @@ def _build_stage(
     work: Path,
     finished: Path,
     progress: Callable[[str, float], None],
-    has_gpu: bool,
 ) -> EngineInfo:
     """Builds one plan into `finished`; returns `info` with what is now known."""
-    model = onnx.load(bundle.graph(stage, info.precision))
-    model = without_plugins(model) if info.plugin == "none" else with_plugins(model)
+    model = _graph_for_tensorrt(bundle, stage, info.precision, info.plugin)
     (work / "graph.onnx").write_bytes(model.SerializeToString())
     plan = finished / PLANS[stage]
-    profile = Profile(**info.profile)
+    tuned_here = info.flavor == "tensorrt"  # TensorRT-RTX tunes nothing before a plan is loaded
     result = build_in_process(
         {
             "flavor": info.flavor,
             "plugin": info.plugin,
             "graph": str(work / "graph.onnx"),
             "plan": str(plan),
-            "profile": profile.shapes(bundle.manifest.graphs[stage]["inputs"]),
+            "profile": Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"]),
             "options": info.options,
-            "timing_cache": str(finished / TIMING_CACHE) if has_gpu else None,
-            "has_gpu": has_gpu,
+            "timing_cache": str(finished / TIMING_CACHE) if tuned_here else None,
+            "tuned_here": tuned_here,
         },
         work,
         progress,
     )
-    asked, found = asked_precisions(model), result["layers"]
-    wrong = differences(asked, found)
-    if wrong:
-        raise EngineError(
-            f"{info.flavor} built {len(wrong)} layers of {stage} in another precision: {wrong[0]}"
-        )
-    layers = {"read_from": result["read_from"], **summary(asked, found)}
+    layers = check_precisions(asked_precisions(model), result["network"], result["engine"])
     return dataclasses.replace(
         info,
         plans=info.plans | {stage: sha256(plan)},

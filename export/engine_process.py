@@ -37,11 +37,16 @@ def build_in_process(
     """
     (folder / "request.json").write_text(json.dumps(request))
     environment = dict(os.environ)
-    path = search_path(folder) if request["flavor"] == "tensorrt-rtx" else None
-    if path is not None:
-        environment["LD_LIBRARY_PATH"] = path
     reading, writing = os.pipe()
-    with tempfile.TemporaryFile(dir=folder) as words, os.fdopen(reading) as events:
+    with (
+        tempfile.TemporaryFile(dir=folder) as words,
+        os.fdopen(reading) as events,
+        # not in the bundle: its path may hold a colon, which ends an entry of LD_LIBRARY_PATH
+        tempfile.TemporaryDirectory(prefix="comask-rtx-") as links,
+    ):
+        path = search_path(Path(links)) if request["flavor"] == "tensorrt-rtx" else None
+        if path is not None:
+            environment["LD_LIBRARY_PATH"] = path
         command = [
             sys.executable,
             "-m",

@@ -68,8 +68,7 @@ def build_plan(request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     flavor.clear()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        found = "; ".join(flavor.plugin_errors) or flavor.errors()
-        raise EngineError(f"{flavor.name} cannot build it: {found}")
+        raise EngineError(f"{flavor.name} cannot build it: {flavor.errors()}")
     seconds = time.perf_counter() - start
     data = memoryview(plan)
     try:
@@ -78,11 +77,10 @@ def build_plan(request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         raise EngineError(f"{request['plan']}: cannot be written: {error.strerror}") from error
     if cache is not None:
         Path(request["timing_cache"]).write_bytes(memoryview(config.get_timing_cache().serialize()))
-    built = _inspect(flavor, data) if request["has_gpu"] else None
     return {
         "seconds": seconds,
-        "read_from": "network" if built is None else "engine",
-        "layers": network_layers(network) if built is None else built,
+        "network": network_layers(network),
+        "engine": _inspect(flavor, data) if request["tuned_here"] else None,
     }
 
 
@@ -97,9 +95,10 @@ def _register(flavor: Flavor, plugin: str, options: Mapping[str, Any]) -> None:
 
 
 def _inspect(flavor: Flavor, plan: memoryview) -> dict[str, str]:
-    """The layers' precisions in the finished engine, which only a machine with a GPU can open."""
+    """The layers' precisions in the finished engine, which only its own GPU can open."""
     trt = flavor.trt
     runtime = trt.Runtime(flavor.log)
+    runtime.engine_host_code_allowed = True  # a version-compatible plan holds a lean runtime
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"{flavor.name} does not open what it built: {flavor.errors()}")
@@ -112,7 +111,9 @@ def _parse(flavor: Flavor, network: Any, graph: str) -> None:
     flavor.clear()
     if parser.parse_from_file(graph):
         return
-    found = list(flavor.plugin_errors)
+    found = list(
+        flavor.plugin_errors
+    )  # the reason behind the parser's "could not create the plugin"
     for i in range(parser.num_errors):
         error = parser.get_error(i)
         node = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
@@ -132,8 +133,15 @@ def _apply_options(flavor: Flavor, config: Any, options: Mapping[str, Any]) -> N
     if options["version_compatible"]:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options["hardware_compatibility"]:
-        level = options["hardware_compatibility"].upper()
-        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+        name = options["hardware_compatibility"].upper()
+        level = getattr(trt.HardwareCompatibilityLevel, name, None)
+        if level is None:
+            raise EngineError(
+                f"--hardware-compatibility {name.lower()}: {flavor.name} {flavor.version} does not have "
+                f"it; leave it out, or take a newer TensorRT"
+            )
+        config.hardware_compatibility_level = level
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa are not what fp32 promises
     # full names let the inspector say which layer has which precision
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options["compute_capabilities"]:
@@ -165,7 +173,10 @@ def _load_timing_cache(config: Any, path: str | None) -> Any:
         return None
     data = Path(path).read_bytes() if Path(path).exists() else b""
     cache = config.create_timing_cache(data)
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        # of another GPU or version: begin a new one, so that it is written anew
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import onnx
 
+from comask.errors import EngineError
+
 WEIGHTY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 WEIGHTY_LAYERS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
 # `[ONNX Layer: NAME]` in a layer's metadata; an engine's fused layer names several
@@ -75,30 +77,60 @@ def engine_layers(information: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for layer in json.loads(information)["Layers"]:
-        if not isinstance(layer, dict) or not layer.get("Inputs"):
-            continue  # names alone: built without detailed verbosity
-        spelled = str(layer["Inputs"][0].get("Format/Datatype", ""))
-        kinds = [kind for name, kind in SPELLINGS.items() if name in spelled]
-        if kinds:
+        if not isinstance(layer, dict):
+            continue  # a name alone: built without detailed verbosity
+        spelled = [
+            str(tensor.get("Format/Datatype", ""))
+            for side in ("Inputs", "Outputs")
+            for tensor in layer.get(side) or ()
+        ]
+        kinds = {kind for text in spelled for name, kind in SPELLINGS.items() if name in text}
+        # a fused layer may hold float islands beside half products: no verdict on any of them
+        if len(kinds) == 1:
             for name in ONNX_LAYER.findall(str(layer.get("Metadata", ""))):
-                found[name] = kinds[0]
+                found[name] = next(iter(kinds))
     return found
 
 
-def differences(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Layers that were built in another precision than the graph's, one phrase each.
+def check_precisions(
+    asked: Mapping[str, str], network: Mapping[str, str], engine: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Compares what was built with what the graph asks for.
 
-    A node without a layer of its own (folded away, or fused under another name) is not judged;
-    `summary` counts those that are.
+    Every layer of the parsed network is judged; of the engine those that fusion left recognisable.
+
+    Args:
+        asked: see `asked_precisions`.
+        network: see `network_layers`.
+        engine: see `engine_layers`; None where the engine could not be opened.
+
+    Returns:
+        for `engine.json`: `of`, how many the graph has, and for `network` and `engine` how many of each
+        precision were found again.
+
+    Raises:
+        EngineError: when one differs, or fewer than half were found again in the network.
     """
-    return [
-        f"{name} is {found[name]}, {kind} was asked for"
-        for name, kind in asked.items()
-        if name in found and found[name] != kind
-    ]
+    for where, found in (("network", network), ("engine", engine or {})):
+        wrong = [name for name, kind in asked.items() if found.get(name, kind) != kind]
+        if wrong:
+            name = wrong[0]
+            raise EngineError(
+                f"{len(wrong)} layers of the {where} have another precision than the graph: {name} is "
+                f"{found[name]}, {asked[name]} was asked for"
+            )
+    matched = sum(name in network for name in asked)
+    if 2 * matched < len(asked):
+        raise EngineError(
+            f"the precision of {matched} layers out of {len(asked)} could be read back, at least half "
+            f"expected: this TensorRT names its layers in a way that comask does not know"
+        )
+    return {
+        "of": len(asked),
+        "network": _count(asked, network),
+        "engine": None if engine is None else _count(asked, engine),
+    }
 
 
-def summary(asked: Mapping[str, str], found: Mapping[str, str]) -> dict[str, Any]:
-    """For `engine.json`: layers of each precision, and how many of the graph's were found again."""
-    judged = [kind for name, kind in found.items() if name in asked]
-    return {"found": dict(sorted(Counter(judged).items())), "of": len(asked)}
+def _count(asked: Mapping[str, str], found: Mapping[str, str]) -> dict[str, int]:
+    return dict(sorted(Counter(kind for name, kind in found.items() if name in asked).items()))

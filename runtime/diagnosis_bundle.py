@@ -6,13 +6,13 @@ from pathlib import Path
 
 from comask.runtime.diagnosis import Finding
 from comask.runtime.gpu import find_gpu
-from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder
+from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder, why_not_on
 from comask.runtime.trt.flavors import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 from comask.runtime.trt.rebuild import rebuild_command
 
 from comask.bundle import Bundle
-from comask.errors import BackendUnavailableError, BundleError, ComaskError, EngineError
+from comask.errors import BackendUnavailableError, BundleError, EngineError
 
 
 def diagnose_bundle(folder: Path) -> list[Finding]:
@@ -55,12 +55,10 @@ def _engine(bundle: Bundle, path: Path) -> Finding:
         version = load_flavor(info.flavor).version
     except BackendUnavailableError as error:
         return Finding(name=name, status="absent", found=str(error))
-    try:
-        reasons = engines.mismatches(bundle, version, find_gpu(), kernels_sha256())
-    except ComaskError as error:
-        return Finding(name=name, status="broken", found=str(error), mend=mend)
-    if reasons == ["there is no GPU"]:
-        return Finding(name=name, status="absent", found="would run, but there is no GPU here")
+    gpu = find_gpu()
+    reasons = engines.mismatches(bundle, version, gpu, kernels_sha256())
+    if reasons == [why_not_on(info, gpu)]:
+        return Finding(name=name, status="absent", found=f"sound, but not for here: {reasons[0]}")
     if reasons:
         return Finding(name=name, status="broken", found="; ".join(reasons), mend=mend)
     return Finding(name=name, status="ok", found="runs here")

@@ -187,7 +187,7 @@ class Engine(Lifetime):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.log, self.profile = log, profile
+        self.log, self.profile, self.profile_taken = log, profile, False
         self.session = onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"]
         )
@@ -289,6 +289,14 @@ class IExecutionContext(Lifetime):
         self.scratch: tuple[int, int] | None = None
         self.known_outputs: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.queued: list[Any] = []  # callbacks must outlive their call
+        # the first context of an engine gets its profile unasked
+        self.active_optimization_profile = -1 if engine.profile_taken else 0
+        engine.profile_taken = True
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert stream, "a profile is set on a stream"
+        self.active_optimization_profile = index
+        return True
 
     def fail(self, text: str) -> bool:
         self.engine.log.log(Severity.ERROR, text)
@@ -296,6 +304,7 @@ class IExecutionContext(Lifetime):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         calls.append("set_input_shape")
+        assert self.active_optimization_profile == 0, "a shape before a profile"
         least, _, largest = self.engine.profile[name]
         inside = len(shape) == len(least) and all(
             a <= n <= b for a, n, b in zip(least, shape, largest, strict=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from comask.export import engine_process
@@ -17,19 +20,21 @@ from comask.export.engine_process import build_in_process
 from comask.export.engine_profile import Profile
 from comask.export.trt_graph import with_plugins
 from comask.runtime.gpu import Gpu
-from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines
+from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
 from comask.runtime.trt.flavors import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 from conftest import run
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError, ConfigError, EngineError
+from comask.kernels.launch import float32_below
 
 try:
     load_flavor("tensorrt-rtx")
 except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+H200 = Gpu("H200", 90, 13000, 2**37)
 SMALL = ("batch=1:1:2", "height=32:96:128", "width=32:128:128")
 
 
@@ -68,9 +73,37 @@ def test_both_stages_are_built_with_our_plugins(bundle: Bundle, engines: EngineF
     for stage, op in (("stage1", b"SortedNms"), ("stage2", b"PyramidRoiAlign")):
         assert op in engines.plan(stage).read_bytes()  # a plan names its plugins
         layers = info.layers[stage]
-        assert layers["found"] == {"fp32": layers["of"]}
+        assert layers["network"] == {"fp32": layers["of"]}
+        assert layers["engine"] is None  # there is no GPU to open it on
         assert layers["of"] > 15
-    assert not list((bundle.folder / ENGINES).glob(".*"))
+    assert [path.name for path in (bundle.folder / ENGINES).glob(".*")] == [".lock"]
+
+
+def test_a_plan_holds_the_numbers_of_its_plugins(bundle: Bundle, engines: EngineFolder) -> None:
+    """TensorRT's bindings keep bare pointers to them, so memory that is freed too early shows here."""
+    model, plan = bundle.manifest.model, engines.plan("stage2").read_bytes()
+    expected = {
+        b"sampling_ratio": np.array([model.roi_sampling_ratio], np.int32),
+        b"canonical_size": np.array([model.roi_canonical_size], np.float32),
+        b"iou_threshold": np.array([float32_below(model.nms_iou)], np.float32),
+    }
+    for name, number in expected.items():
+        places = [match.end() for match in re.finditer(name + b"\\0", plan)]
+        assert places
+        for place in places:
+            assert number.tobytes() in plan[place : place + 32], name
+
+
+def test_fields_outlive_the_call_that_asked_for_them() -> None:
+    from comask.runtime.trt.ops import PyramidRoiAlignOp
+    from comask.runtime.trt.plugins import Fields
+
+    trt, op = load_flavor("tensorrt-rtx").trt, PyramidRoiAlignOp(7, 2, 224.0)
+    fields = Fields(trt, op.fields(), op.attributes)
+    collection, rubbish = fields.collection, []
+    for number in range(1000):  # would take the place of freed numbers
+        rubbish.append(np.full(1, number, np.int32))
+    assert {f.name: np.asarray(f.data).reshape(-1)[0] for f in collection} == op.fields()
 
 
 def test_the_same_request_builds_nothing(
@@ -130,29 +163,109 @@ def test_a_flavor_that_is_not_installed(bundle: Bundle) -> None:
 
 
 def test_what_has_changed_since_is_named(bundle: Bundle, engines: EngineFolder) -> None:
-    gpu = Gpu("H200", 90, 13000, 2**37)
     version, kernels = engines.info.version, kernels_sha256()
-    assert engines.mismatches(bundle, version, gpu, kernels) == []
+    assert engines.mismatches(bundle, version, H200, kernels) == []
     assert engines.mismatches(bundle, version, None, kernels) == ["there is no GPU"]
-    (found,) = engines.mismatches(bundle, "1.8", gpu, kernels)
+    (found,) = engines.mismatches(bundle, "1.8", H200, kernels)
     assert "1.8 is installed" in found
     assert version in found
-    (found,) = engines.mismatches(bundle, version, gpu, "0" * 64)
+    (found,) = engines.mismatches(bundle, version, H200, "0" * 64)
     assert "kernels" in found
     files = bundle.manifest.files | {"stage1_proposals.onnx": "0" * 64}
     changed = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
-    (found,) = engines.mismatches(changed, version, gpu, kernels)
+    (found,) = engines.mismatches(changed, version, H200, kernels)
     assert "stage1_proposals.onnx" in found
 
-    tuned = EngineFolder(
-        engines.folder, dataclasses.replace(engines.info, target="sm90", gpu="H100")
+
+AMPERE_PLUS = {"hardware_compatibility": "ampere_plus"}
+SAME_CAPABILITY = {"hardware_compatibility": "same_compute_capability"}
+L4, T4, H100 = (Gpu(n, c, 13000, 2**34) for n, c in (("L4", 89), ("T4", 75), ("H100", 90)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "told"),
+    [
+        ({"target": "sm90", "gpu": "H200"}, H200, None),
+        ({"target": "sm90", "gpu": "H200"}, H100, "the GPU is H100 (sm90), it was tuned on H200"),
+        ({"target": "sm90", "gpu": "H200"}, L4, "the GPU is L4 (sm89), it is for sm90"),
+        ({"target": "sm90", "gpu": "H200", "options": SAME_CAPABILITY}, H100, None),
+        ({"target": "sm90", "gpu": "H200", "options": SAME_CAPABILITY}, L4, "it is for sm90"),
+        ({"target": "sm90", "gpu": "H200", "options": AMPERE_PLUS}, L4, None),
+        ({"target": "sm90", "gpu": "H200", "options": AMPERE_PLUS}, T4, "for sm80 and later"),
+    ],
+)
+def test_a_plan_of_tensorrt_knows_its_gpus(
+    engines: EngineFolder, changes: dict[str, Any], gpu: Gpu, told: str | None
+) -> None:
+    info = dataclasses.replace(engines.info, flavor="tensorrt", **changes)
+    reason = why_not_on(info, gpu)
+    assert told in reason if told else reason == ""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpu", "fits"),
+    [
+        ([], L4, True),
+        ([86, 89], L4, True),
+        ([89], L4, True),
+        ([86], L4, False),
+        ([89], H200, False),
+    ],
+)
+def test_a_plan_of_rtx_knows_its_gpus(
+    engines: EngineFolder, chosen: list[int], gpu: Gpu, fits: bool
+) -> None:
+    info = dataclasses.replace(engines.info, target="x", options={"compute_capabilities": chosen})
+    assert (why_not_on(info, gpu) == "") is fits
+
+
+@pytest.mark.parametrize(
+    ("installed", "fits"), [("10.16.1", True), ("11.4.0", True), ("10.9.0", False), ("9.3", False)]
+)
+def test_a_version_compatible_plan_runs_under_later_versions(
+    bundle: Bundle, engines: EngineFolder, installed: str, fits: bool
+) -> None:
+    info = dataclasses.replace(
+        engines.info, version="10.16.1", options={"version_compatible": True}
     )
-    (found,) = tuned.mismatches(bundle, version, gpu, kernels)
-    assert "H200" in found
-    assert "H100" in found
-    (found,) = tuned.mismatches(bundle, version, Gpu("L4", 89, 13000, 2**34), kernels)
-    assert "sm89" in found
-    assert "sm90" in found
+    found = EngineFolder(engines.folder, info).mismatches(bundle, installed, H200, kernels_sha256())
+    assert (found == []) is fits
+
+
+def test_models_of_one_capability_have_folders_of_their_own(engines: EngineFolder) -> None:
+    names = {
+        dataclasses.replace(engines.info, flavor="tensorrt", target="sm89", gpu=gpu).folder_name
+        for gpu in ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4080", None)
+    }
+    assert len(names) == 3
+    assert all("/" not in name and " " not in name for name in names)
+
+
+def test_a_second_build_waits_and_finds_the_first(bundle: Bundle, tmp_path: Path) -> None:
+    copy = own_copy(bundle, tmp_path)
+    shutil.rmtree(copy.folder / ENGINES)
+    left = copy.folder / ENGINES / ".building-killed"
+    left.mkdir(parents=True)
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(build_engines, copy, request(copy), report=lines.append) for _ in range(2)
+        ]
+        first, second = (job.result() for job in jobs)
+    assert first.info == second.info
+    assert sum(line.startswith("building stage1") for line in lines) == 1
+    assert any("waiting" in line for line in lines)
+    assert not left.exists()
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(
+    bundle: Bundle, engines: EngineFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = own_copy(bundle, tmp_path)
+    (copy.folder / ENGINES / "stray").mkdir()
+    found = find_engines(copy)
+    assert engines.folder.name in [folder.folder.name for folder in found]
+    assert "stray" in caplog.text
 
 
 def test_an_altered_plan_is_refused(bundle: Bundle, engines: EngineFolder, tmp_path: Path) -> None:
@@ -166,7 +279,7 @@ def test_an_altered_plan_is_refused(bundle: Bundle, engines: EngineFolder, tmp_p
         build_engines(copy, request(copy))
     (found.folder / "engine.json").write_text("{}")
     with pytest.raises(EngineError, match="is no engine description"):
-        find_engines(copy)
+        build_engines(copy, request(copy))
     assert build_engines(copy, request(copy), rebuild=True).plan("stage1").exists()
 
 
@@ -238,7 +351,7 @@ def worker_request(bundle: Bundle, folder: Path, model: onnx.ModelProto) -> dict
         "profile": request(bundle).profile.shapes(bundle.manifest.graphs["stage2"]["inputs"]),
         "options": dataclasses.asdict(BuildOptions()),
         "timing_cache": None,
-        "has_gpu": False,
+        "tuned_here": False,
     }
 
 
@@ -327,7 +440,7 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         build_engines(copy, request(copy), progress=interrupt)
-    assert list((copy.folder / ENGINES).iterdir()) == []
+    assert [path.name for path in (copy.folder / ENGINES).iterdir()] == [".lock"]
 
 
 # --- profiles -----------------------------------------------------------------------------------

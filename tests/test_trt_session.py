@@ -347,7 +347,7 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     info = EngineInfo(
         flavor="tensorrt", version="10.1", target="sm90", gpu="H200", driver=None, precision="fp16",
         plugin="aot", plugin_sha256=None, profile={"batch": (1, 2, 8), "height": (32, 64, 96)},
-        options=options, graphs={}, plans={}, layers={}, seconds={}, created="", comask_version="",
+        options=options, graphs={}, transformed={}, plans={}, layers={}, seconds={}, created="", comask_version="",
     )  # fmt: skip
     assert rebuild_arguments(Path("my bundle"), info, info.profile) == [
         "my bundle", "--engine", "tensorrt", "--precision", "fp16", "--plugin", "aot",
@@ -367,7 +367,7 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(
         EngineError, match=r"cannot be built again: a; error: no nvcc|error: no nvcc; a"
     ):
-        rebuild(EngineFolder(tmp_path / "bundle" / ENGINES / "name", info))
+        rebuild(EngineFolder(tmp_path / "bundle" / ENGINES / "name", info), 0)
 
 
 def test_without_gpu_the_reason_is_given(micro_bundle: Path, tmp_path: Path) -> None:

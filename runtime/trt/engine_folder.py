@@ -7,6 +7,8 @@ that is compared before a plan is deserialised, since TensorRT's own message nam
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ ENGINES = "engines"  # folder of the bundle
 DESCRIPTION = "engine.json"
 TIMING_CACHE = "timing.cache"
 SCHEMA_VERSION = 1
+AMPERE = 80
 PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +44,10 @@ class EngineInfo:
         profile: name of a size (batch, height, width, proposals) → least, best and largest.
         options: how the builder was asked to work.
         graphs: sha256 of each stage's ONNX file.
+        transformed: sha256 of what TensorRT was given of it, which changes with comask too.
         plans: sha256 of each stage's plan.
-        layers: per stage the number of layers of each precision, and where it was read.
+        layers: per stage how many layers the graph has (`of`), and how many of each precision were read
+            back from the parsed `network` and from the `engine`, which is None without a GPU.
         seconds: building time of each stage.
         created: ISO 8601 in UTC.
         comask_version: that built it.
@@ -58,6 +65,7 @@ class EngineInfo:
     profile: dict[str, tuple[int, int, int]]
     options: dict[str, Any]
     graphs: dict[str, str]
+    transformed: dict[str, str]
     plans: dict[str, str]
     layers: dict[str, dict[str, Any]]
     seconds: dict[str, float]
@@ -67,8 +75,9 @@ class EngineInfo:
 
     @property
     def folder_name(self) -> str:
-        """`tensorrt-10.16.1-sm90-fp16-python`."""
-        return f"{self.flavor}-{self.version}-{self.target}-{self.precision}-{self.plugin}"
+        """`tensorrt-10.16.1-sm90-nvidia-h200-fp16-python`; models of one capability need their own."""
+        model = "" if self.gpu is None else "-" + re.sub(r"[^a-z0-9]+", "-", self.gpu.lower())
+        return f"{self.flavor}-{self.version}-{self.target}{model}-{self.precision}-{self.plugin}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ class EngineFolder:
             plugin_sha256: of this comask's kernels.
         """
         info, found = self.info, []
-        if info.version != version and not info.options.get("version_compatible"):
+        if not _version_fits(info, version):
             found.append(f"{info.flavor} {version} is installed, it was built with {info.version}")
         for stage, expected in info.graphs.items():
             if bundle.manifest.files.get(graph_file(stage, info.precision)) != expected:
@@ -143,22 +152,49 @@ class EngineFolder:
         # the other plugins' kernels are inside the plan
         if info.plugin == "python" and info.plugin_sha256 != plugin_sha256:
             found.append("the plugins' kernels are not those it was built with")
-        if gpu is None:
-            found.append("there is no GPU")
-        elif info.target != "portable" and not info.options.get("hardware_compatibility"):
-            if info.target != f"sm{gpu.capability}":
-                found.append(f"the GPU is {gpu.name} (sm{gpu.capability}), it is for {info.target}")
-            elif info.gpu != gpu.name:
-                found.append(f"the GPU is {gpu.name}, it was tuned on {info.gpu}")
+        if reason := why_not_on(info, gpu):
+            found.append(reason)
         return found
 
 
 def find_engines(bundle: Bundle) -> list[EngineFolder]:
     """The bundle's engine folders by name; unfinished ones begin with a dot and are left out.
 
-    Raises:
-        EngineError: when one cannot be read.
+    One that cannot be read is logged and left out too: the others may be what is needed.
     """
-    folder = bundle.folder / ENGINES
-    names = sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
-    return [EngineFolder.open(path) for path in names]
+    found = []
+    for path in sorted((bundle.folder / ENGINES).glob("[!.]*")):
+        try:
+            found.append(EngineFolder.open(path))
+        except EngineError as error:
+            logger.warning("%s", error)
+    return found
+
+
+def _version_fits(info: EngineInfo, version: str) -> bool:
+    """A version-compatible plan runs under its own and later versions, any other under its own alone."""
+    if not info.options.get("version_compatible"):
+        return info.version == version
+    return _numbers(version) >= _numbers(info.version)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
+    """Why the engines may not run on that GPU; empty where they may."""
+    if gpu is None:
+        return "there is no GPU"
+    here = f"the GPU is {gpu.name} (sm{gpu.capability})"
+    if info.flavor == "tensorrt-rtx":
+        chosen = info.options.get("compute_capabilities") or [gpu.capability]
+        return "" if gpu.capability in chosen else f"{here}, it is for {info.target}"
+    wider = info.options.get("hardware_compatibility")
+    if wider == "ampere_plus":
+        return "" if gpu.capability >= AMPERE else f"{here}, it is for sm{AMPERE} and later"
+    if info.target != f"sm{gpu.capability}":
+        return f"{here}, it is for {info.target}"
+    if wider is None and info.gpu != gpu.name:
+        return f"{here}, it was tuned on {info.gpu}"
+    return ""

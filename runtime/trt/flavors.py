@@ -45,9 +45,13 @@ class Flavor:
     plugin_errors: list[str]
 
     def errors(self) -> str:
-        """What went wrong since `clear`, in one line; warnings where no error was logged."""
-        errors = [text for is_error, text in self.lines if is_error]
-        told = list(dict.fromkeys(errors or [text for _, text in self.lines]))
+        """What went wrong since `clear`, in one line: our plugins' errors, TensorRT's, or its warnings.
+
+        Where several threads run engines it may hold another one's errors too.
+        """
+        lines = self.lines.copy()  # other threads log meanwhile
+        errors = list(self.plugin_errors) or [text for is_error, text in lines if is_error]
+        told = list(dict.fromkeys(errors or [text for _, text in lines]))
         # every failing call without a GPU adds one of these
         told = [text for text in told if NO_DRIVER not in text] or told
         return "; ".join(told) or "it logged nothing"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, ClassVar, Self
 
 from comask.errors import EngineError
+from comask.kernels.compile import FOLDER, HEADER
 from comask.kernels.launch import Launch, nms_launch, roi_align_launch
 
 NAMESPACE = "comask"
@@ -205,9 +205,8 @@ def _required(op: str, values: Mapping[str, Any], *names: str) -> list[Any]:
 
 
 def kernels_sha256() -> str:
-    """One hash over the sources of our kernels, which plans hold or call."""
+    """One hash over the sources of our plugins' kernels, which plans hold or call."""
     digest = hashlib.sha256(f"{NAMESPACE} {VERSION}".encode())
-    for file in sorted(resources.files("comask.kernels").iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith((".cu", ".h")):
-            digest.update(file.read_bytes())
+    for name in sorted((HEADER, *(f"{op.kernel}.cu" for op in OPS))):
+        digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()

@@ -1,21 +1,25 @@
 """Our ops as TensorRT plugins in Python: `IPluginV3`, launching the kernels of `comask.kernels`.
 
-No compiler, no headers, no library to find. TensorRT calls them on its own threads, with the stream and
-the pointers of a call; nothing here may synchronise or allocate.
+No compiler, no headers, no library to find. `enqueue` runs on the thread of whoever executes the engine,
+in its CUDA context, with the stream and the pointers of the call; it may not synchronise or allocate.
+
+TensorRT's bindings keep bare pointers into what they are given (a field's numbers, a collection's fields)
+and drop what a callback raises. So all of that lives as long as its plugin, and errors go to the flavor.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from comask.runtime.trt.flavors import Flavor
 from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
-from comask.errors import EngineError
+from comask.errors import ComaskError, EngineError
 from comask.kernels import driver
 
 _registering = threading.Lock()
@@ -24,24 +28,56 @@ _registering = threading.Lock()
 @functools.cache
 def _creators(flavor: Flavor) -> list[Any]:
     """One creator an op; cached because TensorRT's registry does not own Python objects."""
-    plugin = _plugin_class(flavor.trt)
-    return [_creator_class(flavor.trt, plugin, op, flavor.plugin_errors)() for op in OPS]
+    plugin = _plugin_class(flavor)
+    return [_creator_class(flavor, plugin, op)() for op in OPS]
 
 
 def register_plugins(flavor: Flavor) -> None:
     """Makes the ops known to a TensorRT; again is harmless, in any order of imports.
 
     A creator of that name that is there already stays.
+
+    Raises:
+        EngineError: when TensorRT does not take one.
     """
     registry = flavor.trt.get_plugin_registry()
     with _registering:
         for creator in _creators(flavor):
-            if registry.get_creator(creator.name, VERSION, NAMESPACE) is None:
-                registry.register_creator(creator, NAMESPACE)
+            there = registry.get_creator(creator.name, VERSION, NAMESPACE) is not None
+            if not there and not registry.register_creator(creator, NAMESPACE):
+                raise EngineError(
+                    f"{flavor.name} does not take the plugin {creator.name}: {flavor.errors()}"
+                )
 
 
-def _plugin_class(trt: Any) -> Any:
+class Fields:
+    """A `PluginFieldCollection` that keeps alive what it points into.
+
+    Args:
+        trt: TensorRT's module.
+        values: numbers by field name; a creator's has none yet.
+        kinds: Python type of each field.
+    """
+
+    def __init__(
+        self, trt: Any, values: Mapping[str, float | None], kinds: Mapping[str, type]
+    ) -> None:
+        types = {float: trt.PluginFieldType.FLOAT32, int: trt.PluginFieldType.INT32}
+        dtypes = {float: np.float32, int: np.int32}
+        self._numbers = [
+            np.array([] if value is None else [value], dtypes[kinds[name]])
+            for name, value in values.items()
+        ]
+        self._fields = [
+            trt.PluginField(name, numbers, types[kinds[name]])
+            for name, numbers in zip(values, self._numbers, strict=True)
+        ]
+        self.collection = trt.PluginFieldCollection(self._fields)
+
+
+def _plugin_class(flavor: Flavor) -> Any:
     """The plugin over one TensorRT's base classes; one class serves both ops."""
+    trt: Any = flavor.trt
 
     class Plugin(
         trt.IPluginV3,  # type: ignore[misc]
@@ -62,6 +98,7 @@ def _plugin_class(trt: Any) -> Any:
             self.plugin_version = VERSION
             self.plugin_namespace = NAMESPACE
             self.num_outputs = 1
+            self.fields = Fields(trt, op.fields(), op.attributes)
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -70,9 +107,7 @@ def _plugin_class(trt: Any) -> Any:
             return Plugin(self.op)
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection(
-                [_field(trt, name, value) for name, value in self.op.fields().items()]
-            )
+            return self.fields.collection
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             name = self.op.output_type([kind.name for kind in input_types])
@@ -109,8 +144,9 @@ def _plugin_class(trt: Any) -> Any:
             return 0
 
         def attach_to_context(self, context: Any) -> Any:
-            # compile now: the first call may already be part of a captured CUDA graph
-            driver.prepare(self.op.kernel)
+            with _telling(flavor):
+                # compile now: the first call may already be part of a captured CUDA graph
+                driver.prepare(self.op.kernel)
             return self.clone()
 
         def enqueue(
@@ -122,13 +158,16 @@ def _plugin_class(trt: Any) -> Any:
             workspace: int,
             stream: int,
         ) -> None:
-            launch = self.op.launch([_desc(desc) for desc in input_desc])
-            driver.launch(launch, list(inputs), outputs[0], stream)
+            with _telling(flavor):
+                launch = self.op.launch([_desc(desc) for desc in input_desc])
+                driver.launch(launch, list(inputs), outputs[0], stream)
 
     return Plugin
 
 
-def _creator_class(trt: Any, plugin: Any, op: type[Op], errors: list[str]) -> Any:
+def _creator_class(flavor: Flavor, plugin: Any, op: type[Op]) -> Any:
+    trt: Any = flavor.trt
+
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         """Makes the plugin from an ONNX node's attributes, or from an engine's fields."""
 
@@ -137,35 +176,28 @@ def _creator_class(trt: Any, plugin: Any, op: type[Op], errors: list[str]) -> An
             self.name = op.name
             self.plugin_version = VERSION
             self.plugin_namespace = NAMESPACE
-            empty = np.array([])
-            self.field_names = trt.PluginFieldCollection(
-                [
-                    trt.PluginField(name, empty, _field_type(trt, kind))
-                    for name, kind in op.attributes.items()
-                ]
-            )
+            self.fields = Fields(trt, dict.fromkeys(op.attributes), op.attributes)
+            self.field_names = self.fields.collection
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            try:
+            with _telling(flavor):
                 return plugin(op.from_attributes(_values(op.attributes, fields)))
-            except EngineError as error:
-                errors.append(str(error))
-                raise
 
     return Creator
 
 
+@contextmanager
+def _telling(flavor: Flavor) -> Iterator[None]:
+    """Keeps what a callback raises, since TensorRT says only that it failed."""
+    try:
+        yield
+    except ComaskError as error:
+        flavor.plugin_errors.append(" ".join(str(error).split()))
+        raise
+
+
 def _desc(desc: Any) -> TensorDesc:
     return TensorDesc(tuple(desc.dims), desc.type.name, desc.format.name)
-
-
-def _field_type(trt: Any, kind: type) -> Any:
-    return trt.PluginFieldType.FLOAT32 if kind is float else trt.PluginFieldType.INT32
-
-
-def _field(trt: Any, name: str, value: float) -> Any:
-    dtype = np.float32 if isinstance(value, float) else np.int32
-    return trt.PluginField(name, np.array([value], dtype), _field_type(trt, type(value)))
 
 
 def _values(attributes: Mapping[str, type], fields: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The runtime never imports the exporter, which needs PyTorch and ONNX; it may sta
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -61,8 +62,8 @@ def widening_command(folder: EngineFolder, tensor: str, shape: tuple[int, ...]) 
     return shlex.join(["comask-export", *rebuild_arguments(_bundle(folder), folder.info, profile)])
 
 
-def rebuild(folder: EngineFolder) -> None:
-    """Runs the command, which takes minutes.
+def rebuild(folder: EngineFolder, device: int) -> None:
+    """Runs the command for one GPU, which takes minutes.
 
     Raises:
         EngineError: when it fails, with its last words.
@@ -71,13 +72,23 @@ def rebuild(folder: EngineFolder) -> None:
     arguments = rebuild_arguments(_bundle(folder), folder.info, folder.info.profile)
     done = subprocess.run(
         [sys.executable, "-c", RUN, *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(device)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         raise EngineError(
             f"{folder.folder}: cannot be built again: {'; '.join(lines[-LAST_WORDS:])}"
         )
+
+
+def _visible(device: int) -> str:
+    """CUDA_VISIBLE_DEVICES for a process whose first GPU is to be number `device` of this one's."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return seen[device] if device < len(seen) and seen[device] else str(device)
 
 
 def _bundle(folder: EngineFolder) -> Path:

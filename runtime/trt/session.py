@@ -12,13 +12,14 @@ from comask.runtime.session import Array, Stages
 from comask.runtime.trt.engine import Engine
 from comask.runtime.trt.engine_folder import PLANS, EngineFolder, find_engines
 from comask.runtime.trt.flavors import Flavor, load_flavor
-from comask.runtime.trt.ops import kernels_sha256
+from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
 from comask.runtime.trt.rebuild import rebuild, rebuild_command
 from comask.runtime.trt.slot import SlotPool
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
+from comask.kernels import driver
 
 # where several folders fit, by falling preference
 PRECISIONS = ("int8", "fp16", "fp32")
@@ -101,7 +102,7 @@ def trt_stages(
     opened, flavor = open_device(device), load_flavor(flavor_name)
     folder, mismatches = _first_fit(folders, bundle, flavor, gpu)
     if mismatches and on_mismatch == "rebuild":
-        rebuild(folder)
+        rebuild(folder, device)
         folders = _engines(bundle, flavor_name, folder.info.precision)
         folder, mismatches = _first_fit(folders, bundle, flavor, gpu)
     if mismatches:
@@ -109,9 +110,13 @@ def trt_stages(
             f"{folder.folder}: {'; '.join(mismatches)}; build it again: {rebuild_command(folder)}"
         )
     info = folder.info
-    if info.plugin == "python":
-        register_plugins(flavor)
     with opened:
+        if info.plugin == "python":
+            register_plugins(flavor)
+            for op in OPS:
+                driver.prepare(
+                    op.kernel
+                )  # a missing compiler is told here, before TensorRT drops it
         runtime = flavor.trt.Runtime(flavor.log)
         if info.options.get("version_compatible"):
             runtime.engine_host_code_allowed = True  # the plan holds a lean runtime

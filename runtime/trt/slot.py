@@ -16,7 +16,7 @@ from typing import Any
 
 from comask.runtime.device import Device, DeviceMemory, PinnedMemory
 from comask.runtime.session import Array
-from comask.runtime.trt.engine import Engine, Shape, manages_memory
+from comask.runtime.trt.engine import PROFILE, Engine, Shape, manages_memory
 from comask.runtime.trt.flavors import Flavor
 
 from comask.errors import EngineError
@@ -42,6 +42,14 @@ class Slot:
         self._addresses: dict[str, list[int]] = {}
         self._contexts = {stage: engine.new_context() for stage, engine in engines.items()}
         self.stream = device.stream()
+        for stage in engines:
+            # TensorRT gives its only profile to the first context of an engine by itself
+            if self._contexts[stage].active_optimization_profile != PROFILE:
+                taken = self._contexts[stage].set_optimization_profile_async(
+                    PROFILE, self.stream.handle
+                )
+                self._must(taken, f"{stage}: its profile for another context")
+        self.stream.synchronize()
 
     def run(self, stages: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Runs stages one after the other; those after the first read what the ones before wrote.
@@ -96,7 +104,10 @@ class Slot:
         for name, shape in inputs.items():
             taken = self._contexts[stage].set_input_shape(name, shape)
             self._must(taken, f"{stage}: {name} {shape}")
-        unknown = self._contexts[stage].infer_shapes()
+        try:
+            unknown = self._contexts[stage].infer_shapes()
+        except RuntimeError as error:
+            raise EngineError(f"{stage}: shapes do not fit together: {error}") from error
         self._must(not unknown, f"{stage}: no shape follows for {unknown}")
         shapes = inputs | {
             spec.name: tuple(int(n) for n in self._contexts[stage].get_tensor_shape(spec.name))
@@ -198,7 +209,7 @@ class SlotPool:
     ) -> None:
         self._device, self._flavor, self._engines, self._size = device, flavor, engines, size
         self._permits = threading.Semaphore(size)
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.Lock()
         self._slots: list[Slot] = []
         self._idle: list[Slot] = []
         self._free = weakref.finalize(
@@ -230,10 +241,11 @@ class SlotPool:
 
     def close(self) -> None:
         """Waits for running calls and frees slots and engines; again is harmless."""
-        for _ in range(self._size):
-            self._permits.acquire()
-        self._free()
-        self._permits.release(self._size)
+        with self._closing:  # two closers with a permit each would wait for one another
+            for _ in range(self._size):
+                self._permits.acquire()
+            self._free()
+            self._permits.release(self._size)
 
 
 def _free_all(
