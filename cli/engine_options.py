@@ -9,8 +9,10 @@ import click
 from comask.export.build_options import HARDWARE_COMPATIBILITY, PLUGINS, BuildOptions
 
 if TYPE_CHECKING:
+    import numpy as np
     from comask.export.engine import EngineRequest
     from comask.runtime.trt.engine_folder import EngineFolder
+    from numpy.typing import NDArray
 
     from comask.bundle import Bundle
 
@@ -92,9 +94,14 @@ def engine_request(values: dict[str, Any], bundle: Bundle, precision: str) -> En
 
 
 def build_with_progress(
-    bundle: Bundle, values: dict[str, Any], precisions: tuple[str, ...]
+    bundle: Bundle,
+    values: dict[str, Any],
+    precisions: tuple[str, ...],
+    images: Callable[[], list[NDArray[np.uint8]]],
 ) -> list[EngineFolder]:
     """Builds the engines of each precision, showing TensorRT's own progress.
+
+    `images` are asked for where finished engines can be compared with PyTorch.
 
     Raises:
         ComaskError: when one cannot be built; those before it stay.
@@ -120,6 +127,7 @@ def build_with_progress(
                 build_engines(
                     bundle,
                     request,
+                    images=images,
                     rebuild=values["rebuild"],
                     report=lambda line: click.echo(line, err=True),
                     progress=show,

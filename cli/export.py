@@ -83,7 +83,9 @@ def main(
         _print_proof(bundle, precision, to_stderr=json_file == "-")
     engines = []
     if engine_values["engine"] != "none":
-        engines = build_with_progress(bundle, engine_values, precisions)
+        engines = build_with_progress(
+            bundle, engine_values, precisions, lambda: _images(val_data, verify_images)
+        )
     for folder in engines:
         _print_engines(folder, to_stderr=json_file == "-")
     if json_file:
@@ -182,13 +184,24 @@ def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
     info = engines.info
     for stage, file in PLANS.items():
         layers = info.layers[stage]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in layers["found"].items())
+        where = "network" if layers["engine"] is None else "engine"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in layers[where].items())
         size = (engines.folder / file).stat().st_size / 2**20
         click.echo(
             f"{engines.folder / file}: {size:.0f} MiB, built in {info.seconds[stage]:.1f} s; of "
-            f"{layers['of']} convolutions and products {kinds} (read from the {layers['read_from']})",
+            f"{layers['of']} convolutions and products {kinds or 'none'}, read from the {where}",
             err=to_stderr,
         )
+    proof = info.verification
+    if "not_run" in proof:
+        _report(f"warning: these engines were not run: {proof['not_run']}")
+        return
+    click.echo(
+        f"{engines.folder}: agrees with PyTorch on {proof['detections']} detections, boxes within "
+        f"{proof['box']:.1e} px, scores within {proof['score']:.1e}, maps within "
+        f"{max(proof['relative'].values()):.1e} relative",
+        err=to_stderr,
+    )
 
 
 def _images(data: str, count: int) -> list[NDArray[np.uint8]]:

@@ -9,17 +9,19 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from comask.export.build_options import BuildOptions, check_options
 from comask.export.engine_process import build_in_process
 from comask.export.engine_profile import Profile
+from comask.export.engine_proof import prove_engines, why_not_proved
 from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_graph import with_plugins, without_plugins
 from comask.runtime.gpu import Gpu, find_gpu
@@ -33,6 +35,7 @@ from comask.runtime.trt.engine_folder import (
 )
 from comask.runtime.trt.flavors import Flavor, load_flavor
 from comask.runtime.trt.ops import kernels_sha256
+from numpy.typing import NDArray
 
 from comask import __version__
 from comask.bundle import STAGES, Bundle, sha256
@@ -40,6 +43,7 @@ from comask.errors import EngineError
 
 # folders beside the finished ones; a dot keeps them from being taken for engines
 BUILDING, REPLACED = ".building-", ".replaced-"
+Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[str], None]
 Progress = Callable[[str, str, float], None]  # stage, phase, finished share of the phase
 
@@ -67,6 +71,7 @@ def build_engines(
     bundle: Bundle,
     request: EngineRequest,
     *,
+    images: Callable[[], Images] | None = None,
     rebuild: bool = False,
     report: Report = lambda line: None,
     progress: Progress = lambda stage, phase, share: None,
@@ -76,6 +81,8 @@ def build_engines(
     Args:
         bundle: holds graphs of the precision.
         request: what to build.
+        images: gives u8 [h, w, 3] RGB images on which finished plans are compared with PyTorch, where
+            there is a GPU that runs them; None: they are not.
         rebuild: replace what is there but differs from the request or this machine.
         report: takes a line a step.
         progress: takes the builder's progress.
@@ -84,6 +91,7 @@ def build_engines(
         EngineError: when TensorRT cannot build it, or what is there differs and `rebuild` is not given.
         BackendUnavailableError: when the flavor is not installed.
         BundleError: when a graph is missing or altered.
+        ParityError: when the plans do not compute what PyTorch does.
     """
     flavor, gpu = load_flavor(request.flavor), find_gpu()
     check_options(flavor, request.plugin, request.options, gpu)
@@ -97,7 +105,13 @@ def build_engines(
                 report(f"{folder}: is there already")
                 return existing
             with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as work:
-                _build_into(Path(work), folder, bundle, info, report, progress)
+                finished = _build_both(Path(work), folder, bundle, info, report, progress)
+                info = _proved(bundle, finished, images, gpu, report)
+                _write_description(finished.folder, info)
+                if folder.exists():
+                    aside = f"{REPLACED}{Path(work).name.removeprefix(BUILDING)}"
+                    folder.rename(folder.with_name(aside))
+                finished.folder.rename(folder)
     except OSError as error:
         raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return EngineFolder.open(folder)
@@ -117,10 +131,10 @@ def _lock(engines: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _build_into(
+def _build_both(
     work: Path, folder: Path, bundle: Bundle, info: EngineInfo, report: Report, progress: Progress
-) -> None:
-    """Builds both stages in `work` and puts them in `folder`'s place by renaming."""
+) -> EngineFolder:
+    """Builds both stages into a folder in `work`; `folder` is what they may replace."""
     finished = work / "finished"
     finished.mkdir()
     if (folder / TIMING_CACHE).exists():
@@ -129,11 +143,28 @@ def _build_into(
         report(f"building {stage} for {info.flavor} {info.version}, {info.precision}")
         step = functools.partial(progress, stage)
         info = _build_stage(bundle, info, stage, work, finished, step)
+    return EngineFolder(finished, info)
+
+
+def _proved(
+    bundle: Bundle,
+    engines: EngineFolder,
+    images: Callable[[], Images] | None,
+    gpu: Gpu | None,
+    report: Report,
+) -> EngineInfo:
+    """What is known of the engines, with how far they are off PyTorch."""
+    reason = why_not_proved(engines.info, gpu) if images else "no images were given"
+    if images is None or reason:
+        return dataclasses.replace(engines.info, verification={"not_run": reason})
+    report("comparing the engines with PyTorch")
+    proof = prove_engines(bundle, engines, images())
+    return dataclasses.replace(engines.info, verification=proof)
+
+
+def _write_description(folder: Path, info: EngineInfo) -> None:
     text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
-    (finished / DESCRIPTION).write_text(text, encoding="utf-8")
-    if folder.exists():
-        folder.rename(folder.with_name(f"{REPLACED}{work.name.removeprefix(BUILDING)}"))
-    finished.rename(folder)
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def _describe(
@@ -170,6 +201,7 @@ def _describe(
         plans={},
         layers={},
         seconds={},
+        verification={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         comask_version=__version__,
     )
@@ -182,7 +214,9 @@ def _existing(folder: Path, wanted: EngineInfo) -> EngineFolder:
         EngineError: naming what differs from the request, or a damaged plan.
     """
     existing = EngineFolder.open(folder)
-    told_later = {"plans", "layers", "seconds", "created", "driver", "comask_version"}
+    told_later = {
+        "plans", "layers", "seconds", "verification", "created", "driver", "comask_version",
+    }  # fmt: skip
     there, asked = _flat(existing.info), _flat(wanted)
     changed = [
         f"{name}: {there.get(name)} is there, {asked.get(name)} is wanted"

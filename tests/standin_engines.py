@@ -31,7 +31,7 @@ def write_engines(
         flavor=flavor, version=__version__, target=f"sm{gpu.capability}", gpu=gpu.name, driver=13000,
         precision="fp32", plugin=plugin, plugin_sha256=kernels_sha256(), profile=PROFILE.ranges(),
         options={}, graphs={s: bundle.manifest.files[graph_file(s, "fp32")] for s in STAGES}, plans={},
-        transformed={}, layers={}, seconds={}, created="", comask_version="",
+        transformed={}, layers={}, seconds={}, verification={}, created="", comask_version="",
     )  # fmt: skip
     info = dataclasses.replace(info, **changes)
     place = bundle.folder / ENGINES / info.folder_name

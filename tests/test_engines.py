@@ -308,6 +308,8 @@ def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None
     assert folder.info.options["workspace_mib"] == 512
     assert folder.info.profile["batch"] == (1, 1, 2)
     assert f"{folder.folder}/stage2.plan: " in result.output
+    assert "there is no GPU" in folder.info.verification["not_run"]
+    assert "these engines were not run: there is no GPU" in result.output
     content = json.loads(report.read_text())["engines"][str(folder.folder)]
     assert content["layers"] == folder.info.layers
     assert run("doctor", copy.folder).exit_code == 0

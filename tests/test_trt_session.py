@@ -16,8 +16,10 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx
 import pytest
 from comask.cli.engine_options import engine_options
+from comask.export.engine_proof import prove_engines
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
 from comask.runtime.gpu import find_gpu
@@ -27,9 +29,9 @@ from comask.runtime.trt.rebuild import rebuild, rebuild_arguments
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, write_engines
 
-from comask.bundle import STAGES, Bundle, sha256
+from comask.bundle import STAGES, Bundle, sha256, write_manifest
 from comask.data.shapes import ShapesSource
-from comask.errors import BackendUnavailableError, EngineError
+from comask.errors import BackendUnavailableError, EngineError, ParityError
 from comask.structures import Detections
 
 skip_without_pycuda()
@@ -317,10 +319,35 @@ def jit_cache(folder: str) -> None:
     assert_all_freed()
 
 
+def proofs(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    bundle, images = Bundle.open(Path(folder)), PICTURES[:2]
+    proof = prove_engines(bundle, write_engines(folder), images)
+    assert proof["detections"] > 0
+    assert proof["batches"] > 2
+    assert max(proof["relative"].values()) < 1e-3
+    narrow = write_engines(folder, profile={**PROFILE.ranges(), "height": (32, 32, 32)})
+    with pytest.raises(EngineError, match="take none of the canvases"):
+        prove_engines(bundle, narrow, images)
+
+    graph = onnx.load(bundle.folder / "stage2_roi_head.onnx")
+    weight = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.raw_data = (1.5 * onnx.numpy_helper.to_array(weight)).tobytes()
+    onnx.save(graph, bundle.folder / "stage2_roi_head.onnx")
+    files = bundle.manifest.files | {
+        "stage2_roi_head.onnx": sha256(bundle.folder / "stage2_roi_head.onnx")
+    }
+    write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
+    with pytest.raises(ParityError, match="does not compute what PyTorch does"):
+        prove_engines(Bundle.open(Path(folder)), write_engines(folder), images)
+
+
 @pytest.mark.parametrize(
     "function",
     [results_and_allocations, one_stage_at_a_time, four_threads, sizes_outside_the_profile,
-     plans_that_do_not_open, choices, jit_cache],
+     plans_that_do_not_open, choices, jit_cache, proofs],
     ids=lambda function: function.__name__,
 )  # fmt: skip
 def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:
@@ -347,7 +374,8 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     info = EngineInfo(
         flavor="tensorrt", version="10.1", target="sm90", gpu="H200", driver=None, precision="fp16",
         plugin="aot", plugin_sha256=None, profile={"batch": (1, 2, 8), "height": (32, 64, 96)},
-        options=options, graphs={}, transformed={}, plans={}, layers={}, seconds={}, created="", comask_version="",
+        options=options, graphs={}, transformed={}, plans={}, layers={}, seconds={},
+        verification={}, created="", comask_version="",
     )  # fmt: skip
     assert rebuild_arguments(Path("my bundle"), info, info.profile) == [
         "my bundle", "--engine", "tensorrt", "--precision", "fp16", "--plugin", "aot",

@@ -49,6 +49,7 @@ class EngineInfo:
         layers: per stage how many layers the graph has (`of`), and how many of each precision were read
             back from the parsed `network` and from the `engine`, which is None without a GPU.
         seconds: building time of each stage.
+        verification: how the plans were compared with PyTorch; `not_run` says why they were not.
         created: ISO 8601 in UTC.
         comask_version: that built it.
         schema_version: of this description.
@@ -69,6 +70,7 @@ class EngineInfo:
     plans: dict[str, str]
     layers: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    verification: dict[str, Any]
     created: str
     comask_version: str
     schema_version: int = SCHEMA_VERSION

@@ -99,7 +99,7 @@ def trt_stages(
         raise BackendUnavailableError(
             f"{flavor_name} needs a GPU: {reason}; the onnxruntime and torch backends need none"
         )
-    opened, flavor = open_device(device), load_flavor(flavor_name)
+    flavor = load_flavor(flavor_name)
     folder, mismatches = _first_fit(folders, bundle, flavor, gpu)
     if mismatches and on_mismatch == "rebuild":
         rebuild(folder, device)
@@ -109,24 +109,37 @@ def trt_stages(
         raise EngineError(
             f"{folder.folder}: {'; '.join(mismatches)}; build it again: {rebuild_command(folder)}"
         )
-    info = folder.info
+    return open_engines(folder, device=device)
+
+
+def open_engines(engines: EngineFolder, *, device: int) -> TrtStages:
+    """The plans of one folder, which must be known to fit.
+
+    Args:
+        engines: that folder.
+        device: index of the GPU.
+
+    Raises:
+        BackendUnavailableError: when pycuda or the flavor is missing.
+        EngineError: when a plan is altered, or TensorRT does not open it.
+        KernelError: when the plugins' kernels cannot be compiled for the GPU.
+    """
+    opened, flavor, info = open_device(device), load_flavor(engines.info.flavor), engines.info
     with opened:
         if info.plugin == "python":
             register_plugins(flavor)
             for op in OPS:
-                driver.prepare(
-                    op.kernel
-                )  # a missing compiler is told here, before TensorRT drops it
+                driver.prepare(op.kernel)  # TensorRT would drop the reason of a failure
         runtime = flavor.trt.Runtime(flavor.log)
         if info.options.get("version_compatible"):
             runtime.engine_host_code_allowed = True  # the plan holds a lean runtime
-        engines = {stage: Engine(flavor, runtime, folder, stage) for stage in PLANS}
-    pool = SlotPool(opened, flavor, runtime, engines, SLOTS)
+        stages = {stage: Engine(flavor, runtime, engines, stage) for stage in PLANS}
+    pool = SlotPool(opened, flavor, runtime, stages, SLOTS)
     return TrtStages(
-        backend=f"{flavor_name}:{info.precision}",
-        stage1=TrtSession(pool, engines["stage1"]),
-        stage2=TrtSession(pool, engines["stage2"]),
-        largest_batch=min(engine.largest_batch for engine in engines.values()),
+        backend=f"{info.flavor}:{info.precision}",
+        stage1=TrtSession(pool, stages["stage1"]),
+        stage2=TrtSession(pool, stages["stage2"]),
+        largest_batch=min(engine.largest_batch for engine in stages.values()),
         pool=pool,
     )
 
