@@ -8,14 +8,26 @@ bilinear and zero outside the mask, as detectron2's `paste_masks_in_image` does 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.errors import DataError
+from comask.errors import DataError, KernelError
+from comask.kernels import compile, host
+from comask.kernels.launch_masks import (
+    MASKS,
+    MAX_CELLS,
+    mask_edge_counts_launch,
+    mask_edges_launch,
+)
+from comask.rle import Integers, decompress_runs, rles_from_edges
+
+logger = logging.getLogger(__name__)
 
 # A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
 _LARGEST_COORDINATE = 1e6
@@ -29,8 +41,11 @@ def paste_mask(
 ) -> tuple[int, int, NDArray[np.bool_]]:
     """Paste one mask into the part of the image that it can touch.
 
+    Interpolation is along x, then along y, in float32 by weights worked out in float64: as in the
+    kernel `paste_masks.cu`, so that both round alike and no pixel differs.
+
     Args:
-        probs: [m, m] f32, probabilities in 0..1 over the box.
+        probs: [M, M] f32, probabilities in 0..1 over the box.
         box_xyxy: the box's corners in pixels of the image, whole or broken, inside or outside it.
         image_size: (height, width) in pixels.
         threshold: above 0; a pixel belongs to the mask when its probability is at least this.
@@ -41,28 +56,33 @@ def paste_mask(
         finite or outside the image gives a crop without pixels.
     """
     x1, y1, x2, y2 = map(float, box_xyxy)
-    y0, rows = _axis_weights(y1, y2, probs.shape[0], image_size[0])
-    x0, columns = _axis_weights(x1, x2, probs.shape[1], image_size[1])
-    return x0, y0, rows @ probs @ columns.T >= threshold
+    cells = np.zeros((probs.shape[0] + 2, probs.shape[1] + 2), np.float32)
+    cells[1:-1, 1:-1] = probs
+    x0, left, x_weight = _places(x1, x2, probs.shape[1], image_size[1])
+    y0, upper, y_weight = _places(y1, y2, probs.shape[0], image_size[0])
+    rows = cells[:, left] + (cells[:, left + 1] - cells[:, left]) * x_weight
+    values = np.diff(rows, axis=0)[upper]
+    values *= y_weight[:, None]
+    values += rows[upper]
+    return x0, y0, values >= np.float32(threshold)
 
 
-def _axis_weights(
+def _places(
     start: float, stop: float, cells: int, size: int
-) -> tuple[int, NDArray[np.float32]]:
-    """Bilinear weights along one axis: the first pixel touched, and [pixels, cells] f32.
+) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+    """The first pixel within half a cell of a box, and between which two cells each of them lies.
 
-    Bilinear sampling is separable, so one such matrix an axis replaces a grid of sample points.
+    Returns:
+        (first, low [pixels], weight [pixels]): cells are counted with one of zeros before the first;
+        the weight is that of cell low + 1.
     """
     extent = stop - start
     if not 0 < extent < math.inf:  # false for NaN as well
-        return 0, np.zeros((0, cells), np.float32)
-    # Interpolation towards the zeros outside reaches half a cell beyond the box.
-    skirt = extent / cells / 2
-    first = math.ceil(min(max(start - skirt - 0.5, 0), size))
-    last = math.floor(min(max(stop + skirt - 0.5, -1), size - 1))
-    centres = (np.arange(first, last + 1) + 0.5 - start) / extent * cells - 0.5
-    distances = np.abs(centres[:, None] - np.arange(cells))
-    return first, np.maximum(1 - distances, 0).astype(np.float32)
+        return 0, np.zeros(0, np.int64), np.zeros(0, np.float32)
+    positions = (np.arange(size) + 0.5 - start) * (cells / extent) - 0.5
+    first, end = np.searchsorted(positions, (-1, cells)).tolist()
+    low = np.floor(positions[first:end])
+    return first, low.astype(np.int64) + 1, (positions[first:end] - low).astype(np.float32)
 
 
 def paste_masks(
@@ -71,7 +91,7 @@ def paste_masks(
     image_size: tuple[int, int],
     threshold: float,
 ) -> NDArray[np.bool_]:
-    """`paste_mask` for N instances: [N, m, m] f32 and [N, 4] f32 to [N, H, W] bool."""
+    """`paste_mask` for N instances: [N, M, M] f32 and [N, 4] f32 to [N, height, width] bool."""
     masks = np.zeros((len(boxes), *image_size), np.bool_)
     for mask, probs, box in zip(masks, mask_probs, boxes, strict=True):
         x0, y0, crop = paste_mask(probs, box.tolist(), image_size, threshold)
@@ -87,35 +107,78 @@ def rles_from_mask_probs(
 ) -> list[dict[str, Any]]:
     """COCO RLEs of what `paste_masks` makes of the same arguments, without whole images.
 
+    The kernel `paste_masks.cu` finds the edges where there is a C++ compiler, numpy elsewhere.
+
     Returns:
         N dicts of `size` ([height, width]) and `counts` (str), equal to pycocotools' `encode`.
     """
-    from pycocotools import mask as coco
-
-    height, width = image_size
-    rles = []
-    for probs, box in zip(mask_probs, boxes, strict=True):
-        counts = _run_lengths(*paste_mask(probs, box.tolist(), image_size, threshold), image_size)
-        rle = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        rles.append({"size": [height, width], "counts": rle["counts"].decode("ascii")})
-    return rles
+    by_kernel = mask_probs.shape[1] <= MAX_CELLS and _kernel_compiles()
+    find = edges_by_kernel if by_kernel else edges_by_numpy
+    edge_counts, edges = find(mask_probs, boxes, image_size, threshold)
+    return rles_from_edges(edge_counts, edges, image_size)
 
 
-def _run_lengths(
+@cache
+def _kernel_compiles() -> bool:
+    try:
+        compile.host_library(MASKS)
+    except KernelError as error:
+        logger.info("numpy finds the edges of masks: %s", error)
+        return False
+    return True
+
+
+def edges_by_kernel(
+    mask_probs: NDArray[np.float32],
+    boxes: NDArray[np.float32],
+    image_size: tuple[int, int],
+    threshold: float,
+) -> tuple[Integers, Integers]:
+    """What `rles_from_edges` takes, (edge_counts, edges), of what `paste_masks` makes.
+
+    Raises:
+        KernelError: there is no C++ compiler, or the masks have more than `MAX_CELLS` cells a side.
+    """
+    probs, corners = (np.ascontiguousarray(x, np.float32) for x in (mask_probs, boxes))
+    addresses = [probs.ctypes.data, corners.ctypes.data]
+    sizes = (len(probs), probs.shape[1], image_size, threshold)
+    counts = np.empty(len(probs) * (1 + image_size[1]), np.int32)
+    host.launch(mask_edge_counts_launch(*sizes), addresses, counts.ctypes.data)
+    edge_counts = counts[: len(probs)]
+    edges = np.empty(edge_counts.sum(), np.int32)
+    host.launch(
+        mask_edges_launch(*sizes, len(edges)), [*addresses, counts.ctypes.data], edges.ctypes.data
+    )
+    return edge_counts, edges
+
+
+def edges_by_numpy(
+    mask_probs: NDArray[np.float32],
+    boxes: NDArray[np.float32],
+    image_size: tuple[int, int],
+    threshold: float,
+) -> tuple[Integers, Integers]:
+    """The same, without a compiler."""
+    edges = [
+        _edges_of_crop(*paste_mask(probs, box.tolist(), image_size, threshold), image_size)
+        for probs, box in zip(mask_probs, boxes, strict=True)
+    ]
+    counts = np.array([len(places) for places in edges], np.int64)
+    return counts, np.concatenate([np.zeros(0, np.int64), *edges])
+
+
+def _edges_of_crop(
     x0: int, y0: int, crop: NDArray[np.bool_], image_size: tuple[int, int]
-) -> list[int]:
-    """Lengths of the runs of 0, 1, 0, ... down the image's columns, all zero outside the crop."""
+) -> NDArray[np.int64]:
     height, width = image_size
     crop_height, crop_width = crop.shape
     # A blank pixel ends every run at its column's end, unless it goes on at the top of the next.
     stride = crop_height + (crop_height < height)
     flat = np.zeros(1 + crop_width * stride + 1, np.bool_)
     flat[1:-1].reshape(crop_width, stride)[:, :crop_height] = crop.T
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), stride)
-    edges = (x0 + column) * height + y0 + row  # a start, an end, a start, ...
-    counts: list[int] = np.diff(edges, prepend=0, append=height * width).tolist()
-    # pycocotools writes a first run of 0 without pixels, but no last one.
-    return counts[:-1] if counts[-1] == 0 else counts
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), max(stride, 1))
+    edges = (x0 + column) * height + y0 + row
+    return edges[edges < height * width]  # the image's end is none
 
 
 def mask_from_segmentation(segmentation: object, height: int, width: int) -> NDArray[np.bool_]:
@@ -165,33 +228,13 @@ def _mask_from_rle(rle: dict[str, Any], height: int, width: int) -> NDArray[np.b
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise _malformed(f"an RLE of its image's size {[height, width]}", size)
     runs: Any = counts.encode() if isinstance(counts, str) else counts
-    runs = _decompress(runs) if isinstance(runs, bytes) else runs
+    runs = decompress_runs(runs) if isinstance(runs, bytes) else runs
     # Not by pycocotools: it leaves the pixels that too short an RLE lacks uninitialised.
     valid = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
     if not valid or sum(runs) != height * width:
         raise _malformed(f"RLE counts that add up to {height} x {width} pixels", counts)
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.ascontiguousarray(pixels.reshape(width, height).T)
-
-
-def _decompress(counts: bytes) -> list[int]:
-    """Run lengths from COCO's compressed string; nonsense for a malformed one, but no error.
-
-    Each character holds 6 bits above 48: five of the number, lowest first, and whether more
-    follow. From the fourth on, a number is the difference to the run two before.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:  # negative: two's complement
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
 
 
 def _malformed(expected: str, found: object) -> DataError:

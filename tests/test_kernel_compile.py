@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comask.runtime.trt import ops
 
 from comask.errors import KernelError
 from comask.kernels import compile, launch, tensors
@@ -27,6 +28,8 @@ ENTRIES = {
         for layout in ("planes", "channels_last")
     },
     "sorted_nms": {"sorted_nms"},
+    "frame_to_canvas": {"frame_to_canvas_rgb", "frame_to_canvas_nv12"},
+    "paste_masks": {"mask_edge_counts", "mask_edges", "paste_masks"},
 }
 PTXAS = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas")
 NVCC = shutil.which("nvcc")
@@ -137,6 +140,25 @@ def test_a_changed_source_is_compiled_anew(
         (folder / name).write_text((folder / name).read_text() + "// changed\n")
         compile.cubin("sorted_nms", 80)
         assert len(list(empty_cache.iterdir())) > before + (before == 0)
+
+
+def test_engines_are_tied_to_the_kernels_of_plugins_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sources"
+    shutil.copytree(compile.FOLDER, folder)
+    monkeypatch.setattr(ops, "FOLDER", folder)
+    before = ops.kernels_sha256()
+
+    def changes(name: str) -> bool:
+        (folder / name).write_text((folder / name).read_text() + "// changed\n")
+        return ops.kernels_sha256() != before
+
+    assert not changes("frame_to_canvas.cu")
+    assert not changes("paste_masks.cu")
+    for name in ("sorted_nms.cu", "pyramid_roi_align.cu", "portable.h"):
+        assert changes(name)
+        before = ops.kernels_sha256()
 
 
 def test_processes_may_compile_at_once(empty_cache: Path) -> None:

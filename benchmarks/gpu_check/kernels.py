@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import pixels
 from clock import seconds
 from context import Context
 from rows import Figure, UnavailableError
@@ -230,4 +231,5 @@ CHECKS = {
     "RoIAlign's speed against torchvision's": speed,
     "RoIAlign's bandwidth": bandwidth,
     "NMS's speed against torchvision's": nms_speed,
+    **pixels.CHECKS,
 }

@@ -1,0 +1,206 @@
+"""The mask kernels, built for the CPU, against numpy's pasting: no pixel and no edge differs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pycocotools import mask as coco
+from strategies import FEW, seeds
+
+from comask import masks
+from comask.errors import KernelError
+from comask.kernels import compile, host, launch_masks
+from comask.kernels.launch_masks import (
+    mask_edge_counts_launch,
+    mask_edges_launch,
+    paste_masks_launch,
+)
+from comask.masks import edges_by_kernel, edges_by_numpy, paste_masks, rles_from_mask_probs
+from comask.rle import decompress_runs, rles_from_edges
+
+LENGTHS = st.integers(1, 70)
+CELLS = st.sampled_from([1, 2, 7, 28, 56])
+ODD = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, 0.0)
+
+
+def instances(
+    count: int, cells: int, size: tuple[int, int], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise, discs and quarters (whose mixtures meet the threshold), over boxes of every kind."""
+    rng = np.random.default_rng(seed)
+    extent = np.array([size[1], size[0]])
+    probs = rng.random((count, cells, cells), np.float32)
+    y, x = np.mgrid[:cells, :cells] - (cells - 1) / 2
+    probs[::3] = 1 / (1 + np.exp(np.hypot(x, y) - cells / 3))
+    probs[1::3] = np.round(4 * probs[1::3]) / 4
+    corner = rng.uniform(-0.6, 1.1, (count, 2)) * extent
+    boxes = np.concatenate((corner, corner + rng.exponential(0.6, (count, 2)) * extent), 1)
+    whole = rng.random(count) < 0.3
+    boxes[whole] = boxes[whole].round()
+    boxes[rng.random(count) < 0.2, 1] = -3
+    boxes[rng.random(count) < 0.2, 3] = size[0] + 3
+    odd = rng.random(boxes.shape) < 0.02
+    boxes[odd] = rng.choice(ODD, odd.sum())
+    return probs, boxes.astype(np.float32)
+
+
+@FEW
+@given(
+    count=st.integers(0, 12), cells=CELLS, height=LENGTHS, width=LENGTHS,
+    threshold=st.sampled_from([0.25, 0.3, 0.5, 0.75, 1.0]), seed=seeds,
+)  # fmt: skip
+@example(12, 28, 1, 1, 0.5, 0)
+@example(12, 28, 1, 70, 0.5, 0)
+@example(12, 7, 70, 1, 0.25, 0)
+def test_edges_and_bitmaps_are_numpys(
+    count: int, cells: int, height: int, width: int, threshold: float, seed: int
+) -> None:
+    size = (height, width)
+    probs, boxes = instances(count, cells, size, seed)
+    expected = paste_masks(probs, boxes, size, threshold)
+    counts, edges = edges_by_kernel(probs, boxes, size, threshold)
+    for ours, theirs in zip(
+        (counts, edges), edges_by_numpy(probs, boxes, size, threshold), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    rles = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in expected]
+    found = rles_from_edges(counts, edges, size)
+    assert found == [rle | {"counts": rle["counts"].decode()} for rle in rles]
+    np.testing.assert_array_equal(bitmaps(probs, boxes, size, threshold), expected)
+
+
+def bitmaps(
+    probs: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float, threads: int = 1
+) -> np.ndarray:
+    """By the kernel, between bytes that must not change."""
+    count, cells = probs.shape[:2]
+    around = np.full(count * size[0] * size[1] + 128, 7, np.uint8)
+    launch = paste_masks_launch(count, cells, size, threshold)
+    host.launch(launch, [probs.ctypes.data, boxes.ctypes.data], around.ctypes.data + 64, threads)
+    assert (around[:64] == 7).all()
+    assert (around[-64:] == 7).all()
+    return around[64:-64].reshape(count, *size)
+
+
+def test_masks_of_an_image_of_the_papers_size() -> None:
+    size = (800, 1333)
+    probs, boxes = instances(40, 28, size, 0)
+    expected = paste_masks(probs, boxes, size, 0.5)
+    assert (expected.reshape(40, -1).sum(axis=1) > 1000).sum() > 20
+    np.testing.assert_array_equal(bitmaps(probs, boxes, size, 0.5, threads=3), expected)
+    for ours, theirs in zip(
+        edges_by_kernel(probs, boxes, size, 0.5),
+        edges_by_numpy(probs, boxes, size, 0.5),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_edges_do_not_depend_on_threads_and_stay_within_the_capacity() -> None:
+    size = (60, 50)
+    probs, boxes = instances(30, 28, size, 1)
+    counts, edges = edges_by_kernel(probs, boxes, size, 0.5)
+    inputs = [probs.ctypes.data, boxes.ctypes.data]
+    for threads in (1, 3):
+        by_column = np.full(30 * 51 + 1, -7, np.int32)
+        launch = mask_edge_counts_launch(30, 28, size, 0.5)
+        host.launch(launch, inputs, by_column.ctypes.data, threads)
+        np.testing.assert_array_equal(by_column[:30], counts)
+        np.testing.assert_array_equal(by_column[30:-1].reshape(30, 50)[:, -1], counts)
+        for capacity in (0, 1, len(edges) // 2, len(edges) + 9):
+            found = np.full(len(edges) + 10, -7, np.int32)
+            launch = mask_edges_launch(30, 28, size, 0.5, capacity)
+            host.launch(launch, [*inputs, by_column.ctypes.data], found.ctypes.data, threads)
+            written = min(capacity, len(edges))
+            np.testing.assert_array_equal(found[:written], edges[:written])
+            assert (found[written:] == -7).all()
+        assert by_column[-1] == -7
+
+
+@FEW
+@given(height=LENGTHS, width=LENGTHS, density=st.floats(0, 1), seed=seeds)
+def test_any_masks_edges_become_pycocotools_rle(
+    height: int, width: int, density: float, seed: int
+) -> None:
+    dense = np.random.default_rng(seed).random((3, height, width)) < density
+    dense[1] = np.repeat(dense[1, :, :1], width, axis=1)
+    flat = dense.transpose(0, 2, 1).reshape(3, -1)
+    edges = [np.flatnonzero(np.diff(mask.astype(int), prepend=0)) for mask in flat]
+    counts = np.array([len(places) for places in edges])
+    rles = rles_from_edges(counts, np.concatenate(edges), (height, width))
+    for mask, rle in zip(dense, rles, strict=True):
+        assert rle["counts"] == coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+def test_long_runs_take_seven_characters() -> None:
+    edges = np.array([2**30 - 1, 2**30, 2**30 + 3, 2**30 + 4, 2**31 - 2**21])
+    (rle,) = rles_from_edges(np.array([5]), edges, (2**20, 2**11 - 1))
+    assert rle == {"size": [2**20, 2**11 - 1], "counts": rle["counts"]}
+    runs = np.diff(edges, prepend=0, append=2**20 * (2**11 - 1)).tolist()
+    assert decompress_runs(rle["counts"].encode()) == runs
+    theirs = coco.frPyObjects({"size": rle["size"], "counts": runs}, *rle["size"])
+    assert rle["counts"] == theirs["counts"].decode()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    caches = (compile.host_library, masks._kernel_compiles)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_numpy_finds_the_edges_where_nothing_compiles(
+    no_compiler: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    probs, boxes = instances(5, 28, (30, 40), 2)
+    with caplog.at_level(logging.INFO):
+        rles = rles_from_mask_probs(probs, boxes, (30, 40), 0.5)
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(KernelError, match="no C"):
+        edges_by_kernel(probs, boxes, (30, 40), 0.5)
+    for mask, rle in zip(paste_masks(probs, boxes, (30, 40), 0.5), rles, strict=True):
+        assert rle["counts"] == coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+def test_masks_too_fine_for_the_kernel_are_pasted_all_the_same() -> None:
+    probs, boxes = instances(9, 57, (30, 40), 3)
+    expected = paste_masks(probs, boxes, (30, 40), 0.5)
+    assert expected.any()
+    for mask, rle in zip(expected, rles_from_mask_probs(probs, boxes, (30, 40), 0.5), strict=True):
+        assert rle["counts"] == coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cells": 0}, "1 to 56"),
+        ({"cells": 57}, "57 x 57 cells"),
+        ({"image_size": (0, 4)}, "2\\^31 - 1 pixels"),
+        ({"image_size": (2**16, 2**15)}, "2\\^31 - 1 pixels"),
+        ({"masks": 2**28, "image_size": (4, 9)}, "as many columns"),
+        ({"threshold": 0.0}, "must be above 0"),
+        ({"threshold": float("nan")}, "must be above 0"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"masks": 3, "cells": 28, "image_size": (4, 4), "threshold": 0.5}
+    for launch in (mask_edge_counts_launch, paste_masks_launch):
+        launch(**arguments)
+        with pytest.raises(KernelError, match=message):
+            launch(**(arguments | change))
+
+
+def test_constants_agree() -> None:
+    source = (compile.FOLDER / "paste_masks.cu").read_text()
+    for name in ("THREADS", "MAX_CELLS"):
+        assert f"{name} = {getattr(launch_masks, name)};" in source
