@@ -1,8 +1,9 @@
-"""`comask-infer`: a bundle over images and folders."""
+"""`comask-infer`: a bundle over images, folders, videos, cameras and streams."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.cli.options import command, find_images, json_option, write_json
+from comask.cli.infer_video import Interruption, VideoOptions, run_video, split_inputs
+from comask.cli.options import command, json_option, write_json
 
-from comask.errors import ComaskError, ImageError
+from comask.errors import ComaskError, ImageError, VideoError
 
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor
@@ -34,7 +36,10 @@ KINDS = ("overlay", "masks", "coco", "labels")
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
               help="Lowest score drawn in overlays; other results keep all.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True,
-              help="Images of one size that run together.")  # fmt: skip
+              help="Images of one size, or frames of a file, that run together.")  # fmt: skip
+@click.option("--every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Videos: look at each N-th frame alone.")  # fmt: skip
+@click.option("--track", is_flag=True, help="Videos: instances keep an id and a colour.")
 @json_option
 def main(
     bundle: Path,
@@ -44,56 +49,119 @@ def main(
     save: str,
     threshold: float,
     batch: int,
+    every: int,
+    track: bool,
     json_file: str | None,
 ) -> None:
-    """Run BUNDLE over images: files, folders and patterns.
+    """Run BUNDLE over images, videos, folders and patterns of them, camera:0, or rtsp://… and the like.
 
     Results keep the name and extension of their source: photo.jpg.overlay.png, photo.jpg.mask.png
     (u16, pixel = instance number from 1, best score on top), photo.jpg.labels.txt (class score x1 y1
-    x2 y2), and detections.json (COCO results) with images.json (its image ids) for all of them.
+    x2 y2), and detections.json (COCO results) with images.json (its image ids) for all images. Videos
+    give clip.mp4.overlay.mp4 with the audio, and clip.mp4.jsonl with a line of COCO results a frame.
 
-    An image that cannot be read is reported and skipped; the exit code is 1 if there was one.
+    An input that cannot be read is reported and skipped; the exit code is 1 if there was one.
     """
     from comask.runtime import Predictor
 
-    from comask.progress import Progress
-
     kinds = _kinds(save)
-    files = find_images(inputs)
+    images, videos = split_inputs(inputs)
+    options = VideoOptions(output, kinds, threshold, batch, every, track)
+    options.check(videos)
     failures: list[dict[str, str]] = []
     results = Results(output, kinds, threshold)
-    started = time.perf_counter()
-    with (
-        Predictor.load(bundle, backend, max_batch=batch) as predictor,
-        Progress("inferring", len(files), unit="images") as progress,
-    ):
+    stop = Interruption()
+    with Predictor.load(bundle, backend, max_batch=batch) as predictor:
         click.echo(f"backend {predictor.stages.backend}", err=True)
-        images = _decoded(files, failures, progress.advance)
-        for path, pixels, found in _detected(predictor, images, 2 * batch):
-            results.add(path, pixels, found)
-            progress.advance()
-    seconds = time.perf_counter() - started
-    results.finish()
-    for failure in failures:
-        click.echo(f"skipped: {failure['error']}", err=True)
-    done = len(files) - len(failures)
-    click.echo(
-        f"{done} of {len(files)} images in {seconds:.1f} s ({done / seconds:.1f} images/s), "
-        f"{results.detections} detections in {output}",
-        err=json_file == "-",
-    )
+        seconds = _run_images(predictor, images, results, failures, 2 * batch) if images else 0.0
+        reports = _run_videos(predictor, videos, results, failures, options, stop)
+    done = results.images
+    if images:
+        click.echo(
+            f"{done} of {len(images)} images in {seconds:.1f} s ({done / seconds:.1f} images/s), "
+            f"{results.detections} detections in {output}",
+            err=json_file == "-",
+        )
+    for report in reports:
+        click.echo(_video_line(report), err=json_file == "-")
     write_json(
         json_file,
         {
             "images": done,
             "detections": results.detections,
+            "videos": reports,
             "failures": failures,
             "seconds": seconds,
             "backend": predictor.stages.backend,
+            "interrupted": bool(stop.signal),
         },
     )
+    if stop.signal:
+        sys.exit(128 + stop.signal)
     if failures:
         sys.exit(1)
+
+
+def _run_images(
+    predictor: Predictor,
+    files: list[Path],
+    results: Results,
+    failures: list[dict[str, str]],
+    window: int,
+) -> float:
+    """Runs the images, `window` of them in memory; the seconds it took."""
+    from comask.progress import Progress
+
+    started = time.perf_counter()
+    with Progress("inferring", len(files), unit="images") as progress:
+        images = _decoded(files, failures, progress.advance)
+        for path, pixels, found in _detected(predictor, images, window):
+            results.add(path, pixels, found)
+            progress.advance()
+    results.finish()
+    for failure in failures:
+        click.echo(f"skipped: {failure['error']}", err=True)
+    return time.perf_counter() - started
+
+
+def _run_videos(
+    predictor: Predictor,
+    videos: list[str],
+    results: Results,
+    failures: list[dict[str, str]],
+    options: VideoOptions,
+    stop: Interruption,
+) -> list[dict[str, Any]]:
+    """Runs the videos until `stop`; their reports."""
+    from comask.runtime.video.address import file_name, shown_name
+
+    reports = []
+    for address in videos:
+        shown, name = shown_name(address), results.unique(file_name(address))
+        try:
+            report, problems = run_video(predictor, address, name, options, stop)
+        except VideoError as error:
+            click.echo(f"skipped: {error}", err=True)
+            failures.append({"file": shown, "error": str(error)})
+            continue
+        reports.append({"file": shown, **dataclasses.asdict(report)})
+        for problem in problems:
+            click.echo(f"incomplete: {shown}: {problem}", err=True)
+            failures.append({"file": shown, "error": f"{shown}: {problem}"})
+        if stop.signal:
+            break
+    return reports
+
+
+def _video_line(report: dict[str, Any]) -> str:
+    line = (
+        f"{report['file']}: {report['frames']} frames in {report['seconds']:.1f} s "
+        f"({report['frames'] / report['seconds']:.1f} frames/s), {report['detections']} detections"
+    )
+    for count in ("dropped", "damaged", "reconnects"):
+        if report[count]:
+            line += f", {report[count]} {count}"
+    return line
 
 
 def _kinds(save: str) -> set[str]:
@@ -143,7 +211,7 @@ def _flush(
 
 
 class Results:
-    """Writes what `--save` asks for.
+    """Writes what `--save` asks for of images.
 
     Args:
         folder: of the results, made where it is missing.
@@ -170,7 +238,7 @@ class Results:
         from comask.draw import draw_overlay
 
         self.detections += len(found)
-        name = self._unique(path.name)
+        name = self.unique(path.name)
         image_id = len(self._images) + 1
         height, width = found.image_size
         self._images.append(
@@ -187,6 +255,11 @@ class Results:
         if "coco" in self._kinds:
             self._coco += found.to_coco(image_id)
 
+    @property
+    def images(self) -> int:
+        """How many there were."""
+        return len(self._images)
+
     def finish(self) -> None:
         """The files that cover all images."""
         if "coco" in self._kinds:
@@ -194,8 +267,8 @@ class Results:
                 (self._folder / "detections.json").write_text(json.dumps(self._coco))
                 (self._folder / "images.json").write_text(json.dumps(self._images, indent=1))
 
-    def _unique(self, name: str) -> str:
-        """`name`, or a numbered one where another folder's image already took it."""
+    def unique(self, name: str) -> str:
+        """`name`, or a numbered one where another folder's file already took it."""
         unique, number = name, 2
         while unique in self._taken:
             unique, number = f"{name}.{number}", number + 1

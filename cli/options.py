@@ -1,4 +1,4 @@
-"""What the commands share: how they fail, find images and name data sets."""
+"""What the commands share: how they fail, find files and name data sets."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def write_json(target: str | None, content: Any) -> None:
         raise ComaskError(f"--json {target}: cannot be written: {error.strerror}") from error
 
 
-def find_images(inputs: tuple[str, ...]) -> list[Path]:
-    """The files that inputs name: a file as it is, a folder's images, what a pattern matches.
+def find_files(inputs: tuple[str, ...], suffixes: set[str]) -> list[Path]:
+    """The files that inputs name: a file as it is, a folder's files, what a pattern matches.
 
-    A folder gives the files whose suffix is an image's, in order of name; a file or pattern gives
-    whatever it names, since images are known by their content.
+    A folder gives the files that have one of `suffixes`, in order of name; a file or pattern gives
+    whatever it names, since images and videos are known by their content.
 
     Raises:
         ComaskError: when an input names nothing.
@@ -94,9 +94,9 @@ def find_images(inputs: tuple[str, ...]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
             if not files:
-                raise ComaskError(f"{text}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise ComaskError(f"{text}: holds no such files: {', '.join(sorted(suffixes))}")
         elif path.exists():
             files = [path]
         else:

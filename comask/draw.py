@@ -22,17 +22,22 @@ _FILL_OPACITY = 0.4
 _LARGEST_COVER = 0.3  # no tag hides more of any box
 # Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
 # four tones make most of those that come close differ in brightness.
+_UNTRACKED = (160, 160, 160)
 _TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
 
 
 def class_color(label: int) -> Color:
-    """The colour of class `label`, (r, g, b) in 0..255: always the same, unlike its neighbours'."""
+    """The (r, g, b) in 0..255 of class or track `label`: always the same, unlike its neighbours'."""
     hue = label * 0.618034 % 1
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, *_TONES[label % 4]))
     return red, green, blue
 
 
-def draw_overlay(image: NDArray[np.uint8], detections: Detections) -> NDArray[np.uint8]:
+def draw_overlay(
+    image: NDArray[np.uint8],
+    detections: Detections,
+    track_ids: NDArray[np.int64] | None = None,
+) -> NDArray[np.uint8]:
     """Draw each detection's mask, contour, box and a tag with its name and score.
 
     Where tags would hide each other or much of an object, those of lower scores are left out.
@@ -41,6 +46,8 @@ def draw_overlay(image: NDArray[np.uint8], detections: Detections) -> NDArray[np
     Args:
         image: [H, W, 3] u8, RGB; left as it is.
         detections: found in this image; higher scores are drawn over lower ones.
+        track_ids: [N] i64; each id has its colour and stands in the tag, and what has none (-1) is gray.
+            Without them a class has its colour.
 
     Returns:
         [H, W, 3] u8, RGB.
@@ -65,30 +72,37 @@ def draw_overlay(image: NDArray[np.uint8], detections: Detections) -> NDArray[np
     order = np.argsort(detections.scores, kind="stable")
 
     canvas = image.copy(order="C")
+    keys = detections.labels if track_ids is None else track_ids
+    colors = [class_color(key) if key >= 0 else _UNTRACKED for key in keys.tolist()]
     for index in order:
-        _draw_instance(canvas, detections, index, boxes[index], line)
+        _draw_instance(canvas, detections, index, boxes[index], colors[index], line)
 
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=font_size)
     tags = np.empty((0, 4), np.int64)
     for index in order[::-1]:  # the best scores have the first choice of a place
-        label = int(detections.labels[index])
-        text = f"{detections.name(label)} {detections.scores[index]:.2f}"
+        text = f"{detections.name(int(detections.labels[index]))} {detections.scores[index]:.2f}"
+        if track_ids is not None and track_ids[index] >= 0:
+            text = f"#{track_ids[index]} {text}"
         place = _tag_place(_tag_size(font, text), boxes[index], boxes, tags, (height, width))
         if place is not None:
-            _draw_tag(pen, font, text, class_color(label), place)
+            _draw_tag(pen, font, text, colors[index], place)
             tags = np.vstack((tags, place))
     return np.array(picture)
 
 
 def _draw_instance(
-    canvas: NDArray[np.uint8], detections: Detections, index: int, box: NDArray[np.int64], line: int
+    canvas: NDArray[np.uint8],
+    detections: Detections,
+    index: int,
+    box: NDArray[np.int64],
+    color: Color,
+    line: int,
 ) -> None:
     """Draw one instance's fill, contour and box into `canvas`."""
     import cv2
 
-    color = class_color(int(detections.labels[index]))
     x0, y0, crop = paste_mask(
         detections.mask_probs[index],
         detections.boxes_xyxy[index].tolist(),

@@ -17,6 +17,10 @@ class ImageError(ComaskError, ValueError):
     """An image that cannot be decoded."""
 
 
+class VideoError(ComaskError, ValueError):
+    """A video, camera or stream that cannot be opened or decoded."""
+
+
 class CheckpointError(ComaskError, ValueError):
     """A checkpoint or weight file that cannot be read or does not fit the model."""
 
@@ -43,3 +47,7 @@ class EngineError(ComaskError, RuntimeError):
 
 class KernelError(ComaskError, RuntimeError):
     """A kernel that cannot be compiled, loaded or launched."""
+
+
+class KernelUnavailableError(KernelError):
+    """Kernels cannot be had on this machine: there is no compiler, no driver, or none for the device."""

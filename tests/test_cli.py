@@ -25,7 +25,7 @@ OPTIONS = {
         "plugin", "profile", "workspace", "optimization-level", "hardware-compatibility",
         "version-compatible", "compute-capability", "rebuild", "json",
     },
-    "infer": {"output", "backend", "save", "threshold", "batch", "json"},
+    "infer": {"output", "backend", "save", "threshold", "batch", "every", "track", "json"},
     "eval": {"data", "backend", "images", "tolerance", "batch", "no-record", "json"},
     "shapes": {"images", "seed"},
     "doctor": {"need", "json"},

@@ -1,0 +1,178 @@
+"""What `comask-infer` does with videos, cameras and streams."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from comask.cli.options import IMAGE_SUFFIXES, find_files
+
+from comask.errors import ComaskError
+from comask.progress import LINE_SECONDS, Progress
+
+if TYPE_CHECKING:
+    from comask.runtime import Predictor
+    from comask.runtime.video import Frame, Sink, VideoPipeline, VideoReport, VideoSource
+
+    from comask.structures import Detections
+
+VIDEO_KINDS = {"overlay", "coco"}
+
+
+def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """The images that inputs name, and the videos, cameras and streams, each in its order.
+
+    Raises:
+        ComaskError: when an input names nothing.
+    """
+    from comask.runtime.video.address import VIDEO_SUFFIXES, is_address, is_video
+
+    images: list[Path] = []
+    videos: dict[str, None] = {}
+    for text in inputs:
+        if is_address(text):
+            videos[text] = None
+            continue
+        for path in find_files((text,), IMAGE_SUFFIXES | VIDEO_SUFFIXES):
+            if is_video(path):
+                videos[str(path)] = None
+            else:
+                images.append(path)
+    return list(dict.fromkeys(images)), list(videos)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VideoOptions:
+    """How videos are run.
+
+    Attributes:
+        folder: of the results.
+        kinds: of results, among `VIDEO_KINDS`.
+        threshold: lowest score that is drawn, and that starts a track.
+        batch: frames of a file that run together.
+        every: look at each n-th frame.
+        track: whether instances get ids.
+    """
+
+    folder: Path
+    kinds: set[str]
+    threshold: float
+    batch: int
+    every: int
+    track: bool
+
+    def check(self, videos: list[str]) -> None:
+        """Refuses what does not fit the inputs, and tracking where it is not installed.
+
+        Raises:
+            ComaskError: when something asked for cannot be had.
+        """
+        if not videos:
+            if self.track or self.every > 1:
+                raise ComaskError("--track and --every are for videos, and no input is one")
+            return
+        if wrong := self.kinds - VIDEO_KINDS:
+            raise ComaskError(
+                f"--save {','.join(sorted(wrong))} is for images, and {videos[0]} is a video: "
+                f"choose from {', '.join(sorted(VIDEO_KINDS))}"
+            )
+        if self.track:
+            from comask.runtime.video import Tracker
+
+            Tracker(self.threshold)
+
+
+class Interruption:
+    """Turns SIGINT and SIGTERM into a call of `stop`; the second one ends the process as usual.
+
+    Attributes:
+        signal: the number of the one that came, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._pipeline: VideoPipeline | None = None
+
+    @contextlib.contextmanager
+    def stops(self, pipeline: VideoPipeline) -> Iterator[None]:
+        """In this block, a signal stops `pipeline`."""
+        self._pipeline = pipeline
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._received) for number in numbers]
+        self._before = dict(zip(numbers, before, strict=True))
+        try:
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
+        assert self._pipeline is not None
+        self._pipeline.stop()
+
+
+def run_video(
+    predictor: Predictor, address: str, name: str, options: VideoOptions, stop: Interruption
+) -> tuple[VideoReport, list[str]]:
+    """Runs one video and writes `name`.overlay.mp4 and `name`.jsonl as asked for.
+
+    Returns:
+        The report, and what went wrong with the video.
+
+    Raises:
+        VideoError: when it cannot be opened.
+        ComaskError: when results cannot be written.
+    """
+    from comask.runtime.video import JsonLines, OverlayWriter, Tracker, VideoPipeline, VideoSource
+
+    overlay = "overlay" in options.kinds
+    source = VideoSource(address, every=options.every, audio=overlay)
+    with contextlib.ExitStack() as stack:
+        sinks: list[Sink] = []
+        if overlay:
+            stem = options.folder / f"{name}.overlay"
+            sinks.append(stack.enter_context(OverlayWriter(stem, source, options.threshold)))
+        if "coco" in options.kinds:
+            sinks.append(stack.enter_context(JsonLines(options.folder / f"{name}.jsonl")))
+        tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None
+        sinks.append(stack.enter_context(_Shown(source, options.every)))
+        pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
+        stack.enter_context(stop.stops(pipeline))
+        report = pipeline.run()
+    problems = [report.problem] if report.problem else []
+    if report.damaged and not source.live:
+        problems.append(f"{report.damaged} damaged frames or packets were skipped")
+    return report, problems
+
+
+class _Shown(contextlib.ExitStack):
+    """A sink that shows how far a video is: a `Progress`, or a line now and then for a live source."""
+
+    def __init__(self, source: VideoSource, every: int) -> None:
+        super().__init__()
+        self._name, self._every, self._count = source.name, every, 0
+        self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        if source.frames:
+            total = -(-source.frames // every)
+            self._progress = self.enter_context(Progress(source.name, total, unit="frames"))
+
+    def add(self, frame: Frame, found: Detections, track_ids: Any) -> None:
+        """Counts one frame."""
+        self._count += 1
+        if self._progress:
+            self._progress.advance()
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            came = frame.index // self._every + 1
+            click.echo(f"{self._name}: {self._count} of {came} frames looked at", err=True)

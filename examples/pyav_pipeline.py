@@ -1,0 +1,60 @@
+"""Counts what is seen in a video, or by a camera, a second at a time, and draws it if asked to.
+
+python examples/pyav_pipeline.py demo/bundle clip.mp4 [overlay]   # overlay.mp4, with the sound
+python examples/pyav_pipeline.py demo/bundle rtsp://camera/live   # until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+from comask.runtime import Detections, Predictor
+from comask.runtime.video import Frame, OverlayWriter, Sink, VideoPipeline, VideoSource
+
+
+class CountPerSecond:
+    """A sink: prints the most instances of each class that one frame of a second showed."""
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self._threshold = threshold
+        self._second = 0
+        self._most: Counter[str] = Counter()
+
+    def add(self, frame: Frame, found: Detections, track_ids: object) -> None:
+        """Takes one frame's results; called in order, in the thread that writes."""
+        if int(frame.time) > self._second:
+            self.print()
+            self._second, self._most = int(frame.time), Counter()
+        labels = found.labels[found.scores >= self._threshold]
+        self._most |= Counter(found.name(label) for label in labels.tolist())
+
+    def print(self) -> None:
+        """Prints the second at hand."""
+        seen = ", ".join(f"{count} {name}" for name, count in sorted(self._most.items()))
+        print(f"{self._second:5} s: {seen or 'nothing'}", flush=True)
+
+
+def main(bundle: str, address: str, overlay: str | None = None) -> None:
+    """Runs `bundle` over what `address` names."""
+    with contextlib.ExitStack() as stack:
+        predictor = stack.enter_context(Predictor.load(bundle))
+        source = VideoSource(address, audio=overlay is not None)
+        counts = CountPerSecond()
+        sinks: list[Sink] = [counts]
+        if overlay:
+            sinks.append(stack.enter_context(OverlayWriter(Path(overlay), source)))
+        pipeline = VideoPipeline(predictor, source, sinks, batch=4)
+        signal.signal(signal.SIGINT, lambda *_: pipeline.stop())
+        report = pipeline.run()
+        counts.print()
+    print(f"{report.frames} frames in {report.seconds:.1f} s, {report.dropped} dropped")
+    if report.problem:
+        sys.exit(f"{source.name}: {report.problem}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+"""Video: frames from files, cameras and streams, through a `Predictor`, to overlays and JSON lines.
+
+Needs PyAV (`pip install 'comask[video]'`), imported when a source is opened.
+"""
+
+from comask.runtime.video.address import is_address, is_video
+from comask.runtime.video.overlay import OverlayWriter
+from comask.runtime.video.pipeline import Sink, VideoPipeline, VideoReport
+from comask.runtime.video.results import JsonLines
+from comask.runtime.video.source import Frame, VideoSource
+from comask.runtime.video.track import Tracker
+
+__all__ = [
+    "Frame",
+    "JsonLines",
+    "OverlayWriter",
+    "Sink",
+    "Tracker",
+    "VideoPipeline",
+    "VideoReport",
+    "VideoSource",
+    "is_address",
+    "is_video",
+]
