@@ -6,7 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.export.build_options import HARDWARE_COMPATIBILITY, PLUGINS, BuildOptions
+from comask.export.build_options import (
+    HARDWARE_COMPATIBILITY,
+    PLUGINS,
+    BuildOptions,
+    check_options,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +74,33 @@ def check_usage(values: dict[str, Any]) -> None:
             )
 
 
+def check_flavor(values: dict[str, Any]) -> None:
+    """Refuses what cannot be built here whatever the bundle is.
+
+    Raises:
+        BackendUnavailableError: when the flavor is not installed.
+        EngineError: for an option that it cannot honour.
+    """
+    if values["engine"] == "none":
+        return
+    from comask.runtime.gpu import find_gpu
+    from comask.runtime.trt.flavors import load_flavor
+
+    check_options(
+        load_flavor(values["engine"]), values["plugin"], _build_options(values), find_gpu()
+    )
+
+
+def _build_options(values: dict[str, Any]) -> BuildOptions:
+    return BuildOptions(
+        workspace_mib=values["workspace"],
+        optimization_level=values["optimization_level"],
+        hardware_compatibility=values["hardware_compatibility"],
+        version_compatible=values["version_compatible"],
+        compute_capabilities=values["compute_capability"],
+    )
+
+
 def engine_request(values: dict[str, Any], bundle: Bundle, precision: str) -> EngineRequest:
     """What the options ask for.
 
@@ -83,13 +115,7 @@ def engine_request(values: dict[str, Any], bundle: Bundle, precision: str) -> En
         precision=precision,
         plugin=values["plugin"],
         profile=Profile.of(bundle.manifest, values["profile"]),
-        options=BuildOptions(
-            workspace_mib=values["workspace"],
-            optimization_level=values["optimization_level"],
-            hardware_compatibility=values["hardware_compatibility"],
-            version_compatible=values["version_compatible"],
-            compute_capabilities=values["compute_capability"],
-        ),
+        options=_build_options(values),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.options import command, json_option, write_json
-from comask.runtime.backends import parse_backend
+from comask.runtime.backends import open_stages
 
 from comask.errors import DataError
 
@@ -26,7 +26,7 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
 @click.option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]",
-              help="May be repeated; the first is the reference. Default: both.")  # fmt: skip
+              help="Repeated; the first is the reference. Default: torch, onnxruntime.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
 @click.option("--tolerance", type=click.FloatRange(0), default=0.1, show_default=True,
               help="AP points that a backend may lie off the reference.")  # fmt: skip
@@ -51,9 +51,11 @@ def main(
     from comask.bundle import Bundle
 
     backends = backends or ("torch", "onnxruntime")
-    for name in backends:
-        parse_backend(name)
     opened = Bundle.open(bundle)
+    for name in backends:
+        if name == "auto":
+            raise click.UsageError("--backend auto: name the backends that are to be compared")
+        open_stages(opened, name).close()  # before the first is scored, which may take hours
     from comask.data.open_source import open_source
 
     source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
@@ -92,7 +94,7 @@ def _score(
         Progress(f"evaluating {backend}", len(indices), unit="images") as progress,
     ):
         found = []
-        for detections in predictor.stream(source.image(i) for i in indices):
+        for detections in predictor.map(source.image(i) for i in indices):
             labels = label_in_data[detections.labels]
             found.append(dataclasses.replace(detections, labels=labels, class_names=None))
             progress.advance()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.cli.engine_options import build_with_progress, check_usage, engine_options
+from comask.cli.engine_options import build_with_progress, check_flavor, check_usage, engine_options
 from comask.cli.options import command, json_option, write_json
 
 from comask.bundle import PRECISIONS
@@ -68,11 +68,16 @@ def main(
     comask-export bundle --precision fp16 --engine tensorrt-rtx
     """
     check_usage(engine_values)
+    if not source.exists():
+        raise ComaskError(f"{source}: there is no such checkpoint or bundle")
+    check_flavor(engine_values)  # not only after the export
     if source.is_dir():
         _refuse_in_place(output=output, score_threshold=score_threshold, diagnostics=diagnostics)
         bundle, added = _extend(source, precisions, val_data, verify_images)
     elif output is None:
-        raise click.UsageError("--output is missing: name the bundle's folder")
+        raise click.UsageError(
+            f"--output is missing: {source} is a file, so a checkpoint, and its bundle needs a folder"
+        )
     else:
         bundle = _export(
             source, output, precisions, val_data, verify_images,
@@ -170,6 +175,13 @@ def _print_proof(bundle: Bundle, precision: str, *, to_stderr: bool) -> None:
         f"{max(proof['relative'].values()):.1e} relative",
         err=to_stderr,
     )
+    exchanged = proof["contested_proposals"], proof["contested_detections"]
+    if any(exchanged):
+        click.echo(
+            f"  of {proof['proposals']} proposals {exchanged[0]}, and {exchanged[1]} detections, have "
+            f"no partner but near-ties",
+            err=to_stderr,
+        )
     if not proof["detections"]:
         _report(
             "warning: PyTorch found nothing in these images, so no detection was compared; name "

@@ -30,7 +30,12 @@ KINDS = ("overlay", "masks", "coco", "labels")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of results.")
-@click.option("--backend", default="auto", show_default=True, help="torch, onnxruntime or auto.")
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="tensorrt, tensorrt-rtx, onnxruntime, torch; :fp16 behind it.",
+)
 @click.option("--save", default="overlay,coco", show_default=True, metavar="KINDS",
               help=f"Any of {','.join(KINDS)}.")  # fmt: skip
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,

@@ -120,7 +120,7 @@ class Bundle:
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
                 f"{folder}: no bundle here ({MANIFEST} is missing); comask-export writes one"
             ) from error

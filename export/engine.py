@@ -97,13 +97,13 @@ def build_engines(
     check_options(flavor, request.plugin, request.options, gpu)
     info = _describe(bundle, request, flavor, gpu)
     folder = bundle.folder / ENGINES / info.folder_name
+    if folder.exists() and not rebuild:  # also where nothing can be written
+        return _existing(folder, info, report)
     try:
         folder.parent.mkdir(exist_ok=True)
         with _lock(folder.parent, report):
-            if folder.exists() and not rebuild:
-                existing = _existing(folder, info)
-                report(f"{folder}: is there already")
-                return existing
+            if folder.exists() and not rebuild:  # another build made it meanwhile
+                return _existing(folder, info, report)
             with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as work:
                 finished = _build_both(Path(work), folder, bundle, info, report, progress)
                 info = _proved(bundle, finished, images, gpu, report)
@@ -112,6 +112,7 @@ def build_engines(
                     aside = f"{REPLACED}{Path(work).name.removeprefix(BUILDING)}"
                     folder.rename(folder.with_name(aside))
                 finished.folder.rename(folder)
+            _clear(folder.parent)
     except OSError as error:
         raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return EngineFolder.open(folder)
@@ -126,9 +127,14 @@ def _lock(engines: Path, report: Report) -> Iterator[None]:
         except BlockingIOError:
             report(f"{engines}: another build is running; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        for left in (*engines.glob(f"{BUILDING}*"), *engines.glob(f"{REPLACED}*")):
-            shutil.rmtree(left, ignore_errors=True)
+        _clear(engines)
         yield
+
+
+def _clear(engines: Path) -> None:
+    """Removes engines that were replaced, and what killed builds left; only under the lock."""
+    for left in (*engines.glob(f"{BUILDING}*"), *engines.glob(f"{REPLACED}*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _build_both(
@@ -207,7 +213,7 @@ def _describe(
     )
 
 
-def _existing(folder: Path, wanted: EngineInfo) -> EngineFolder:
+def _existing(folder: Path, wanted: EngineInfo, report: Report) -> EngineFolder:
     """The engines that are there.
 
     Raises:
@@ -230,6 +236,7 @@ def _existing(folder: Path, wanted: EngineInfo) -> EngineFolder:
         )
     for stage in PLANS:
         existing.plan(stage)
+    report(f"{folder}: is there already")
     return existing
 
 

@@ -7,8 +7,10 @@ either, how it ended.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,11 +26,15 @@ from comask.runtime.trt.plugins import register_plugins
 from comask.errors import ComaskError, EngineError
 
 MIB = 2**20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Emit = Callable[[Mapping[str, Any]], None]
 
 
 def main(request_file: str, events: str) -> None:
     """Builds what the request names and reports on descriptor `events`."""
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # no builds without who asked for them
     with os.fdopen(int(events), "w", buffering=1) as pipe:
 
         def emit(event: Mapping[str, Any]) -> None:

@@ -26,8 +26,8 @@ def parse_backend(text: str) -> tuple[str, str]:
     name, _, precision = text.partition(":")
     if name not in BACKENDS:
         raise ComaskError(
-            f"unknown backend {name}: expected {', '.join(BACKENDS)} or auto, with a precision of "
-            f"the bundle behind a colon where it has several (onnxruntime:fp32)"
+            f"unknown backend {name}: expected one of {', '.join(BACKENDS)}, with a precision of the "
+            f"bundle behind a colon where it has several (onnxruntime:fp32)"
         )
     return name, precision or "fp32"
 
@@ -49,6 +49,8 @@ def open_stages(
         BundleError: when the bundle does not hold what it needs.
         EngineError: when engines do not fit, or cannot be opened or built.
     """
+    if not isinstance(device, int) or device < 0:
+        raise ComaskError(f"device {device!r}: expected the index of a GPU, 0 for the first")
     if backend == "auto":
         return _open_best(bundle, device, on_mismatch)
     name, precision = parse_backend(backend)

@@ -37,6 +37,10 @@ def diagnose_bundle(folder: Path) -> list[Finding]:
     if len(findings) == 1:
         found = f"{len(manifest.files)} have the manifest's hashes"
         findings.append(Finding(name="bundle's files", status="ok", found=found))
+    engines = folder / ENGINES
+    if engines.exists() and not engines.is_dir():
+        mend = f"rm {engines}: comask-export makes a folder of that name"
+        findings.append(Finding(name=ENGINES, status="broken", found="is no folder", mend=mend))
     folders = sorted(p for p in (folder / ENGINES).glob("[!.]*") if p.is_dir())
     return findings + [_engine(bundle, path) for path in folders]
 

@@ -125,6 +125,7 @@ def test_another_request_is_named_and_rebuilt_when_asked(
     rebuilt = build_engines(copy, wider, rebuild=True)
     assert rebuilt.info.profile["batch"] == (1, 2, 4)
     assert rebuilt.folder.name == engines.folder.name
+    assert not list((copy.folder / ENGINES).glob(".replaced-*"))
 
 
 def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
@@ -278,7 +279,7 @@ def test_an_altered_plan_is_refused(bundle: Bundle, engines: EngineFolder, tmp_p
     with pytest.raises(EngineError, match="--rebuild"):
         build_engines(copy, request(copy))
     (found.folder / "engine.json").write_text("{}")
-    with pytest.raises(EngineError, match="is no engine description"):
+    with pytest.raises(EngineError, match=r"does not describe engines.*--rebuild"):
         build_engines(copy, request(copy))
     assert build_engines(copy, request(copy), rebuild=True).plan("stage1").exists()
 
@@ -318,6 +319,24 @@ def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None
     assert refused.exit_code == 1
     assert "--rebuild" in refused.output.splitlines()[-1]
     assert refused.output.splitlines()[-1].startswith("error: ")
+
+
+def test_engines_that_are_there_need_no_writing(
+    bundle: Bundle, engines: EngineFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comask.export.engine._lock", None)  # as on a read-only file system
+    assert build_engines(bundle, request(bundle)).info == engines.info
+
+
+def test_what_cannot_be_built_is_refused_before_the_export(micro_run: Path, tmp_path: Path) -> None:
+    checkpoint, output = micro_run / "checkpoint-last.pt", tmp_path / "bundle"
+    result = run("export", checkpoint, "--output", output, "--engine", "tensorrt")
+    assert result.exit_code == 1
+    assert "pip install tensorrt" in result.output
+    assert not output.exists()
+    result = run("export", tmp_path / "nothing", "--engine", "tensorrt-rtx")
+    assert result.exit_code == 1
+    assert "no such checkpoint or bundle" in result.output
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,25 @@ class EngineFolder:
             EngineError: when there is none, or none that this comask reads.
         """
         path = folder / DESCRIPTION
+        mend = "comask-export with --rebuild builds the engines again"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise EngineError(f"{path}: is missing; {mend}") from error
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{path}: cannot be read ({error}); {mend}") from error
+        try:
             if values["schema_version"] != SCHEMA_VERSION:
                 raise EngineError(
                     f"{path}: has schema {values['schema_version']!r}, this comask reads "
-                    f"{SCHEMA_VERSION}; build the engines again"
+                    f"{SCHEMA_VERSION}; {mend}"
                 )
             values["profile"] = {k: tuple(v) for k, v in values["profile"].items()}
             return cls(folder, EngineInfo(**values))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path}: is no engine description: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"{path}: does not describe engines as this comask does; {mend}"
+            ) from error
 
     def plan(self, stage: str) -> Path:
         """The plan of `stage1` or `stage2`, after comparing its sha256.
