@@ -179,7 +179,12 @@ def _print_proof(bundle: Bundle, precision: str, *, to_stderr: bool) -> None:
     if any(exchanged):
         click.echo(
             f"  of {proof['proposals']} proposals {exchanged[0]}, and {exchanged[1]} detections, have "
-            f"no partner but near-ties",
+            f"no partner but near-ties"
+            + (
+                ": more than of a trained network, whose scores differ"
+                if proof["degenerate"]
+                else ""
+            ),
             err=to_stderr,
         )
     if not proof["detections"]:

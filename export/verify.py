@@ -54,6 +54,7 @@ def verify(
             score_threshold=model.score_threshold,
             tolerance=tolerance,
             into=comparison,
+            rpn_nms_iou=model.rpn_nms_iou,
         )
     if comparison.failures:
         rest = len(comparison.failures) - 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from comask.runtime.compare import (
+    TOLERANCES,
     Comparison,
     Tolerance,
     compare_stages,
-    match_boxes,
     relative_error,
 )
+from comask.runtime.compare_boxes import match_boxes
 from comask.runtime.session import Array, Stages
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,26 @@ def test_a_detection_at_the_threshold_is_excused() -> None:
     assert result.contested_detections == 1
 
 
+def test_a_lost_proposal_needs_a_near_tie() -> None:
+    """Five hundred of them: 1 % would let five go, but not those that no rounding explains."""
+    scores = np.linspace(0.9, 0.1, 500)
+    first, lost, last = outputs(scores.tolist()), outputs(scores.tolist()), outputs(scores.tolist())
+    for second, place in ((lost, 250), (last, 499)):
+        for name in ("proposals", "proposal_scores"):
+            kept = np.delete(second[0][name], place, axis=1)
+            second[0][name] = np.concatenate((kept, np.zeros_like(kept[:, :1])), axis=1)
+    (failure,) = compare(first, lost).failures
+    assert "proposals: missing" in failure
+    assert compare(first, last).failures == []
+    # an overlapping rival of the same score won instead
+    rival = outputs(scores.tolist())
+    rival[0]["proposals"][0, 250] += np.float32(2)
+    result = compare(first, rival)
+    assert (result.failures, result.contested_proposals) == ([], 2)
+    rival[0]["proposals"][0, 250] += np.float32(18)  # no overlap
+    assert len(compare(first, rival).failures) == 2
+
+
 def test_ties_do_not_excuse_every_detection() -> None:
     """All scores alike, all boxes moved: each finds a rival of its score beside it."""
     scores = [0.5] * 30
@@ -128,3 +149,12 @@ def test_relative_error() -> None:
         or abs(relative_error(a, a + 0.04) - 0.01) < 1e-9
     )
     assert relative_error(a, a[:1]) == float("inf")
+
+
+def test_more_may_be_exchanged_where_all_scores_are_alike() -> None:
+    tolerance = TOLERANCES["fp16"]
+    alike, spread = np.linspace(0.5, 0.5 + 19 * tolerance.tie, 50), np.linspace(0.05, 0.99, 50)
+    assert tolerance.shares(alike) == (0.08, 0.25)
+    assert tolerance.shares(spread) == (0.02, 0.05)
+    assert tolerance.shares(spread[:0]) == (0.02, 0.05)
+    assert TOLERANCES["fp32"].shares(alike) == (0.01, 0.05)

@@ -7,11 +7,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from comask.errors import KernelError
+from comask.errors import KernelError, KernelUnavailableError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check"
@@ -78,8 +78,10 @@ def test_bars(
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RuntimeError("wrong\nnumbers"), "FAIL"), (AssertionError("no"), "FAIL"),
-     (ModuleNotFoundError("No module named 'pycuda'"), "unavailable"),
-     (KernelError("no CUDA compiler"), "unavailable")],
+     (ModuleNotFoundError("No module named 'pycuda'", name="pycuda"), "unavailable"),
+     (ModuleNotFoundError("No module named 'comask.kernel'", name="comask.kernel"), "FAIL"),
+     (KernelUnavailableError("no CUDA compiler"), "unavailable"),
+     (KernelError("cuModuleLoadData failed with 209"), "FAIL")],
 )  # fmt: skip
 def test_a_check_that_raises_is_a_row(rows: ModuleType, error: Exception, status: str) -> None:
     def check(context: object) -> None:
@@ -89,3 +91,70 @@ def test_a_check_that_raises_is_a_row(rows: ModuleType, error: Exception, status
     assert row.status == status
     assert " ".join(str(error).split()) in row.note
     assert "\n" not in row.note
+
+
+@pytest.mark.parametrize(
+    ("death", "words"),
+    [("os.abort()", "died with SIGABRT"), ("sys.exit('no luck')", "exit code 1: no luck")],
+)
+def test_a_row_whose_process_dies_is_a_failure(rows: ModuleType, death: str, words: str) -> None:
+    command = [sys.executable, "-c", f"import os, sys; {death}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    row = rows.finished_row("g", "n", done)
+    assert row.status == "FAIL"
+    assert words in row.note
+
+
+@pytest.mark.parametrize(
+    ("compiles", "status"), [("true", "PASS"), ("false", "FAIL"), ("missing", "unavailable")]
+)
+def test_a_broken_compiler_is_no_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: str, status: str
+) -> None:
+    """The rehearsal's kernels are those of the CPU, so $CXX decides."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && echo 1 || {{ {compiles} && exec g++ $@; }}\n"
+    )
+    if compiles != "missing":
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("COMASK_CACHE", str(tmp_path))
+    name = "NMS keeps what torchvision keeps"
+    result = gpu_check("--rehearse", "--only", name, "--json", tmp_path / "r.json")
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["status"] == status, row
+    assert result.returncode == (status == "FAIL")
+
+
+def test_each_flavor_and_plugin_has_a_bundle_of_its_own(
+    rows: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import backends
+    import context
+
+    bundle = tmp_path / "mine"
+    (bundle / "engines" / "old").mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+    shared = context.Context(device="cuda", sizes=context.REHEARSAL, folder=tmp_path)
+    copies = {shared.without_engines(bundle, "tensorrt", plugin) for plugin in backends.PLUGINS}
+    assert len(copies) == 3
+    for copy in copies:
+        assert [path.name for path in copy.iterdir()] == ["manifest.json"]
+
+    def built(*plugins: str) -> None:
+        infos = [SimpleNamespace(flavor="tensorrt", plugin=p, precision="fp16") for p in plugins]
+        folders = [SimpleNamespace(info=info) for info in infos]
+        monkeypatch.setattr("comask.runtime.trt.engine_folder.find_engines", lambda bundle: folders)
+
+    monkeypatch.setattr("comask.bundle.Bundle.open", lambda folder: folder)
+    monkeypatch.setattr("comask.runtime.trt.flavors.load_flavor", lambda flavor: None)
+    monkeypatch.setattr("comask.export.build_options.check_options", lambda *arguments: None)
+    monkeypatch.setattr(context.Context, "command", lambda *arguments: "")
+    built("aot")
+    found = backends.build_engine(shared, bundle, "tensorrt", "fp16", "aot")
+    assert found == shared.without_engines(bundle, "tensorrt", "aot")
+    for plugins in (("python",), ("python", "aot"), ()):
+        built(*plugins)
+        with pytest.raises(RuntimeError, match="not tensorrt with aot"):
+            backends.build_engine(shared, bundle, "tensorrt", "fp16", "aot")

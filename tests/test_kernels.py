@@ -18,7 +18,7 @@ from strategies import FEW, random_boxes, seeds
 from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
-from comask.errors import KernelError
+from comask.errors import KernelError, KernelUnavailableError
 from comask.kernels import compile, host
 from comask.kernels.launch import nms_launch, roi_align_launch
 
@@ -322,3 +322,31 @@ def test_nms_boxes_of_nan_and_infinity_leave_others_alone() -> None:
 def test_nms_refuses_a_threshold_that_is_none() -> None:
     with pytest.raises(KernelError, match=r"iou_threshold=-0.1; it must be in 0\.\.1"):
         nms_launch(1, 1, -0.1)
+
+
+def test_a_folder_that_libraries_do_not_load_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home mounted noexec: the temporary folder is tried, then PyTorch may fall back."""
+    load, refused = ctypes.CDLL, [compile._cache_folder()]
+
+    def guarded_load(name: str) -> ctypes.CDLL:
+        if Path(name).parent in refused:
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return load(name)
+
+    build = compile.host_library.__wrapped__
+    monkeypatch.setattr(ctypes, "CDLL", guarded_load)
+    assert Path(build("sorted_nms")._name).parent == compile._temporary_folder()
+    refused.append(compile._temporary_folder())
+    with pytest.raises(KernelUnavailableError, match="no folder to load kernels from"):
+        build("sorted_nms")
+
+
+@pytest.mark.parametrize("source", ["pyramid_roi_align", "sorted_nms", "paste_masks"])
+def test_entries_are_what_the_library_holds(source: str) -> None:
+    library, names = compile.host_library(source), compile.entries(source)
+    assert names
+    assert all(hasattr(library, f"{name}_host") for name in names)
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
+    ).stdout
+    assert symbols.count("_host\n") == len(names)

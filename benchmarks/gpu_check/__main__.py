@@ -1,7 +1,8 @@
 """`make gpu-check`: builds and runs everything that needs a GPU, and prints one table.
 
 Needs no installation: run it with any Python from 3.11 on that has torch; rows whose packages are not
-there are `unavailable` and say what is missing. Nothing is fetched.
+there are `unavailable` and say what is missing. Nothing is fetched. Every row runs in a process of its
+own, since an abort or a failed kernel takes the process's CUDA with it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rows import Check, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
@@ -29,7 +35,12 @@ def main() -> int:
         "--rehearse", action="store_true",
         help="small sizes on the CPU: tries the code of the rows that can run there, proves nothing",
     )  # fmt: skip
+    parser.add_argument(
+        "--row", nargs=3, metavar=("GROUP", "NAME", "FOLDER"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
+    if options.row:
+        return run_here(options)
     with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
         link_package(Path(temporary) / "package")
         return check_all(options, Path(temporary))
@@ -44,24 +55,26 @@ def link_package(folder: Path) -> None:
     for name in FOLDERS:
         (package / name).symlink_to(ROOT / name)
     sys.path.insert(0, str(folder))
-    # what builds and evaluates in processes of their own must find it as well
+    # rows, and what they build and evaluate in processes of their own, must find it as well
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
-def check_all(options: argparse.Namespace, folder: Path) -> int:
-    """Every group of checks, row by row; the table grows while they run."""
+def all_checks() -> dict[str, dict[str, Check]]:
+    """By group and name, in the order of the table."""
     import backends
     import kernels
-    import machine
     import speed
-    from context import REHEARSAL, Context, Sizes
-    from rows import FAIL, PASS, run_check
+
+    return {"kernels": kernels.CHECKS, "backends": backends.CHECKS, "speed": speed.CHECKS}
+
+
+def check_all(options: argparse.Namespace, folder: Path) -> int:
+    """Every group of checks, row by row; the table and the file grow while they run."""
+    import machine
+    from rows import FAIL, PASS, UNAVAILABLE, Row
     from table import HEAD, line
 
-    device = "cpu" if options.rehearse else "cuda"
-    sizes = REHEARSAL if options.rehearse else Sizes()
-    context = Context(device=device, sizes=sizes, folder=folder, trained=options.bundle)
     facts = machine.facts()
     for name, value in facts.items():
         print(f"{name}: {value}")
@@ -69,29 +82,65 @@ def check_all(options: argparse.Namespace, folder: Path) -> int:
         print("rehearsal: small sizes on the CPU; this says nothing about a GPU")
     missing = None if options.rehearse else machine.why_no_gpu()
     print(f"\n{HEAD}", flush=True)
-    rows = []
-    groups = {"kernels": kernels.CHECKS, "backends": backends.CHECKS, "speed": speed.CHECKS}
-    for group, checks in groups.items():
-        for name, check in checks.items():
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rehearsal": options.rehearse,
+        "machine": facts,
+    }
+    rows: list[Row] = []
+    for group, checks in all_checks().items():
+        for name in checks:
             if options.only in name:
-                row = run_check(group, name, machine.unavailable(missing) or check, context)
-                print(line(row), flush=True)
-                rows.append(row)
+                if missing is None:
+                    rows.append(run_apart(group, name, options, folder))
+                else:
+                    rows.append(Row(group=group, name=name, status=UNAVAILABLE, note=missing))
+                print(line(rows[-1]), flush=True)
+                write(options.json, content, rows)
     count = {status: sum(row.status == status for row in rows) for status in (PASS, FAIL)}
     left = len(rows) - sum(count.values())
     print(f"\n{count[PASS]} passed, {count[FAIL]} failed, {left} unavailable")
     if options.json:
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rehearsal": options.rehearse,
-            "machine": facts,
-            "rows": [row.as_json() for row in rows],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {options.json}")
     return 1 if count[FAIL] else 0
+
+
+def write(path: Path | None, content: dict[str, Any], rows: list[Row]) -> None:
+    """The file that `--json` names, with the rows so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        full = content | {"rows": [row.as_json() for row in rows]}
+        path.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+
+
+def run_apart(group: str, name: str, options: argparse.Namespace, folder: Path) -> Row:
+    """One row from a process of its own."""
+    from rows import finished_row
+
+    arguments = ["--row", group, name, str(folder)]
+    arguments += ["--rehearse"] if options.rehearse else []
+    arguments += ["--bundle", str(options.bundle)] if options.bundle else []
+    command = [sys.executable, str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return finished_row(group, name, done)
+
+
+def run_here(options: argparse.Namespace) -> int:
+    """The process of one row, which it prints as JSON in a line of its own."""
+    from context import REHEARSAL, Context, Sizes
+    from rows import run_check
+
+    group, name, folder = options.row
+    context = Context(
+        device="cpu" if options.rehearse else "cuda",
+        sizes=REHEARSAL if options.rehearse else Sizes(),
+        folder=Path(folder),
+        trained=options.bundle,
+    )
+    row = run_check(group, name, all_checks()[group][name], context)
+    print(f"\n{json.dumps(row.as_json())}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":

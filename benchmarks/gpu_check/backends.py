@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from context import Context
@@ -28,13 +29,10 @@ def torch_outputs(context: Context) -> Figure:
 
 def onnxruntime_outputs(context: Context, precision: str) -> Figure:
     """Stage outputs of ONNX Runtime's CUDA provider against PyTorch on the CPU."""
-    from comask.runtime.backends import open_stages
-
     from comask.bundle import Bundle
 
-    _need_cuda_provider(context)
     bundle = Bundle.open(context.trained_bundle)
-    with open_stages(bundle, f"onnxruntime:{precision}") as stages:
+    with open_onnxruntime(context, bundle, precision) as stages:
         return _compare(context, bundle, stages, precision)
 
 
@@ -44,22 +42,24 @@ def engine_outputs(context: Context, flavor: str, precision: str, plugin: str) -
 
     from comask.bundle import Bundle
 
-    build_engine(context, context.trained_bundle, flavor, precision, plugin)
-    bundle = Bundle.open(context.trained_bundle)
+    bundle = Bundle.open(build_engine(context, context.trained_bundle, flavor, precision, plugin))
     with open_stages(bundle, f"{flavor}:{precision}") as stages:
         return _compare(context, bundle, stages, precision)
 
 
 def ap(context: Context, backend: str, precision: str) -> Figure:
     """The larger difference to PyTorch of box and mask AP, in AP points, by comask-eval."""
+    from comask.bundle import Bundle
+
+    bundle = context.trained_bundle
     if backend == "onnxruntime":
-        _need_cuda_provider(context)
-    elif backend != "torch":
-        build_engine(context, context.trained_bundle, backend, precision, "python")
+        open_onnxruntime(context, Bundle.open(bundle), precision).close()
+    else:
+        bundle = build_engine(context, bundle, backend, precision, "python")
     name = f"{backend}:{precision}"
     report = json.loads(
         context.command(
-            "evaluate", str(context.trained_bundle), "--data", "shapes", "--backend", "torch",
+            "evaluate", str(bundle), "--data", "shapes", "--backend", "torch",
             "--backend", name, "--no-record", "--json", "-", "--tolerance", "1000",
         )
     )  # fmt: skip
@@ -72,29 +72,64 @@ def ap(context: Context, backend: str, precision: str) -> Figure:
     return Figure(value=worst, unit="AP points", most=AP_POINTS[precision], note=note)
 
 
-def build_engine(
-    context: Context, bundle: Any, flavor: str, precision: str, plugin: str, *options: str
-) -> None:
-    """`comask-export BUNDLE --engine …`; builds nothing where it is there already.
+def build_engine(context: Context, source: Path, flavor: str, precision: str, plugin: str) -> Path:
+    """`comask-export BUNDLE --engine …` in a copy; builds nothing where it is there already.
+
+    Args:
+        context: of the checks.
+        source: the bundle to copy.
+        flavor, precision, plugin: of the engines.
+
+    Returns:
+        the copy, which holds these engines and no others of the precision.
 
     Raises:
         UnavailableError: when the flavor is not installed or has no such plugin route.
+        RuntimeError: when the copy holds other engines than these.
     """
     context.need_gpu()
     from comask.export.build_options import BuildOptions, check_options
     from comask.runtime.gpu import find_gpu
+    from comask.runtime.trt.engine_folder import find_engines
     from comask.runtime.trt.flavors import load_flavor
 
+    from comask.bundle import Bundle
     from comask.errors import EngineError
 
     try:
         check_options(load_flavor(flavor), plugin, BuildOptions(), find_gpu())
     except EngineError as error:
         raise UnavailableError(str(error)) from error
+    bundle = context.without_engines(source, flavor, plugin)
     context.command(
-        "export", str(bundle), "--precision", precision, "--engine", flavor, "--plugin", plugin,
-        *options,
-    )  # fmt: skip
+        "export", str(bundle), "--precision", precision, "--engine", flavor, "--plugin", plugin
+    )
+    there = [engines.info for engines in find_engines(Bundle.open(bundle))]
+    found = [(info.flavor, info.plugin) for info in there if info.precision == precision]
+    if found != [(flavor, plugin)]:
+        raise RuntimeError(f"{bundle} holds {found} in {precision}, not {flavor} with {plugin}")
+    return bundle
+
+
+def open_onnxruntime(context: Context, bundle: Any, precision: str) -> Any:
+    """Both stages in ONNX Runtime, in a rehearsal on the CPU.
+
+    Raises:
+        UnavailableError: when it does not take its CUDA provider.
+    """
+    import onnxruntime
+    from comask.runtime.ort_session import CUDA_PROVIDER, ort_stages
+
+    stages = ort_stages(bundle, precision)
+    providers = {stage.provider for stage in (stages.stage1, stages.stage2)}
+    if context.device == "cuda" and providers != {CUDA_PROVIDER}:
+        stages.close()
+        there = CUDA_PROVIDER in onnxruntime.get_available_providers()
+        raise UnavailableError(
+            f"onnxruntime {onnxruntime.__version__} takes {', '.join(sorted(providers))}; "
+            + ("its CUDA libraries are missing" if there else "pip install onnxruntime-gpu")
+        )
+    return stages
 
 
 def smallest_engine(context: Context, flavor: str) -> Figure:
@@ -141,12 +176,15 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
 
 def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figure:
     """The worst relative error of the maps; anything beyond the precision's tolerance is a failure."""
+    import torch
     from comask.export.verify import verification_batches, verify
     from comask.runtime.compare import TOLERANCES
     from comask.runtime.torch_session import model_from_bundle, torch_stages
 
     from comask.data.shapes import ShapesSource
 
+    # else PyTorch's convolutions on CUDA have the ten bits of TensorFloat-32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     source, manifest = ShapesSource(num_images=4, seed=4_000_000), bundle.manifest
     proof = verify(
         torch_stages(model_from_bundle(bundle)),
@@ -161,17 +199,6 @@ def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figu
     )
     worst = max(proof["relative"].values())
     return Figure(value=worst, unit="relative", most=TOLERANCES[precision].relative, note=note)
-
-
-def _need_cuda_provider(context: Context) -> None:
-    import onnxruntime
-
-    providers = onnxruntime.get_available_providers()
-    if context.device == "cuda" and "CUDAExecutionProvider" not in providers:
-        raise UnavailableError(
-            f"onnxruntime {onnxruntime.__version__} has {', '.join(providers)}; "
-            f"pip install onnxruntime-gpu"
-        )
 
 
 def _checks() -> dict[str, Callable[[Context], Figure]]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rows import UnavailableError
+from rows import UnavailableError, is_ours
 
 LAST_LINES = 3  # of a failed command
+# cuDNN's convolutions take TensorFloat-32 by default, whose mantissa is f16's
+COMMAND = (
+    "import torch; torch.backends.cudnn.allow_tf32 = False; from comask.cli.{} import main; main()"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ REHEARSAL = Sizes(
 
 @dataclass
 class Context:
-    """Handed to every check.
+    """Handed to every check. Each runs in a process of its own; what they share lies in `folder`.
 
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
@@ -57,7 +63,6 @@ class Context:
     sizes: Sizes
     folder: Path
     trained: Path | None = None
-    _failed: dict[str, str] = field(default_factory=dict)
 
     def need_gpu(self) -> None:
         """Raises `UnavailableError` in a rehearsal."""
@@ -80,9 +85,20 @@ class Context:
         steps = [] if self.device == "cuda" else ["--set", "train.max_steps=2"]
         return self._bundle("trained", "--preset", "shapes-tiny", *steps)
 
+    def without_engines(self, bundle: Path, flavor: str, plugin: str) -> Path:
+        """A copy for the engines of one flavor and plugin, lest another's be run instead of them."""
+        copy = self.folder / f"{bundle.name}-{flavor}-{plugin}"
+        if not copy.exists():
+            unfinished = copy.with_name(f".{copy.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(bundle, unfinished, ignore=shutil.ignore_patterns("engines"))
+            unfinished.rename(copy)
+        return copy
+
     def _bundle(self, name: str, *train_options: str) -> Path:
-        if name in self._failed:
-            raise UnavailableError(self._failed[name])
+        failed = self.folder / f"{name}-failed.txt"
+        if failed.exists():
+            raise UnavailableError(failed.read_text(encoding="utf-8"))
         run, bundle = self.folder / f"{name}-run", self.folder / f"{name}-bundle"
         try:
             if not (bundle / "manifest.json").exists():
@@ -92,8 +108,8 @@ class Context:
                     "--precision", "fp32,fp16", "--score-threshold", "0" if name == "timed" else "0.05",
                 )  # fmt: skip
         except RuntimeError as error:
-            self._failed[name] = f"the {name} bundle cannot be made: {error}"
-            raise UnavailableError(self._failed[name]) from error
+            failed.write_text(f"the {name} bundle cannot be made: {error}", encoding="utf-8")
+            raise
         return bundle
 
     def command(self, name: str, *arguments: str) -> str:
@@ -104,14 +120,15 @@ class Context:
             UnavailableError: when a package that it needs is not installed.
         """
         result = subprocess.run(
-            [sys.executable, "-c", f"from comask.cli.{name} import main; main()", *arguments],
+            [sys.executable, "-c", COMMAND.format(name), *arguments],
             capture_output=True,
             text=True,
             check=False,
         )
         if result.returncode:
             words = (result.stderr or result.stdout).strip().splitlines()[-LAST_LINES:]
-            if words and words[-1].startswith("ModuleNotFoundError"):
+            missing = re.match(r"ModuleNotFoundError: No module named '(.+)'", " ".join(words[-1:]))
+            if missing and not is_ours(missing[1]):
                 raise UnavailableError(f"comask-{name}: {words[-1]}")
             raise RuntimeError(f"comask-{name} ended with {result.returncode}: {'; '.join(words)}")
         return result.stdout

@@ -82,12 +82,13 @@ def bandwidth(context: Context) -> Figure:
     pooled = pyramid_roi_align(maps, rois, 7, sampling_ratio=2, canonical_size=CANONICAL)
     time = seconds(
         lambda: pyramid_roi_align(maps, rois, 7, sampling_ratio=2, canonical_size=CANONICAL),
-        context.sizes.repeats, context.device,
+        context.sizes.repeats, context.device, cold=True,
     )  # fmt: skip
     moved = 2 * pooled.numel() + 2 * context.sizes.channels * _pixels_read(maps, rois)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * 2**30 / seconds(lambda: target.copy_(source), context.sizes.repeats, "cuda")
+    copied = seconds(lambda: target.copy_(source), context.sizes.repeats, "cuda", cold=True)
+    copy = 2 * 2**30 / copied
     note = f"{moved / time / 1e12:.2f} of a copy's {copy / 1e12:.2f} TB/s"
     return Figure(value=moved / time / copy, unit="of a copy", least=0.6, note=note)
 
@@ -117,7 +118,12 @@ def nms_speed(context: Context) -> Figure:
 
 
 def need_kernels(context: Context) -> None:
-    """Without them the operators fall back to torchvision, and would be compared with themselves."""
+    """Without them the operators fall back to torchvision, and would be compared with themselves.
+
+    Raises:
+        UnavailableError: there is no compiler.
+        KernelError: there is one, and a kernel fails to compile or load.
+    """
     import torch
 
     from comask.kernels.launch import NMS, ROI_ALIGN
@@ -125,7 +131,7 @@ def need_kernels(context: Context) -> None:
 
     device = torch.device(context.device, 0) if context.device == "cuda" else torch.device("cpu")
     if not all(available(source, device) for source in (ROI_ALIGN, NMS)):
-        raise UnavailableError("the kernels cannot be compiled here; comask-doctor says why")
+        raise UnavailableError("there is no compiler for the kernels; comask-doctor says which")
 
 
 def noise_pyramid(

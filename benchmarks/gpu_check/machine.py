@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable
 from typing import Any
-
-from rows import Figure, UnavailableError
 
 PACKAGES = (
     "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13",
@@ -49,17 +46,6 @@ def why_no_gpu() -> str | None:
     except (ImportError, OSError) as error:
         return f"torch cannot be imported: {error}"
     return None if torch.cuda.is_available() else f"torch {torch.__version__} does not see the GPU"
-
-
-def unavailable(reason: str | None) -> Callable[[Any], Figure] | None:
-    """A check that is unavailable for that reason; None without one."""
-    if reason is None:
-        return None
-
-    def check(context: Any) -> Figure:
-        raise UnavailableError(reason)
-
-    return check
 
 
 def _version(package: str) -> str | None:

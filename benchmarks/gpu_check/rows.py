@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from comask.errors import BackendUnavailableError, KernelError
+from comask.errors import BackendUnavailableError, KernelUnavailableError
 
 PASS, FAIL, UNAVAILABLE = "PASS", "FAIL", "unavailable"
 
@@ -78,11 +81,11 @@ def run_check(group: str, name: str, check: Check, context: Any) -> Row:
     start = time.perf_counter()
     try:
         figure = check(context)
-    except (UnavailableError, BackendUnavailableError, KernelError, ModuleNotFoundError) as error:
-        return Row(group=group, name=name, status=UNAVAILABLE, note=_one_line(error))
     except Exception as error:  # a row that breaks is a finding, and not the end of the table
+        if _is_missing(error):
+            return Row(group=group, name=name, status=UNAVAILABLE, note=one_line(str(error)))
         place = traceback.extract_tb(error.__traceback__)[-1]
-        note = f"{type(error).__name__}: {_one_line(error)} ({place.name}:{place.lineno})"
+        note = f"{type(error).__name__}: {one_line(str(error))} ({place.name}:{place.lineno})"
         seconds = time.perf_counter() - start
         return Row(group=group, name=name, status=FAIL, note=note, seconds=round(seconds, 3))
     return Row(
@@ -98,6 +101,31 @@ def run_check(group: str, name: str, check: Check, context: Any) -> Row:
     )
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def finished_row(group: str, name: str, done: subprocess.CompletedProcess[str]) -> Row:
+    """The row that a process printed as its last line of JSON, or how the process died."""
+    if done.returncode == 0:
+        printed = [text for text in done.stdout.splitlines() if text.startswith('{"group"')]
+        return Row(**json.loads(printed[-1]))
+    code = done.returncode
+    end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    words = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    note = one_line(": ".join([f"its process died with {end}", *words]))
+    return Row(group=group, name=name, status=FAIL, note=note)
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a package, compiler or device is not there, as opposed to one that fails."""
+    if isinstance(error, ModuleNotFoundError):
+        return not is_ours(error.name or "comask")
+    return isinstance(error, UnavailableError | BackendUnavailableError | KernelUnavailableError)
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module is comask's: without it the checkout is broken."""
+    return module.split(".")[0] == "comask"
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, cut where a table ends."""
+    text = " ".join(text.split())
     return text if len(text) <= 400 else text[:397] + "..."

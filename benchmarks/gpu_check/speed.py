@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from backends import FLAVORS, build_engine
+from backends import FLAVORS, build_engine, open_onnxruntime
 from clock import wall_seconds
 from context import Context
-from rows import Figure, UnavailableError
+from rows import Figure
 
 IMAGES_A_SECOND = {1: 250.0, 8: 450.0}  # bars for an H200, by batch
 BARS_ARE_FOR = "H200"
@@ -121,8 +121,8 @@ def _engine(context: Context, flavor: str, precision: str, batch: int) -> tuple[
 
     from comask.bundle import Bundle
 
-    build_engine(context, context.timed_bundle, flavor, precision, "python")
-    stages = open_stages(Bundle.open(context.timed_bundle), f"{flavor}:{precision}")
+    bundle = build_engine(context, context.timed_bundle, flavor, precision, "python")
+    stages = open_stages(Bundle.open(bundle), f"{flavor}:{precision}")
     return stages, context.images(batch)
 
 
@@ -135,15 +135,10 @@ def _engine_seconds(context: Context, flavor: str, precision: str, batch: int) -
 
 
 def _onnxruntime_seconds(context: Context, batch: int) -> float:
-    import onnxruntime
-    from comask.runtime.backends import open_stages
-
     from comask.bundle import Bundle
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UnavailableError("onnxruntime has no CUDA provider; pip install onnxruntime-gpu")
     feeds = context.images(batch)
-    with open_stages(Bundle.open(context.timed_bundle), "onnxruntime:fp16") as stages:
+    with open_onnxruntime(context, Bundle.open(context.timed_bundle), "fp16") as stages:
         return wall_seconds(
             lambda: stages.run(feeds["images"], feeds["image_sizes"]), context.sizes.repeats
         )

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from comask.errors import KernelError
+from comask.errors import KernelError, KernelUnavailableError
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tests compile for
 HEADER = "portable.h"
@@ -41,7 +41,8 @@ def cubin(source: str, capability: int) -> bytes:
     """A kernel for GPUs of one compute capability (90 for 9.0).
 
     Raises:
-        KernelError: neither NVRTC nor nvcc is there, or it does not know the capability.
+        KernelUnavailableError: neither NVRTC nor nvcc is there.
+        KernelError: it does not know the capability, or does not compile the kernel.
     """
     return _cuda(source, f"sm_{capability}", "cubin")
 
@@ -64,13 +65,14 @@ def host_library(source: str) -> ctypes.CDLL:
     """A kernel as a CPU library with `<entry>_host(blocks, threads, arguments)` for each entry.
 
     Raises:
-        KernelError: there is no C++ compiler, or it failed.
+        KernelUnavailableError: there is no C++ compiler, or no folder that libraries load from.
+        KernelError: the compiler failed.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     commands = [shlex.split(name) for name in names]  # $CXX may be "ccache g++"
     compiler = next((command for command in commands if shutil.which(command[0])), None)
     if compiler is None:
-        raise KernelError(
+        raise KernelUnavailableError(
             f"no C++ compiler: found none of {', '.join(names)} on PATH; install g++ or set $CXX"
         )
     version = _run([*compiler, "--version"])
@@ -84,7 +86,23 @@ def host_library(source: str) -> ctypes.CDLL:
                 raise
             build(target, "-O3")  # some compilers do not know -march=native
 
-    return ctypes.CDLL(str(_cached(source, "host", ".so", (version, _cpu()), build)))
+    path = _cached(source, "host", ".so", (version, _cpu()), build)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a home that is mounted noexec
+        path = Path(shutil.copy(path, _temporary_folder()))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelUnavailableError(
+            f"no folder to load kernels from: {_one_line(str(error))}; name one by $COMASK_CACHE"
+        ) from error
+
+
+def entries(source: str) -> list[str]:
+    """The names by which a source's kernels are launched."""
+    code = (FOLDER / f"{source}.cu").read_text(encoding="utf-8")
+    return re.findall(r"^(?:KERNEL|ENTRY)\((\w+),", code, flags=re.MULTILINE)
 
 
 def _cuda(source: str, architecture: str, kind: str) -> bytes:
@@ -97,7 +115,7 @@ def _cuda(source: str, architecture: str, kind: str) -> bytes:
         # cuda-bindings without the library raises RuntimeError at the first call
         compiler = shutil.which("nvcc")
         if compiler is None:
-            raise KernelError(
+            raise KernelUnavailableError(
                 f"no CUDA compiler: cuda.bindings.nvrtc says {error!r} and nvcc is not on PATH; "
                 "pip install 'comask[gpu]' nvidia-cuda-nvrtc, or install the CUDA toolkit"
             ) from error
@@ -173,10 +191,15 @@ def _cache_folder() -> Path:
         chosen.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=chosen).close()
     except OSError:
-        temporary = tempfile.mkdtemp(prefix="comask-kernels-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return Path(temporary)
+        return _temporary_folder()
     return chosen
+
+
+@cache
+def _temporary_folder() -> Path:
+    temporary = tempfile.mkdtemp(prefix="comask-kernels-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
 
 
 def _cpu() -> str:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 
-from comask.errors import KernelError
+from comask.errors import KernelError, KernelUnavailableError
 from comask.kernels import compile
 from comask.kernels.launch import Launch, pack
 
@@ -24,10 +24,15 @@ _functions: dict[tuple[int, str], ctypes.c_void_p] = {}  # by context and entry
 def prepare(source: str) -> None:
     """Compiles a kernel for the current context's device and loads it, ahead of its first launch.
 
+    Its functions are fetched as well: a CUDA graph that is being captured allows no loading.
+
     Raises:
-        KernelError: no driver, no current context, no compiler, or the driver refuses the module.
+        KernelUnavailableError: no driver or no compiler.
+        KernelError: no current context, or the driver refuses the module.
     """
-    _module(_current_context(), source)
+    context = _current_context()
+    for entry in compile.entries(source):
+        _function(context, source, entry)
 
 
 def launch(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> None:
@@ -44,7 +49,7 @@ def launch(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> N
     """
     if launch.grid == 0:
         return
-    function = _function(_current_context(), launch)
+    function = _function(_current_context(), launch.source, launch.entry)
     arguments = pack(launch, inputs, output)
     _call(
         "cuLaunchKernel", function, launch.grid, 1, 1, launch.block, 1, 1, 0,
@@ -95,13 +100,13 @@ def _module(context: int, source: str) -> ctypes.c_void_p:
         return _modules[context, source]
 
 
-def _function(context: int, launch: Launch) -> ctypes.c_void_p:
-    function = _functions.get((context, launch.entry))
+def _function(context: int, source: str, entry: str) -> ctypes.c_void_p:
+    function = _functions.get((context, entry))
     if function is None:
         function = ctypes.c_void_p()
-        module = _module(context, launch.source)
-        _call("cuModuleGetFunction", ctypes.byref(function), module, launch.entry.encode())
-        _functions[context, launch.entry] = function
+        module = _module(context, source)
+        _call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+        _functions[context, entry] = function
     return function
 
 
@@ -110,7 +115,7 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise KernelError(f"no CUDA driver: {error}; install NVIDIA's driver") from error
+        raise KernelUnavailableError(f"no CUDA driver: {error}; install NVIDIA's driver") from error
     _check(library, "cuInit", library.cuInit(0))
     return library
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from comask.errors import KernelError
+from comask.errors import KernelUnavailableError
 from comask.kernels import compile, driver, host
 from comask.kernels.launch import Launch
 
@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 @cache
 def available(source: str, device: torch.device) -> bool:
-    """Whether a kernel can be used on a device; the first time it cannot, a warning says why."""
+    """Whether a kernel can be used on a device; the first time it cannot, a warning says why.
+
+    Raises:
+        KernelError: the machine has all that it takes, and the kernel fails nevertheless.
+    """
     try:
         if device.type == "cpu":
             compile.host_library(source)
@@ -27,8 +31,8 @@ def available(source: str, device: torch.device) -> bool:
                 driver.use_primary_context(device.index)
                 driver.prepare(source)
         else:
-            raise KernelError(f"comask has no kernels for {device.type}")
-    except KernelError as error:
+            raise KernelUnavailableError(f"comask has no kernels for {device.type}")
+    except KernelUnavailableError as error:
         logger.warning("%s on %s falls back to torchvision: %s", source, device, error)
         return False
     return True

@@ -14,6 +14,8 @@ from torch import Tensor
 from comask.kernels.launch import NMS, float32_below, nms_launch
 from comask.kernels.tensors import available, launch
 
+VECTOR_BYTES = 16  # the kernel reads a box as one vector
+
 
 def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
     """Which boxes survive greedy non-maximum suppression.
@@ -45,13 +47,25 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
 
 @torch.library.custom_op("comask::sorted_nms", mutates_args=())
 def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
-    """The kernel on tensors, or torchvision's operator where it cannot be had."""
+    """The kernel on tensors, or torchvision's operator where it cannot be had.
+
+    Raises:
+        ValueError: shapes do not fit together, or the tensors are on two devices.
+    """
+    if boxes.shape != (*group_ids.shape, 4) or boxes.device != group_ids.device:
+        raise ValueError(
+            f"sorted_nms got boxes {tuple(boxes.shape)} on {boxes.device} and group_ids "
+            f"{tuple(group_ids.shape)} on {group_ids.device}; [G, M, 4] and [G, M] on one device expected"
+        )
     if not available(NMS, boxes.device):
         return _by_torchvision(boxes, group_ids, iou_threshold)
     keep = torch.empty(group_ids.shape, dtype=torch.bool, device=boxes.device)
     ids = group_ids.to(torch.int32).contiguous()
     rows, count = ids.shape
-    launch(nms_launch(rows, count, iou_threshold), [boxes.float().contiguous(), ids], keep)
+    boxes = boxes.float().contiguous()
+    if boxes.data_ptr() % VECTOR_BYTES:
+        boxes = boxes.clone()
+    launch(nms_launch(rows, count, iou_threshold), [boxes, ids], keep)
     return keep
 
 

@@ -140,8 +140,18 @@ def _pyramid_roi_align(
 
     Returns:
         [R, C, S, S] of the maps' type and layout.
+
+    Raises:
+        ValueError: the maps differ in type, or not all tensors are on one device.
     """
     maps, layout, dtype = [p2, p3, p4, p5], _layout([p2, p3, p4, p5]), p2.dtype
+    kinds = {(features.dtype, features.device) for features in maps}
+    if len(kinds) > 1 or rois.device != p2.device:
+        found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (*maps, rois))
+        raise ValueError(
+            f"pyramid_roi_align got p2..p5 and rois of {found}; the maps must be of one type, and all "
+            "on one device"
+        )
     has_kernel = available(ROI_ALIGN, p2.device)
     if dtype not in (torch.float32, torch.float16) or not has_kernel:
         maps = [features.float() for features in maps]
