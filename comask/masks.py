@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.errors import DataError, KernelError
+from comask.errors import DataError, KernelUnavailableError
 from comask.kernels import compile, host
 from comask.kernels.launch_masks import (
     MASKS,
@@ -122,7 +122,7 @@ def rles_from_mask_probs(
 def _kernel_compiles() -> bool:
     try:
         compile.host_library(MASKS)
-    except KernelError as error:
+    except KernelUnavailableError as error:
         logger.info("numpy finds the edges of masks: %s", error)
         return False
     return True

@@ -15,10 +15,10 @@ from comask.runtime.trt.flavors import MODULES, PACKAGES, load_flavor
 from comask.runtime.trt.rtx_wheel import LIBRARY, wheel_library
 
 from comask import __version__
-from comask.errors import BackendUnavailableError, KernelError
+from comask.errors import BackendUnavailableError, KernelError, KernelUnavailableError
 
 NEWEST_PYTHON = (3, 13)
-KERNELS = ("pyramid_roi_align", "sorted_nms")
+KERNELS = ("pyramid_roi_align", "sorted_nms", "frame_to_canvas", "paste_masks")
 FALLBACK_CAPABILITY = 80  # compiled for where there is no GPU
 
 
@@ -184,9 +184,11 @@ def _host_kernels() -> Finding:
     try:
         for source in KERNELS:
             host_library(source)
-    except KernelError as error:
+    except KernelUnavailableError as error:
         found = f"PyTorch falls back to torchvision's operators: {' '.join(str(error).split())}"
         return Finding(name=name, status="absent", found=found, mend="install g++, or set $CXX")
+    except KernelError as error:
+        return _broken(name, error, "set $CXX to another compiler")
     return Finding(name=name, status="ok", found="compile")
 
 
