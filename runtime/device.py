@@ -6,7 +6,7 @@ included, stands inside `with device:`; pycuda frees an object in any thread, bu
 same Context object is current, hence one `Device` for each GPU and process. Nothing is left to the
 garbage collector, which would free in whichever thread it happens to run.
 
-pycuda lacks events on streams that are not its own; ctypes on the driver does those.
+pycuda lacks graphs, and events on streams that are not its own; ctypes on the driver does those.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import importlib
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,8 @@ from comask.errors import BackendUnavailableError, EngineError
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: cheaper to record and to wait for
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 MIB = 2**20
 
 _devices: dict[int, Device] = {}
@@ -113,6 +116,10 @@ class Device:
         """Creates a stream that waits for no other one, the default stream included."""
         return Stream(self._driver)
 
+    def event(self) -> Event:
+        """Creates an event, which is past until it is recorded."""
+        return Event()
+
 
 class DeviceMemory:
     """Memory of a GPU.
@@ -163,9 +170,13 @@ class Stream:
         self._event = ctypes.c_void_p()
         _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
 
-    def copy_in(self, memory: DeviceMemory, array: NDArray[Any]) -> None:
+    def copy_in(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
         """Queues a copy from a contiguous host array, which must stay as it is until then."""
-        self._driver.memcpy_htod_async(memory.address, array, self._stream)
+        self._driver.memcpy_htod_async(memory.address + offset, array, self._stream)
+
+    def copy_over(self, memory: DeviceMemory, address: int) -> None:
+        """Queues a copy of all that the memory takes from another place on the GPU."""
+        self._driver.memcpy_dtod_async(memory.address, address, memory.size, self._stream)
 
     def copy_out(self, array: NDArray[Any], memory: DeviceMemory) -> None:
         """Queues a copy of as many bytes as the contiguous host array has."""
@@ -199,11 +210,89 @@ class Stream:
         _call("cuEventRecord", self._event, ctypes.c_void_p(first))
         _call("cuStreamWaitEvent", ctypes.c_void_p(then), self._event, 0)
 
+    def capture(self, queue: Callable[[], None]) -> Graph:
+        """What `queue` queues on this stream, as a graph; none of it is done.
+
+        Raises:
+            EngineError: some of it cannot be captured; the stream is as before.
+        """
+        _call("cuStreamBeginCapture_v2", ctypes.c_void_p(self.handle), THREAD_LOCAL)
+        template = ctypes.c_void_p()
+        try:
+            queue()
+        except BaseException:
+            # the capture must end; a broken one ends with an error and without a graph
+            _libcuda().cuStreamEndCapture(ctypes.c_void_p(self.handle), ctypes.byref(template))
+            if template:
+                _call("cuGraphDestroy", template)
+            raise
+        _call("cuStreamEndCapture", ctypes.c_void_p(self.handle), ctypes.byref(template))
+        try:
+            return Graph(template)
+        finally:
+            _call("cuGraphDestroy", template)
+
     def close(self) -> None:
         """Destroys it once its work is done."""
         self.synchronize()
         _call("cuEventDestroy_v2", self._event)
         self._stream = None  # pycuda destroys it with its last reference
+
+
+class Event:
+    """A point in a stream's work; made by `Device.event`."""
+
+    def __init__(self) -> None:
+        self._event = ctypes.c_void_p()
+        _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
+
+    def record(self, stream: Stream) -> None:
+        """Moves it behind what is now queued on a stream."""
+        _call("cuEventRecord", self._event, ctypes.c_void_p(stream.handle))
+
+    def hold_back(self, foreign: int) -> None:
+        """Later work on another stream, given by its handle, starts after this point."""
+        _call("cuStreamWaitEvent", ctypes.c_void_p(foreign), self._event, 0)
+
+    def past(self) -> bool:
+        """Whether the work before it is done.
+
+        Raises:
+            EngineError: when some of it failed.
+        """
+        status = _libcuda().cuEventQuery(self._event)
+        if status not in (0, NOT_READY):
+            raise EngineError(f"work on the GPU failed with {status}, start a new process")
+        return bool(status == 0)
+
+    def synchronize(self) -> None:
+        """Returns when the work before it is done; other threads run meanwhile."""
+        _call("cuEventSynchronize", self._event)
+
+    def close(self) -> None:
+        """Destroys it."""
+        _call("cuEventDestroy_v2", self._event)
+
+
+class Graph:
+    """Work that is queued as a whole; made by `Stream.capture`."""
+
+    def __init__(self, template: ctypes.c_void_p) -> None:
+        self._graph = ctypes.c_void_p()
+        _call(
+            "cuGraphInstantiateWithFlags",
+            ctypes.byref(self._graph),
+            template,
+            ctypes.c_ulonglong(0),
+        )
+
+    def launch(self, stream: Stream) -> None:
+        """Queues all of it."""
+        _call("cuGraphLaunch", self._graph, ctypes.c_void_p(stream.handle))
+
+    def close(self) -> None:
+        """Destroys it; work that was queued is done all the same."""
+        _call("cuGraphExecDestroy", self._graph)
 
 
 def _call(name: str, *arguments: object) -> None:

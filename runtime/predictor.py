@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 from comask.runtime.session import Array, Closing, Stages
+from comask.runtime.stream import StreamSession, WhenFull
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
@@ -50,6 +52,7 @@ class Predictor(Closing):
         self.class_names = class_names
         self.category_ids = category_ids
         self.mask_threshold = mask_threshold
+        self._sessions: weakref.WeakSet[StreamSession] = weakref.WeakSet()
         self.max_batch = min(max_batch, stages.largest_batch or max_batch)
 
     @classmethod
@@ -157,7 +160,7 @@ class Predictor(Closing):
             mask_threshold=self.mask_threshold,
         )
 
-    def stream(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
+    def map(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
         """Detections of many images in order, holding few of them in memory at a time."""
         waiting: list[Prepared] = []
         for image in images:
@@ -168,6 +171,43 @@ class Predictor(Closing):
                 waiting = []
         yield from self.predict_prepared(waiting)
 
+    def stream(
+        self,
+        cuda_stream: Any = None,
+        *,
+        when_full: WhenFull = "block",
+        timeout: float | None = None,
+        slots: int = 3,
+        graphs: bool = True,
+    ) -> StreamSession:
+        """A session for frames of video, which a GPU reads where the caller has them.
+
+        Backends without a GPU have one slot, and `submit` returns when its frames are through.
+
+        Args:
+            cuda_stream: that frames are written on, unless `submit` is told: a handle, an object with
+                `__cuda_stream__`, or a torch or cupy stream.
+            when_full: see `StreamSession`.
+            timeout: see `StreamSession`.
+            slots: batches at work at once.
+            graphs: whether the network is captured as a CUDA graph for shapes that come again.
+
+        Raises:
+            EngineError: there is no memory for the slots.
+            KernelError: the kernel for frames cannot be compiled for the GPU.
+        """
+        session = StreamSession(
+            self,
+            self.stages.lanes(slots, graphs=graphs),
+            cuda_stream=cuda_stream,
+            when_full=when_full,
+            timeout=timeout,
+        )
+        self._sessions.add(session)
+        return session
+
     def close(self) -> None:
-        """Frees the backend."""
+        """Closes the sessions that are open, then frees the backend."""
+        for session in list(self._sessions):
+            session.close()
         self.stages.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from comask.runtime.lanes import Lanes
 
 Array = NDArray[Any]
 
@@ -95,6 +98,17 @@ class Stages(Closing):
         """
         features = self.stage1.run({"images": images, "image_sizes": image_sizes})
         return self.stage2.run({**features, "image_sizes": image_sizes})
+
+    def lanes(self, count: int, *, graphs: bool) -> Lanes:
+        """Where a `StreamSession` runs its batches; here by `run`, one at a time.
+
+        Args:
+            count: of batches at once, where the backend can.
+            graphs: whether CUDA graphs are captured and replayed, where the backend can.
+        """
+        from comask.runtime.lanes import HostLanes
+
+        return HostLanes(self)
 
     def close(self) -> None:
         """Closes both sessions."""

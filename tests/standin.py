@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from comask.kernels import compile
+
 HERE = Path(__file__).parent
 # pycuda names functions that the stand-in lacks: bound lazily, they do no harm until one is called
 BOOT = """
@@ -35,6 +37,13 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
         check=True,
     )  # fmt: skip
     return folder
+
+
+@functools.cache
+def _kernels() -> str:
+    """All kernels' CPU builds, which the stand-in runs."""
+    sources = sorted(path.stem for path in compile.FOLDER.glob("*.cu"))
+    return ":".join(compile.host_library(source)._name for source in sources)
 
 
 def skip_without_pycuda() -> None:
@@ -63,6 +72,7 @@ def run_on_standin(function: Callable[..., None], *arguments: object, **environm
         env=os.environ | {
             "LD_LIBRARY_PATH": f"{_folder().name}:{os.environ.get('LD_LIBRARY_PATH', '')}",
             "PYTHONPATH": str(HERE),
+            "STANDIN_KERNELS": _kernels(),
         } | environment,
         cwd="/", capture_output=True, text=True,
     )  # fmt: skip
@@ -80,6 +90,7 @@ class Counts(ctypes.Structure):
         for name in (
             "device_allocations", "device_live", "device_bytes", "host_allocations", "host_live",
             "streams_live", "events_live", "contexts_retained", "contexts_current", "hasty_frees",
+            "graphs_live", "graph_launches",
         )
     ]  # fmt: skip
 
@@ -91,6 +102,13 @@ def counts() -> Counts:
 
 def live() -> dict[str, int]:
     """What is held now, without zeros and the retained context."""
-    held = ("device_live", "device_bytes", "host_live", "streams_live", "events_live")
+    held = (
+        "device_live",
+        "device_bytes",
+        "host_live",
+        "streams_live",
+        "events_live",
+        "graphs_live",
+    )
     found = {name: getattr(counts(), name) for name in (*held, "contexts_current", "hasty_frees")}
     return {name: number for name, number in found.items() if number}

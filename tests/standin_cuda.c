@@ -12,7 +12,8 @@
 
 enum {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
-    INVALID_HANDLE = 400, NOT_FOUND = 500
+    INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
+    CAPTURE_UNSUPPORTED = 900
 };
 
 typedef void (*Entry)(int blocks, int threads, void **arguments);
@@ -30,7 +31,11 @@ struct {
     long host_allocations, host_live;
     long streams_live, events_live, contexts_retained, contexts_current; /* current: on all threads */
     long hasty_frees; /* of memory that a copy still waits for */
+    long graphs_live, graph_launches; /* live: templates and what was made of them */
 } standin_counts;
+
+int standin_frozen; /* a query of an event makes no progress */
+int standin_no_capture; /* no capture ends well */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of counts and lists, never held in a call */
 
@@ -195,13 +200,21 @@ typedef struct Task {
     void *argument;
     struct Stream *awaited; /* up to its task number `position` */
     long position;
+    void *arguments[20]; /* of a kernel, in `values` */
+    long long values[20];
+    int kernel; /* how many */
     struct Task *next;
 } Task;
+
+typedef struct Graph {
+    Task *first, **last;
+} Graph;
 
 typedef struct Stream {
     Task *first, **last;
     long queued, done;
     int live;
+    Graph *captured; /* while it captures */
     struct Stream *next;
 } Stream;
 
@@ -220,7 +233,18 @@ static Stream *find_stream(void *handle) {
     return stream && stream->live ? stream : NULL;
 }
 
+static pthread_mutex_t working; /* recursive; held while work is done, so never taken with the GIL */
+
+__attribute__((constructor)) static void make_working(void) {
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&working, &attributes);
+}
+
 static void finish(Stream *stream, long position) {
+    if (stream->done >= position) return;
+    pthread_mutex_lock(&working);
     while (stream->done < position) {
         pthread_mutex_lock(&lock);
         Task *task = stream->first;
@@ -230,9 +254,14 @@ static void finish(Stream *stream, long position) {
         if (task->awaited) finish(task->awaited, task->position);
         if (task->bytes) memcpy(task->to, task->from, task->bytes);
         if (task->call) task->call(task->argument);
+        if (task->kernel) {
+            for (int i = 0; i < task->kernel; ++i) task->arguments[i] = &task->values[i];
+            ((Entry)task->argument)(1, 1, task->arguments);
+        }
         ++stream->done;
         free(task);
     }
+    pthread_mutex_unlock(&working);
 }
 
 static int enqueue(void *handle, Task task) {
@@ -243,9 +272,14 @@ static int enqueue(void *handle, Task task) {
     *copy = task;
     copy->next = NULL;
     pthread_mutex_lock(&lock);
-    *stream->last = copy;
-    stream->last = &copy->next;
-    ++stream->queued;
+    if (stream->captured) {
+        *stream->captured->last = copy;
+        stream->captured->last = &copy->next;
+    } else {
+        *stream->last = copy;
+        stream->last = &copy->next;
+        ++stream->queued;
+    }
     pthread_mutex_unlock(&lock);
     return SUCCESS;
 }
@@ -274,7 +308,78 @@ int cuStreamSynchronize(void *handle) {
     Stream *stream = find_stream(handle);
     if (!current_context) return INVALID_CONTEXT;
     if (!stream) return INVALID_HANDLE;
+    if (stream->captured) return CAPTURE_UNSUPPORTED;
     finish(stream, stream->queued);
+    return SUCCESS;
+}
+
+/* Graphs: a capture takes what is queued, a launch queues it again. */
+static Graph *new_graph(void) {
+    Graph *graph = calloc(1, sizeof *graph);
+    graph->last = &graph->first;
+    return graph;
+}
+
+int cuStreamBeginCapture_v2(void *handle, int mode) {
+    Stream *stream = find_stream(handle);
+    if (!current_context) return INVALID_CONTEXT;
+    if (!stream) return INVALID_HANDLE;
+    if (mode > 2 || stream->captured) return INVALID_VALUE;
+    stream->captured = new_graph();
+    return SUCCESS;
+}
+
+int standin_is_capturing(void *handle) {
+    Stream *stream = find_stream(handle);
+    return stream && stream->captured;
+}
+
+int cuGraphDestroy(Graph *graph) {
+    for (Task *task = graph->first, *next; task; task = next) next = task->next, free(task);
+    free(graph);
+    count(&standin_counts.graphs_live, -1);
+    return current_context ? SUCCESS : INVALID_CONTEXT;
+}
+
+int cuGraphExecDestroy(Graph *graph) { return cuGraphDestroy(graph); }
+
+int cuStreamEndCapture(void *handle, Graph **graph) {
+    Stream *stream = find_stream(handle);
+    *graph = NULL;
+    if (!current_context) return INVALID_CONTEXT;
+    if (!stream || !stream->captured) return INVALID_HANDLE;
+    Graph *captured = stream->captured;
+    stream->captured = NULL;
+    count(&standin_counts.graphs_live, 1);
+    if (standin_no_capture) {
+        cuGraphDestroy(captured);
+        return CAPTURE_UNSUPPORTED;
+    }
+    *graph = captured;
+    return SUCCESS;
+}
+
+int cuGraphInstantiateWithFlags(Graph **exec, Graph *graph, unsigned long long flags) {
+    if (!current_context) return INVALID_CONTEXT;
+    if (!graph || flags) return INVALID_VALUE;
+    *exec = new_graph();
+    for (Task *task = graph->first; task; task = task->next) {
+        Task *copy = malloc(sizeof *copy);
+        *copy = *task;
+        copy->next = NULL;
+        *(*exec)->last = copy;
+        (*exec)->last = &copy->next;
+    }
+    count(&standin_counts.graphs_live, 1);
+    return SUCCESS;
+}
+
+int cuGraphLaunch(Graph *exec, void *stream) {
+    for (Task *task = exec->first; task; task = task->next) {
+        int status = enqueue(stream, *task);
+        if (status) return status;
+    }
+    count(&standin_counts.graph_launches, 1);
     return SUCCESS;
 }
 
@@ -302,6 +407,22 @@ int cuEventRecord(void *event, void *handle) {
     return SUCCESS;
 }
 
+/* A GPU goes on while it is asked: one task for each question, unless it is frozen. */
+int cuEventQuery(void *handle) {
+    Event event = *(Event *)handle;
+    if (!current_context) return INVALID_CONTEXT;
+    if (!event.stream || event.stream->done >= event.position) return SUCCESS;
+    if (!standin_frozen) finish(event.stream, event.stream->done + 1);
+    return event.stream->done >= event.position ? SUCCESS : NOT_READY;
+}
+
+int cuEventSynchronize(void *handle) {
+    Event event = *(Event *)handle;
+    if (!current_context) return INVALID_CONTEXT;
+    if (event.stream) finish(event.stream, event.position);
+    return SUCCESS;
+}
+
 int cuStreamWaitEvent(void *stream, void *handle, unsigned flags) {
     Event event = *(Event *)handle;
     if (flags) return INVALID_VALUE;
@@ -323,6 +444,11 @@ int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream)
 
 int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     if (!is_device(from, bytes)) return INVALID_VALUE;
+    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+}
+
+int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
+    if (!is_device(from, bytes) || !is_device(to, bytes)) return INVALID_VALUE;
     return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
 }
 
@@ -372,6 +498,14 @@ int cuModuleLoadData(void **module, const void *image) {
     return SUCCESS;
 }
 
+/* A driver knows how many arguments a kernel has; this one knows it of those that are to wait in their
+   stream like copies. Others are run at once. */
+static struct {
+    const char *name;
+    int arguments;
+    void *entry;
+} waiting_kernels[] = {{"frame_to_canvas_rgb", 13, NULL}, {"frame_to_canvas_nv12", 19, NULL}};
+
 int cuModuleGetFunction(void **function, void *module, const char *name) {
     const char *paths = getenv("STANDIN_KERNELS");
     if (!module || !paths) return NOT_FOUND;
@@ -383,7 +517,13 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
         if (library) *function = dlsym(library, entry);
     }
     free(list);
+    for (int i = 0; i < 2; ++i)
+        if (!strcmp(name, waiting_kernels[i].name)) waiting_kernels[i].entry = *function;
     return *function ? SUCCESS : NOT_FOUND;
+}
+
+static int is_pointer(int kernel, int place, int number) {
+    return place <= kernel || place == number - 1; /* rgb has one input, nv12 two */
 }
 
 int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -397,6 +537,13 @@ int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned gr
     standin_record.shared = shared;
     standin_record.stream = stream;
     ++standin_record.launches;
+    for (int i = 0; i < 2; ++i)
+        if (function == waiting_kernels[i].entry && find_stream(stream)) {
+            Task task = {.argument = function, .kernel = waiting_kernels[i].arguments};
+            for (int j = 0; j < task.kernel; ++j)
+                memcpy(&task.values[j], arguments[j], is_pointer(i, j, task.kernel) ? 8 : 4);
+            return enqueue(stream, task);
+        }
     if (find_stream(stream)) cuStreamSynchronize(stream); /* what the kernel reads comes first */
     ((Entry)function)((int)(grid_x * grid_y * grid_z), 1, arguments);
     return SUCCESS;

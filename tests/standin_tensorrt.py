@@ -289,6 +289,7 @@ class IExecutionContext(Lifetime):
         self.scratch: tuple[int, int] | None = None
         self.known_outputs: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.queued: list[Any] = []  # callbacks must outlive their call
+        self.captured: list[Any] = []
         # the first context of an engine gets its profile unasked
         self.active_optimization_profile = -1 if engine.profile_taken else 0
         engine.profile_taken = True
@@ -376,7 +377,10 @@ class IExecutionContext(Lifetime):
             except Exception as error:  # nothing gets out of a callback
                 failures.append(repr(error))
 
-        self.queued = [*self.queued[-8:], Callback(work)]
+        callback = Callback(work)
+        if driver.standin_is_capturing(ctypes.c_void_p(stream)):
+            self.captured.append(callback)  # called as often as the graph is launched
+        self.queued = [*self.queued[-8:], callback]
         status = driver.standin_enqueue(ctypes.c_void_p(stream), self.queued[-1], None)
         return status == 0 or self.fail(f"stream {stream:#x}: {status}")
 

@@ -124,6 +124,48 @@ def use_from_threads() -> None:
     assert counts().contexts_retained == 1
 
 
+def capture_and_replay() -> None:
+    device = open_device()
+    with device:
+        memory, stream, event = device.memory(8), device.stream(), device.event()
+        assert event.past()
+        source, result = np.ones(8, np.uint8), np.zeros(8, np.uint8)
+
+        def queue() -> None:
+            stream.copy_in(memory, source)
+            stream.copy_out(result, memory)
+
+        graph = stream.capture(queue)
+        stream.synchronize()
+        assert not result.any()  # captured only
+        for value in (5, 6):
+            source[:] = value
+            graph.launch(stream)
+            event.record(stream)
+            assert not event.past()
+            event.synchronize()
+            assert event.past()
+            assert (result == value).all()
+        assert counts().graph_launches == 2
+
+        def fail() -> None:
+            queue()
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            stream.capture(fail)
+        with pytest.raises(EngineError, match="start a new process"):
+            stream.capture(stream.synchronize)
+        queue()
+        stream.synchronize()  # no capture goes on
+        assert live()["graphs_live"] == 1
+        graph.close()
+        event.close()
+        stream.close()
+        memory.free()
+    assert live() == {}
+
+
 def run_out_of_memory() -> None:
     device = open_device()
     with device:
@@ -138,7 +180,9 @@ def run_out_of_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [copy_there_and_back, order_streams, use_from_threads], ids=lambda f: f.__name__
+    "function",
+    [copy_there_and_back, order_streams, use_from_threads, capture_and_replay],
+    ids=lambda f: f.__name__,
 )
 def test_on_the_standin(function) -> None:
     run_on_standin(function)

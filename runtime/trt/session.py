@@ -12,6 +12,7 @@ from comask.runtime.session import Array, Stages
 from comask.runtime.trt.engine import Engine
 from comask.runtime.trt.engine_folder import PLANS, EngineFolder, find_engines
 from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.lane import TrtLanes
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
 from comask.runtime.trt.rebuild import rebuild, rebuild_command
@@ -64,6 +65,10 @@ class TrtStages(Stages):
         """See `Stages`."""
         with self.pool.slot() as slot:
             return slot.run(tuple(PLANS), {"images": images, "image_sizes": image_sizes})
+
+    def lanes(self, count: int, *, graphs: bool) -> TrtLanes:
+        """See `Stages`."""
+        return TrtLanes(self.pool, count, graphs=graphs)
 
     def close(self) -> None:
         """Waits for running calls, then frees everything."""

@@ -2,7 +2,7 @@
 
 Device buffers go by tensor name and belong to both stages: what stage 1 writes as `p2` stage 2 reads as
 `p2`, without a copy. Buffers grow when a larger shape comes and never shrink, so that after the first
-calls nothing is allocated and addresses stay, which captured CUDA graphs will need.
+calls nothing is allocated and addresses stay, which captured CUDA graphs need.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from comask.runtime.device import Device, DeviceMemory, PinnedMemory
 from comask.runtime.session import Array
 from comask.runtime.trt.engine import PROFILE, Engine, Shape, manages_memory
@@ -29,11 +30,15 @@ class Slot:
         device: to run on.
         flavor: of the engines.
         engines: by stage.
+
+    Attributes:
+        stream: that all is queued on.
+        buffers: by tensor name.
     """
 
     def __init__(self, device: Device, flavor: Flavor, engines: Mapping[str, Engine]) -> None:
         self._device, self._flavor, self._engines = device, flavor, engines
-        self._buffers: dict[str, DeviceMemory] = {}
+        self.buffers: dict[str, DeviceMemory] = {}
         self._staging: dict[str, PinnedMemory] = {}
         self._scratch: DeviceMemory | None = None  # of both stages, which run one after the other
         self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
@@ -64,31 +69,64 @@ class Slot:
         Raises:
             EngineError: for a shape outside the profile, too little memory, or a failure of the GPU.
         """
-        shapes: dict[str, Shape] = {name: array.shape for name, array in feeds.items()}
-        wanted = [spec.name for spec in self._engines[stages[-1]].outputs]
+        wanted = self.output_names(stages)
+        shapes = self.reserve(stages, {name: a.shape for name, a in feeds.items()}, feeds)
+        try:
+            for name, array in feeds.items():
+                staged = self.host_view(name, array.shape)
+                staged[...] = array  # in the engine's type, as maps of another precision are not
+                self.stream.copy_in(self.buffers[name], staged)
+            self.enqueue(stages)
+            for name in wanted:
+                self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+        finally:
+            self.stream.synchronize()  # also after an error: nothing may move while work is queued
+        return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
+
+    def output_names(self, stages: Sequence[str]) -> list[str]:
+        """Of the last stage."""
+        return [spec.name for spec in self._engines[stages[-1]].outputs]
+
+    def reserve(
+        self, stages: Sequence[str], fed: Mapping[str, Shape], staged: Iterable[str]
+    ) -> dict[str, Shape]:
+        """Makes everything ready for a call; nothing of an earlier one may be running.
+
+        Args:
+            stages: to run.
+            fed: shapes of the inputs that no earlier stage writes.
+            staged: tensors that need page-locked memory besides the outputs.
+
+        Returns:
+            the shapes of all tensors by name.
+
+        Raises:
+            EngineError: for a shape outside the profile, or too little memory.
+        """
+        shapes = dict(fed)
         try:
             for stage in stages:
                 self._set_shapes(stage, shapes)
                 shapes |= self._shapes[stage]
-            for name in (*feeds, *wanted):
+            for name in (*staged, *self.output_names(stages)):
                 self._stage_on_host(name, shapes[name])
         except EngineError:
             self._shapes.clear()  # memory may be missing that they stand for
             raise
         for stage in stages:
             self._set_addresses(stage)
-        try:
-            for name, array in feeds.items():
-                staged = self._host_view(name, array.shape)
-                staged[...] = array  # in the engine's type, as maps of another precision are not
-                self.stream.copy_in(self._buffers[name], staged)
-            for stage in stages:
-                self._enqueue(stage)
-            for name in wanted:
-                self.stream.copy_out(self._host_view(name, shapes[name]), self._buffers[name])
-        finally:
-            self.stream.synchronize()  # also after an error: nothing may move while work is queued
-        return {name: self._host_view(name, shapes[name]).copy() for name in wanted}
+        return shapes
+
+    def enqueue(self, stages: Sequence[str]) -> None:
+        """Queues what `reserve` made ready, one stage after the other."""
+        for stage in stages:
+            self._flavor.clear()
+            started = self._contexts[stage].execute_async_v3(self.stream.handle)
+            self._must(started, f"{stage} does not start")
+
+    def layout(self, stages: Sequence[str]) -> object:
+        """Shapes and addresses as they are: where these are equal, a captured graph holds."""
+        return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
 
     # No local variable holds a context: an exception's traceback would keep it alive beyond `close`.
 
@@ -114,9 +152,7 @@ class Slot:
             for spec in engine.outputs
         }
         for name, shape in shapes.items():
-            self._buffers[name] = self._grown(
-                self._buffers.pop(name, None), self._size(name, shape)
-            )
+            self.buffers[name] = self._grown(self.buffers.pop(name, None), self._size(name, shape))
         if manages_memory(self._flavor.trt):
             held, self._scratch = self._scratch, None
             size = int(self._contexts[stage].update_device_memory_size_for_shapes())
@@ -126,7 +162,7 @@ class Slot:
     def _set_addresses(self, stage: str) -> None:
         """Tells a context where its tensors and its scratch memory lie, if anything changed."""
         names = list(self._shapes[stage])
-        addresses = [self._buffers[name].address for name in names]
+        addresses = [self.buffers[name].address for name in names]
         if self._scratch is not None:
             addresses.append(self._scratch.address)
         if self._addresses.get(stage) == addresses:
@@ -139,13 +175,12 @@ class Slot:
             self._contexts[stage].set_device_memory(self._scratch.address, self._scratch.size)
         self._addresses[stage] = addresses
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Of a tensor."""
+        return self._specs[name].dtype
+
     def _size(self, name: str, shape: Shape) -> int:
         return math.prod(shape) * self._specs[name].dtype.itemsize
-
-    def _enqueue(self, stage: str) -> None:
-        self._flavor.clear()
-        started = self._contexts[stage].execute_async_v3(self.stream.handle)
-        self._must(started, f"{stage} does not start")
 
     def _stage_on_host(self, name: str, shape: Shape) -> None:
         size = self._size(name, shape)
@@ -157,7 +192,8 @@ class Slot:
             held.free()
         self._staging[name] = self._device.pinned(max(size, 1))
 
-    def _host_view(self, name: str, shape: Shape) -> Array:
+    def host_view(self, name: str, shape: Shape) -> Array:
+        """A tensor's page-locked memory, to be used until the slot's next call."""
         staged = self._staging[name].bytes[: self._size(name, shape)]
         return staged.view(self._specs[name].dtype).reshape(shape)
 
@@ -174,16 +210,17 @@ class Slot:
             raise EngineError(f"{self._flavor.name} refuses {what}: {self._flavor.errors()}")
 
     def close(self) -> None:
-        """Frees everything; no call may be running."""
+        """Frees everything when the stream's work is done; no call may be running."""
+        self.stream.synchronize()  # a session that nobody closed may have left work
         self._contexts.clear()  # TensorRT frees a context with its last reference
         self.stream.close()
-        for memory in self._buffers.values():
+        for memory in self.buffers.values():
             memory.free()
         if self._scratch is not None:
             self._scratch.free()
         for staged in self._staging.values():
             staged.free()
-        self._buffers, self._staging, self._scratch = {}, {}, None
+        self.buffers, self._staging, self._scratch = {}, {}, None
 
 
 class SlotPool:
@@ -196,7 +233,10 @@ class SlotPool:
         flavor: of the engines.
         runtime: that the engines came from.
         engines: by stage; the pool closes them.
-        size: how many slots there may be, so how many calls run at once.
+        size: how many slots there may be but for lent ones, so how many calls run at once.
+
+    Attributes:
+        device: see above.
     """
 
     def __init__(
@@ -207,7 +247,7 @@ class SlotPool:
         engines: Mapping[str, Engine],
         size: int,
     ) -> None:
-        self._device, self._flavor, self._engines, self._size = device, flavor, engines, size
+        self.device, self._flavor, self._engines, self._size = device, flavor, engines, size
         self._permits = threading.Semaphore(size)
         self._lock, self._closing = threading.Lock(), threading.Lock()
         self._slots: list[Slot] = []
@@ -224,7 +264,7 @@ class SlotPool:
             RuntimeError: when the pool is closed.
             EngineError: when there is no memory for another slot.
         """
-        with self._permits, self._device:
+        with self._permits, self.device:
             with self._lock:
                 if not self._free.alive:
                     raise RuntimeError("this backend is closed")
@@ -235,9 +275,29 @@ class SlotPool:
                 self._idle.append(slot)
 
     def _new_slot(self) -> Slot:
-        slot = Slot(self._device, self._flavor, self._engines)
+        slot = Slot(self.device, self._flavor, self._engines)
         self._slots.append(slot)
         return slot
+
+    def lend(self, count: int) -> list[Slot]:
+        """More slots, for as long as the pool is open or until they come back.
+
+        Raises:
+            RuntimeError: when the pool is closed.
+            EngineError: when there is no memory for them.
+        """
+        with self._lock, self.device:
+            if not self._free.alive:
+                raise RuntimeError("this backend is closed")
+            return [self._new_slot() for _ in range(count)]
+
+    def take_back(self, slots: Sequence[Slot]) -> None:
+        """Frees slots that were lent; no call may be running."""
+        with self._lock, self.device:
+            for slot in slots:
+                if slot in self._slots:  # else the pool was closed first
+                    self._slots.remove(slot)
+                    slot.close()
 
     def close(self) -> None:
         """Waits for running calls and frees slots and engines; again is harmless."""

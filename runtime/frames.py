@@ -1,0 +1,160 @@
+"""Frames of video as other libraries hold them: packed or planar RGB and BGR, and NV12, u8 each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from comask.runtime.dlpack import Borrowed, borrow
+from numpy.typing import NDArray
+
+from comask.errors import ImageError
+from comask.kernels.launch import Launch
+from comask.kernels.launch_frames import (
+    COLOUR_SHIFT,
+    LUMA_SHARES,
+    Matrix,
+    Size,
+    colour_coefficients,
+    nv12_to_canvas_launch,
+    rgb_to_canvas_launch,
+)
+
+Format: TypeAlias = Literal["rgb", "bgr", "nv12"]
+FORMATS = ("rgb", "bgr", "nv12")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame in memory of the caller's.
+
+    Attributes:
+        planes: one of u8 [h, w, 3] or [3, h, w]; for NV12, Y [h, w] and UV [ch, cw, 2] or [ch, 2·cw].
+        format: see `FORMATS`.
+        matrix: of NV12's colours.
+        full_range: whether NV12's Y, U and V use 0..255.
+
+    Raises:
+        ImageError: the planes are none of these, or lie on different devices.
+    """
+
+    planes: tuple[Borrowed, ...]
+    format: Format
+    matrix: Matrix
+    full_range: bool
+
+    def __post_init__(self) -> None:
+        shapes = [plane.shape for plane in self.planes]
+        if self.format not in FORMATS:
+            raise ImageError(f"no frame format {self.format!r}; known are {', '.join(FORMATS)}")
+        if self.matrix not in LUMA_SHARES:
+            raise ImageError(
+                f"no colour matrix {self.matrix!r}; known are {', '.join(LUMA_SHARES)}"
+            )
+        if self.format == "nv12":
+            good = (
+                len(shapes) == 2
+                and len(shapes[0]) == 2
+                and (len(shapes[1]) == 2 or shapes[1][2:] == (2,))
+                and all(plane.strides[-1] == 1 for plane in self.planes)
+                and self.planes[1].strides[1:] in ((1,), (2, 1))
+                and all(
+                    half >= 1 and half in (n // 2, (n + 1) // 2)
+                    for n, half in zip(shapes[0], self._chroma_size, strict=True)
+                )
+            )
+        else:
+            good = len(shapes) == 1 and len(shapes[0]) == 3 and 3 in (shapes[0][2], shapes[0][0])
+        good = good and all(p.dtype == np.uint8 and min(p.shape) > 0 for p in self.planes)
+        if not good:
+            found = ", ".join(f"{plane.dtype} {list(plane.shape)}" for plane in self.planes)
+            raise ImageError(
+                f"{self.format} frame of {found}; expected u8 [h, w, 3] or [3, h, w], for nv12 a pair "
+                "of Y [h, w] and UV [h/2, w/2, 2] with rows without gaps between bytes"
+            )
+        if len({plane.device for plane in self.planes}) > 1:
+            raise ImageError("the planes of a frame are on different devices; expected one")
+
+    @property
+    def device(self) -> int | None:
+        """Index of the GPU that it lies on; None for the host."""
+        return self.planes[0].device
+
+    @property
+    def size(self) -> Size:
+        """(h, w) in pixels."""
+        shape = self.planes[0].shape
+        return (shape[1], shape[2]) if self._planar else (shape[0], shape[1])
+
+    @property
+    def _planar(self) -> bool:
+        return self.format != "nv12" and self.planes[0].shape[2] != 3
+
+    @property
+    def _chroma_size(self) -> Size:
+        shape = self.planes[1].shape
+        return shape[0], shape[1] if len(shape) == 3 else shape[1] // 2
+
+    def launch(self, resized: Size, canvas: Size) -> tuple[Launch, list[int]]:
+        """The kernel that makes a canvas of it, and its inputs.
+
+        Raises:
+            KernelError: it takes no such sizes or strides.
+        """
+        addresses = [plane.address for plane in self.planes]
+        if self.format == "nv12":
+            luma, chroma = self.planes
+            launch = nv12_to_canvas_launch(
+                self.size, self._chroma_size, (luma.strides[0], chroma.strides[0]), resized, canvas,
+                matrix=self.matrix, full_range=self.full_range,
+            )  # fmt: skip
+            return launch, addresses
+        first, second, third = self.planes[0].strides
+        strides = (second, third, first) if self._planar else (first, second, third)
+        return rgb_to_canvas_launch(
+            self.size, strides, resized, canvas, order=self.format
+        ), addresses  # fmt: skip
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """u8 [h, w, 3] RGB, of a frame on the host; NV12 by the kernel's arithmetic."""
+        planes: list[NDArray[np.uint8]] = [np.asarray(plane) for plane in self.planes]
+        if self.format != "nv12":
+            image = planes[0].transpose(1, 2, 0) if self._planar else planes[0]
+            return np.ascontiguousarray(image if self.format == "rgb" else image[:, :, ::-1])
+        chroma_height, chroma_width = self._chroma_size
+        rows = np.minimum(np.arange(self.size[0]) // 2, chroma_height - 1)
+        columns = np.minimum(np.arange(self.size[1]) // 2, chroma_width - 1)
+        pairs = planes[1].reshape(chroma_height, -1)[:, : 2 * chroma_width]
+        shared = pairs.reshape(chroma_height, chroma_width, 2)[rows[:, None], columns]
+        u, v = (shared[:, :, i].astype(np.int32) - 128 for i in (0, 1))
+        black, gain, red_v, green_u, green_v, blue_u = colour_coefficients(
+            self.matrix, full_range=self.full_range
+        )
+        y = (planes[0].astype(np.int32) - black) * gain + (1 << (COLOUR_SHIFT - 1))
+        channels = (y + red_v * v, y + green_u * u + green_v * v, y + blue_u * u)
+        return np.stack([np.clip(c >> COLOUR_SHIFT, 0, 255) for c in channels], 2).astype(np.uint8)
+
+    def release(self) -> None:
+        """Lets go of the caller's memory."""
+        for plane in self.planes:
+            plane.release()
+
+
+def borrow_frame(
+    source: Any, stream: int, format: Format, matrix: Matrix, full_range: bool
+) -> Frame:
+    """A frame of the caller's.
+
+    Args:
+        source: an array of another library, or a (Y, UV) pair of them; see `borrow`.
+        stream: of ours, that the producer's work must come before; see `borrow`.
+        format: see `Frame`.
+        matrix: see `Frame`.
+        full_range: see `Frame`.
+
+    Raises:
+        ImageError: it is no such frame.
+    """
+    sources = source if isinstance(source, tuple) else (source,)
+    return Frame(tuple(borrow(plane, stream) for plane in sources), format, matrix, full_range)

@@ -1,0 +1,270 @@
+"""Lanes of a `StreamSession` on the GPU: each a slot, its events and its captured graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from comask.runtime.device import Device, Graph, Stream
+from comask.runtime.dlpack import UNORDERED, SharedArray
+from comask.runtime.frames import Format, Frame, borrow_frame
+from comask.runtime.lanes import Batch, Lane
+from comask.runtime.session import Array
+from comask.runtime.trt.copied import CopiedMemory
+from comask.runtime.trt.engine import Shape
+from comask.runtime.trt.engine_folder import PLANS
+from comask.runtime.trt.slot import Slot, SlotPool
+
+from comask.errors import EngineError, ImageError
+from comask.kernels import driver
+from comask.kernels.launch_frames import FRAME, Matrix
+from comask.preprocess import prepare
+
+STAGES = tuple(PLANS)
+PAUSE = 0.0002  # seconds between looks at an event, where a wait has an end
+
+logger = logging.getLogger(__name__)
+
+
+class TrtLane:
+    """Runs batches in one slot: all is queued, nothing waits.
+
+    Args:
+        device: of the slot.
+        slot: of this lane alone.
+        intake: stream that the frames are ready on.
+        graphs: whether both stages are captured as a CUDA graph when the same shapes come again.
+    """
+
+    def __init__(self, device: Device, slot: Slot, intake: Stream, *, graphs: bool) -> None:
+        self._device, self._slot, self._intake = device, slot, intake
+        self._graphs = graphs
+        self._graph: Graph | None = None
+        self._layout: object = None  # that the graph was captured for, or is to be next time
+        self._read, self._done = device.event(), device.event()
+        self._reading: Batch | None = None
+        self._shapes: dict[str, Shape] = {}
+        self.batches = 0  # started so far: who borrows outputs knows by it whose they are
+
+    def start(self, batch: Batch) -> None:
+        """See `Lane`."""
+        slot, count, canvas = self._slot, len(batch.frames), batch.canvas
+        fed: dict[str, Shape] = {"images": (count, *canvas, 3), "image_sizes": (count, 2)}
+        self.batches += 1
+        with self._device:
+            try:
+                self._shapes = slot.reserve(STAGES, fed, fed)
+                slot.stream.wait_for(self._intake.handle)
+                sizes = slot.host_view("image_sizes", (count, 2))
+                sizes[...] = batch.sizes
+                slot.stream.copy_in(slot.buffers["image_sizes"], sizes)
+                for place in range(count):
+                    self._make_canvas(batch, place)
+                self._read.record(slot.stream)
+                self._reading = batch
+                self._enqueue()
+                self._done.record(slot.stream)
+            except BaseException:
+                slot.stream.synchronize()  # nothing may move while work is queued
+                self._reading = None
+                batch.release()
+                raise
+
+    def _make_canvas(self, batch: Batch, place: int) -> None:
+        slot, frame, images = self._slot, batch.frames[place], self._slot.buffers["images"]
+        canvas = batch.canvas
+        offset = place * canvas[0] * canvas[1] * 3
+        if frame.device is None:
+            staged = slot.host_view("images", self._shapes["images"])[place]
+            staged[...] = prepare(frame.pixels(), batch.preprocess).canvas
+            slot.stream.copy_in(images, staged, offset)
+            return
+        launch, addresses = frame.launch(batch.sizes[place], canvas)
+        driver.launch(launch, addresses, images.address + offset, slot.stream.handle)
+
+    def _enqueue(self) -> None:
+        """As a graph from the second batch of a layout on.
+
+        The first runs as it is, as TensorRT may allocate and load then, which no capture allows. One
+        graph is kept: TensorRT forbids those of earlier shapes once a context was told new ones.
+        """
+        slot, layout = self._slot, self._slot.layout(STAGES)
+        if self._graphs and layout != self._layout:
+            self._drop_graph()
+            self._layout = layout
+        elif self._graphs and self._graph is None:
+            try:
+                self._graph = slot.stream.capture(lambda: slot.enqueue(STAGES))
+            except EngineError as error:
+                logger.warning("without CUDA graphs from here on, capture failed: %s", error)
+                self._graphs = False
+        if self._graph is None:
+            slot.enqueue(STAGES)
+        else:
+            self._graph.launch(slot.stream)
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = None
+
+    def past(self) -> bool:
+        """See `Lane`."""
+        with self._device:
+            return self._done.past()
+
+    def wait(self, seconds: float | None) -> bool:
+        """See `Lane`."""
+        with self._device:
+            if seconds is None:
+                self._done.synchronize()
+                return True
+            end = time.monotonic() + seconds
+            while not (past := self._done.past()) and time.monotonic() < end:
+                time.sleep(PAUSE)
+            return past
+
+    def release_read(self) -> None:
+        """See `Lane`."""
+        if self._reading is not None:
+            with self._device:
+                read = self._read.past()
+            if read:
+                self._reading.release()
+                self._reading = None
+
+    def shared(self) -> dict[str, SharedArray]:
+        """See `Lane`."""
+        loan = Loan(self, self.batches)
+        return {
+            name: SharedArray(
+                self._slot.buffers[name].address, self._shapes[name], self._slot.dtype(name),
+                self._device.index, loan,
+            )
+            for name in self._slot.output_names(STAGES)
+        }  # fmt: skip
+
+    def fetch(self) -> dict[str, Array]:
+        """See `Lane`."""
+        slot, names = self._slot, self._slot.output_names(STAGES)
+        with self._device:
+            for name in names:
+                slot.stream.copy_out(slot.host_view(name, self._shapes[name]), slot.buffers[name])
+            slot.stream.synchronize()
+        return {name: slot.host_view(name, self._shapes[name]).copy() for name in names}
+
+    def hold_back(self, stream: int) -> None:
+        """See `Lane`."""
+        with self._device:
+            self._done.hold_back(stream)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the slot's stream."""
+        return self._slot.stream.handle
+
+    def copy(self, array: SharedArray) -> SharedArray:
+        """An output's values in memory of their own."""
+        with self._device:
+            memory = self._device.memory(max(1, array.dtype.itemsize * int(np.prod(array.shape))))
+            self._slot.stream.copy_over(memory, array.address)
+            self._slot.stream.synchronize()
+        return CopiedMemory(self._device, memory).shared(array)
+
+    def close(self) -> Slot:
+        """Frees what is not the slot's, which is returned; inside `with device:`."""
+        self._drop_graph()
+        self._read.close()
+        self._done.close()
+        self.batches += 1  # outputs that are still borrowed are no more
+        return self._slot
+
+
+class Loan:
+    """The owner of a batch's outputs in a lane.
+
+    Args:
+        lane: that they lie in.
+        batch: the number of theirs.
+    """
+
+    def __init__(self, lane: TrtLane, batch: int) -> None:
+        self._lane, self._batch = lane, batch
+
+    def _check(self) -> None:
+        if self._lane.batches != self._batch:
+            raise RuntimeError(
+                "these outputs were borrowed and their slot is in use again: take .copy() in time, or "
+                "more slots"
+            )
+
+    def share(self, stream: int | None) -> int:
+        """See `Owner`."""
+        self._check()
+        if stream is not None:
+            self._lane.hold_back(stream)
+        return self._lane.stream
+
+    def copy(self, array: SharedArray) -> SharedArray:
+        """See `Owner`."""
+        self._check()
+        return self._lane.copy(array)
+
+
+class TrtLanes:
+    """Slots of a pool for one session, and the stream that its frames come in by.
+
+    Args:
+        pool: whose slots they are.
+        count: how many.
+        graphs: see `TrtLane`.
+
+    Raises:
+        EngineError: there is no memory for them.
+        KernelError: the kernel for frames cannot be compiled for the GPU.
+    """
+
+    def __init__(self, pool: SlotPool, count: int, *, graphs: bool) -> None:
+        self._pool, self._device = pool, pool.device
+        slots = pool.lend(count)
+        with self._device:
+            driver.prepare(FRAME)
+            self._intake = self._device.stream()
+            self._lanes = [
+                TrtLane(self._device, slot, self._intake, graphs=graphs) for slot in slots
+            ]
+
+    def open(self) -> Sequence[Lane]:
+        """See `Lanes`."""
+        return self._lanes
+
+    def borrow(
+        self, source: Any, stream: int | None, format: Format, matrix: Matrix, full_range: bool
+    ) -> Frame:
+        """See `Lanes`."""
+        with self._device:
+            consumer = self._intake.handle if stream is None else UNORDERED
+            frame = borrow_frame(source, consumer, format, matrix, full_range)
+            if frame.device not in (None, self._device.index):
+                raise ImageError(
+                    f"a frame is on GPU {frame.device}, this predictor on GPU {self._device.index}; "
+                    "load one there with device="
+                )
+            if stream is None:
+                for plane in frame.planes:
+                    if plane.stream is not None:
+                        self._intake.wait_for(plane.stream)
+            elif frame.device is not None:
+                self._intake.wait_for(stream)
+        return frame
+
+    def close(self) -> None:
+        """See `Lanes`."""
+        with self._device:
+            slots = [lane.close() for lane in self._lanes]
+            self._intake.close()
+        self._lanes = []
+        self._pool.take_back(slots)
