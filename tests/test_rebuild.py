@@ -1,0 +1,47 @@
+"""The command that builds engines again, as it is shown and as it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from comask.cli.engine_options import engine_options
+from comask.runtime.trt import rebuild as rebuild_module
+from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, EngineInfo
+from comask.runtime.trt.rebuild import rebuild, rebuild_arguments
+
+from comask.errors import EngineError
+
+
+def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "workspace_mib": 512, "optimization_level": None, "version_compatible": False,
+        "hardware_compatibility": "ampere_plus", "compute_capabilities": [86, 89],
+    }  # fmt: skip
+    info = EngineInfo(
+        flavor="tensorrt", version="10.1", target="sm90", gpu="H200", driver=None, precision="fp16",
+        plugin="aot", plugin_sha256=None, profile={"batch": (1, 2, 8), "height": (32, 64, 96)},
+        options=options, graphs={}, transformed={}, plans={}, layers={}, seconds={},
+        verification={}, created="", comask_version="",
+    )  # fmt: skip
+    assert rebuild_arguments(Path("my bundle"), info, info.profile) == [
+        "my bundle", "--engine", "tensorrt", "--precision", "fp16", "--plugin", "aot",
+        "--profile", "batch=1:2:8", "--profile", "height=32:64:96", "--workspace", "512",
+        "--hardware-compatibility", "ampere_plus", "--compute-capability", "86",
+        "--compute-capability", "89", "--rebuild",
+    ]  # fmt: skip
+    parsed: dict[str, Any] = {}
+    command = click.Command("export", callback=lambda **values: parsed.update(values))
+    command.params = [click.Argument(["bundle"]), click.Option(["--precision"])]
+    arguments = rebuild_arguments(Path("my bundle"), info, info.profile)
+    engine_options(command)(arguments, standalone_mode=False)
+    assert parsed.pop("rebuild") is True
+    assert (parsed["engine"], parsed["plugin"], parsed["workspace"]) == ("tensorrt", "aot", 512)
+    assert parsed["compute_capability"] == (86, 89)
+    monkeypatch.setattr(rebuild_module, "RUN", "print('a'); raise SystemExit('error: no nvcc')")
+    with pytest.raises(
+        EngineError, match=r"cannot be built again: a; error: no nvcc|error: no nvcc; a"
+    ):
+        rebuild(EngineFolder(tmp_path / "bundle" / ENGINES / "name", info), 0)
