@@ -39,7 +39,7 @@ ablation: setup
 JSON := runs/gpu-check.json
 GPU_PYTHON := $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 gpu-check:
-	$(GPU_PYTHON) benchmarks/gpu_check --json $(JSON) $(if $(BUNDLE),--bundle $(BUNDLE))
+	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
 test: setup $(VENV)/pycuda
 	$(BIN)/python -m pytest

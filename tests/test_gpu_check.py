@@ -158,3 +158,10 @@ def test_each_flavor_and_plugin_has_a_bundle_of_its_own(
         built(*plugins)
         with pytest.raises(RuntimeError, match="not tensorrt with aot"):
             backends.build_engine(shared, bundle, "tensorrt", "fp16", "aot")
+
+
+def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
+    result = gpu_check("--bundle", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "no bundle here" in result.stderr

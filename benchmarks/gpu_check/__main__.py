@@ -8,6 +8,7 @@ own, since an abort or a failed kernel takes the process's CUDA with it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -39,6 +40,10 @@ def main() -> int:
         "--row", nargs=3, metavar=("GROUP", "NAME", "FOLDER"), help=argparse.SUPPRESS
     )
     options = parser.parse_args()
+    if importlib.util.find_spec("numpy") is None:
+        sys.exit(f"error: {sys.executable} has no numpy; name a Python that has it by PYTHON=…")
+    if options.bundle and not (options.bundle / "manifest.json").is_file():
+        sys.exit(f"error: {options.bundle}: there is no bundle here; comask-export writes one")
     if options.row:
         return run_here(options)
     with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
