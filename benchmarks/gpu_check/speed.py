@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from rows import Figure
 IMAGES_A_SECOND = {1: 250.0, 8: 450.0}  # bars for an H200, by batch
 BARS_ARE_FOR = "H200"
 MEMORY_GIB = 6.0
+STREAMED = 32  # frames
 
 
 def against_amp(context: Context, flavor: str) -> Figure:
@@ -95,6 +97,34 @@ def captured_graph(context: Context) -> Figure:
     return Figure(value=wrong, unit="difference", most=0.0)
 
 
+def streamed(context: Context, backend: str) -> Figure:
+    """Frames through `Predictor.stream`: replayed CUDA graphs must give what eager execution gives."""
+    import numpy as np
+    from comask.runtime import Predictor
+
+    bundle, precision = context.trained_bundle, "fp16"
+    if backend in FLAVORS:
+        bundle = build_engine(context, bundle, backend, precision, "python")
+    frames = [np.roll(context.images(1)["images"][0], 16 * i, axis=1) for i in range(STREAMED)]
+    found, seconds = {}, {}
+    with Predictor.load(bundle, f"{backend}:{precision}") as predictor:
+        for graphs in (False, True):
+            with predictor.stream(graphs=graphs) as session:
+                session.submit(frames[0]).result()
+                begin = time.perf_counter()
+                futures = [session.submit(frame) for frame in frames]
+                found[graphs] = [future.result() for future in futures]
+                seconds[graphs] = time.perf_counter() - begin
+    worst = 0.0
+    for eager, replayed in zip(found[False], found[True], strict=True):
+        same = len(eager) == len(replayed)
+        distance = np.abs(eager.boxes_xyxy - replayed.boxes_xyxy).max(initial=0.0) if same else 1e9
+        worst = max(worst, float(distance))
+    rates = {graphs: STREAMED / taken for graphs, taken in seconds.items()}
+    note = f"{rates[False]:.0f} frames/s eagerly, {rates[True]:.0f} replayed, host frames"
+    return Figure(value=worst, unit="px", most=0.01, note=note)
+
+
 def training_step(context: Context) -> Figure:
     """Twenty steps of training on the GPU in mixed precision: the loss falls and stays finite."""
     context.need_gpu()
@@ -171,6 +201,8 @@ def _checks() -> dict[str, Callable[[Context], Figure]]:
         checks[f"{flavor} fp16 against PyTorch AMP"] = partial(against_amp, flavor=flavor)
         checks[f"{flavor} fp16 against its fp32"] = partial(against_fp32, flavor=flavor)
         checks[f"{flavor} memory, batch 8"] = partial(engine_memory, flavor=flavor)
+    for backend in (*FLAVORS, "onnxruntime"):
+        checks[f"{backend} fp16 streamed, graphs equal eager"] = partial(streamed, backend=backend)
     for batch in IMAGES_A_SECOND:
         for backend in (*FLAVORS, "onnxruntime", "torch"):
             checks[f"{backend} images a second, batch {batch}"] = partial(
