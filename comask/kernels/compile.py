@@ -90,7 +90,10 @@ def host_library(source: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # a home that is mounted noexec
-        path = Path(shutil.copy(path, _temporary_folder()))
+        elsewhere = _temporary_folder() / path.name
+        if not elsewhere.exists():  # writing over a library that is loaded would crash its process
+            shutil.copy(path, elsewhere)
+        path = elsewhere
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
