@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine_folder import AMPERE
 from comask.runtime.trt.flavors import Flavor
 from comask.runtime.trt.ops import (
     HALVES_A_VECTOR,
@@ -41,7 +42,6 @@ from comask.kernels.launch import (
     float_bits,
 )
 
-AMPERE = 80  # the oldest GPU of --hardware-compatibility ampere_plus
 TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # of DataType → of autotuning, where they differ
 
 

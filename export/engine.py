@@ -38,7 +38,7 @@ from comask.runtime.trt.ops import kernels_sha256
 from numpy.typing import NDArray
 
 from comask import __version__
-from comask.bundle import STAGES, Bundle, sha256
+from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.errors import EngineError
 
 # folders beside the finished ones; a dot keeps them from being taken for engines
@@ -183,7 +183,6 @@ def _describe(
     else:
         assert gpu is not None
         target, tuned_on = f"sm{gpu.capability}", gpu.name
-    graphs = {stage: bundle.graph(stage, request.precision) for stage in STAGES}
     transformed = {
         stage: _graph_for_tensorrt(bundle, stage, request.precision, request.plugin)
         for stage in STAGES
@@ -199,7 +198,8 @@ def _describe(
         plugin_sha256=None if request.plugin == "none" else kernels_sha256(),
         profile=request.profile.ranges(),
         options=dataclasses.asdict(request.options),
-        graphs={stage: sha256(path) for stage, path in graphs.items()},
+        # `_graph_for_tensorrt` has compared the files with these
+        graphs={s: bundle.manifest.files[graph_file(s, request.precision)] for s in STAGES},
         transformed={
             stage: hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
             for stage, model in transformed.items()

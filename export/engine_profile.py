@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from comask.runtime.trt.rebuild import STRIDES
+
 from comask.bundle import Manifest
 from comask.errors import ConfigError
 
 Range = tuple[int, int, int]  # least, best, largest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 CANVAS_STEP = 32  # canvases are multiples of this
 LARGEST_BATCH = 8
 

@@ -92,9 +92,25 @@ SortedNms <iou_threshold> (boxes, group_ids) => (keep)
 }
 """
 
+# Which levels' bounds each RoI's side reaches, as `roi_levels`; the callers split the RoIs and sum.
+REACHED_LEVELS = """\
+    width = Sub (x2, x1)
+    height = Sub (y2, y1)
+    width_0 = Max (width, zero_f)
+    height_0 = Max (height, zero_f)
+    area = Mul (width_0, height_0)
+    side = Sqrt (area)
+    canonical = Constant <value_float: float = @canonical_size> ()
+    factors = Constant <value_floats = [{factors}]> ()
+    bounds = Mul (factors, canonical)
+    reached = GreaterOrEqual (side, bounds)
+    reached_int = Cast <to = 7> (reached)
+"""
+
 # Each RoI goes through RoiAlign of its own level alone; pooling all of them from all four and
 # choosing afterwards costs four times as much.
-PYRAMID_ROI_ALIGN_HEAD = """
+PYRAMID_ROI_ALIGN_HEAD = (
+    """
 <domain: "comask", opset_import: ["": 20]>
 PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, rois) => (pooled)
 {{
@@ -116,19 +132,11 @@ PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, r
     image = Reshape (images_table, all_rows)
 
     x1, y1, x2, y2 = Split <axis = 1, num_outputs = 4> (flat)
-    width = Sub (x2, x1)
-    height = Sub (y2, y1)
-    width_0 = Max (width, zero_f)
-    height_0 = Max (height, zero_f)
-    area = Mul (width_0, height_0)
-    side = Sqrt (area)
-    canonical = Constant <value_float: float = @canonical_size> ()
-    factors = Constant <value_floats = [{factors}]> ()
-    bounds = Mul (factors, canonical)
-    reached = GreaterOrEqual (side, bounds)
-    reached_int = Cast <to = 7> (reached)
-    level = ReduceSum <keepdims = 0> (reached_int, axis_1)
 """
+    + REACHED_LEVELS
+    + """    level = ReduceSum <keepdims = 0> (reached_int, axis_1)
+"""
+)
 PYRAMID_ROI_ALIGN_LEVEL = """
     place_{i} = Constant <value_int = {i}> ()
     on_{i} = Equal (level, place_{i})

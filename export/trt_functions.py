@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx
 import onnx.parser
-from comask.export.functions import sorted_nms_function
+from comask.export.functions import REACHED_LEVELS, sorted_nms_function
 
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
 
@@ -50,25 +50,17 @@ PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, r
 """
 
 # As comask.models.roi_align.roi_levels; then what that level means for a RoI, each [B, N, 1].
-LEVEL = """
+LEVEL = (
+    """
     zero_f = Constant <value_float = 0.0> ()
     half = Constant <value_float = 0.5> ()
     one_f = Constant <value_float = 1.0> ()
     minus_one_f = Constant <value_float = -1.0> ()
     two_f = Constant <value_float = 2.0> ()
     x1, y1, x2, y2 = Split <axis = 2, num_outputs = 4> (rois)
-    width = Sub (x2, x1)
-    height = Sub (y2, y1)
-    width_0 = Max (width, zero_f)
-    height_0 = Max (height, zero_f)
-    area = Mul (width_0, height_0)
-    side = Sqrt (area)
-    canonical = Constant <value_float: float = @canonical_size> ()
-    factors = Constant <value_floats = [{factors}]> ()
-    bounds = Mul (factors, canonical)
-    reached = GreaterOrEqual (side, bounds)
-    reached_int = Cast <to = 7> (reached)
-    level = ReduceSum <keepdims = 1> (reached_int, axis_2)
+"""
+    + REACHED_LEVELS
+    + """    level = ReduceSum <keepdims = 1> (reached_int, axis_2)
 
     scales = Constant <value_floats = [{scales}]> ()
     widths_int = Concat <axis = 0> (w2, w3, w4, w5)
@@ -103,6 +95,7 @@ LEVEL = """
     same_2 = Constant <value_ints = [0, 0]> ()
     by_bin = Concat <axis = 0> (same_2, size_1, ratio_1)
 """
+)
 
 # Sample positions in one axis, in torchvision's order of operations, [B, N, S·r]; then as [B, r, N, S]
 # with the axes of the other direction between. GridSample's -1 and 1 are the atlas's outer pixels.

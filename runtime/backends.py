@@ -8,7 +8,13 @@ from typing import Literal
 from comask.runtime.session import Stages
 
 from comask.bundle import Bundle
-from comask.errors import BackendUnavailableError, BundleError, ComaskError, EngineError
+from comask.errors import (
+    BackendUnavailableError,
+    BundleError,
+    ComaskError,
+    EngineError,
+    KernelError,
+)
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch")  # by falling speed
 
@@ -86,7 +92,7 @@ def _open_best(bundle: Bundle, device: int, on_mismatch: OnMismatch) -> Stages:
             stages = _open(bundle, name, None, device, on_mismatch)
         except BackendUnavailableError as error:
             logger.info("backend auto: not %s: %s", name, error)
-        except EngineError as error:
+        except (EngineError, KernelError) as error:
             # somebody built these engines to have them run
             logger.warning("backend auto: not %s, slower ones follow: %s", name, error)
         else:

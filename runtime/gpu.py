@@ -6,8 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-# CUdevice_attribute
-CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+from comask.kernels.driver import CAPABILITY_MAJOR, CAPABILITY_MINOR
 
 
 @dataclass(frozen=True, slots=True)

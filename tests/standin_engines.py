@@ -1,4 +1,4 @@
-"""Folders of engines whose plans are those of the stand-in TensorRT."""
+"""Folders of engines whose plans are those of the stand-in TensorRT, and what runs on them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from comask.export.engine_profile import Profile
 from comask.runtime.gpu import find_gpu
 from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineFolder, EngineInfo
 from comask.runtime.trt.ops import OPS, kernels_sha256
 
 from comask.bundle import STAGES, Bundle, graph_file, sha256
+from comask.data.shapes import ShapesSource
+from comask.structures import Detections
 
 PROFILE = Profile(
     batch=(1, 1, 3), height=(32, 96, 128), width=(32, 128, 128), proposals=(1, 200, 200)
@@ -44,3 +47,14 @@ def write_engines(
     info = dataclasses.replace(info, plans={s: sha256(place / n) for s, n in PLANS.items()})
     (place / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(info)))
     return EngineFolder(place, info)
+
+
+def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
+    return np.resize(ShapesSource(num_images=seed + 1, seed=9).image(seed), (h, w, 3))
+
+
+def assert_equal(found: Detections, expected: Detections) -> None:
+    assert len(found) == len(expected) > 0
+    assert found.image_size == expected.image_size
+    for name in ("boxes_xyxy", "scores", "labels", "mask_probs"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

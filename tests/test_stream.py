@@ -19,29 +19,14 @@ from comask.runtime import Predictor
 from comask.runtime.device import open_device
 from comask.runtime.stream import FrameDroppedError, QueueFullError, stream_handle
 from standin import counts, live, run_on_standin, skip_without_pycuda
-from standin_engines import PROFILE, write_engines
+from standin_engines import PROFILE, assert_equal, picture, write_engines
 
-from comask.data.shapes import ShapesSource
 from comask.errors import EngineError, ImageError
 from comask.kernels import host
 from comask.kernels.launch_frames import Matrix, nv12_to_canvas_launch
 from comask.structures import Detections
 
-FIELDS = ("boxes_xyxy", "scores", "labels", "mask_probs")
-
-
-def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
-    return np.resize(ShapesSource(num_images=seed + 1, seed=9).image(seed), (h, w, 3))
-
-
 PICTURES = [picture(96, 128, seed) for seed in range(3)]
-
-
-def assert_equal(found: Detections, expected: Detections) -> None:
-    assert len(found) == len(expected) > 0
-    assert found.image_size == expected.image_size
-    for name in FIELDS:
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 # On the host.

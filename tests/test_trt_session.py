@@ -24,27 +24,15 @@ from comask.runtime.gpu import find_gpu
 from comask.runtime.trt import rebuild as rebuild_module
 from comask.runtime.trt.engine_folder import DESCRIPTION, PLANS
 from standin import counts, live, run_on_standin, skip_without_pycuda
-from standin_engines import PROFILE, write_engines
+from standin_engines import PROFILE, assert_equal, picture, write_engines
 
 from comask.bundle import STAGES, Bundle, sha256, write_manifest
-from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError, EngineError, ParityError
-from comask.structures import Detections
 
 skip_without_pycuda()
 
 
-def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
-    return np.resize(ShapesSource(num_images=seed + 1, seed=9).image(seed), (h, w, 3))
-
-
 PICTURES = [picture(96, 128, 0), picture(128, 96, 1), picture(96, 128, 2), picture(64, 64, 3)]
-
-
-def assert_equal(found: Detections, expected: Detections) -> None:
-    assert len(found) == len(expected) > 0
-    for name in ("boxes_xyxy", "scores", "labels", "mask_probs"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def assert_all_freed() -> None:

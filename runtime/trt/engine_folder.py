@@ -22,7 +22,7 @@ ENGINES = "engines"  # folder of the bundle
 DESCRIPTION = "engine.json"
 TIMING_CACHE = "timing.cache"
 SCHEMA_VERSION = 1
-AMPERE = 80
+AMPERE = 80  # the oldest GPU of --hardware-compatibility ampere_plus
 PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 
 logger = logging.getLogger(__name__)

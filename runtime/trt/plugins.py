@@ -75,11 +75,33 @@ class Fields:
         self.collection = trt.PluginFieldCollection(self._fields)
 
 
+class OneTactic:
+    """The part of `IPluginV3` in which nothing depends on tactics, profiles or earlier shapes."""
+
+    def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Nothing depends on the profile."""
+
+    def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Shapes come with every call."""
+
+    def get_valid_tactics(self) -> list[int]:
+        """None beside TensorRT's default."""
+        return []
+
+    def set_tactic(self, tactic: int) -> None:
+        """There is one tactic."""
+
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        """The kernels need no scratch memory."""
+        return 0
+
+
 def _plugin_class(flavor: Flavor) -> Any:
     """The plugin over one TensorRT's base classes; one class serves both ops."""
     trt: Any = flavor.trt
 
     class Plugin(
+        OneTactic,
         trt.IPluginV3,  # type: ignore[misc]
         trt.IPluginV3OneCore,  # type: ignore[misc]
         trt.IPluginV3OneBuild,  # type: ignore[misc]
@@ -127,21 +149,6 @@ def _plugin_class(flavor: Flavor) -> Any:
             self, position: int, in_out: Sequence[Any], num_inputs: int
         ) -> bool:
             return self.op.supports(position, [_desc(d.desc) for d in in_out[: position + 1]])
-
-        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Nothing depends on the profile."""
-
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Shapes come with every call."""
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def set_tactic(self, tactic: int) -> None:
-            """There is one tactic."""
-
-        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return 0
 
         def attach_to_context(self, context: Any) -> Any:
             with _telling(flavor):
