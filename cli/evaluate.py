@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.options import command, json_option, write_json
-from comask.runtime.backends import open_stages
+from comask.cli.predictor_options import PredictorOptions, predictor_options
 
 from comask.errors import DataError
 
@@ -30,7 +30,7 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
 @click.option("--tolerance", type=click.FloatRange(0), default=0.1, show_default=True,
               help="AP points that a backend may lie off the reference.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@predictor_options(batch=8)
 @click.option("--no-record", is_flag=True, help="Leave the bundle's manifest as it is.")
 @json_option
 def main(
@@ -39,7 +39,7 @@ def main(
     backends: tuple[str, ...],
     images: int | None,
     tolerance: float,
-    batch: int,
+    how: PredictorOptions,
     no_record: bool,
     json_file: str | None,
 ) -> None:
@@ -55,13 +55,16 @@ def main(
     for name in backends:
         if name == "auto":
             raise click.UsageError("--backend auto: name the backends that are to be compared")
-        open_stages(opened, name).close()  # before the first is scored, which may take hours
+        how.load(bundle, name).close()  # before the first is scored, which may take hours
     from comask.data.open_source import open_source
 
     source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
     indices = list(range(min(images or len(source), len(source))))
-    results = {name: _score(opened, name, source, indices, batch) for name in backends}
-    report = _report(results, tolerance) | {"bundle": str(bundle), "data": data}
+    results = {name: _score(opened, name, source, indices, how) for name in backends}
+    report = _report(results, tolerance) | {
+        "bundle": str(bundle), "data": data,
+        "proposals": how.proposals, "short_side": how.short_side,  # null: the bundle's
+    }  # fmt: skip
     _print(results, report, to_stderr=json_file == "-")
     if not no_record:
         _record(opened, report)
@@ -71,11 +74,10 @@ def main(
 
 
 def _score(
-    bundle: Bundle, backend: str, source: InstanceSource, indices: list[int], batch: int
+    bundle: Bundle, backend: str, source: InstanceSource, indices: list[int], how: PredictorOptions
 ) -> CocoMetrics:
     """AP of one backend; its labels are renumbered to the data's by class name."""
     import numpy as np
-    from comask.runtime import Predictor
 
     from comask.evaluate import evaluate
     from comask.progress import Progress
@@ -90,7 +92,7 @@ def _score(
         )
     label_in_data = np.array([theirs[name] for name in ours], dtype=np.int64)
     with (
-        Predictor.load(bundle.folder, backend, max_batch=batch) as predictor,
+        how.load(bundle.folder, backend) as predictor,
         Progress(f"evaluating {backend}", len(indices), unit="images") as progress,
     ):
         found = []
@@ -179,11 +181,12 @@ def _print(results: dict[str, CocoMetrics], report: dict[str, Any], *, to_stderr
 
 
 def _record(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Puts the result into the manifest, in place of an older one of the same data and backends."""
+    """Puts the result into the manifest, in place of an older one of the same subject."""
     from comask.bundle import write_manifest
 
-    def subject(entry: dict[str, Any]) -> tuple[str, list[str]]:
-        return entry["data"], sorted(entry["backends"])
+    def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
+        knobs = (entry.get("proposals"), entry.get("short_side"))  # unknown to older entries
+        return entry["data"], sorted(entry["backends"]), knobs
 
     entry = {key: value for key, value in report.items() if key != "bundle"}
     kept = [old for old in bundle.manifest.parity if subject(old) != subject(entry)]

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.cli.infer_video import Interruption, VideoOptions, run_video, split_inputs
+from comask.cli.infer_video import WHERE, Interruption, VideoOptions, run_video, split_inputs
 from comask.cli.options import command, json_option, write_json
+from comask.cli.predictor_options import PredictorOptions, predictor_options
 
 from comask.errors import ComaskError, ImageError, VideoError
 
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor
+    from comask.runtime.video import Where
 
     from comask.preprocess import Pixels
     from comask.structures import Detections
@@ -40,11 +42,14 @@ KINDS = ("overlay", "masks", "coco", "labels")
               help=f"Any of {','.join(KINDS)}.")  # fmt: skip
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
               help="Lowest score drawn in overlays; other results keep all.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True,
-              help="Images of one size, or frames of a file, that run together.")  # fmt: skip
+@predictor_options(batch=8)
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Videos: look at each N-th frame alone.")  # fmt: skip
 @click.option("--track", is_flag=True, help="Videos: instances keep an id and a colour.")
+@click.option("--decode", type=click.Choice(WHERE), default="auto", show_default=True,
+              help="Videos: where frames are decoded; the GPU for tensorrt backends.")  # fmt: skip
+@click.option("--encode", type=click.Choice(WHERE), default="auto", show_default=True,
+              help="Videos: where overlays are encoded, x264 or NVENC.")  # fmt: skip
 @json_option
 def main(
     bundle: Path,
@@ -53,9 +58,11 @@ def main(
     backend: str,
     save: str,
     threshold: float,
-    batch: int,
+    how: PredictorOptions,
     every: int,
     track: bool,
+    decode: Where,
+    encode: Where,
     json_file: str | None,
 ) -> None:
     """Run BUNDLE over images, videos, folders and patterns of them, camera:0, or rtsp://… and the like.
@@ -67,18 +74,21 @@ def main(
 
     An input that cannot be read is reported and skipped; the exit code is 1 if there was one.
     """
-    from comask.runtime import Predictor
-
     kinds = _kinds(save)
     images, videos = split_inputs(inputs)
-    options = VideoOptions(output, kinds, threshold, batch, every, track)
+    gpu = None if how.device == "cpu" else how.device or 0
+    options = VideoOptions(
+        output, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
+    )
     options.check(videos)
     failures: list[dict[str, str]] = []
     results = Results(output, kinds, threshold)
     stop = Interruption()
-    with Predictor.load(bundle, backend, max_batch=batch) as predictor:
+    with how.load(bundle, backend) as predictor:
         click.echo(f"backend {predictor.stages.backend}", err=True)
-        seconds = _run_images(predictor, images, results, failures, 2 * batch) if images else 0.0
+        seconds = (
+            _run_images(predictor, images, results, failures, 2 * how.max_batch) if images else 0.0
+        )
         reports = _run_videos(predictor, videos, results, failures, options, stop)
     done = results.images
     if images:

@@ -188,6 +188,15 @@ class PreprocessConfig:
             self.pad_multiple,
         )
 
+    def resized(self, short_side: int) -> PreprocessConfig:
+        """The same for another `short_side`; `max_side` keeps its ratio to it.
+
+        Raises:
+            ConfigError: when it is no length.
+        """
+        max_side = round(short_side * self.max_side / self.short_side)
+        return dataclasses.replace(self, short_side=short_side, max_side=max_side)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:

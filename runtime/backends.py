@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from comask.runtime.session import Stages
@@ -12,6 +13,7 @@ from comask.errors import (
     BackendUnavailableError,
     BundleError,
     ComaskError,
+    ConfigError,
     EngineError,
     KernelError,
 )
@@ -19,6 +21,7 @@ from comask.errors import (
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch")  # by falling speed
 
 OnMismatch = Literal["error", "rebuild"]
+Device = int | Literal["cpu"] | None
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,12 @@ def parse_backend(text: str) -> tuple[str, str]:
 
 
 def open_stages(
-    bundle: Bundle, backend: str, *, device: int = 0, on_mismatch: OnMismatch = "error"
+    bundle: Bundle,
+    backend: str,
+    *,
+    device: Device = None,
+    on_mismatch: OnMismatch = "error",
+    proposals: int | None = None,
 ) -> Stages:
     """Both stages of a bundle on a backend.
 
@@ -47,63 +55,88 @@ def open_stages(
         bundle: to run.
         backend: see `parse_backend`; `auto` takes the fastest that runs here and logs why. It takes
             TensorRT in the lowest precision that there are engines of, the others in fp32.
-        device: index of the GPU, for a backend that uses one.
+        device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
         on_mismatch: whether engines that do not fit are an error or built again.
+        proposals: see `Stages`.
 
     Raises:
         BackendUnavailableError: when its packages are not installed, or what else it needs is missing.
         BundleError: when the bundle does not hold what it needs.
+        ConfigError: when there are not so many proposals.
         EngineError: when engines do not fit, or cannot be opened or built.
     """
-    if not isinstance(device, int) or device < 0:
-        raise ComaskError(f"device {device!r}: expected the index of a GPU, 0 for the first")
+    if device not in (None, "cpu") and not (isinstance(device, int) and device >= 0):
+        raise ComaskError(
+            f"device {device!r}: expected the index of a GPU, 0 for the first, or cpu"
+        )
+    most = bundle.manifest.model.proposals
+    if proposals is not None and not 1 <= proposals <= most:
+        raise ConfigError(f"proposals {proposals}: expected 1 to {most}, what the bundle gives")
+    how = Opening(device, on_mismatch, proposals)
     if backend == "auto":
-        return _open_best(bundle, device, on_mismatch)
+        return _open_best(bundle, how)
     name, precision = parse_backend(backend)
     if precision not in bundle.manifest.precisions:
         raise BundleError(
             f"{bundle.folder}: holds no {precision} graphs, only "
             f"{', '.join(bundle.manifest.precisions)}"
         )
-    return _open(bundle, name, precision, device, on_mismatch)
+    return _open(bundle, name, precision, how)
 
 
-def _open(
-    bundle: Bundle, name: str, precision: str | None, device: int, on_mismatch: OnMismatch
-) -> Stages:
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a backend is to be opened; see `open_stages`."""
+
+    device: Device
+    on_mismatch: OnMismatch
+    proposals: int | None
+
+
+def _open(bundle: Bundle, name: str, precision: str | None, how: Opening) -> Stages:
     """`precision` None: the fastest where there is a choice, else fp32."""
     if name.startswith("tensorrt"):
         from comask.runtime.trt.session import trt_stages
 
-        return trt_stages(bundle, name, precision, device=device, on_mismatch=on_mismatch)
+        if how.device == "cpu":
+            raise BackendUnavailableError(
+                f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run there"
+            )
+        return trt_stages(
+            bundle, name, precision,
+            device=how.device or 0, on_mismatch=how.on_mismatch, proposals=how.proposals,
+        )  # fmt: skip
     precision = precision or "fp32"
     if name == "onnxruntime":
         from comask.runtime.ort_session import ort_stages
 
-        return ort_stages(bundle, precision, device)
-    if precision != "fp32":
+        stages = ort_stages(bundle, precision, how.device)
+    elif precision == "fp32":
+        stages = _torch_stages(bundle, how.device)
+    else:
         raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
-    return _torch_stages(bundle, device)
+    return replace(stages, proposals=how.proposals)
 
 
-def _open_best(bundle: Bundle, device: int, on_mismatch: OnMismatch) -> Stages:
+def _open_best(bundle: Bundle, how: Opening) -> Stages:
+    reasons = []
     for name in BACKENDS:
         try:
-            stages = _open(bundle, name, None, device, on_mismatch)
+            stages = _open(bundle, name, None, how)
         except BackendUnavailableError as error:
             logger.info("backend auto: not %s: %s", name, error)
+            reasons.append(f"{name}: {error}")
         except (EngineError, KernelError) as error:
             # somebody built these engines to have them run
             logger.warning("backend auto: not %s, slower ones follow: %s", name, error)
+            reasons.append(f"{name}: {error}")
         else:
             logger.info("backend auto: taking %s, the fastest that runs here", stages.backend)
             return stages
-    raise BackendUnavailableError(
-        "no backend is installed: pip install 'comask[ort]' (ONNX Runtime) or 'comask[train]' (PyTorch)"
-    )
+    raise BackendUnavailableError(f"no backend runs here; {'; '.join(reasons)}")
 
 
-def _torch_stages(bundle: Bundle, device: int) -> Stages:
+def _torch_stages(bundle: Bundle, device: Device) -> Stages:
     try:
         import torch
         from comask.runtime.torch_session import model_from_bundle, torch_stages
@@ -111,5 +144,12 @@ def _torch_stages(bundle: Bundle, device: int) -> Stages:
         raise BackendUnavailableError(
             f"the torch backend cannot be imported ({error}): pip install 'comask[train]'"
         ) from error
-    place = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        device = 0 if there else "cpu"
+    if device != "cpu" and device >= there:
+        raise BackendUnavailableError(
+            f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
+        )
+    place = device if device == "cpu" else f"cuda:{device}"
     return torch_stages(model_from_bundle(bundle).to(place))

@@ -116,9 +116,9 @@ class Device:
         """Creates a stream that waits for no other one, the default stream included."""
         return Stream(self._driver)
 
-    def event(self) -> Event:
-        """Creates an event, which is past until it is recorded."""
-        return Event()
+    def event(self, *, timed: bool = False) -> Event:
+        """Creates an event, which is past until it is recorded; `timed` for `Event.since`."""
+        return Event(timed=timed)
 
 
 class DeviceMemory:
@@ -174,9 +174,12 @@ class Stream:
         """Queues a copy from a contiguous host array, which must stay as it is until then."""
         self._driver.memcpy_htod_async(memory.address + offset, array, self._stream)
 
-    def copy_over(self, memory: DeviceMemory, address: int) -> None:
-        """Queues a copy of all that the memory takes from another place on the GPU."""
-        self._driver.memcpy_dtod_async(memory.address, address, memory.size, self._stream)
+    def copy_over(
+        self, memory: DeviceMemory, address: int, offset: int = 0, size: int | None = None
+    ) -> None:
+        """Queues a copy from another place on the GPU, of all that the memory takes or `size` bytes."""
+        size = memory.size if size is None else size
+        self._driver.memcpy_dtod_async(memory.address + offset, address, size, self._stream)
 
     def copy_out(self, array: NDArray[Any], memory: DeviceMemory) -> None:
         """Queues a copy of as many bytes as the contiguous host array has."""
@@ -242,9 +245,15 @@ class Stream:
 class Event:
     """A point in a stream's work; made by `Device.event`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool) -> None:
         self._event = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
+        _call("cuEventCreate", ctypes.byref(self._event), 0 if timed else DISABLE_TIMING)
+
+    def since(self, earlier: Event) -> float:
+        """Seconds of the GPU's clock between two timed events, both past."""
+        milliseconds = ctypes.c_float()
+        _call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier._event, self._event)
+        return milliseconds.value / 1000
 
     def record(self, stream: Stream) -> None:
         """Moves it behind what is now queued on a stream."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from comask.runtime.session import Array, Stages, TensorSpec
@@ -16,7 +16,7 @@ from comask.errors import BackendUnavailableError, BundleError
 if TYPE_CHECKING:
     import onnxruntime
 
-CUDA_PROVIDER = "CUDAExecutionProvider"
+CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -35,17 +35,17 @@ class OrtSession:
 
     Args:
         path: of the file.
-        device: index of the GPU, where CUDA is used.
+        device: index of the GPU, or `cpu`; None for the first GPU where CUDA can be used.
 
     Attributes:
         provider: what runs the graph, `CUDAExecutionProvider` or `CPUExecutionProvider`.
 
     Raises:
-        BackendUnavailableError: when onnxruntime is not installed.
+        BackendUnavailableError: when onnxruntime is not installed, or does not reach the GPU asked for.
         BundleError: when it cannot load the file.
     """
 
-    def __init__(self, path: Path, device: int = 0) -> None:
+    def __init__(self, path: Path, device: int | Literal["cpu"] | None = None) -> None:
         try:
             import onnxruntime
         except (ImportError, OSError) as error:
@@ -54,9 +54,9 @@ class OrtSession:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they are raised as well
-        wanted = {CUDA_PROVIDER: {"device_id": device, "use_tf32": 0}, "CPUExecutionProvider": {}}
-        there = onnxruntime.get_available_providers()
-        providers = [(name, wanted[name]) for name in wanted if name in there]
+        providers: list[tuple[str, dict[str, int]]] = [(CPU_PROVIDER, {})]
+        if device != "cpu" and CUDA_PROVIDER in onnxruntime.get_available_providers():
+            providers.insert(0, (CUDA_PROVIDER, {"device_id": device or 0, "use_tf32": 0}))
         try:
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
                 str(path), options, providers=providers
@@ -65,6 +65,11 @@ class OrtSession:
         except Exception as error:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         self.provider: str = self._session.get_providers()[0]
+        if isinstance(device, int) and self.provider != CUDA_PROVIDER:
+            raise BackendUnavailableError(
+                f"the onnxruntime backend: GPU {device} was asked for, and this ONNX Runtime runs on "
+                f"{self.provider}: pip install onnxruntime-gpu, or leave the device out"
+            )
         if self.provider != providers[0][0]:
             logger.warning(
                 "%s: ONNX Runtime takes %s; %s is in its build and was asked for, but does not start",
@@ -90,11 +95,13 @@ class OrtSession:
         self._session = None
 
 
-def ort_stages(bundle: Bundle, precision: str, device: int = 0) -> Stages:
-    """Both graphs of a bundle, on GPU `device` where CUDA is used.
+def ort_stages(
+    bundle: Bundle, precision: str, device: int | Literal["cpu"] | None = None
+) -> Stages:
+    """Both graphs of a bundle; `device` as in `OrtSession`.
 
     Raises:
-        BackendUnavailableError: when onnxruntime is not installed.
+        BackendUnavailableError: see `OrtSession`.
         BundleError: when a graph is missing, altered or broken.
     """
     stage1, stage2 = (

@@ -61,9 +61,11 @@ class Predictor(Closing):
         bundle: str | Path,
         backend: str = "auto",
         *,
-        device: int = 0,
+        device: int | Literal["cpu"] | None = None,
         on_mismatch: Literal["error", "rebuild"] = "error",
         max_batch: int = 8,
+        proposals: int | None = None,
+        short_side: int | None = None,
     ) -> Predictor:
         """A predictor that runs `bundle`.
 
@@ -71,14 +73,19 @@ class Predictor(Closing):
             bundle: folder that `comask-export` wrote.
             backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, `torch`, each with a precision behind a
                 colon where it is not fp32, or `auto` for the fastest that runs here.
-            device: index of the GPU, for a backend that uses one.
+            device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
             on_mismatch: when TensorRT engines do not fit this machine or bundle, `rebuild` builds them
                 again first, which takes minutes and the packages of `comask[export]`.
             max_batch: images of one canvas that run together.
+            proposals: of an image's, stage 2 looks at so many of the best, which is faster where they
+                are fewer; None for as many as the bundle was trained for.
+            short_side: images are resized to this, in pixels, in place of the bundle's; the limit of
+                the longer side changes in proportion. Smaller is faster.
 
         Raises:
             BundleError: when a file of the bundle is missing or altered.
             BackendUnavailableError: when the backend's packages, engines or GPU are missing.
+            ConfigError: when `proposals` or `short_side` is none that the bundle can run with.
             EngineError: when its engines do not fit, or cannot be opened or built.
         """
         from comask.runtime.backends import open_stages
@@ -86,9 +93,14 @@ class Predictor(Closing):
         from comask.bundle import Bundle
 
         opened = Bundle.open(Path(bundle))
+        preprocess = opened.manifest.preprocess
+        if short_side is not None:
+            preprocess = preprocess.resized(short_side)
         return cls(
-            open_stages(opened, backend, device=device, on_mismatch=on_mismatch),
-            opened.manifest.preprocess,
+            open_stages(
+                opened, backend, device=device, on_mismatch=on_mismatch, proposals=proposals
+            ),
+            preprocess,
             class_names=tuple(c.name for c in opened.manifest.categories),
             category_ids=tuple(c.id for c in opened.manifest.categories),
             mask_threshold=opened.manifest.mask_threshold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from comask.runtime.lanes import Lanes
 
 Array = NDArray[Any]
+
+PROPOSALS = ("proposals", "proposal_scores")  # what stage 1 tells stage 2 besides the pyramid
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +82,42 @@ class Stages(Closing):
         stage1: images → pyramid and proposals.
         stage2: pyramid and proposals → detections.
         largest_batch: images that may run together; None for any number.
+        proposals: of an image's, stage 2 takes so many of the best; None for all.
     """
 
     backend: str
     stage1: Session
     stage2: Session
     largest_batch: int | None = None
+    proposals: int | None = None
 
-    def run(self, images: Array, image_sizes: Array) -> dict[str, Array]:
+    def run(
+        self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
+    ) -> dict[str, Array]:
         """Runs stage 1 and then stage 2 on what it gave.
 
         Args:
             images: u8 [B, H, W, 3] in RGB.
             image_sizes: i32 [B, 2], (h, w) of each image on the canvas.
+            seconds: is told how long `stage1` and `stage2` took, where given.
 
         Returns:
             stage 2's outputs by name; the arrays belong to the caller.
         """
+        started = time.perf_counter()
         features = self.stage1.run({"images": images, "image_sizes": image_sizes})
-        return self.stage2.run({**features, "image_sizes": image_sizes})
+        between = time.perf_counter()
+        # sorted by falling score
+        best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
+        outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
+        if seconds is not None:
+            seconds |= {"stage1": between - started, "stage2": time.perf_counter() - between}
+        return outputs
+
+    @property
+    def gpu(self) -> int | None:
+        """Index of the GPU whose memory `lanes` read frames in too; None where the host's alone."""
+        return None
 
     def lanes(self, count: int, *, graphs: bool) -> Lanes:
         """Where a `StreamSession` runs its batches; here by `run`, one at a time.

@@ -118,6 +118,7 @@ typedef struct Stream {
 typedef struct {
     Stream *stream;
     long position;
+    int timed;
 } Event;
 
 static Stream *streams;
@@ -288,51 +289,7 @@ int cuStreamDestroy_v2(void *handle) {
     return SUCCESS;
 }
 
-int cuEventCreate(void **event, unsigned flags) {
-    (void)flags;
-    if (!current_context) return INVALID_CONTEXT;
-    *event = calloc(1, sizeof(Event));
-    count(&standin_counts.events_live, 1);
-    return SUCCESS;
-}
-
-int cuEventRecord(void *event, void *handle) {
-    Stream *stream = find_stream(handle);
-    if (!current_context) return INVALID_CONTEXT;
-    if (!stream) return INVALID_HANDLE;
-    *(Event *)event = (Event){stream, stream->queued};
-    return SUCCESS;
-}
-
-/* A GPU goes on while it is asked: one task for each question, unless it is frozen. */
-int cuEventQuery(void *handle) {
-    Event event = *(Event *)handle;
-    if (!current_context) return INVALID_CONTEXT;
-    if (!event.stream || event.stream->done >= event.position) return SUCCESS;
-    if (!standin_frozen) finish(event.stream, event.stream->done + 1);
-    return event.stream->done >= event.position ? SUCCESS : NOT_READY;
-}
-
-int cuEventSynchronize(void *handle) {
-    Event event = *(Event *)handle;
-    if (!current_context) return INVALID_CONTEXT;
-    if (event.stream) finish(event.stream, event.position);
-    return SUCCESS;
-}
-
-int cuStreamWaitEvent(void *stream, void *handle, unsigned flags) {
-    Event event = *(Event *)handle;
-    if (flags) return INVALID_VALUE;
-    if (!event.stream) return SUCCESS; /* never recorded */
-    return enqueue(stream, (Task){.awaited = event.stream, .position = event.position});
-}
-
-int cuEventDestroy_v2(void *event) {
-    if (!current_context) return INVALID_CONTEXT;
-    free(event);
-    count(&standin_counts.events_live, -1);
-    return SUCCESS;
-}
+#include "standin_events.h"
 
 int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     if (!is_device(to, bytes)) return INVALID_VALUE;

@@ -61,10 +61,18 @@ class TrtStages(Stages):
 
     pool: SlotPool
 
-    def run(self, images: Array, image_sizes: Array) -> dict[str, Array]:
+    def run(
+        self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
+    ) -> dict[str, Array]:
         """See `Stages`."""
         with self.pool.slot() as slot:
-            return slot.run(tuple(PLANS), {"images": images, "image_sizes": image_sizes})
+            feeds = {"images": images, "image_sizes": image_sizes}
+            return slot.run(tuple(PLANS), feeds, seconds)
+
+    @property
+    def gpu(self) -> int:
+        """See `Stages`."""
+        return self.pool.device.index
 
     def lanes(self, count: int, *, graphs: bool) -> TrtLanes:
         """See `Stages`."""
@@ -82,6 +90,7 @@ def trt_stages(
     *,
     device: int = 0,
     on_mismatch: Literal["error", "rebuild"] = "error",
+    proposals: int | None = None,
 ) -> Stages:
     """The bundle's engines of a flavor.
 
@@ -92,6 +101,7 @@ def trt_stages(
         device: index of the GPU.
         on_mismatch: when the engines are for another GPU, TensorRT, graph or comask: say so, or build
             them again.
+        proposals: see `Stages`.
 
     Raises:
         BackendUnavailableError: when the bundle has no such engines, or GPU, pycuda or the flavor is
@@ -114,15 +124,16 @@ def trt_stages(
         raise EngineError(
             f"{folder.folder}: {'; '.join(mismatches)}; build it again: {rebuild_command(folder)}"
         )
-    return open_engines(folder, device=device)
+    return open_engines(folder, device=device, proposals=proposals)
 
 
-def open_engines(engines: EngineFolder, *, device: int) -> TrtStages:
+def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = None) -> TrtStages:
     """The plans of one folder, which must be known to fit.
 
     Args:
         engines: that folder.
         device: index of the GPU.
+        proposals: see `Stages`.
 
     Raises:
         BackendUnavailableError: when pycuda or the flavor is missing.
@@ -139,12 +150,13 @@ def open_engines(engines: EngineFolder, *, device: int) -> TrtStages:
         if info.options.get("version_compatible"):
             runtime.engine_host_code_allowed = True  # the plan holds a lean runtime
         stages = {stage: Engine(flavor, runtime, engines, stage) for stage in PLANS}
-    pool = SlotPool(opened, flavor, runtime, stages, SLOTS)
+    pool = SlotPool(opened, flavor, runtime, stages, SLOTS, proposals)
     return TrtStages(
         backend=f"{info.flavor}:{info.precision}",
         stage1=TrtSession(pool, stages["stage1"]),
         stage2=TrtSession(pool, stages["stage2"]),
         largest_batch=min(engine.largest_batch for engine in stages.values()),
+        proposals=proposals,
         pool=pool,
     )
 

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from comask.runtime.device import Device, DeviceMemory, PinnedMemory
-from comask.runtime.session import Array
+from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory
+from comask.runtime.session import PROPOSALS, Array
 from comask.runtime.trt.engine import PROFILE, Engine, Shape, manages_memory
 from comask.runtime.trt.flavors import Flavor
 
 from comask.errors import EngineError
+
+BEST = {name: f"best {name}" for name in PROPOSALS}  # their buffers
 
 
 class Slot:
@@ -30,16 +32,25 @@ class Slot:
         device: to run on.
         flavor: of the engines.
         engines: by stage.
+        proposals: see `Stages`.
 
     Attributes:
         stream: that all is queued on.
         buffers: by tensor name.
     """
 
-    def __init__(self, device: Device, flavor: Flavor, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        flavor: Flavor,
+        engines: Mapping[str, Engine],
+        proposals: int | None = None,
+    ) -> None:
         self._device, self._flavor, self._engines = device, flavor, engines
         self.buffers: dict[str, DeviceMemory] = {}
         self._staging: dict[str, PinnedMemory] = {}
+        self._proposals = proposals
+        self._cuts: dict[str, tuple[Shape, Shape]] = {}  # of `PROPOSALS`: as written, as read
         self._scratch: DeviceMemory | None = None  # of both stages, which run one after the other
         self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
         # what each context was last told: its tensors' shapes, and where they and its scratch lie
@@ -56,12 +67,18 @@ class Slot:
                 self._must(taken, f"{stage}: its profile for another context")
         self.stream.synchronize()
 
-    def run(self, stages: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self,
+        stages: Sequence[str],
+        feeds: Mapping[str, Array],
+        seconds: dict[str, float] | None = None,
+    ) -> dict[str, Array]:
         """Runs stages one after the other; those after the first read what the ones before wrote.
 
         Args:
             stages: `stage1`, `stage2`, or both.
             feeds: inputs that no earlier stage writes, by name.
+            seconds: is told how long each stage took on the GPU, where given.
 
         Returns:
             the last stage's outputs in arrays of the caller's.
@@ -76,11 +93,19 @@ class Slot:
                 staged = self.host_view(name, array.shape)
                 staged[...] = array  # in the engine's type, as maps of another precision are not
                 self.stream.copy_in(self.buffers[name], staged)
-            self.enqueue(stages)
+            marks = (
+                [] if seconds is None else [self._device.event(timed=True) for _ in (0, *stages)]
+            )
+            self.enqueue(stages, marks)
             for name in wanted:
                 self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
         finally:
             self.stream.synchronize()  # also after an error: nothing may move while work is queued
+        if seconds is not None:
+            for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
+                seconds[stage] = behind.since(before)
+        for mark in marks:
+            mark.close()
         return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
@@ -104,10 +129,13 @@ class Slot:
             EngineError: for a shape outside the profile, or too little memory.
         """
         shapes = dict(fed)
+        self._cuts = {}
         try:
             for stage in stages:
                 self._set_shapes(stage, shapes)
                 shapes |= self._shapes[stage]
+                if self._proposals is not None and stage != stages[-1]:
+                    shapes |= self._cut(shapes)
             for name in (*staged, *self.output_names(stages)):
                 self._stage_on_host(name, shapes[name])
         except EngineError:
@@ -117,12 +145,40 @@ class Slot:
             self._set_addresses(stage)
         return shapes
 
-    def enqueue(self, stages: Sequence[str]) -> None:
-        """Queues what `reserve` made ready, one stage after the other."""
-        for stage in stages:
+    def enqueue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
+        """Queues what `reserve` made ready, one stage after the other.
+
+        Args:
+            stages: as `reserve` was given.
+            marks: recorded before the first stage and behind each, where given.
+        """
+        for place, stage in enumerate(stages):
+            if marks:
+                marks[place].record(self.stream)
+            if place:
+                self._copy_best()
             self._flavor.clear()
             started = self._contexts[stage].execute_async_v3(self.stream.handle)
             self._must(started, f"{stage} does not start")
+        if marks:
+            marks[-1].record(self.stream)
+
+    def _cut(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes of the best proposals, which lie in buffers of their own, image behind image."""
+        for name in PROPOSALS:
+            batch, count, *rest = shapes[name]
+            best = (batch, min(count, self._proposals or count), *rest)
+            held = self.buffers.pop(BEST[name], None)
+            self.buffers[BEST[name]] = self._grown(held, self._size(name, best))
+            self._cuts[name] = shapes[name], best
+        return {name: best for name, (_, best) in self._cuts.items()}
+
+    def _copy_best(self) -> None:
+        for name, (written, read) in self._cuts.items():
+            row, part = (self._size(name, shape[1:]) for shape in (written, read))
+            for image in range(written[0]):
+                source = self.buffers[name].address + image * row
+                self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
 
     def layout(self, stages: Sequence[str]) -> object:
         """Shapes and addresses as they are: where these are equal, a captured graph holds."""
@@ -162,7 +218,8 @@ class Slot:
     def _set_addresses(self, stage: str) -> None:
         """Tells a context where its tensors and its scratch memory lie, if anything changed."""
         names = list(self._shapes[stage])
-        addresses = [self.buffers[name].address for name in names]
+        own = stage == "stage2" and self._cuts
+        addresses = [self.buffers[BEST[n] if own and n in BEST else n].address for n in names]
         if self._scratch is not None:
             addresses.append(self._scratch.address)
         if self._addresses.get(stage) == addresses:
@@ -234,6 +291,7 @@ class SlotPool:
         runtime: that the engines came from.
         engines: by stage; the pool closes them.
         size: how many slots there may be but for lent ones, so how many calls run at once.
+        proposals: see `Stages`.
 
     Attributes:
         device: see above.
@@ -246,8 +304,10 @@ class SlotPool:
         runtime: Any,
         engines: Mapping[str, Engine],
         size: int,
+        proposals: int | None = None,
     ) -> None:
         self.device, self._flavor, self._engines, self._size = device, flavor, engines, size
+        self._proposals = proposals
         self._permits = threading.Semaphore(size)
         self._lock, self._closing = threading.Lock(), threading.Lock()
         self._slots: list[Slot] = []
@@ -275,7 +335,7 @@ class SlotPool:
                 self._idle.append(slot)
 
     def _new_slot(self) -> Slot:
-        slot = Slot(self.device, self._flavor, self._engines)
+        slot = Slot(self.device, self._flavor, self._engines, self._proposals)
         self._slots.append(slot)
         return slot
 

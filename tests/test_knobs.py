@@ -1,0 +1,139 @@
+"""Settings that trade accuracy for time when a bundle runs: proposals, resolution, device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comask.runtime import Predictor
+from comask.runtime.backends import open_stages
+from conftest import run
+from standin import live, run_on_standin
+from standin_engines import assert_equal, picture, write_engines
+
+from comask.bundle import Bundle
+from comask.config import PreprocessConfig
+from comask.errors import BackendUnavailableError, ComaskError, ConfigError
+
+PICTURES = [picture(96, 128, seed) for seed in range(3)]
+FEW = 20
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_few_proposals_are_the_best_ones(micro_bundle: Path, backend: str) -> None:
+    with open_stages(Bundle.open(micro_bundle), backend) as stages:
+        sizes = np.full((2, 2), (96, 128), np.int32)
+        feeds = {"images": np.stack(PICTURES[:2]), "image_sizes": sizes}
+        features = stages.stage1.run(feeds)
+        for name in ("proposals", "proposal_scores"):
+            features[name] = features[name][:, :FEW]
+        expected = stages.stage2.run({**features, "image_sizes": sizes})
+    with open_stages(Bundle.open(micro_bundle), backend, proposals=FEW) as stages:
+        seconds: dict[str, float] = {}
+        found = stages.run(**feeds, seconds=seconds)  # type: ignore[arg-type]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, name)
+    assert list(seconds) == ["stage1", "stage2"]
+    assert min(seconds.values()) > 0
+
+
+def test_resolution_keeps_the_ratio_of_its_limits(micro_bundle: Path) -> None:
+    assert PreprocessConfig().resized(400).max_side == 666  # 1333 / 2, to even
+    with Predictor.load(micro_bundle, "onnxruntime", short_side=64) as predictor:
+        prepared = predictor.prepare(PICTURES[0])
+        assert prepared.size == (64, 85)
+        assert prepared.canvas.shape == (64, 96, 3)
+        found = predictor(PICTURES[0])
+    assert found.image_size == (96, 128)
+    assert found.boxes_xyxy.max() > 64  # in pixels of the original
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"proposals": 0}, ConfigError, "proposals 0: expected 1 to "),
+        ({"proposals": 10**6}, ConfigError, "proposals 1000000: expected 1 to "),
+        ({"short_side": 0}, ConfigError, "short_side: expected 1 to "),
+        ({"device": -1}, ComaskError, "device -1: expected the index of a GPU"),
+        ({"device": "gpu"}, ComaskError, "device 'gpu': expected the index of a GPU"),
+        ({"device": "cpu", "backend": "tensorrt"}, BackendUnavailableError, "runs on a GPU, and"),
+        ({"device": 7}, BackendUnavailableError, "GPU 7 was asked for"),
+        ({"device": 7, "backend": "torch"}, BackendUnavailableError, "number 7 was asked for"),
+        ({"device": 7, "backend": "auto"}, BackendUnavailableError, "no backend runs here"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    micro_bundle: Path, settings: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        Predictor.load(micro_bundle, **{"backend": "onnxruntime", **settings})
+
+
+def test_options_of_the_commands(micro_bundle: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert run("shapes", data, "--images", 2, "--seed", 1).exit_code == 0
+    knobs = ("--device", "cpu", "--proposals", FEW, "--short-side", 96)
+    done = run("infer", micro_bundle, data / "images", "--output", tmp_path / "out",
+               "--backend", "onnxruntime", "--save", "coco", *knobs)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    images = [data / "images" / e["file_name"] for e in
+              json.loads((data / "annotations" / "instances.json").read_text())["images"]]  # fmt: skip
+    with Predictor.load(micro_bundle, "onnxruntime", proposals=FEW, short_side=96) as predictor:
+        expected = sum(len(found) for found in predictor(list(images)))
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == expected
+    done = run("eval", micro_bundle, "--data", data, "--json", tmp_path / "r.json", "--tolerance",
+               100, "--no-record", *knobs)  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["proposals"], report["short_side"]) == (FEW, 96)
+    refused = run("infer", micro_bundle, data, "--output", tmp_path / "out", "--device", "x")
+    assert refused.exit_code == 2
+    assert "expected the index of a GPU" in refused.output
+
+
+# On the stand-ins.
+
+
+def check_cut(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    bundle = Bundle.open(Path(folder))
+    sizes = np.full((3, 2), (96, 128), np.int32)
+    feeds: dict[str, Any] = {"images": np.stack(PICTURES), "image_sizes": sizes}
+    with open_stages(bundle, "onnxruntime", proposals=FEW) as stages:
+        expected = stages.run(**feeds)
+    with open_stages(bundle, "tensorrt", proposals=FEW) as stages:
+        for _ in range(2):
+            seconds: dict[str, float] = {}
+            found = stages.run(**feeds, seconds=seconds)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name], array, name)
+            assert list(seconds) == ["stage1", "stage2"]
+            assert seconds["stage2"] > seconds["stage1"] > 0  # it has more tasks: the copies
+        # a stage alone takes what it is given
+        whole = stages.stage1.run(feeds)
+        assert whole["proposals"].shape[1] > FEW
+        stages.stage2.run({**whole, "image_sizes": sizes})
+    with Predictor.load(folder, "onnxruntime", proposals=FEW) as predictor:
+        one, pair = predictor(PICTURES[0]), predictor(PICTURES[1:])
+    with (
+        Predictor.load(folder, "tensorrt", proposals=FEW) as predictor,
+        predictor.stream() as session,
+    ):
+        for _ in range(4):  # the last ones as graphs
+            assert_equal(session.submit(PICTURES[0]).result(), one)
+            for found, other in zip(session.submit(PICTURES[1:]).result(), pair, strict=True):
+                assert_equal(found, other)
+    assert live() == {}
+
+
+@pytest.mark.skipif(find_spec("pycuda") is None, reason="pycuda is missing: `make test`")
+def test_few_proposals_on_the_stand_in(micro_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(micro_bundle, tmp_path / "bundle")
+    run_on_standin(check_cut, folder)
