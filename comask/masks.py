@@ -140,10 +140,13 @@ def edges_by_kernel(
         KernelError: there is no C++ compiler, or the masks have more than `MAX_CELLS` cells a side.
     """
     probs, corners = (np.ascontiguousarray(x, np.float32) for x in (mask_probs, boxes))
+    found = np.array([len(probs)], np.int32)
     addresses = [probs.ctypes.data, corners.ctypes.data]
     sizes = (len(probs), probs.shape[1], image_size, threshold)
     counts = np.empty(len(probs) * (1 + image_size[1]), np.int32)
-    host.launch(mask_edge_counts_launch(*sizes), addresses, counts.ctypes.data)
+    host.launch(
+        mask_edge_counts_launch(*sizes), [*addresses, found.ctypes.data], counts.ctypes.data
+    )
     edge_counts = counts[: len(probs)]
     edges = np.empty(edge_counts.sum(), np.int32)
     host.launch(

@@ -29,6 +29,7 @@ class Detections:
         class_names: the name of each label, where known.
         category_ids: the data set's id of each label (COCO's have gaps); label + 1 where unknown.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
+        rles: N COCO RLEs of the masks, where something found them already; see `to_rle`.
 
     Raises:
         ValueError: when a field has another shape or dtype than written here.
@@ -42,6 +43,7 @@ class Detections:
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     mask_threshold: float = 0.5
+    rles: tuple[dict[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -58,6 +60,8 @@ class Detections:
                     f"Detections.{name}: expected {np.dtype(dtype)} {shape} for {count} scores, "
                     f"got {array.dtype} {array.shape}"
                 )
+        if self.rles is not None and len(self.rles) != count:
+            raise ValueError(f"Detections.rles: expected {count}, got {len(self.rles)}")
         if min(self.image_size) < 1:
             raise ValueError(f"Detections.image_size: expected (h, w) ≥ 1, got {self.image_size}")
         names = self.class_names
@@ -73,6 +77,9 @@ class Detections:
 
     def __getitem__(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
         """The chosen rows of every field; `index` is a slice, a mask or an array of places."""
+        rles = self.rles
+        if rles is not None:
+            rles = tuple(rles[i] for i in np.arange(len(self))[index])
         return Detections(
             boxes_xyxy=self.boxes_xyxy[index],
             scores=self.scores[index],
@@ -82,6 +89,7 @@ class Detections:
             class_names=self.class_names,
             category_ids=self.category_ids,
             mask_threshold=self.mask_threshold,
+            rles=rles,
         )
 
     @cached_property
@@ -95,6 +103,8 @@ class Detections:
 
     def to_rle(self) -> list[dict[str, Any]]:
         """One COCO RLE (`size`, `counts` as str) an instance, equal to pycocotools' of `masks`."""
+        if self.rles is not None:
+            return [dict(rle) for rle in self.rles]
         return rles_from_mask_probs(
             self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold
         )

@@ -97,6 +97,18 @@ class Borrowed:
             "data": (self.address, False),
         }  # fmt: skip
 
+    def view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Borrowed:
+        """A part of the same memory, which keeps all of it until it is released as well.
+
+        Args:
+            offset: of its element 0, in bytes.
+            shape: in elements.
+            strides: in bytes.
+        """
+        return Borrowed(
+            self.address + offset, shape, strides, self.dtype, self.device, self._owner, self.stream
+        )
+
     def release(self) -> None:
         """Lets go of it; nothing may be reading it any more."""
         self._owner = None

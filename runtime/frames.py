@@ -71,7 +71,8 @@ class Frame:
             found = ", ".join(f"{plane.dtype} {list(plane.shape)}" for plane in self.planes)
             raise ImageError(
                 f"{self.format} frame of {found}; expected u8 [h, w, 3] or [3, h, w], for nv12 a pair "
-                "of Y [h, w] and UV [h/2, w/2, 2] with rows without gaps between bytes"
+                "of Y [h, w] and UV [h/2, w/2, 2] or both in one [3/2·h, w], with rows without gaps "
+                "between bytes"
             )
         if len({plane.device for plane in self.planes}) > 1:
             raise ImageError("the planes of a frame are on different devices; expected one")
@@ -147,7 +148,8 @@ def borrow_frame(
     """A frame of the caller's.
 
     Args:
-        source: an array of another library, or a (Y, UV) pair of them; see `borrow`.
+        source: an array of another library, for NV12 of Y with UV below or a (Y, UV) pair; see
+            `borrow`.
         stream: of ours, that the producer's work must come before; see `borrow`.
         format: see `Frame`.
         matrix: see `Frame`.
@@ -157,4 +159,25 @@ def borrow_frame(
         ImageError: it is no such frame.
     """
     sources = source if isinstance(source, tuple) else (source,)
-    return Frame(tuple(borrow(plane, stream) for plane in sources), format, matrix, full_range)
+    planes = tuple(borrow(plane, stream) for plane in sources)
+    if format == "nv12" and len(planes) == 1:
+        planes = _nv12_planes(planes[0])
+    return Frame(planes, format, matrix, full_range)
+
+
+def _nv12_planes(whole: Borrowed) -> tuple[Borrowed, Borrowed]:
+    """Y and UV of one buffer, [3/2·h, w] but for axes of length 1.
+
+    Raises:
+        ImageError: it is none of an even height and width.
+    """
+    axes = [axis for axis in zip(whole.shape, whole.strides, strict=True) if axis[0] != 1]
+    if len(axes) != 2 or axes[0][0] % 3 or axes[1][0] % 2:
+        raise ImageError(
+            f"nv12 frame of {whole.dtype} {list(whole.shape)}; expected u8 [3/2·h, w] with h and w even, "
+            "or a pair of Y and UV, which may be odd"
+        )
+    (rows, pitch), (width, step) = axes
+    height = rows // 3 * 2
+    luma = whole.view(0, (height, width), (pitch, step))
+    return luma, whole.view(height * pitch, (rows - height, width), (pitch, step))

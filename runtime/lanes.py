@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
@@ -14,7 +14,11 @@ from comask.runtime.session import Array, Stages
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
 from comask.kernels.launch_frames import Matrix, Size
+from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, padded_shape, prepare, resized_shape
+from comask.rle import Integers
+
+Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.rle`
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,14 @@ class Batch:
     Attributes:
         frames: in the caller's memory.
         preprocess: resize and padding.
+        mask_threshold: a pixel belongs to a mask when its probability is at least this.
+        rle: whether the edges of masks are to be found where the masks are.
     """
 
     frames: tuple[Frame, ...]
     preprocess: PreprocessConfig
+    mask_threshold: float
+    rle: bool
 
     @property
     def sizes(self) -> list[Size]:
@@ -63,6 +71,29 @@ class Batch:
             frame.release()
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """What a batch gave, on the host; it belongs to the caller.
+
+    Attributes:
+        outputs: stage 2's.
+        edges: of each frame's masks, all D of them; None where nothing was found but on the host.
+    """
+
+    outputs: dict[str, Array]
+    edges: list[Edges] | None
+
+
+class Loan(Protocol):
+    """A batch's outputs where they are, for other libraries; until its lane starts the next one."""
+
+    def outputs(self) -> dict[str, SharedArray]:
+        """Stage 2's, by name."""
+
+    def bitmaps(self, place: int) -> SharedArray:
+        """u8 [D, h, w], the masks of the frame at a place, see `Future.bitmaps`."""
+
+
 class Lane(Protocol):
     """Runs one batch at a time."""
 
@@ -82,11 +113,11 @@ class Lane(Protocol):
     def release_read(self) -> None:
         """Lets go of the caller's frames if they have been read."""
 
-    def shared(self) -> dict[str, SharedArray]:
-        """The last batch's outputs where they are, for other libraries; until the next one starts."""
+    def loan(self) -> Loan:
+        """The last batch's outputs where they are."""
 
-    def fetch(self) -> dict[str, Array]:
-        """The last batch's outputs on the host, when they are done; they belong to the caller."""
+    def fetch(self) -> Fetched:
+        """The last batch's outputs on the host, when they are done."""
 
     def hold_back(self, stream: int) -> None:
         """Later work on the caller's stream starts after the last batch."""
@@ -127,12 +158,14 @@ class HostLane:
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
+        self._batch: Batch | None = None
         self._outputs: dict[str, Array] = {}
 
     def start(self, batch: Batch) -> None:
         """See `Lane`."""
         prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
         batch.release()
+        self._batch = batch
         sizes = np.array([image.size for image in prepared], np.int32)
         self._outputs = self._stages.run(np.stack([image.canvas for image in prepared]), sizes)
 
@@ -147,16 +180,43 @@ class HostLane:
     def release_read(self) -> None:
         """See `Lane`."""
 
-    def shared(self) -> dict[str, SharedArray]:
+    def loan(self) -> Loan:
         """See `Lane`."""
-        return HostMemory(self._outputs).shared()
+        assert self._batch is not None
+        return HostLoan(self._batch, self._outputs)
 
-    def fetch(self) -> dict[str, Array]:
+    def fetch(self) -> Fetched:
         """See `Lane`."""
-        return self._outputs
+        return Fetched(self._outputs, None)
 
     def hold_back(self, stream: int) -> None:
         """See `Lane`."""
+
+
+class HostLoan:
+    """Outputs on the host, there for good.
+
+    Args:
+        batch: whose they are.
+        outputs: stage 2's.
+    """
+
+    def __init__(self, batch: Batch, outputs: dict[str, Array]) -> None:
+        self._batch, self._outputs = batch, outputs
+        self._shared = HostMemory(outputs).shared()
+
+    def outputs(self) -> dict[str, SharedArray]:
+        """See `Loan`."""
+        return self._shared
+
+    def bitmaps(self, place: int) -> SharedArray:
+        """See `Loan`."""
+        found = detections_from_outputs(
+            self._outputs, self._batch.places(), mask_threshold=self._batch.mask_threshold
+        )[place]
+        bitmaps = np.zeros((self._outputs["boxes"].shape[1], *found.image_size), np.uint8)
+        bitmaps[: len(found)] = found.masks
+        return HostMemory({"bitmaps": bitmaps}).shared()["bitmaps"]
 
 
 class HostLanes:

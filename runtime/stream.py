@@ -7,14 +7,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from comask.runtime.dlpack import SharedArray
 from comask.runtime.frames import Format
+from comask.runtime.future import Future, stream_handle
 from comask.runtime.lanes import Batch, Lane, Lanes
-from comask.runtime.session import Array, Closing
+from comask.runtime.session import Closing
 
 from comask.errors import ComaskError, ImageError
 from comask.kernels.launch_frames import Matrix
-from comask.structures import Detections
 
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor
@@ -29,97 +28,6 @@ class QueueFullError(ComaskError, RuntimeError):
 
 class FrameDroppedError(ComaskError, RuntimeError):
     """A newer frame took the place of this one before it was begun."""
-
-
-def stream_handle(stream: Any) -> int:
-    """The CUstream behind a handle, an object with `__cuda_stream__`, or a torch or cupy stream.
-
-    Raises:
-        TypeError: it is none of these.
-    """
-    if isinstance(stream, int):
-        return stream
-    if hasattr(stream, "__cuda_stream__"):
-        found = stream.__cuda_stream__  # a method by now, an attribute in its first version
-        return int((found() if callable(found) else found)[1])
-    for name in ("cuda_stream", "ptr"):  # torch's, cupy's
-        if hasattr(stream, name):
-            return int(getattr(stream, name))
-    raise TypeError(f"a stream is a {type(stream).__name__}; expected a handle or __cuda_stream__")
-
-
-class Future:
-    """What becomes of one `submit`; its methods may be called from any thread."""
-
-    def __init__(self, session: StreamSession, batch: Batch, *, single: bool) -> None:
-        self._session, self._batch, self._single = session, batch, single
-        self._lane: Lane | None = None  # while it runs
-        self._shared: dict[str, SharedArray] | None = None
-        self._fetched: dict[str, Array] | None = None
-        self._error: Exception | None = None
-        self._detections: Detections | list[Detections] | None = None
-
-    @property
-    def _settled(self) -> bool:
-        return self._fetched is not None or self._error is not None
-
-    def done(self) -> bool:
-        """Whether `result` would return, or raise, without waiting."""
-        return self._session._advance(self)
-
-    def result(self, timeout: float | None = None) -> Any:
-        """The detections, brought to the host when first asked for.
-
-        Args:
-            timeout: seconds to wait at most.
-
-        Returns:
-            `Detections`, or a list of them where a list was submitted.
-
-        Raises:
-            TimeoutError: it takes longer.
-            FrameDroppedError: a newer frame took its place.
-            EngineError: the GPU failed.
-        """
-        self._session._settle(self, timeout)
-        if self._error is not None:
-            raise self._error
-        if self._detections is None:
-            assert self._fetched is not None
-            found = self._session.predictor.detections(self._fetched, self._batch.places())
-            self._detections = found[0] if self._single else found
-        return self._detections
-
-    @property
-    def outputs(self) -> dict[str, SharedArray]:
-        """Stage 2's outputs by name where the backend wrote them; a consumer's stream waits for them.
-
-        `num_detections` [B], `boxes` [B, D, 4] `xyxy` in pixels of the resized frame, `scores` [B, D],
-        `labels` [B, D], `masks` [B, D, 28, 28]. On a GPU they are borrowed until the slot is used again,
-        which a later `submit` may do once they are complete; `copy` keeps them.
-
-        Raises:
-            RuntimeError: the frame waits for a slot.
-            FrameDroppedError: a newer frame took its place.
-        """
-        with self._session._changed:
-            if self._error is not None:
-                raise self._error
-            if self._shared is None:
-                raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
-            return self._shared
-
-    def wait_on(self, stream: Any) -> None:
-        """Later work on the caller's stream starts after this batch; the caller does not wait.
-
-        Args:
-            stream: see `StreamSession.submit`.
-        """
-        with self._session._changed:
-            if self._lane is not None:
-                self._lane.hold_back(stream_handle(stream))
-            elif not self._settled:
-                raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
 
 
 class StreamSession(Closing):
@@ -166,6 +74,7 @@ class StreamSession(Closing):
         format: Format = "rgb",
         matrix: Matrix = "bt709",
         full_range: bool = False,
+        rle: bool = False,
     ) -> Future:
         """Queues a frame, or a list of frames of one canvas as a batch.
 
@@ -175,12 +84,15 @@ class StreamSession(Closing):
 
         Args:
             frames: u8 [h, w, 3] or [3, h, w] with `__dlpack__` or `__cuda_array_interface__`, or a numpy
-                array; for NV12 a tuple of Y [h, w] and UV [h/2, w/2, 2], rows of any pitch. Or a list.
+                array; for NV12 [3/2·h, w], Y with UV below, or a tuple of Y [h, w] and UV [h/2, w/2, 2],
+                rows of any pitch. Or a list.
             stream: that the frames are written on: a handle, an object with `__cuda_stream__`, or a
                 torch or cupy stream; None for the session's, else for what the producer says.
             format: of the frames.
             matrix: of NV12's colours.
             full_range: whether NV12's Y, U and V use 0..255.
+            rle: whether the results come with COCO's RLEs, so that `to_rle` and `to_coco` have nothing
+                left to find; a GPU finds the edges of masks behind the network.
 
         Raises:
             ImageError: frames that are none, or need different canvases.
@@ -201,7 +113,8 @@ class StreamSession(Closing):
             borrowed = [
                 self._lanes.borrow(source, handle, format, matrix, full_range) for source in sources
             ]
-            batch = Batch(tuple(borrowed), self.predictor.preprocess)
+            predictor = self.predictor
+            batch = Batch(tuple(borrowed), predictor.preprocess, predictor.mask_threshold, rle)
             batch.canvas  # noqa: B018  # raises where there are several
             future = Future(self, batch, single=single)
             if self._when_full == "drop_oldest":
@@ -242,7 +155,7 @@ class StreamSession(Closing):
         except BaseException:
             self._idle.append(lane)
             raise
-        future._lane, future._shared = lane, lane.shared()
+        future._lane, future._loan = lane, lane.loan()
         self._running.append(future)
 
     def _lane_at_hand(self) -> Lane | None:

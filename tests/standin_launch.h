@@ -11,9 +11,13 @@ int cuModuleLoadData(void **module, const void *image) {
    stream like copies. Others are run at once. */
 static struct {
     const char *name;
-    int arguments;
+    int inputs, arguments; /* inputs and the last argument are pointers */
     void *entry;
-} waiting_kernels[] = {{"frame_to_canvas_rgb", 13, NULL}, {"frame_to_canvas_nv12", 19, NULL}};
+} waiting_kernels[] = {
+    {"frame_to_canvas_rgb", 1, 13, NULL}, {"frame_to_canvas_nv12", 2, 19, NULL},
+    {"mask_edge_counts", 3, 11, NULL}, {"mask_edges", 3, 12, NULL}, {"paste_masks", 3, 12, NULL},
+};
+enum { WAITING_KERNELS = sizeof waiting_kernels / sizeof *waiting_kernels };
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
     const char *paths = getenv("STANDIN_KERNELS");
@@ -26,13 +30,9 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
         if (library) *function = dlsym(library, entry);
     }
     free(list);
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < WAITING_KERNELS; ++i)
         if (!strcmp(name, waiting_kernels[i].name)) waiting_kernels[i].entry = *function;
     return *function ? SUCCESS : NOT_FOUND;
-}
-
-static int is_pointer(int kernel, int place, int number) {
-    return place <= kernel || place == number - 1; /* rgb has one input, nv12 two */
 }
 
 int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -46,11 +46,13 @@ int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned gr
     standin_record.shared = shared;
     standin_record.stream = stream;
     ++standin_record.launches;
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < WAITING_KERNELS; ++i)
         if (function == waiting_kernels[i].entry && find_stream(stream)) {
             Task task = {.argument = function, .kernel = waiting_kernels[i].arguments};
-            for (int j = 0; j < task.kernel; ++j)
-                memcpy(&task.values[j], arguments[j], is_pointer(i, j, task.kernel) ? 8 : 4);
+            for (int j = 0; j < task.kernel; ++j) {
+                const int is_pointer = j < waiting_kernels[i].inputs || j == task.kernel - 1;
+                memcpy(&task.values[j], arguments[j], is_pointer ? 8 : 4);
+            }
             return enqueue(stream, task);
         }
     if (find_stream(stream)) cuStreamSynchronize(stream); /* what the kernel reads comes first */

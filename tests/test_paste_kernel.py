@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from comask.kernels.launch_masks import (
     paste_masks_launch,
 )
 from comask.masks import edges_by_kernel, edges_by_numpy, paste_masks, rles_from_mask_probs
+from comask.postprocess import detections_from_outputs
+from comask.preprocess import Prepared
 from comask.rle import decompress_runs, rles_from_edges
 
 LENGTHS = st.integers(1, 70)
@@ -76,16 +80,74 @@ def test_edges_and_bitmaps_are_numpys(
 
 
 def bitmaps(
-    probs: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float, threads: int = 1
-) -> np.ndarray:
+    probs: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float, threads: int = 1,
+    found: int | None = None, scale: tuple[float, float] = (1.0, 1.0),
+) -> np.ndarray:  # fmt: skip
     """By the kernel, between bytes that must not change."""
     count, cells = probs.shape[:2]
     around = np.full(count * size[0] * size[1] + 128, 7, np.uint8)
-    launch = paste_masks_launch(count, cells, size, threshold)
-    host.launch(launch, [probs.ctypes.data, boxes.ctypes.data], around.ctypes.data + 64, threads)
+    number = np.array([count if found is None else found], np.int32)
+    inputs = [probs.ctypes.data, boxes.ctypes.data, number.ctypes.data]
+    launch = paste_masks_launch(count, cells, size, threshold, scale)
+    host.launch(launch, inputs, around.ctypes.data + 64, threads)
     assert (around[:64] == 7).all()
     assert (around[-64:] == 7).all()
     return around[64:-64].reshape(count, *size)
+
+
+@FEW
+@given(
+    count=st.integers(1, 9), found=st.integers(0, 9), cells=CELLS, height=LENGTHS, width=LENGTHS,
+    scale=st.tuples(st.floats(0.05, 20), st.floats(0.05, 20)), seed=seeds,
+)  # fmt: skip
+def test_boxes_of_a_resized_image_and_rows_without_masks(
+    count: int,
+    found: int,
+    cells: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    seed: int,
+) -> None:
+    """As `detections_from_outputs` cuts and divides, and `Detections` pastes."""
+    size, found = (height, width), min(found, count)
+    probs, boxes = instances(count, cells, size, seed)
+    y_scale, x_scale = scale
+    with np.errstate(over="ignore"):
+        resized = (boxes * [x_scale, y_scale, x_scale, y_scale]).astype(np.float32)
+    rows = {
+        "num_detections": [found],
+        "scores": np.zeros((1, count)),
+        "labels": np.zeros((1, count)),
+    }
+    arrays = {name: np.asarray(row) for name, row in rows.items()}
+    arrays |= {"boxes": resized[None], "masks": probs[None]}
+    image = Prepared(np.empty(0, np.uint8), (1, 1), size)
+    with mock.patch.object(Prepared, "scale", scale):
+        (detections,) = detections_from_outputs(arrays, [image])
+    expected = np.zeros((count, *size), np.uint8)
+    expected[:found] = detections.masks
+    pasted = bitmaps(probs, resized, size, 0.5, found=found, scale=scale)
+    np.testing.assert_array_equal(pasted, expected)
+
+    number = np.array([found], np.int32)
+    inputs = [probs.ctypes.data, resized.ctypes.data]
+    by_column = np.full(count * (1 + width), -7, np.int32)
+    launch = mask_edge_counts_launch(count, cells, size, 0.5, scale)
+    host.launch(launch, [*inputs, number.ctypes.data], by_column.ctypes.data)
+    assert not by_column[found:count].any()
+    edges = np.full(by_column[:count].sum() + 1, -7, np.int32)
+    launch = mask_edges_launch(count, cells, size, 0.5, len(edges) - 1, scale)
+    host.launch(launch, [*inputs, by_column.ctypes.data], edges.ctypes.data)
+    assert rles_from_edges(by_column[:found], edges[:-1], size) == detections.to_rle()
+    assert edges[-1] == -7
+
+
+@pytest.mark.parametrize("capability", compile.ARCHITECTURES)
+def test_a_gpu_divides_as_ieee_has_it(capability: int) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    divisions = re.findall(rb"div\.\w+\.(?:\w+\.)?f\d\d", compile.ptx("paste_masks", capability))
+    assert set(divisions) == {b"div.rn.f32", b"div.rn.f64"}
 
 
 def test_masks_of_an_image_of_the_papers_size() -> None:
@@ -106,11 +168,12 @@ def test_edges_do_not_depend_on_threads_and_stay_within_the_capacity() -> None:
     size = (60, 50)
     probs, boxes = instances(30, 28, size, 1)
     counts, edges = edges_by_kernel(probs, boxes, size, 0.5)
+    found = np.array([30], np.int32)
     inputs = [probs.ctypes.data, boxes.ctypes.data]
     for threads in (1, 3):
         by_column = np.full(30 * 51 + 1, -7, np.int32)
         launch = mask_edge_counts_launch(30, 28, size, 0.5)
-        host.launch(launch, inputs, by_column.ctypes.data, threads)
+        host.launch(launch, [*inputs, found.ctypes.data], by_column.ctypes.data, threads)
         np.testing.assert_array_equal(by_column[:30], counts)
         np.testing.assert_array_equal(by_column[30:-1].reshape(30, 50)[:, -1], counts)
         for capacity in (0, 1, len(edges) // 2, len(edges) + 9):

@@ -58,7 +58,7 @@ def mask_edges(context: Context) -> Figure:
 
     probs, boxes = _instances(context)
     size = (context.sizes.height, context.sizes.width)
-    counts, edges = _edges(context, [_put(context, probs), _put(context, boxes)])
+    counts, edges = _edges(context, _inputs(context, probs, boxes))
     expected_counts, expected = edges_by_numpy(probs, boxes, size, 0.5)
     found_counts, found = counts.cpu().numpy()[:DETECTIONS], edges.cpu().numpy()[: len(expected)]
     wrong = int((found_counts != expected_counts).sum() + (found != expected).sum())
@@ -74,7 +74,7 @@ def bitmaps(context: Context) -> Figure:
     size = (context.sizes.height, context.sizes.width)
     pasted = _empty(context, (DETECTIONS, *size), "uint8")
     launch = paste_masks_launch(DETECTIONS, CELLS, size, 0.5)
-    _run(launch, [_put(context, probs), _put(context, boxes)], pasted)
+    _run(launch, _inputs(context, probs, boxes), pasted)
     expected = paste_masks(probs, boxes, size, 0.5)
     wrong = int((pasted.cpu().numpy() != expected).sum())
     return Figure(value=float(wrong), unit=f"of {expected.size} pixels", most=0)
@@ -93,7 +93,7 @@ def nv12_time(context: Context) -> Figure:
 def edges_time(context: Context) -> Figure:
     """Both steps for 100 masks, and the copy of their edges to the host."""
     context.need_gpu()
-    inputs = [_put(context, array) for array in _instances(context)]
+    inputs = _inputs(context, *_instances(context))
     counts, edges = _edges(context, inputs)
     used = int(counts[:DETECTIONS].sum())
 
@@ -119,6 +119,14 @@ def _instances(context: Context) -> tuple[NDArray[np.float32], NDArray[np.float3
     return probs.astype(np.float32), boxes.astype(np.float32)
 
 
+def _inputs(
+    context: Context, probs: NDArray[np.float32], boxes: NDArray[np.float32]
+) -> list[Tensor]:
+    """The mask kernels'."""
+    found = np.array([len(probs)], np.int32)
+    return [_put(context, array) for array in (probs, boxes, found)]
+
+
 def _edges(
     context: Context, inputs: Sequence[Tensor], counts: Tensor | None = None,
     edges: Tensor | None = None,
@@ -133,7 +141,7 @@ def _edges(
     step1 = mask_edge_counts_launch(DETECTIONS, CELLS, size, 0.5)
     step2 = mask_edges_launch(DETECTIONS, CELLS, size, 0.5, capacity)
     _run(step1, inputs, counts)
-    _run(step2, [*inputs, counts], edges)
+    _run(step2, [*inputs[:2], counts], edges)
     return counts, edges
 
 

@@ -125,6 +125,30 @@ def streamed(context: Context, backend: str) -> Figure:
     return Figure(value=worst, unit="px", most=0.01, note=note)
 
 
+def streamed_masks(context: Context, flavor: str) -> Figure:
+    """Bitmaps and RLEs that the GPU makes of a stream's masks, against the host's of the same results."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+    from comask.runtime import Predictor
+
+    bundle = build_engine(context, context.trained_bundle, flavor, "fp16", "python")
+    frame = np.ascontiguousarray(context.images(1)["images"][0][:-3, :-5])  # resized by two scales
+    with (
+        Predictor.load(bundle, f"{flavor}:fp16") as predictor,
+        predictor.stream(slots=1) as session,
+    ):
+        future = session.submit(frame, rle=True)
+        bitmaps = torch.from_dlpack(future.bitmaps()).cpu().numpy()
+        found = future.result()
+    expected = np.zeros_like(bitmaps)
+    expected[: len(found)] = found.masks
+    strings = zip(found.to_rle(), replace(found, rles=None).to_rle(), strict=True)
+    wrong = int((bitmaps != expected).sum()) + sum(ours != theirs for ours, theirs in strings)
+    return Figure(value=float(wrong), unit="pixels and strings", most=0, note=f"{len(found)} masks")
+
+
 def training_step(context: Context) -> Figure:
     """Twenty steps of training on the GPU in mixed precision: the loss falls and stays finite."""
     context.need_gpu()
@@ -200,6 +224,9 @@ def _checks() -> dict[str, Callable[[Context], Figure]]:
     for flavor in FLAVORS:
         checks[f"{flavor} fp16 against PyTorch AMP"] = partial(against_amp, flavor=flavor)
         checks[f"{flavor} fp16 against its fp32"] = partial(against_fp32, flavor=flavor)
+        checks[f"{flavor} fp16 streamed, masks equal the host's"] = partial(
+            streamed_masks, flavor=flavor
+        )
         checks[f"{flavor} memory, batch 8"] = partial(engine_memory, flavor=flavor)
     for backend in (*FLAVORS, "onnxruntime"):
         checks[f"{backend} fp16 streamed, graphs equal eager"] = partial(streamed, backend=backend)

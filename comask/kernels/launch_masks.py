@@ -1,7 +1,8 @@
 """How the kernels that paste masks into an image are launched.
 
 All take mask_probs f32 [N, M, M], probabilities over the boxes, and boxes f32 [N, 4], `xyxy` in pixels of
-the image, and paste as `comask.masks.paste_masks` does, pixel by pixel.
+the resized image, and paste as `comask.masks.paste_masks` does, pixel by pixel, into the image before it
+was resized. `found` i32 [1] says how many of the N rows hold masks; the others have none.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ STRIPS = 8  # blocks that share a bitmap
 
 
 def mask_edge_counts_launch(
-    masks: int, cells: int, image_size: tuple[int, int], threshold: float
+    masks: int,
+    cells: int,
+    image_size: tuple[int, int],
+    threshold: float,
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> Launch:
-    """`mask_edge_counts(mask_probs, boxes) → counts`, the first step to COCO's RLE.
+    """`mask_edge_counts(mask_probs, boxes, found) → counts`, the first step to COCO's RLE.
 
     An edge is where a walk over the image, column by column, enters or leaves the mask. `counts` is i32
     [N + N·W]: each mask's number of edges, then those of each mask up to the end of each column.
@@ -31,16 +36,22 @@ def mask_edge_counts_launch(
         cells: M.
         image_size: (H, W) in pixels.
         threshold: a pixel belongs to the mask when its probability is at least this.
+        scale: (y, x), resized pixels a pixel of the image.
 
     Raises:
         KernelError: the kernel cannot do it.
     """
-    integers = _integers(masks, cells, image_size, threshold)
+    integers = _integers(masks, cells, image_size, threshold, scale)
     return Launch(MASKS, "mask_edge_counts", masks, THREADS, integers)
 
 
 def mask_edges_launch(
-    masks: int, cells: int, image_size: tuple[int, int], threshold: float, capacity: int
+    masks: int,
+    cells: int,
+    image_size: tuple[int, int],
+    threshold: float,
+    capacity: int,
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> Launch:
     """`mask_edges(mask_probs, boxes, counts) → edges`, the second step.
 
@@ -54,36 +65,44 @@ def mask_edges_launch(
         image_size: (H, W) in pixels.
         threshold: as for the counts.
         capacity: of `edges`; a compact mask has about two a column.
+        scale: as for the counts.
 
     Raises:
         KernelError: the kernel cannot do it.
     """
-    integers = (*_integers(masks, cells, image_size, threshold), capacity)
+    integers = (*_integers(masks, cells, image_size, threshold, scale), capacity)
     return Launch(MASKS, "mask_edges", masks, THREADS, integers)
 
 
 def paste_masks_launch(
-    masks: int, cells: int, image_size: tuple[int, int], threshold: float
+    masks: int,
+    cells: int,
+    image_size: tuple[int, int],
+    threshold: float,
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> Launch:
-    """`paste_masks(mask_probs, boxes) → bitmaps` u8 [N, H, W], 1 inside of the mask.
+    """`paste_masks(mask_probs, boxes, found) → bitmaps` u8 [N, H, W], 1 inside of the mask.
 
     Args:
         masks: N.
         cells: M.
         image_size: (H, W) in pixels.
         threshold: as for the counts.
+        scale: as for the counts.
 
     Raises:
         KernelError: the kernel cannot do it.
     """
-    *sizes, threshold_bits = _integers(masks, cells, image_size, threshold)
-    return Launch(
-        MASKS, "paste_masks", masks * STRIPS, THREADS, (*sizes, STRIPS, threshold_bits)
-    )  # fmt: skip
+    integers = (*_integers(masks, cells, image_size, threshold, scale), STRIPS)
+    return Launch(MASKS, "paste_masks", masks * STRIPS, THREADS, integers)
 
 
 def _integers(
-    masks: int, cells: int, image_size: tuple[int, int], threshold: float
+    masks: int,
+    cells: int,
+    image_size: tuple[int, int],
+    threshold: float,
+    scale: tuple[float, float],
 ) -> tuple[int, ...]:
     height, width = image_size
     if not 1 <= cells <= MAX_CELLS:
@@ -95,4 +114,7 @@ def _integers(
         )
     if not threshold > 0:
         raise KernelError(f"mask threshold {threshold}; it must be above 0")
-    return masks, cells, height, width, float_bits(threshold)
+    y_scale, x_scale = scale
+    return (
+        masks, cells, height, width, float_bits(x_scale), float_bits(y_scale), float_bits(threshold),
+    )  # fmt: skip

@@ -7,7 +7,11 @@
 //     along y:  upper + (lower - upper) * y_weight
 // Every rounding is monotonic, so between two rows of cells a column's probability only rises or only
 // falls: its ends tell whether it crosses the threshold, and bisection tells where. Compile without
-// contraction of products and sums.
+// contraction of products and sums, and with divisions that round as IEEE 754 has it.
+//
+// Boxes are in pixels of a resized image, `x_scale` by `y_scale` of them a pixel of the image, and lie in
+// it after a division in float, as `comask.postprocess` divides. Rows from `found` on hold no mask: how
+// many do is known on the device alone.
 //
 // The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output.
 #include "portable.h"
@@ -66,11 +70,15 @@ struct Mask {
     int rows[BORDERED + 1];      // the first at or past each cell from -1 on
 };
 
-DEVICE void load(Mask &mask, const float *RESTRICT probs, const float *RESTRICT box, int size,
-                 int height, int width, float threshold) {
-    const bool sound = is_axis(box[0], box[2]) && is_axis(box[1], box[3]);
-    const Axis x = axis_of(sound ? box[0] : 0.0f, sound ? box[2] : 1.0f, size);
-    const Axis y = axis_of(sound ? box[1] : 0.0f, sound ? box[3] : 1.0f, size);
+DEVICE void load(Mask &mask, const float *RESTRICT probs, const float *RESTRICT box, bool found,
+                 int size, int height, int width, int x_scale_bits, int y_scale_bits,
+                 int threshold_bits) {
+    const float x_scale = float_of_bits(x_scale_bits), y_scale = float_of_bits(y_scale_bits);
+    const float left = box[0] / x_scale, right = box[2] / x_scale;
+    const float top = box[1] / y_scale, bottom = box[3] / y_scale;
+    const bool sound = found && is_axis(left, right) && is_axis(top, bottom);
+    const Axis x = axis_of(sound ? left : 0.0f, sound ? right : 1.0f, size);
+    const Axis y = axis_of(sound ? top : 0.0f, sound ? bottom : 1.0f, size);
     const int side = size + 2;
     for (int i = LANE; i < side * side; i += LANES) {
         const int column = i / side - 1, row = i % side - 1;
@@ -81,7 +89,7 @@ DEVICE void load(Mask &mask, const float *RESTRICT probs, const float *RESTRICT 
         mask.rows[i] = sound ? first_past(y, i - 1, height) : 0;
     if (LANE == 0) {
         mask.size = size, mask.height = height, mask.width = width;
-        mask.threshold = threshold;
+        mask.threshold = float_of_bits(threshold_bits);
         mask.x = x, mask.y = y;
         mask.first_column = first_past(x, -1, width);
         mask.columns = sound ? first_past(x, size, width) - mask.first_column : 0;
@@ -161,14 +169,15 @@ DEVICE int walk_column(const Mask &mask, int pixel, int *edges, int room) {
 }
 
 // `ends`: [masks] edges of each mask, then [masks, width] those of a mask up to the end of a column.
-KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, int masks, int size,
-                                     int height, int width, int threshold_bits, int *counts) {
+KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, const int *found,
+                                     int masks, int size, int height, int width, int x_scale_bits,
+                                     int y_scale_bits, int threshold_bits, int *counts) {
     SHARED Mask mask;
     SHARED int sums[THREADS];
     for (int m = BLOCK; m < masks; m += BLOCKS) {
         BARRIER();  // the last mask has been read
-        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, size, height, width,
-             float_of_bits(threshold_bits));
+        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, m < *found, size, height, width,
+             x_scale_bits, y_scale_bits, threshold_bits);
         int *ends = counts + masks + (long long)m * width;
         const int first = mask.first_column, last = first + mask.columns;
         int total = 0;
@@ -194,14 +203,14 @@ HOST_LAUNCH(mask_edge_counts)
 
 // `edges`: those of all masks one after the other, each in rising order, as column * height + row.
 KERNEL(mask_edges, THREADS, 4)(const float *probs, const float *boxes, const int *counts, int masks,
-                               int size, int height, int width, int threshold_bits, int capacity,
-                               int *edges) {
+                               int size, int height, int width, int x_scale_bits, int y_scale_bits,
+                               int threshold_bits, int capacity, int *edges) {
     SHARED Mask mask;
     for (int m = BLOCK; m < masks; m += BLOCKS) {
+        if (counts[m] == 0) continue;  // so that only found ones are left
         BARRIER();
-        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, size, height, width,
-             float_of_bits(threshold_bits));
-        if (mask.columns == 0) continue;
+        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, true, size, height, width,
+             x_scale_bits, y_scale_bits, threshold_bits);
         int offset = 0;
         for (int before = 0; before < m; ++before) offset += counts[before];
         const int *ends = counts + masks + (long long)m * width;
@@ -216,15 +225,15 @@ KERNEL(mask_edges, THREADS, 4)(const float *probs, const float *boxes, const int
 HOST_LAUNCH(mask_edges)
 
 // `bitmaps`: [masks, height, width], 1 where a pixel belongs to the mask.
-KERNEL(paste_masks, THREADS, 4)(const float *probs, const float *boxes, int masks, int size,
-                                int height, int width, int strips, int threshold_bits,
-                                unsigned char *bitmaps) {
+KERNEL(paste_masks, THREADS, 4)(const float *probs, const float *boxes, const int *found, int masks,
+                                int size, int height, int width, int x_scale_bits, int y_scale_bits,
+                                int threshold_bits, int strips, unsigned char *bitmaps) {
     SHARED Mask mask;
     for (int block = BLOCK; block < masks * strips; block += BLOCKS) {
         const int m = block / strips, strip = block % strips;
         BARRIER();
-        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, size, height, width,
-             float_of_bits(threshold_bits));
+        load(mask, probs + (long long)m * size * size, boxes + 4ll * m, m < *found, size, height, width,
+             x_scale_bits, y_scale_bits, threshold_bits);
         const int first = mask.first_column, last = first + mask.columns;
         unsigned char *bitmap = bitmaps + (long long)m * height * width;
         const int begin = (int)((long long)height * strip / strips);

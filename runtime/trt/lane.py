@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +12,18 @@ import numpy as np
 from comask.runtime.device import Device, Graph, Stream
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.frames import Format, Frame, borrow_frame
-from comask.runtime.lanes import Batch, Lane
-from comask.runtime.session import Array
+from comask.runtime.lanes import Batch, Fetched, Lane
 from comask.runtime.trt.copied import CopiedMemory
 from comask.runtime.trt.engine import Shape
 from comask.runtime.trt.engine_folder import PLANS
+from comask.runtime.trt.lane_masks import LaneMasks
+from comask.runtime.trt.loan import TrtLoan
 from comask.runtime.trt.slot import Slot, SlotPool
 
 from comask.errors import EngineError, ImageError
 from comask.kernels import driver
 from comask.kernels.launch_frames import FRAME, Matrix
+from comask.kernels.launch_masks import MASKS
 from comask.preprocess import prepare
 
 STAGES = tuple(PLANS)
@@ -37,6 +40,10 @@ class TrtLane:
         slot: of this lane alone.
         intake: stream that the frames are ready on.
         graphs: whether both stages are captured as a CUDA graph when the same shapes come again.
+
+    Attributes:
+        batches: started so far: who borrows outputs knows by it whose they are.
+        changing: held while that number changes, or what was borrowed is read.
     """
 
     def __init__(self, device: Device, slot: Slot, intake: Stream, *, graphs: bool) -> None:
@@ -47,15 +54,20 @@ class TrtLane:
         self._read, self._done = device.event(), device.event()
         self._reading: Batch | None = None
         self._shapes: dict[str, Shape] = {}
-        self.batches = 0  # started so far: who borrows outputs knows by it whose they are
+        self._masks = LaneMasks(device, slot)
+        self._batch: Batch | None = None
+        self.batches = 0
+        self.changing = threading.Lock()
 
     def start(self, batch: Batch) -> None:
         """See `Lane`."""
         slot, count, canvas = self._slot, len(batch.frames), batch.canvas
         fed: dict[str, Shape] = {"images": (count, *canvas, 3), "image_sizes": (count, 2)}
-        self.batches += 1
-        with self._device:
+        with self.changing, self._device:
+            self.batches += 1
+            self._batch = batch
             try:
+                self._done.synchronize()  # bitmaps may have been asked for since
                 self._shapes = slot.reserve(STAGES, fed, fed)
                 slot.stream.wait_for(self._intake.handle)
                 sizes = slot.host_view("image_sizes", (count, 2))
@@ -66,6 +78,8 @@ class TrtLane:
                 self._read.record(slot.stream)
                 self._reading = batch
                 self._enqueue()
+                if batch.rle:
+                    self._masks.find_edges(batch, self._shapes["masks"])
                 self._done.record(slot.stream)
             except BaseException:
                 slot.stream.synchronize()  # nothing may move while work is queued
@@ -136,30 +150,47 @@ class TrtLane:
                 self._reading.release()
                 self._reading = None
 
-    def shared(self) -> dict[str, SharedArray]:
-        """See `Lane`."""
-        loan = Loan(self, self.batches)
-        return {
-            name: SharedArray(
-                self._slot.buffers[name].address, self._shapes[name], self._slot.dtype(name),
-                self._device.index, loan,
-            )
-            for name in self._slot.output_names(STAGES)
-        }  # fmt: skip
-
-    def fetch(self) -> dict[str, Array]:
+    def loan(self) -> TrtLoan:
         """See `Lane`."""
         slot, names = self._slot, self._slot.output_names(STAGES)
+        outputs = {
+            name: (slot.buffers[name].address, self._shapes[name], slot.dtype(name))
+            for name in names
+        }
+        return TrtLoan(self, self.batches, outputs)
+
+    def bitmaps(self, place: int) -> tuple[int, Shape]:
+        """Address and shape of a frame's bitmaps; who waits for the last batch waits for them too."""
+        assert self._batch is not None
+        with self._device:
+            pasted = self._masks.paste(self._batch, place, self._shapes["masks"])
+            self._done.record(self._slot.stream)
+        return pasted
+
+    def fetch(self) -> Fetched:
+        """See `Lane`."""
+        slot, names = self._slot, self._slot.output_names(STAGES)
+        assert self._batch is not None
         with self._device:
             for name in names:
                 slot.stream.copy_out(slot.host_view(name, self._shapes[name]), slot.buffers[name])
             slot.stream.synchronize()
-        return {name: slot.host_view(name, self._shapes[name]).copy() for name in names}
+            edges = None
+            if self._batch.rle:
+                edges = self._masks.fetch_edges(self._batch, self._shapes["masks"])
+        return Fetched(
+            {name: slot.host_view(name, self._shapes[name]).copy() for name in names}, edges
+        )
 
     def hold_back(self, stream: int) -> None:
         """See `Lane`."""
         with self._device:
             self._done.hold_back(stream)
+
+    @property
+    def device(self) -> int:
+        """Index of the GPU."""
+        return self._device.index
 
     @property
     def stream(self) -> int:
@@ -176,42 +207,14 @@ class TrtLane:
 
     def close(self) -> Slot:
         """Frees what is not the slot's, which is returned; inside `with device:`."""
+        with self.changing:
+            self.batches += 1  # outputs that are still borrowed are no more
+        self._slot.stream.synchronize()  # bitmaps may have been asked for since
         self._drop_graph()
         self._read.close()
         self._done.close()
-        self.batches += 1  # outputs that are still borrowed are no more
+        self._masks.close()
         return self._slot
-
-
-class Loan:
-    """The owner of a batch's outputs in a lane.
-
-    Args:
-        lane: that they lie in.
-        batch: the number of theirs.
-    """
-
-    def __init__(self, lane: TrtLane, batch: int) -> None:
-        self._lane, self._batch = lane, batch
-
-    def _check(self) -> None:
-        if self._lane.batches != self._batch:
-            raise RuntimeError(
-                "these outputs were borrowed and their slot is in use again: take .copy() in time, or "
-                "more slots"
-            )
-
-    def share(self, stream: int | None) -> int:
-        """See `Owner`."""
-        self._check()
-        if stream is not None:
-            self._lane.hold_back(stream)
-        return self._lane.stream
-
-    def copy(self, array: SharedArray) -> SharedArray:
-        """See `Owner`."""
-        self._check()
-        return self._lane.copy(array)
 
 
 class TrtLanes:
@@ -224,14 +227,15 @@ class TrtLanes:
 
     Raises:
         EngineError: there is no memory for them.
-        KernelError: the kernel for frames cannot be compiled for the GPU.
+        KernelError: the kernels for frames and masks cannot be compiled for the GPU.
     """
 
     def __init__(self, pool: SlotPool, count: int, *, graphs: bool) -> None:
         self._pool, self._device = pool, pool.device
         slots = pool.lend(count)
         with self._device:
-            driver.prepare(FRAME)
+            for source in (FRAME, MASKS):
+                driver.prepare(source)
             self._intake = self._device.stream()
             self._lanes = [
                 TrtLane(self._device, slot, self._intake, graphs=graphs) for slot in slots
