@@ -19,11 +19,12 @@ from comask.progress import LINE_SECONDS, Progress
 
 if TYPE_CHECKING:
     from comask.runtime import Predictor
-    from comask.runtime.video import Frame, Sink, VideoPipeline, VideoReport, VideoSource
+    from comask.runtime.video import Frame, Sink, VideoPipeline, VideoReport, VideoSource, Where
 
     from comask.structures import Detections
 
 VIDEO_KINDS = {"overlay", "coco"}
+WHERE = ("auto", "cpu", "gpu")  # as `Where`
 
 
 def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
@@ -59,6 +60,9 @@ class VideoOptions:
         batch: frames of a file that run together.
         every: look at each n-th frame.
         track: whether instances get ids.
+        decode: see `VideoSource`.
+        encode: see `OverlayWriter`.
+        gpu: index of the GPU that encodes; None for none.
     """
 
     folder: Path
@@ -67,6 +71,9 @@ class VideoOptions:
     batch: int
     every: int
     track: bool
+    decode: Where
+    encode: Where
+    gpu: int | None
 
     def check(self, videos: list[str]) -> None:
         """Refuses what does not fit the inputs, and tracking where it is not installed.
@@ -75,9 +82,13 @@ class VideoOptions:
             ComaskError: when something asked for cannot be had.
         """
         if not videos:
-            if self.track or self.every > 1:
-                raise ComaskError("--track and --every are for videos, and no input is one")
+            if self.track or self.every > 1 or (self.decode, self.encode) != ("auto", "auto"):
+                raise ComaskError(
+                    "--track, --every, --decode and --encode are for videos, and no input is one"
+                )
             return
+        if self.encode != "auto" and "overlay" not in self.kinds:
+            raise ComaskError("--encode is for overlays, and --save asks for none")
         if wrong := self.kinds - VIDEO_KINDS:
             raise ComaskError(
                 f"--save {','.join(sorted(wrong))} is for images, and {videos[0]} is a video: "
@@ -136,12 +147,21 @@ def run_video(
     from comask.runtime.video import JsonLines, OverlayWriter, Tracker, VideoPipeline, VideoSource
 
     overlay = "overlay" in options.kinds
-    source = VideoSource(address, every=options.every, audio=overlay)
+    source = VideoSource(
+        address,
+        every=options.every,
+        audio=overlay,
+        decode=options.decode,
+        gpu=predictor.stages.gpu,
+    )
     with contextlib.ExitStack() as stack:
         sinks: list[Sink] = []
         if overlay:
             stem = options.folder / f"{name}.overlay"
-            sinks.append(stack.enter_context(OverlayWriter(stem, source, options.threshold)))
+            overlay_writer = OverlayWriter(
+                stem, source, options.threshold, encode=options.encode, gpu=options.gpu
+            )
+            sinks.append(stack.enter_context(overlay_writer))
         if "coco" in options.kinds:
             sinks.append(stack.enter_context(JsonLines(options.folder / f"{name}.jsonl")))
         tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None

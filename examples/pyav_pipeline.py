@@ -42,7 +42,8 @@ def main(bundle: str, address: str, overlay: str | None = None) -> None:
     """Runs `bundle` over what `address` names."""
     with contextlib.ExitStack() as stack:
         predictor = stack.enter_context(Predictor.load(bundle))
-        source = VideoSource(address, audio=overlay is not None)
+        # decoded on the GPU where the predictor reads frames there
+        source = VideoSource(address, audio=overlay is not None, gpu=predictor.stages.gpu)
         counts = CountPerSecond()
         sinks: list[Sink] = [counts]
         if overlay:

@@ -122,8 +122,10 @@ typedef struct {
 } Event;
 
 static Stream *streams;
+static Stream legacy = {.last = &legacy.first, .live = 1}; /* the default stream, by its handle */
 
 static Stream *find_stream(void *handle) {
+    if (handle == (void *)1) return &legacy;
     pthread_mutex_lock(&lock);
     Stream *stream = streams;
     while (stream && stream != handle) stream = stream->next;

@@ -15,12 +15,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from comask.runtime import Predictor
+from comask.runtime.session import Stages
 from comask.runtime.video import Tracker, VideoPipeline, VideoSource, is_address, is_video
 from comask.runtime.video.address import file_name, shown_name
 from comask.runtime.video.channel import Channel
 from PIL import Image
 from video_clips import make_clip, pictures, uneven_times
 
+from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, VideoError
 
 
@@ -160,12 +163,16 @@ def test_a_lost_stream_is_found_again_and_given_up(tmp_path: Path) -> None:
 def test_a_live_source_drops_the_oldest(tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "a.ts", pictures(30))
 
-    class Slow:
-        def __call__(self, images: list[object]) -> list[list[object]]:
+    class Slow(Stages):
+        def run(self, images: np.ndarray, image_sizes: np.ndarray) -> dict[str, np.ndarray]:
             assert len(images) == 1
             time.sleep(0.2)
-            return [[]]
+            shapes = {"num_detections": (1,), "boxes": (1, 0, 4), "scores": (1, 0),
+                      "labels": (1, 0), "masks": (1, 0, 28, 28)}  # fmt: skip
+            return {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
 
+    stages = Slow("slow", None, None)  # type: ignore[arg-type]
+    predictor = Predictor(stages, PreprocessConfig(short_side=64, max_side=96))
     seen: list[int] = []
 
     class Seen:
@@ -174,7 +181,7 @@ def test_a_live_source_drops_the_oldest(tmp_path: Path) -> None:
 
     with server(clip.read_bytes(), connections=1) as address:
         source = VideoSource(address, patience=0)
-        report = VideoPipeline(Slow(), source, [Seen()]).run()  # type: ignore[arg-type]
+        report = VideoPipeline(predictor, source, [Seen()]).run()
     assert report.frames + report.dropped == 30
     assert report.dropped > 20
     assert seen[-2:] == [28, 29]  # the newest ones

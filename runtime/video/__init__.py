@@ -4,6 +4,7 @@ Needs PyAV (`pip install 'comask[video]'`), imported when a source is opened.
 """
 
 from comask.runtime.video.address import is_address, is_video
+from comask.runtime.video.hardware import Where
 from comask.runtime.video.overlay import OverlayWriter
 from comask.runtime.video.pipeline import Sink, VideoPipeline, VideoReport
 from comask.runtime.video.results import JsonLines
@@ -19,6 +20,7 @@ __all__ = [
     "VideoPipeline",
     "VideoReport",
     "VideoSource",
+    "Where",
     "is_address",
     "is_video",
 ]

@@ -14,6 +14,7 @@ from comask.errors import BackendUnavailableError, ComaskError, VideoError
 from comask.preprocess import FORMATS
 
 if TYPE_CHECKING:
+    from av.codec.hwaccel import HWAccel
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -98,23 +99,27 @@ def file_name(address: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_.")
 
 
-def open_container(address: str) -> InputContainer:
+def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContainer:
     """Opens a file, camera or stream for reading.
+
+    Args:
+        address: of it.
+        hwaccel: the GPU to decode on, if any.
 
     Raises:
         VideoError: when it cannot be opened.
         BackendUnavailableError: when PyAV is not installed.
     """
     av = import_av()
-    target, settings = address, dict[str, Any]()
+    target, settings = address, dict[str, Any](hwaccel=hwaccel)
     if camera := _CAMERA.fullmatch(address):
         if sys.platform != "linux":
             raise ComaskError(f"{address}: cameras are read by Video4Linux; this is {sys.platform}")
         target = camera[2] or f"/dev/video{camera[1]}"
-        settings = {"format": "video4linux2"}
+        settings["format"] = "video4linux2"
     elif is_address(address):
         # RTP over UDP loses packets where a network is busy; over TCP it is late instead.
-        settings = {"timeout": TIMEOUT_SECONDS, "options": {"rtsp_flags": "prefer_tcp"}}
+        settings |= {"timeout": TIMEOUT_SECONDS, "options": {"rtsp_flags": "prefer_tcp"}}
     try:
         container: InputContainer = av.open(target, metadata_errors="replace", **settings)
     except av.FFmpegError as error:

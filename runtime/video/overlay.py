@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from comask.runtime.session import Closing
 from comask.runtime.video.address import import_av, reason
+from comask.runtime.video.hardware import Where, choose_encoder
 from comask.runtime.video.source import Frame, VideoSource
 from numpy.typing import NDArray
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 # Audio that players expect in MP4; Matroska takes any other.
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
-# Visually near the source, and fast enough to leave the processor to the network.
-X264 = {"preset": "veryfast", "crf": "20"}
 # Numbers of H.273 that swscale has a matrix for, as swscale numbers them.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _DEFAULT_MATRIX, _LIMITED_RANGE = 5, 1
@@ -41,16 +40,28 @@ class OverlayWriter(Closing):
         source: what the frames come from, not iterated yet; its `audio_packets` are written where it
             collects them.
         threshold: lowest score that is drawn.
+        encode: `gpu` is NVENC, `cpu` x264, `auto` NVENC where it opens.
+        gpu: index of the GPU that encodes; None for none.
 
     Attributes:
         path: what is written.
 
     Raises:
+        BackendUnavailableError: when `encode` is `gpu` and that cannot be had.
         ComaskError: when it cannot be written, here and in `add` and `close`.
     """
 
-    def __init__(self, stem: Path, source: VideoSource, threshold: float = 0.5) -> None:
+    def __init__(
+        self,
+        stem: Path,
+        source: VideoSource,
+        threshold: float = 0.5,
+        *,
+        encode: Where = "auto",
+        gpu: int | None = 0,
+    ) -> None:
         av = import_av()
+        encoder = choose_encoder(encode, gpu, source.size)
         self._source, self._threshold = source, threshold
         audio = source.audio_stream
         as_mp4 = audio is None or audio.codec_context.name in MP4_AUDIO
@@ -59,7 +70,7 @@ class OverlayWriter(Closing):
         with self._writing:
             self._output = av.open(str(self.path), "w", format="mp4" if as_mp4 else "matroska")
             self._video: VideoStream = self._output.add_stream(
-                "libx264", rate=source.rate, options=X264
+                encoder.codec, rate=source.rate, options=encoder.options, hwaccel=encoder.hwaccel
             )
             self._audio: AudioStream | None = None
             if audio is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 from comask.runtime.predictor import Predictor
 from comask.runtime.video.address import import_av, reason
 from comask.runtime.video.channel import Channel
+from comask.runtime.video.inference import Inference
 from comask.runtime.video.source import Frame, VideoSource
 from comask.runtime.video.track import Tracker
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from comask.errors import VideoError
 from comask.structures import Detections
 
 LIVE_FRAMES = 2  # of a live source that wait; more would only be older
+DEPTH = 3  # batches of a file that a GPU has at once: one comes in, one is at work, one goes out
 
 
 class Sink(Protocol):
@@ -56,8 +58,9 @@ class VideoPipeline:
     """Runs a predictor over a source and hands the results to sinks.
 
     One thread decodes, the calling one infers, a third writes. Between them wait `batch` frames at
-    most, so memory does not grow with the video. A file waits for the slowest of them; of a live
-    source the newest frames are looked at, one at a time, and the oldest ones that wait are dropped.
+    most, and a GPU has three times as many at work, so memory does not grow with the video. A file waits
+    for the slowest of them; of a live source the newest frames are looked at, one at a time, and the
+    oldest ones that wait are dropped.
 
     Args:
         predictor: that looks at the frames.
@@ -79,6 +82,7 @@ class VideoPipeline:
         self._predictor, self._source, self._sinks = predictor, source, sinks
         self._tracker = tracker
         self._batch = 1 if source.live else batch
+        self._depth = 1 if source.live else DEPTH
         size = LIVE_FRAMES if source.live else self._batch
         self._frames = Channel[Frame](size, drop_oldest=source.live)
         self._found = Channel[tuple[Frame, Detections, NDArray[np.int64] | None]](self._batch)
@@ -107,12 +111,11 @@ class VideoPipeline:
         reader.start()
         writer.start()
         try:
-            while frames := self._frames.take(self._batch):
-                for frame, found in zip(
-                    frames, self._predictor([frame.pixels for frame in frames]), strict=True
-                ):
-                    ids = self._tracker.update(found, frame.time) if self._tracker else None
-                    self._found.put((frame, found, ids))
+            with Inference(self._predictor, self._depth) as inference:
+                while frames := self._frames.take(self._batch):
+                    inference.submit(frames)
+                    self._hand_on(inference.results())
+                self._hand_on(inference.results(last=True))
         finally:
             self.stop()
             self._found.close()
@@ -128,6 +131,11 @@ class VideoPipeline:
             seconds=time.perf_counter() - started,
             problem=self._source.problem,
         )
+
+    def _hand_on(self, results: Iterator[tuple[Frame, Detections]]) -> None:
+        for frame, found in results:
+            ids = self._tracker.update(found, frame.time) if self._tracker else None
+            self._found.put((frame, found, ids))
 
     def _read(self) -> None:
         try:

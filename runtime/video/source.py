@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from comask.runtime.video.address import (
     shown_name,
     video_stream,
 )
+from comask.runtime.video.hardware import Nv12Picture, Where, gpu_decoder, nv12_problem
 
 from comask.errors import VideoError
 from comask.preprocess import Pixels
@@ -36,6 +38,8 @@ CLOCK_SECONDS = 60.0  # by which a live source's time stamps may differ from our
 MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
 MISSING_SECONDS = 1.0  # by which a file's data may end before the end it states
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -46,13 +50,28 @@ class Frame:
         pts: its time stamp as it was decoded, in the stream's time base; None where it has none.
         time: seconds since the start of the video, or of a live source's first frame; exact, and greater
             with every frame.
-        pixels: u8 [h, w, 3], RGB, turned upright as the video's rotation says.
+        picture: `pixels` on the host, or the frame where a GPU decoded it.
     """
 
     index: int
     pts: int | None
     time: Fraction
-    pixels: Pixels
+    picture: Pixels | Nv12Picture
+
+    @property
+    def pixels(self) -> Pixels:
+        """u8 [h, w, 3], RGB, turned upright as the video's rotation says.
+
+        A frame on a GPU is brought to the host when they are first asked for.
+        """
+        return self.picture if isinstance(self.picture, np.ndarray) else self.picture.pixels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) of `pixels`, without asking for them."""
+        if isinstance(self.picture, np.ndarray):
+            return self.picture.shape[0], self.picture.shape[1]
+        return self.picture.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +101,13 @@ class VideoSource(Closing):
         audio: collect the packets of the best audio stream in `audio_packets`; otherwise they are
             discarded.
         patience: seconds without a frame after which a lost live source is given up.
+        decode: `gpu` decodes on the GPU and fails where a frame cannot be left there for the network;
+            `auto` decodes there if there is one, and brings such frames to the host; `cpu` does not.
+        gpu: index of the GPU whose memory the predictor reads: its `stages.gpu`.
 
     Attributes:
         name: the address without user and password.
+        size: (h, w) as the stream states it, before it is turned.
         live: whether frames come at their own pace.
         time_base: seconds a unit of `Frame.pts`, of which `Frame.time` is a multiple.
         rate: frames a second as stated, 25 where nothing is.
@@ -98,8 +121,9 @@ class VideoSource(Closing):
         problem: why the frames ended before the video did, or None.
 
     Raises:
-        VideoError: when it cannot be opened or holds no video.
-        BackendUnavailableError: when PyAV is not installed.
+        VideoError: when it cannot be opened or holds no video, or, while iterating, a frame cannot stay
+            on the GPU and `decode` is `gpu`.
+        BackendUnavailableError: when PyAV is not installed, or there is no GPU to decode on.
     """
 
     def __init__(
@@ -109,11 +133,16 @@ class VideoSource(Closing):
         every: int = 1,
         audio: bool = False,
         patience: float = 300.0,
+        decode: Where = "auto",
+        gpu: int | None = None,
     ) -> None:
         self._address, self._every, self._patience = str(address), every, patience
         self.name = shown_name(self._address)
-        self._container = open_container(self._address)
+        self._decode, self._hwaccel = decode, gpu_decoder(decode, gpu)
+        self._kept_off_gpu: str | None = None  # the last reason why
+        self._container = open_container(self._address, self._hwaccel)
         stream = self._stream()
+        self.size = (stream.height, stream.width)
         self.time_base = stream.time_base or Fraction(1, 90_000)
         self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         self.aspect = self._aspect = stream.sample_aspect_ratio or Fraction(1)
@@ -147,11 +176,7 @@ class VideoSource(Closing):
             for index, decoded in self._decoded():
                 moment = self._time(decoded)
                 if index % self._every == 0:
-                    quarters = round(decoded.rotation / 90)
-                    upright = np.rot90(decoded.to_ndarray(format="rgb24"), quarters)
-                    pixels = np.ascontiguousarray(upright, dtype=np.uint8)
-                    self.aspect = 1 / self._aspect if quarters % 2 else self._aspect
-                    yield Frame(index, decoded.pts, moment, pixels)
+                    yield Frame(index, decoded.pts, moment, self._picture(decoded))
             if self._stopped.is_set() or not self.live or not self._reconnected():
                 return
 
@@ -173,7 +198,8 @@ class VideoSource(Closing):
         import av
 
         video = self._stream()
-        video.thread_type = "SLICE" if self.live else "AUTO"  # AUTO holds frames back
+        # AUTO holds frames back, and takes a GPU more surfaces than it may have.
+        video.thread_type = "SLICE" if self.live or self._hwaccel else "AUTO"
         for packet in self._packets():
             if self._stopped.is_set():
                 return
@@ -194,6 +220,22 @@ class VideoSource(Closing):
                     yield self._index - 1, frame
         if not self.live:
             self.problem = self._what_is_missing()
+
+    def _picture(self, decoded: VideoFrame) -> Pixels | Nv12Picture:
+        """What a `Frame` holds, left on the GPU where the network can read it there."""
+        if self._hwaccel is not None:
+            problem = nv12_problem(decoded)
+            if problem is None:
+                return Nv12Picture(decoded)
+            if self._decode == "gpu":
+                raise VideoError(f"{self.name}: frames cannot stay on the GPU: {problem}")
+            if problem != self._kept_off_gpu:
+                self._kept_off_gpu = problem
+                logger.info("%s: frames by way of the host: %s", self.name, problem)
+        quarters = round(decoded.rotation / 90)
+        self.aspect = 1 / self._aspect if quarters % 2 else self._aspect
+        upright = np.rot90(decoded.to_ndarray(format="rgb24"), quarters)
+        return np.ascontiguousarray(upright, dtype=np.uint8)
 
     def _packets(self) -> Iterator[Packet[Any] | None]:
         """All packets; None after the last one asks the decoder for what it holds back."""
@@ -262,7 +304,7 @@ class VideoSource(Closing):
                 return False
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             try:
-                self._container = open_container(self._address)
+                self._container = open_container(self._address, self._hwaccel)
             except VideoError as error:
                 self.problem = f"lost, and not found again for {self._patience:.0f} s: {error}"
                 continue
