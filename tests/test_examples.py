@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import standin_pynvvideocodec
 from click.testing import CliRunner
+from comask.runtime import Detections, Predictor
+from PIL import Image
+from standin import live, run_on_standin, skip_without_pycuda
+from standin_engines import write_engines
+from video_clips import decoded, make_clip, pictures
 
+from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS
+from comask.kernels.launch_frames import Matrix
 from comask.presets import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(name: str, *arguments: object) -> None:
+    """Runs it in this process, as a shell would."""
+    before = sys.argv
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def line(name: object, found: Detections) -> str:
+    return f"{name}: {len(found)} instances, best score {found.scores.max():.4f}"
 
 
 def test_tables_are_written_beside_the_papers_figures(
@@ -52,3 +77,73 @@ def test_tables_are_written_beside_the_papers_figures(
         assert "--nproc-per-node=4" in command
         assert command[-2:] == ["--set", "train.batch_size=16"]
         assert "--resume" in command
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return make_clip(tmp_path / "a.mp4", pictures(14, 96, 128), audio=None)
+
+
+def lines_of_clip(bundle: Path, clip: Path, matrix: Matrix, full_range: bool) -> list[str]:
+    """Of its frames as pairs of planes."""
+    found = []
+    with Predictor.load(bundle, "onnxruntime") as predictor, predictor.stream() as session:
+        for i, frame in enumerate(decoded(clip)):
+            luma, chroma = np.split(frame.reformat(format="nv12").to_ndarray(), [frame.height])
+            future = session.submit(
+                (luma, chroma), format="nv12", matrix=matrix, full_range=full_range
+            )
+            found.append(line(f"frame {i}", future.result()))
+    assert len({text.partition(":")[2] for text in found}) > len(found) // 2  # frames tell apart
+    return found
+
+
+def test_frames_of_pynvvideocodec_on_the_host(
+    micro_bundle: Path,
+    clip: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", standin_pynvvideocodec)
+    expected = lines_of_clip(micro_bundle, clip, "bt601", True)
+    run_example(
+        "pynvvideocodec_pipeline.py", micro_bundle, clip, "--backend", "onnxruntime",
+        "--matrix", "bt601", "--full-range",
+    )  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def decoded_by_pynvvideocodec(folder: str, clip: str, eager: bool) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    sys.modules["PyNvVideoCodec"] = standin_pynvvideocodec
+    standin_pynvvideocodec.eager = eager
+    for frames in ((), ("--frames", 5)):
+        run_example("pynvvideocodec_pipeline.py", folder, clip, "--backend", "tensorrt", *frames)
+    assert standin_tensorrt.failures == []
+    assert live() == {}
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["decoder late", "decoder early"])
+def test_frames_of_pynvvideocodec_on_the_gpu(micro_bundle: Path, clip: Path, eager: bool) -> None:
+    skip_without_pycuda()
+    bundle = shutil.copytree(micro_bundle, clip.parent / "bundle")
+    expected = lines_of_clip(bundle, clip, "bt709", False)
+    out = run_on_standin(decoded_by_pynvvideocodec, bundle, clip, eager)
+    assert out.splitlines() == expected + expected[:5]
+
+
+def test_images_of_dali(
+    micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    source = ShapesSource(num_images=20, seed=11)
+    files = [tmp_path / f"{i}.png" for i in range(11)]  # the last batch is not full
+    for i, file in enumerate(files):
+        Image.fromarray(np.resize(source.image(i), (64 + 8 * i, 96, 3))).save(file)
+    with Predictor.load(micro_bundle, "onnxruntime") as predictor:
+        expected = [line(file, predictor(file)) for file in files]
+    run_example("dali_pipeline.py", micro_bundle, tmp_path, "--backend", "onnxruntime")
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(expected)

@@ -1,0 +1,77 @@
+"""Finds instances in a video that the GPU's decoder decodes; no pixel passes through the host.
+
+Run it as `python examples/pynvvideocodec_pipeline.py BUNDLE VIDEO`, after `pip install pynvvideocodec`.
+NVIDIA's driver must have its video part; in a container, set NVIDIA_DRIVER_CAPABILITIES to have video.
+With a backend other than TensorRT the decoder's frames come to the host.
+
+Frames are NV12 as they were decoded, of 8 bits. What the video says of its colours, the package does not
+tell: give --matrix and --full-range where they are others than HD video's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Generator
+
+from comask.runtime import Detections, Predictor
+from comask.runtime.device import open_device
+from comask.runtime.stream import Future
+from PyNvVideoCodec import ThreadedDecoder
+
+AHEAD = 8  # frames that a thread of the decoder's decodes before they are asked for
+SLOTS = 3  # frames that comask works on at once
+
+
+def detections(
+    predictor: Predictor, video: str, stream: int, **colours: object
+) -> Generator[Detections]:
+    """Of each frame; `stream` is the handle of the decoder's CUDA stream, 0 for frames on the host."""
+    decoder = ThreadedDecoder(video, AHEAD, cuda_stream=stream, use_device_memory=stream != 0)
+    running: deque[Future] = deque()
+    try:
+        with predictor.stream(slots=SLOTS) as session:
+            while decoded := decoder.get_batch_frames(1):
+                # not told of a stream, comask has the frame itself say when it is written: it waits for
+                # this one, and not for those that are decoded ahead
+                future = session.submit(decoded[0], format="nv12", **colours)
+                # The next call takes the frame's memory back for frames to come, whoever holds it. They
+                # are written on the decoder's stream, so let that wait until this frame has been read.
+                future.wait_on(stream)
+                running.append(future)
+                if len(running) == SLOTS:
+                    yield running.popleft().result()
+            yield from (future.result() for future in running)
+    finally:
+        decoder.end()
+
+
+def main() -> None:
+    """Prints a line for each frame."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("video")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--matrix", default="bt709", choices=["bt601", "bt709", "bt2020"])
+    parser.add_argument("--full-range", action="store_true")
+    asked = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        predictor = stack.enter_context(Predictor.load(asked.bundle, asked.backend))
+        handle, colours = 0, {"matrix": asked.matrix, "full_range": asked.full_range}
+        if predictor.stages.backend.startswith("tensorrt"):
+            gpu = stack.enter_context(open_device())
+            stream = gpu.stream()  # in the primary context, where the decoder and comask are too
+            stack.callback(stream.close)
+            handle = stream.handle
+        found = detections(predictor, asked.video, handle, **colours)
+        stack.enter_context(contextlib.closing(found))
+        for number, instances in enumerate(itertools.islice(found, asked.frames)):
+            best = max(instances.scores, default=0)
+            print(f"frame {number}: {len(instances)} instances, best score {best:.4f}")
+
+
+if __name__ == "__main__":
+    main()
