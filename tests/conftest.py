@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import comask.cli.bench
 import comask.cli.doctor
 import comask.cli.evaluate
 import comask.cli.export
@@ -24,6 +26,7 @@ COMMANDS = {
     "export": comask.cli.export.main,
     "infer": comask.cli.infer.main,
     "eval": comask.cli.evaluate.main,
+    "bench": comask.cli.bench.main,
     "shapes": comask.cli.shapes.main,
     "doctor": comask.cli.doctor.main,
 }
@@ -73,6 +76,18 @@ def micro_bundle(micro_run: Path) -> Path:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return output
+
+
+@pytest.fixture(scope="session")
+def micro_fp16(micro_bundle: Path) -> Path:
+    """A copy of it, to which the command added fp16 graphs."""
+    folder = micro_bundle.parent / "bundle-fp16"
+    shutil.copytree(micro_bundle, folder)
+    result = run("export", folder, "--precision", "fp16,fp32", "--verify-images", "1")
+    assert result.exit_code == 0, result.output
+    assert "holds fp32 graphs already" in result.output
+    assert "fp16 graphs agree with PyTorch" in result.output
+    return folder
 
 
 @pytest.fixture(scope="session")

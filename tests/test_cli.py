@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comask.runtime.parity.scores import Scores
 from conftest import COMMANDS, MICRO, run, settings
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from comask.bundle import SCHEMA_VERSION, Bundle
+from comask.bundle import SCHEMA_VERSION
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
 from comask.evaluate import METRICS, CocoMetrics
@@ -26,7 +27,12 @@ OPTIONS = {
         "version-compatible", "compute-capability", "rebuild", "json",
     },
     "infer": {"output", "backend", "save", "threshold", "batch", "every", "track", "json"},
-    "eval": {"data", "backend", "images", "tolerance", "batch", "no-record", "json"},
+    "eval": {"data", "backend", "results", "images", "tolerance", "trace", "batch", "no-record", "report",
+             "json"},
+    "bench": {
+        "backend", "device", "batch", "proposals", "short-side", "images", "size", "runs", "warmup",
+        "no-record", "sweep", "data", "limit", "max-loss", "grid", "plot", "json",
+    },
     "shapes": {"images", "seed"},
     "doctor": {"need", "json"},
 }  # fmt: skip
@@ -216,17 +222,18 @@ def test_eval_exits_by_the_tolerance(
     found: int,
     code: int,
 ) -> None:
-    def measured(bundle: Bundle, backend: str, *_: object) -> CocoMetrics:
+    def measured(_: object, name: str, *rest: object) -> Scores:
         values = dict.fromkeys(METRICS, 0.3)
-        values |= {"AP": 0.5, "APs": 0.2} if backend == "torch" else {"AP": ap, "APs": small}
-        return CocoMetrics(
+        values |= {"AP": 0.5, "APs": 0.2} if name == "torch" else {"AP": ap, "APs": small}
+        metrics = CocoMetrics(
             values={"bbox": dict.fromkeys(METRICS, 0.3), "segm": values},
             per_class={"bbox": {"circle": 0.3}, "segm": {"circle": values["AP"]}},
             images=6,
-            detections=found if backend == "onnxruntime" else 10,
+            detections=found if name == "onnxruntime" else 10,
         )
+        return Scores(fine=metrics, coarse=None, results=[[]] * 6)
 
-    monkeypatch.setattr("comask.cli.evaluate._score", measured)
+    monkeypatch.setattr("comask.runtime.parity.evaluation.Evaluation._score", measured)
     result = run("eval", micro_bundle, "--data", "shapes", "--images", "6", "--no-record")
     assert result.exit_code == code, result.output
 

@@ -35,7 +35,7 @@ def test_no_module_is_named_like_a_dependency(folder: str) -> None:
     ["comask", "comask.runtime", "comask.export", "comask.calib", "comask.bundle"]
     + [
         f"comask.cli.{name}"
-        for name in ("train", "export", "infer", "evaluate", "shapes", "doctor")
+        for name in ("train", "export", "infer", "evaluate", "bench", "shapes", "doctor")
     ],
 )
 def test_import_is_light(module: str) -> None:

@@ -1,0 +1,154 @@
+"""The pictures that `comask-bench` draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comask.cli.bench_tables import HEADS, machine_line
+
+from comask.errors import ComaskError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+COLORS = ("#9ecae1", "#3182bd", "#e6550d", "#bdbdbd", "#a1d99b", "#31a354")  # of the parts
+CHOSEN, LIMIT = "#d62728", "#888888"
+MARKERS = "osD^vP"
+FAR = 10.0  # losses beyond so many limits are drawn on the edge, lest they squeeze the others
+
+
+def check_plot(path: Path) -> None:
+    """Whether a picture can be drawn, before anything is measured.
+
+    Raises:
+        ComaskError: it is of another kind, has no folder, or matplotlib is missing.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ComaskError(f"--plot {path}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if not path.resolve().parent.is_dir():
+        raise ComaskError(f"--plot {path}: its folder does not exist; make it first")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ComaskError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def draw_timing(report: dict[str, Any], path: Path) -> None:
+    """The median of each part, stacked to a bar a backend.
+
+    Args:
+        report: as `comask-bench --json` writes it.
+        path: of the picture.
+    """
+    backends = report["backends"]
+    figure = _figure(9, 1.9 + 0.6 * len(backends))
+    axes = figure.subplots()
+    names = list(backends)[::-1]  # the first on top
+    left = [0.0] * len(names)
+    for (part, head), color in zip(list(HEADS.items())[:-1], COLORS, strict=True):
+        values = [backends[name]["milliseconds"][part]["p50"] for name in names]
+        axes.barh(names, values, left=left, color=color, label=head, height=0.6)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    for place, (name, end) in enumerate(zip(names, left, strict=True)):
+        total = backends[name]["milliseconds"]["sum"]["p50"]  # other than the sum of the medians
+        text = f" {total:.4g} ms, ratio {backends[name]['ratio']:.2f}"
+        axes.text(end, place, text, va="center", fontsize=9)
+    axes.set_xlim(0, 1.22 * max(left))
+    batch = report["batch"]
+    what = "an image" if batch == 1 else f"a batch of {batch}"
+    axes.set_xlabel(f"median milliseconds of {what}")
+    axes.set_title(f"{report['subject']}, {machine_line(report['machine'])}", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=9, frameon=False)
+    _clear(axes)
+    figure.savefig(path, dpi=120)
+
+
+def draw_sweep(report: dict[str, Any], path: Path) -> None:
+    """AP loss against time of every setting, the Pareto front, and the choice.
+
+    The settings on the front are numbered, and named beside the picture.
+
+    Args:
+        report: as `comask-bench --sweep --json` writes it.
+        path: of the picture.
+    """
+    settings, top = report["settings"], top_of_losses(report)
+    front = [entry for entry in settings if entry["on_front"]]
+    figure = _figure(12, max(5.5, 3.0 + 0.42 * len(front)))  # the legend names all of the front
+    axes = figure.subplots()
+    near = [entry for entry in settings if entry["loss"] <= top]
+    for number, backend in enumerate(dict.fromkeys(entry["backend"] for entry in settings)):
+        marker, color = MARKERS[number % len(MARKERS)], f"C{number}"
+        points = _places([entry for entry in near if entry["backend"] == backend])
+        axes.scatter(*points, marker=marker, color=color, alpha=0.7, s=36, label=backend)
+    if far := [entry for entry in settings if entry["loss"] > top]:
+        times = [entry["ms_per_image"] for entry in far]
+        axes.scatter(
+            times, [top] * len(far), marker="^", facecolors="none", edgecolors=LIMIT, s=50,
+            label=f"loses more than {top:.2g}", clip_on=False,
+        )  # fmt: skip
+    chosen = _places([entry for entry in settings if entry["chosen"]])
+    axes.scatter(
+        *chosen, s=190, facecolors="none", edgecolors=CHOSEN, linewidths=2,
+        label="fastest within the loss",
+    )  # fmt: skip
+    axes.axhline(
+        report["max_loss"], color=LIMIT, linestyle="--", linewidth=1,
+        label=f"--max-loss {report['max_loss']:g}",
+    )  # fmt: skip
+    axes.step(
+        *_places(front), where="post", color="black", linewidth=1, zorder=1, label="Pareto front"
+    )
+    for number, entry in enumerate(front, 1):
+        axes.plot(
+            [], [], " ", marker=f"${number}$", color="black", label=_named(entry),
+            markersize=6 if number < 10 else 10,
+        )  # fmt: skip
+        place = entry["ms_per_image"], entry["loss"]
+        if entry in near:
+            axes.annotate(
+                str(number), place, xytext=(7, 7), textcoords="offset points", fontweight="bold"
+            )
+    axes.set_xlabel("milliseconds an image")
+    axes.set_ylabel("AP points lost, boxes or masks, whichever more")
+    what = f"{report['images']} images of {report['data']}"
+    axes.set_title(f"{what}, {machine_line(report['machine'])}", fontsize=9, pad=12)
+    axes.grid(alpha=0.3)
+    axes.set_ylim(top=top)
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False, labelspacing=0.8)
+    _clear(axes)
+    figure.savefig(path, dpi=120)
+
+
+def top_of_losses(report: dict[str, Any]) -> float:
+    """Upper end of the loss axis: the limit stays in sight, also beside losses many times as large."""
+    limit = float(report["max_loss"])
+    largest: float = max(limit, *(entry["loss"] for entry in report["settings"]))
+    return 1.05 * max(0.1, min(largest, max(FAR * limit, 1.0)))
+
+
+def _places(entries: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [entry["ms_per_image"] for entry in entries], [entry["loss"] for entry in entries]
+
+
+def _named(entry: dict[str, Any]) -> str:
+    """A setting on the front, in the legend's two lines."""
+    own = " (the bundle's own)" if entry["reference"] else ""
+    return (
+        f"{entry['backend']}, {entry['proposals']} proposals, {entry['short_side']} px,\n"
+        f"batch {entry['batch']}: {entry['ms_per_image']:.3g} ms, {entry['loss']:+.2f} points{own}"
+    )
+
+
+def _clear(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, without pyplot and the backend it keeps for all."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,119 @@
+"""The tables that `comask-bench` prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MIB = 2**20
+HEADS = {
+    "prepare": "prepare", "stage1": "stage 1", "stage2": "stage 2", "other": "other",
+    "results": "results", "encode": "paste+RLE", "sum": "sum",
+}  # fmt: skip
+
+
+def console(*, to_stderr: bool) -> Console:
+    """Wide enough for the tables where there is no terminal."""
+    from rich.console import Console
+
+    return Console(
+        stderr=to_stderr,
+        width=None if sys.stdout.isatty() else 130,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_timing(report: dict[str, Any], *, to_stderr: bool) -> None:
+    """Milliseconds by part, then one line a backend with everything else."""
+    from rich.table import Table
+
+    out = console(to_stderr=to_stderr)
+    batch = report["batch"]
+    parts = Table(title="milliseconds" if batch == 1 else f"milliseconds of a batch of {batch}")
+    parts.add_column("backend", no_wrap=True)
+    parts.add_column("")
+    for head in HEADS.values():
+        parts.add_column(head, justify="right")
+    rest = Table()
+    rest.add_column("backend", no_wrap=True)
+    for head in ("images/s", "ratio", "outside\nstages", "detections\nan image", "cores\nbusy",
+                 "memory\nMiB", "GPU\nMiB", "stream\nms", "stream\nimages/s"):  # fmt: skip
+        rest.add_column(head, justify="right")
+    for name, found in report["backends"].items():
+        for rank in ("p50", "p90", "p99"):
+            values = (f"{found['milliseconds'][part][rank]:.2f}" for part in HEADS)
+            last = rank == "p99"
+            parts.add_row(name if rank == "p50" else "", rank, *values, end_section=last)
+        stream = found["stream"]
+        rest.add_row(
+            name,
+            f"{found['images_per_second']:.2f}",
+            f"{found['ratio']:.2f}",
+            f"{100 * found['outside_stages']:.2f} %",
+            f"{found['detections_per_image']:.1f}",
+            f"{found['cores_busy']:.1f}",
+            _mib(found["resident_bytes"]),
+            _mib(found["gpu_bytes"]),
+            f"{stream['milliseconds']['p50']:.2f}" if stream else "-",
+            f"{stream['images_per_second']:.1f}" if stream else "-",
+        )
+    out.print(parts)
+    out.print(rest)
+    canvases = ", ".join(f"{height}x{width}" for height, width in report["canvases"])
+    out.print(
+        f"{report['subject']} on canvases of {canvases}; {report['runs']} runs of each in turn; "
+        f"{machine_line(report['machine'])}"
+    )
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine in half a line."""
+    limit = machine["omp_num_threads"]
+    threads = "" if limit is None else f", OMP_NUM_THREADS={limit}"
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    load = "" if machine["load"] is None else f", load {machine['load']:.1f} before"
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return f"{cores} of {machine['cpu']}{threads}{gpu}{load}"
+
+
+def print_sweep(report: dict[str, Any], *, to_stderr: bool) -> None:
+    """All settings by falling speed, what was skipped, and the choice."""
+    from rich.table import Table
+
+    out = console(to_stderr=to_stderr)
+    table = Table(title=f"AP points on {report['images']} images, against milliseconds")
+    for head in ("", "backend"):
+        table.add_column(head)
+    for head in ("proposals", "short side", "batch", "box AP", "mask AP", "loss", "ms/image",
+                 "ms/batch", "ratio"):  # fmt: skip
+        table.add_column(head, justify="right")
+    for entry in report["settings"]:
+        table.add_row(
+            mark(entry), entry["backend"],
+            *(str(entry[key]) for key in ("proposals", "short_side", "batch")),
+            *(f"{entry[key]:.2f}" for key in (
+                "box_ap", "mask_ap", "loss", "ms_per_image", "ms_per_batch", "ratio")),
+            style="bold" if entry["chosen"] else None,
+        )  # fmt: skip
+    out.print(table)
+    out.print("> fastest within the loss, * on the Pareto front, = the bundle's own setting")
+    for entry in report["skipped"]:
+        out.print(f"skipped: {entry['setting']}: {entry['reason']}")
+    if not report["finished"]:
+        out.print("interrupted: only a part of the grid was measured")
+    out.print(f"{report['verdict']}\n  {report['command']}\n  {report['python']}")
+    out.print(machine_line(report["machine"]))
+
+
+def mark(entry: dict[str, Any]) -> str:
+    """What a setting of a sweep's report is, in signs."""
+    signs = {"chosen": ">", "on_front": "*", "reference": "="}
+    return "".join(sign for key, sign in signs.items() if entry[key])
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / MIB:.0f}"

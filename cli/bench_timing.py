@@ -1,0 +1,203 @@
+"""What `comask-bench` does without --sweep: the seconds of each part, memory, and their record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from comask.cli.bench_backends import runnable
+from comask.cli.options import IMAGE_SUFFIXES, find_files, write_json
+from comask.cli.predictor_options import PredictorOptions
+
+if TYPE_CHECKING:
+    from comask.runtime.bench.memory import PeakMemory
+    from comask.runtime.bench.parts import Measured
+
+    from comask.bundle import Bundle, Manifest
+    from comask.config import PreprocessConfig
+    from comask.preprocess import Pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What is asked for.
+
+    Attributes:
+        bundle: to measure.
+        backends: as `Predictor.load` takes them, the reference first; empty for all that run.
+        how: they run.
+        images: a file or a folder of them; None for noise.
+        size: of the noise, HxW; None for the bundle's largest.
+        runs: batches, of each backend.
+        warm_ups: batches before; None until they get no faster.
+        record: whether the manifest is told.
+    """
+
+    bundle: Path
+    backends: tuple[str, ...]
+    how: PredictorOptions
+    images: Path | None
+    size: str | None
+    runs: int
+    warm_ups: int | None
+    record: bool
+
+
+def run_timing(timing: Timing, plot: Path | None, json_file: str | None) -> None:
+    """Measures, prints, draws and records."""
+    from comask.cli.bench_tables import print_timing
+    from comask.runtime.bench.machine import describe_machine
+
+    from comask.bundle import Bundle
+
+    opened = Bundle.open(timing.bundle)
+    pictures, subject = _pictures(timing, opened.manifest)
+    names = runnable(opened, timing.backends, timing.how)
+    device = timing.how.device
+    report: dict[str, Any] = {
+        "bundle": str(timing.bundle),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device if isinstance(device, int) else 0),
+        "subject": subject,
+        "batch": timing.how.max_batch,
+        "proposals": timing.how.proposals,  # null: the bundle's
+        "short_side": timing.how.short_side,
+        "runs": timing.runs,
+        "reference": names[0],
+        **_measure(timing, opened, names, pictures),
+    }
+    print_timing(report, to_stderr=json_file == "-")
+    if plot is not None:
+        from comask.cli.bench_plots import draw_timing
+
+        draw_timing(report, plot)
+    if timing.record:
+        _record(opened, report)
+    write_json(json_file, report)
+
+
+def _pictures(timing: Timing, manifest: Manifest) -> tuple[list[Pixels], str]:
+    """The images to run, at most as many as there are places in all batches, and what they are."""
+    import numpy as np
+
+    from comask.preprocess import decode_image
+
+    if timing.images is not None:
+        files = find_files((str(timing.images),), IMAGE_SUFFIXES)
+        files = files[: timing.runs * timing.how.max_batch]
+        return [decode_image(file) for file in files], f"{len(files)} images of {timing.images}"
+    height, width = manifest.preprocess.short_side, manifest.preprocess.max_side
+    if timing.size is not None:
+        parts = timing.size.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise click.UsageError(f"--size {timing.size}: expected HxW in pixels, as in 800x1333")
+        height, width = map(int, parts)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return [noise], f"noise of {height}x{width}"
+
+
+def _measure(
+    timing: Timing, bundle: Bundle, names: Sequence[str], pictures: list[Pixels]
+) -> dict[str, Any]:
+    """The report's `canvases` and `backends`."""
+    from comask.runtime.bench.memory import peak_memory
+    from comask.runtime.bench.parts import canvas_of, check_batch, full_batches, take_turns
+    from comask.runtime.bench.streamed import measure_stream
+
+    from comask.progress import Progress
+
+    batch = timing.how.max_batch
+    options = dataclasses.asdict(timing.how)
+    memory: dict[str, PeakMemory] = {}
+    with Progress("memory", len(names), unit="backends") as progress:
+        for name in names:  # first, while this process holds nothing that they might lack
+            preprocess = bundle.manifest.preprocess
+            largest = _largest(pictures, preprocess)
+            memory[name] = peak_memory(bundle.folder, name, largest, options)
+            progress.advance()
+            if memory[name].problem:
+                click.echo(f"warning: memory of {name}: {memory[name].problem}", err=True)
+    with contextlib.ExitStack() as stack:
+        predictors = {
+            name: stack.enter_context(timing.how.load(bundle.folder, name)) for name in names
+        }
+        for predictor in predictors.values():
+            check_batch(predictor, batch)
+        preprocess = predictors[names[0]].preprocess
+        batches = full_batches(pictures, preprocess, batch)
+        progress = stack.enter_context(Progress("measuring", timing.runs, unit="turns"))
+        measured = take_turns(
+            predictors, dict.fromkeys(names, batches),
+            runs=timing.runs, warm_ups=timing.warm_ups, advance=progress.advance,
+        )  # fmt: skip
+        # the other backends take frames one at a time, as they were measured
+        streams = {
+            name: measure_stream(predictor, batches, runs=timing.runs)
+            if predictor.stages.backend.startswith("tensorrt")
+            else None
+            for name, predictor in predictors.items()
+        }
+    reference = measured[names[0]]
+    return {
+        "canvases": sorted({canvas_of(image, preprocess) for image in pictures}),
+        "backends": {
+            name: _summary(measured[name], reference)
+            | {
+                "resident_bytes": memory[name].resident,
+                "gpu_bytes": memory[name].gpu,
+                "stream": streams[name],
+            }
+            for name in names
+        },
+    }
+
+
+def _summary(measured: Measured, reference: Measured) -> dict[str, Any]:
+    """One backend's figures; the ratio is of the medians, above 1 where it is faster."""
+    import numpy as np
+    from comask.runtime.bench.parts import SUM, percentiles
+
+    seconds = {part: np.array(values) for part, values in measured.seconds.items()}
+    outside = 1 - (seconds["stage1"] + seconds["stage2"]) / seconds[SUM]
+    return {
+        "milliseconds": {part: percentiles(values) for part, values in seconds.items()},
+        "ratio": reference.median / measured.median,
+        "images_per_second": measured.images_per_second,
+        "outside_stages": float(np.median(outside)),
+        "detections_per_image": measured.detections_per_image,
+        "cores_busy": measured.cores,
+        "warm_ups": measured.warm_ups,
+    }
+
+
+def _largest(images: list[Pixels], preprocess: PreprocessConfig) -> tuple[int, int]:
+    """(h, w) of the image that takes the largest canvas."""
+    from comask.runtime.bench.parts import canvas_of
+
+    def area(image: Pixels) -> int:
+        height, width = canvas_of(image, preprocess)
+        return height * width
+
+    height, width, _ = max(images, key=area).shape
+    return height, width
+
+
+def _record(bundle: Bundle, report: dict[str, Any]) -> None:
+    """Puts the medians into the manifest, in place of older ones of the same backend."""
+    from comask.bundle import write_manifest
+
+    shared = ("when", "machine", "subject", "canvases", "batch", "proposals", "short_side", "runs")
+    latency = dict(bundle.manifest.latency or {})
+    for name, found in report["backends"].items():
+        medians = {part: value["p50"] / 1000 for part, value in found["milliseconds"].items()}
+        latency[name] = {"seconds": medians, **{key: report[key] for key in shared}}
+    try:
+        write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, latency=latency))
+    except OSError as error:
+        click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)

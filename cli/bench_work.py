@@ -1,0 +1,185 @@
+"""A sweep under way: scores and times one setting after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from comask.cli.bench_front import Scored, Setting
+from comask.cli.predictor_options import PredictorOptions
+
+from comask.errors import ComaskError, ConfigError, DataError, EngineError
+
+if TYPE_CHECKING:
+    from comask.runtime import Predictor
+
+    from comask.bundle import Bundle, Manifest
+    from comask.data.source import InstanceSource
+    from comask.evaluate import CocoMetrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What is asked for.
+
+    Attributes:
+        bundle: to measure.
+        backends: as `Predictor.load` takes them, the reference first; empty for all that run.
+        device: to run on.
+        runs: batches that are timed, of each setting.
+        data: a folder, or `shapes`.
+        limit: images that are scored; None for all.
+        grid: assignments `name=a,b`.
+        max_loss: AP points.
+    """
+
+    bundle: Path
+    backends: tuple[str, ...]
+    device: int | Literal["cpu"] | None
+    runs: int
+    data: str
+    limit: int | None
+    grid: tuple[str, ...]
+    max_loss: float
+
+    def options(self, setting: Setting, manifest: Manifest) -> PredictorOptions:
+        """A setting as a user of the bundle would say it: the bundle's own values are left out."""
+        own = manifest.model.proposals, manifest.preprocess.short_side
+        return PredictorOptions(
+            device=self.device,
+            max_batch=setting.batch,
+            proposals=None if setting.proposals == own[0] else setting.proposals,
+            short_side=None if setting.short_side == own[1] else setting.short_side,
+        )
+
+
+class Work:
+    """The sweep under way.
+
+    Attributes:
+        sweep: what is asked for.
+        bundle: that is measured.
+        indices: of the images that are scored.
+        scored: settings that are done, the bundle's own first.
+        skipped: settings that cannot be run, and why.
+    """
+
+    def __init__(
+        self, sweep: Sweep, bundle: Bundle, source: InstanceSource, indices: list[int]
+    ) -> None:
+        self.sweep, self.bundle, self.indices = sweep, bundle, indices
+        self.scored: list[Scored] = []
+        self.skipped: list[tuple[Setting, str]] = []
+        self._own_ms: float | None = None
+        self._source = source
+        self._pictures = [source.image(i) for i in indices[: sweep.runs]]  # the timed ones
+
+    def run(self, names: list[str], pairs: list[tuple[int, int]], batches: list[int]) -> bool:
+        """Goes through the grid, the bundle's own setting first; False when it is interrupted."""
+        manifest = self.bundle.manifest
+        own = Setting(
+            backend=names[0], proposals=manifest.model.proposals,
+            short_side=manifest.preprocess.short_side, batch=1,
+        )  # fmt: skip
+        wanted = [
+            Setting(backend=name, proposals=proposals, short_side=side, batch=1)
+            for name in names
+            for proposals, side in pairs
+        ]
+        order = list(dict.fromkeys([own, *wanted]))
+        try:
+            with self._open(own) as reference:
+                for place, setting in enumerate(order):
+                    tried = batches if setting in wanted else []
+                    if setting == own:
+                        tried = list(
+                            dict.fromkeys([1, *tried])
+                        )  # one image is what is compared with
+                    title = f"{place + 1}/{len(order)} {setting.without_batch}"
+                    self._measure(setting, tried, reference, title)
+        except KeyboardInterrupt:
+            if not self.scored:
+                raise
+            return False
+        return True
+
+    def _open(self, setting: Setting) -> Predictor:
+        how = self.sweep.options(setting, self.bundle.manifest)
+        return how.load(self.bundle.folder, setting.backend)
+
+    def _measure(
+        self, setting: Setting, batches: list[int], reference: Predictor, title: str
+    ) -> None:
+        """AP once, as it does not depend on the batch; then the time of each batch."""
+        try:
+            metrics = self._score(dataclasses.replace(setting, batch=max(batches)), title)
+            times = list(self._timed(setting, batches, reference))
+        except (EngineError, ConfigError) as error:
+            if not self.scored:
+                raise
+            self._skip(setting, error)
+            return
+        if not self.scored:
+            _check_reference(metrics)
+        box_ap, mask_ap = (100 * metrics.values[task]["AP"] for task in ("bbox", "segm"))
+        own = self.scored[0] if self.scored else None
+        loss = max(own.box_ap - box_ap, own.mask_ap - mask_ap) if own else 0.0
+        self.scored += [
+            Scored(setting=timed, box_ap=box_ap, mask_ap=mask_ap, loss=loss, ms_per_batch=ms)
+            for timed, ms in times
+        ]
+
+    def _score(self, setting: Setting, title: str) -> CocoMetrics:
+        from comask.runtime.score import labels_in_data, score_predictor
+
+        labels = labels_in_data(self.bundle.manifest, self._source)
+        with self._open(setting) as predictor:
+            return score_predictor(predictor, self._source, self.indices, labels, title)
+
+    def _timed(
+        self, setting: Setting, batches: list[int], reference: Predictor
+    ) -> Iterator[tuple[Setting, float]]:
+        """Each batch that runs, and its milliseconds.
+
+        Other load comes and goes while a sweep takes its time. So each setting takes turns with the
+        bundle's own, and its time is its share of the own one's first.
+        """
+        from comask.runtime.bench import parts
+
+        single = parts.full_batches(self._pictures, reference.preprocess, 1)
+        for batch in batches:
+            timed = dataclasses.replace(setting, batch=batch)
+            with self._open(timed) as predictor:
+                try:
+                    parts.check_batch(predictor, batch)
+                except ComaskError as error:
+                    self._skip(timed, error)
+                    continue
+                groups = parts.full_batches(self._pictures, predictor.preprocess, batch)
+                found = parts.take_turns(
+                    {"own": reference, "tried": predictor},
+                    {"own": single, "tried": groups},
+                    runs=self.sweep.runs,
+                )
+            if self._own_ms is None:  # the first is the own one itself
+                self._own_ms = 1000 * found["own"].median
+                yield timed, self._own_ms
+            else:
+                yield timed, self._own_ms * found["tried"].median / found["own"].median
+
+    def _skip(self, setting: Setting, error: ComaskError) -> None:
+        self.skipped.append((setting, " ".join(str(error).split())))
+
+
+def _check_reference(metrics: CocoMetrics) -> None:
+    """Raises DataError where no loss could be seen."""
+    if min(metrics.values[task]["AP"] for task in ("bbox", "segm")) < 0:
+        raise DataError("the data holds no objects to score: --sweep needs images with objects")
+    if not metrics.detections:
+        raise DataError(
+            "the bundle finds nothing in the data, so no setting could lose any AP: give data like "
+            "that which it was trained for, or export with a lower --score-threshold"
+        )

@@ -1,0 +1,222 @@
+"""Seconds of each part of a prediction, on several backends that take turns in one run.
+
+Decoding is no part of it: images are in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from comask.runtime.predictor import Predictor
+from numpy.typing import NDArray
+
+from comask.config import PreprocessConfig
+from comask.errors import ComaskError
+from comask.preprocess import Pixels, padded_shape, resized_shape
+
+# What a prediction consists of, in order. The stages are timed by the GPU's clock where TensorRT runs
+# them; `other` is what else a backend does around them.
+PARTS = {
+    "prepare": "resize, pad, stack",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "other": "copies to and from a GPU, freeing maps",
+    "results": "Detections",
+    "encode": "paste and RLE",
+}
+SUM = "sum"
+PERCENTILES = (50, 90, 99)
+MOST_WARM_UPS = 20
+STEADY = 0.95  # a run that takes less than this part of all before it shows that more may follow
+
+
+@dataclass
+class Measured:
+    """What one backend took.
+
+    Attributes:
+        seconds: of each run, by `PARTS` and `SUM`.
+        images: that were run.
+        detections: that were found.
+        cpu: seconds of CPU time of this process.
+        warm_ups: runs before these.
+    """
+
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {part: [] for part in (*PARTS, SUM)}
+    )
+    images: int = 0
+    detections: int = 0
+    cpu: float = 0.0
+    warm_ups: int = 0
+
+    def add(self, predictor: Predictor, images: Sequence[Pixels]) -> None:
+        """Runs one batch."""
+        cpu = time.process_time()
+        seconds, detections = timed(predictor, images)
+        self.cpu += time.process_time() - cpu
+        for part, value in seconds.items():
+            self.seconds[part].append(value)
+        self.images += len(images)
+        self.detections += detections
+
+    @property
+    def median(self) -> float:
+        """Seconds of a batch."""
+        return float(np.median(self.seconds[SUM]))
+
+    @property
+    def cores(self) -> float:
+        """CPU cores that were busy on average; a library that waits by spinning keeps one busy, too."""
+        return self.cpu / sum(self.seconds[SUM])
+
+    @property
+    def images_per_second(self) -> float:
+        """Of batches one after the other."""
+        return self.images / sum(self.seconds[SUM])
+
+    @property
+    def detections_per_image(self) -> float:
+        """How many were found on average."""
+        return self.detections / self.images
+
+
+def timed(predictor: Predictor, images: Sequence[Pixels]) -> tuple[dict[str, float], int]:
+    """Runs one batch of images of one canvas.
+
+    Returns:
+        seconds by `PARTS` and `SUM`, and how many detections there were.
+    """
+    marks = [time.perf_counter()]
+    prepared = [predictor.prepare(image) for image in images]
+    canvases = np.stack([image.canvas for image in prepared])
+    sizes = np.array([image.size for image in prepared], dtype=np.int32)
+    marks.append(time.perf_counter())
+    stages: dict[str, float] = {}
+    outputs = predictor.stages.run(canvases, sizes, seconds=stages)
+    marks.append(time.perf_counter())
+    found = predictor.detections(outputs, prepared)
+    marks.append(time.perf_counter())
+    for detections in found:
+        detections.to_rle()
+    marks.append(time.perf_counter())
+    prepare, run, results, encode = np.diff(marks).tolist()
+    seconds = {
+        "prepare": prepare,
+        **stages,
+        "other": max(0.0, run - sum(stages.values())),  # two clocks may differ by less than it is
+        "results": results,
+        "encode": encode,
+        SUM: marks[-1] - marks[0],
+    }
+    return seconds, sum(map(len, found))
+
+
+def full_batches(
+    images: Sequence[Pixels], preprocess: PreprocessConfig, batch: int
+) -> list[list[Pixels]]:
+    """Batches of `batch` images of one canvas that hold every image, in a seeded order.
+
+    Where a canvas has too few, its images come again, so that all batches are of one size.
+    """
+    by_canvas: dict[tuple[int, int], list[Pixels]] = {}
+    for image in images:
+        by_canvas.setdefault(canvas_of(image, preprocess), []).append(image)
+    batches = [
+        [same[(start + i) % len(same)] for i in range(batch)]
+        for same in by_canvas.values()
+        for start in range(0, len(same), batch)
+    ]
+    order = np.random.default_rng(0).permutation(
+        len(batches)
+    )  # else some runs see one canvas alone
+    return [batches[i] for i in order]
+
+
+def canvas_of(image: Pixels, preprocess: PreprocessConfig) -> tuple[int, int]:
+    """(H, W) of the canvas that an image gets."""
+    height, width, _ = image.shape
+    return padded_shape(resized_shape((height, width), preprocess), preprocess)
+
+
+def check_batch(predictor: Predictor, batch: int) -> None:
+    """Whether the backend takes so many images together.
+
+    Raises:
+        ComaskError: it does not; `Predictor.load` was given that many, and runs fewer.
+    """
+    if predictor.max_batch < batch:
+        raise ComaskError(
+            f"{predictor.stages.backend} runs at most {predictor.max_batch} images together, a batch "
+            f"of {batch} was asked for: give a smaller --batch, or export a wider engine"
+        )
+
+
+def warm_up(
+    predictor: Predictor, batches: Sequence[Sequence[Pixels]], runs: int | None = None
+) -> int:
+    """Runs batches until they get no faster, each canvas at least once.
+
+    Args:
+        predictor: to warm up.
+        batches: see `full_batches`.
+        runs: so many instead.
+
+    Returns:
+        how many it ran.
+    """
+    if runs is not None:
+        for number in range(runs):
+            timed(predictor, batches[number % len(batches)])
+        return runs
+    canvases = {predictor.prepare(batch[0]).canvas.shape: batch for batch in batches}
+    *others, last = canvases.values()
+    for batch in others:
+        timed(predictor, batch)
+    taken: list[float] = []
+    while len(taken) < MOST_WARM_UPS and not is_steady(taken):
+        taken.append(timed(predictor, last)[0][SUM])
+    return len(others) + len(taken)
+
+
+def is_steady(seconds: Sequence[float]) -> bool:
+    """Whether the last two runs were no faster, but for 5 %, than the fastest before them."""
+    return len(seconds) > 2 and min(seconds[-2:]) >= STEADY * min(seconds[:-2])
+
+
+def take_turns(
+    predictors: Mapping[str, Predictor],
+    batches: Mapping[str, Sequence[Sequence[Pixels]]],
+    *,
+    runs: int,
+    warm_ups: int | None = None,
+    advance: Callable[[], Any] = lambda: None,
+) -> dict[str, Measured]:
+    """Runs one batch on every predictor in turn, so that other load meets all of them alike.
+
+    Args:
+        predictors: by name.
+        batches: of each, see `full_batches`; they come again where there are fewer than `runs`.
+        runs: of each.
+        warm_ups: see `warm_up`.
+        advance: is called after each turn of all.
+    """
+    measured = {
+        name: Measured(warm_ups=warm_up(predictor, batches[name], warm_ups))
+        for name, predictor in predictors.items()
+    }
+    for run in range(runs):
+        for name, predictor in predictors.items():
+            measured[name].add(predictor, batches[name][run % len(batches[name])])
+        advance()
+    return measured
+
+
+def percentiles(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
+    """`p50`, `p90` and `p99` in milliseconds, interpolated between the two nearest runs."""
+    found = np.percentile(np.asarray(seconds), PERCENTILES) * 1000
+    return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, found, strict=True)}

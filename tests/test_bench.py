@@ -1,0 +1,228 @@
+"""`comask-bench` without --sweep: parts, percentiles, what it reports, records and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comask.runtime import Predictor
+from comask.runtime.bench.memory import peak_memory
+from comask.runtime.bench.parts import (
+    MOST_WARM_UPS,
+    PARTS,
+    SUM,
+    check_batch,
+    full_batches,
+    is_steady,
+    percentiles,
+    take_turns,
+    timed,
+    warm_up,
+)
+from comask.runtime.bench.streamed import measure_stream
+from conftest import run
+from hypothesis import given
+from hypothesis import strategies as st
+from standin import live, run_on_standin
+from standin_engines import picture, write_engines
+
+from comask.bundle import Bundle
+from comask.config import PreprocessConfig
+from comask.errors import ComaskError
+
+SMALL = PreprocessConfig(short_side=64, max_side=96)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40))
+def test_percentiles_by_their_formula(seconds: list[float]) -> None:
+    ordered = sorted(seconds)
+    for rank in (50, 90, 99):
+        place = rank / 100 * (len(ordered) - 1)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        expected = ordered[below] + (place - below) * (ordered[above] - ordered[below])
+        assert percentiles(seconds)[f"p{rank}"] == pytest.approx(1000 * expected)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=12),
+    st.integers(1, 5),
+)
+def test_batches_are_full_of_one_canvas_and_hold_every_image(
+    sizes: list[tuple[int, int]], batch: int
+) -> None:
+    images = [np.full((h, w, 3), i, np.uint8) for i, (h, w) in enumerate(sizes)]
+    with_canvas = {
+        i: Predictor.prepare(_Preparing(), image).canvas.shape for i, image in enumerate(images)
+    }
+    batches = full_batches(images, SMALL, batch)
+    for group in batches:
+        assert len(group) == batch
+        assert len({with_canvas[int(image[0, 0, 0])] for image in group}) == 1
+    assert {int(image[0, 0, 0]) for group in batches for image in group} == set(range(len(images)))
+    needed = {canvas: 0 for canvas in with_canvas.values()}
+    for canvas in with_canvas.values():
+        needed[canvas] += 1
+    assert len(batches) == sum(-(-count // batch) for count in needed.values())
+
+
+class _Preparing(Predictor):
+    """What `Predictor.prepare` needs of one."""
+
+    def __init__(self) -> None:
+        self.preprocess = SMALL
+
+
+def test_steady_is_no_longer_getting_faster() -> None:
+    assert not is_steady([1.0, 1.0])
+    assert is_steady([1.0, 1.0, 1.0])
+    assert is_steady([9.0, 1.0, 1.1, 0.97])
+    assert not is_steady([9.0, 1.0, 0.9, 1.0])
+
+
+def test_parts_add_up_and_find_what_the_predictor_finds(micro_bundle: Path) -> None:
+    images = [picture(96, 128, seed) for seed in range(2)]
+    with Predictor.load(micro_bundle, "onnxruntime") as predictor:
+        seconds, detections = timed(predictor, images)
+        assert detections == sum(map(len, predictor(list(images)))) > 0
+        assert 0 < warm_up(predictor, [images]) <= MOST_WARM_UPS
+        assert warm_up(predictor, [images], 2) == 2
+    assert tuple(seconds) == (*PARTS, SUM)
+    assert min(seconds.values()) >= 0
+    assert seconds[SUM] == pytest.approx(sum(seconds[part] for part in PARTS), rel=1e-6)
+
+
+def test_backends_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, Any]] = []
+
+    def note(predictor: Any, images: Any) -> tuple[dict[str, float], int]:
+        calls.append((predictor, images))
+        return dict.fromkeys((*PARTS, SUM), 1.0), 3
+
+    monkeypatch.setattr("comask.runtime.bench.parts.timed", note)
+    predictors: Any = {"a": "A", "b": "B"}
+    batches: Any = {name: [[1, 2], [3, 4]] for name in "ab"}
+    measured = take_turns(predictors, batches, runs=3, warm_ups=1)
+    warm, turns = calls[:2], calls[2:]
+    assert warm == [("A", [1, 2]), ("B", [1, 2])]
+    assert turns == [(name, batch) for batch in ([1, 2], [3, 4], [1, 2]) for name in "AB"]
+    assert measured["a"].seconds[SUM] == [1.0] * 3
+    assert (measured["b"].images, measured["b"].detections_per_image) == (6, 1.5)
+    assert measured["b"].images_per_second == 2.0
+
+
+def test_a_batch_that_the_backend_splits_is_refused(micro_bundle: Path) -> None:
+    with Predictor.load(micro_bundle, "onnxruntime", max_batch=2) as predictor:
+        check_batch(predictor, 2)
+        with pytest.raises(ComaskError, match="at most 2 images together, a batch of 3"):
+            check_batch(predictor, 3)
+
+
+def test_the_command_measures_reports_and_records(micro_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
+    photos = tmp_path / "photos"
+    assert run("shapes", photos, "--images", 3, "--seed", 1).exit_code == 0
+    done = run(
+        "bench", bundle, "--backend", "torch", "--backend", "onnxruntime", "--images",
+        photos / "images", "--runs", 3, "--warmup", 1, "--batch", 2, "--device", "cpu",
+        "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["backends"]) == ["torch", "onnxruntime"]
+    assert report["reference"] == "torch"
+    assert (report["batch"], report["runs"]) == (2, 3)
+    torch, onnxruntime = report["backends"].values()
+    assert torch["ratio"] == 1.0
+    for found in (torch, onnxruntime):
+        parts = found["milliseconds"]
+        assert tuple(parts) == (*PARTS, SUM)
+        for ranks in parts.values():
+            assert 0 <= ranks["p50"] <= ranks["p90"] <= ranks["p99"]
+        assert found["stream"] is None
+        assert found["warm_ups"] == 1
+        assert found["detections_per_image"] > 0
+        assert f"{parts['stage2']['p99']:.2f}" in done.output
+    medians = [b["milliseconds"][SUM]["p50"] for b in (torch, onnxruntime)]
+    assert onnxruntime["ratio"] == pytest.approx(medians[0] / medians[1])
+    if Path("/proc/self/status").exists():  # the network's libraries alone are larger
+        assert torch["resident_bytes"] > onnxruntime["resident_bytes"] > 2**26
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+    recorded = Bundle.open(bundle).manifest.latency
+    assert recorded is not None
+    assert set(recorded) == {"torch", "onnxruntime"}
+    assert recorded["torch"]["seconds"]["sum"] == pytest.approx(medians[0] / 1000)
+    assert recorded["torch"]["machine"]["cpu"] == report["machine"]["cpu"]
+
+    again = run("bench", bundle, "--backend", "onnxruntime", "--size", "40x50", "--runs", 1,
+                "--warmup", 0, "--no-record", "--json", "-")  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["subject"] == "noise of 40x50"
+    assert Bundle.open(bundle).manifest.latency == recorded
+
+
+def test_memory_of_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    found = peak_memory(tmp_path, "onnxruntime", (32, 32), {"device": "cpu"})
+    assert (found.resident, found.gpu) == (None, None)
+    assert "no bundle here" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--images", "{photos}", "--size", "9x9"), 2, "give one of them"),
+        (("--size", "9"), 2, "expected HxW"),
+        (("--runs", "0"), 2, "--runs 0: expected at least 1"),
+        (("--max-loss", "1"), 2, "--max-loss needs --sweep"),
+        (("--data", "shapes"), 2, "--data needs --sweep"),
+        (("--backend", "auto"), 2, "name the backends"),
+        (("--backend", "tensorrt"), 1, "error: "),
+        (("--proposals", "999999"), 1, "proposals 999999: expected 1 to"),
+        (("--images", "{photos}"), 1, "the file is empty"),
+        (("--images", "nowhere"), 1, "no such file"),
+        (("--plot", "a.txt"), 1, "ends in .png"),
+        (("--plot", "no/where.png"), 1, "its folder does not exist"),
+    ],
+)
+def test_wrong_use(
+    micro_bundle: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "empty.jpg").write_bytes(b"")
+    filled = [argument.format(photos=photos) for argument in arguments]
+    done = run("bench", micro_bundle, "--no-record", *filled)
+    assert done.exit_code == code, done.output
+    assert words in " ".join(done.output.split())
+
+
+# On the stand-ins.
+
+
+def check_stream(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    images = [picture(96, 128, seed) for seed in range(3)]
+    with Predictor.load(folder, "tensorrt") as predictor:
+        batches = full_batches(images, predictor.preprocess, 2)
+        measured = take_turns({"engine": predictor}, {"engine": batches}, runs=2)["engine"]
+        found = measure_stream(predictor, batches, runs=2)
+    for part in ("stage1", "stage2"):
+        assert min(measured.seconds[part]) > 0
+    assert measured.images == 4
+    assert found["slots"] == 3
+    assert found["images_per_second"] > 0  # type: ignore[operator]
+    assert live() == {}
+
+
+@pytest.mark.skipif(find_spec("pycuda") is None, reason="pycuda is missing: `make test`")
+def test_engines_are_measured_by_their_stream_too(micro_bundle: Path, tmp_path: Path) -> None:
+    run_on_standin(check_stream, shutil.copytree(micro_bundle, tmp_path / "bundle"))
