@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from comask.cli.options import command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
-
-from comask.errors import DataError
+from comask.runtime.score import labels_in_data
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle
-    from comask.data.source import InstanceSource
-    from comask.evaluate import CocoMetrics
 
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 
@@ -26,169 +24,137 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
 @click.option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]",
-              help="Repeated; the first is the reference. Default: torch, onnxruntime.")  # fmt: skip
+              help="Repeated; the first is the reference. Default: torch, every precision on "
+              "onnxruntime, and the engines that run here.")  # fmt: skip
+@click.option("--results", type=click.Path(path_type=Path), metavar="FILE",
+              help="COCO results of a pipeline of your own on the same images.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
-@click.option("--tolerance", type=click.FloatRange(0), default=0.1, show_default=True,
-              help="AP points that a backend may lie off the reference.")  # fmt: skip
+@click.option("--tolerance", type=click.FloatRange(0), metavar="POINTS",
+              help="AP points that a backend may lie off the reference. Default: 0.1, "
+              "int8 0.3.")  # fmt: skip
+@click.option("--trace", is_flag=True, help="Compare every layer of ONNX graphs, not only where "
+              "something fails.")  # fmt: skip
 @predictor_options(batch=8)
 @click.option("--no-record", is_flag=True, help="Leave the bundle's manifest as it is.")
+@click.option("--report", "report_file", metavar="FILE", help="Write a page with pictures (HTML).")
 @json_option
 def main(
     bundle: Path,
     data: str,
     backends: tuple[str, ...],
+    results: Path | None,
     images: int | None,
-    tolerance: float,
+    tolerance: float | None,
+    trace: bool,
     how: PredictorOptions,
     no_record: bool,
+    report_file: str | None,
     json_file: str | None,
 ) -> None:
-    """Box and mask AP of BUNDLE on every backend, and how far each is off the first.
+    """Box and mask AP of BUNDLE on every backend, how far each is off the first, and where it begins.
 
-    Exits with 1 when any of COCO's twelve numbers of boxes or masks differs by more than the
-    tolerance, or when there was not one detection to compare. Classes are matched by name.
+    Exits with 1 when AP differs by more than the tolerance, outputs or weights by more than a precision
+    allows, when the preprocessing is not the exported one, or when nothing was found. What fails on ONNX
+    Runtime is traced to the first layer that differs. Classes are matched by name.
+
+    \b
+    comask-eval bundle --data coco --report report.html
     """
-    from comask.bundle import Bundle
+    from comask.cli.evaluate_tables import print_report
+    from comask.runtime.parity.contestants import default_backends, open_backends
+    from comask.runtime.parity.evaluation import Evaluation
 
-    backends = backends or ("torch", "onnxruntime")
-    opened = Bundle.open(bundle)
-    for name in backends:
-        if name == "auto":
-            raise click.UsageError("--backend auto: name the backends that are to be compared")
-        how.load(bundle, name).close()  # before the first is scored, which may take hours
+    from comask.bundle import Bundle
     from comask.data.open_source import open_source
 
-    source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
-    indices = list(range(min(images or len(source), len(source))))
-    results = {name: _score(opened, name, source, indices, how) for name in backends}
-    report = _report(results, tolerance) | {
-        "bundle": str(bundle), "data": data,
-        "proposals": how.proposals, "short_side": how.short_side,  # null: the bundle's
-    }  # fmt: skip
-    _print(results, report, to_stderr=json_file == "-")
+    opened = Bundle.open(bundle)
+    if "auto" in backends:
+        raise click.UsageError("--backend auto: name the backends that are to be compared")
+    required, optional = (list(backends), []) if backends else default_backends(opened)
+    with ExitStack() as stack:
+        predictors, skipped = open_backends(
+            required, optional, lambda name: how.load(bundle, name), stack
+        )
+        source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
+        evaluation = Evaluation(
+            bundle=opened,
+            source=source,
+            indices=list(range(min(images or len(source), len(source)))),
+            labels=labels_in_data(opened.manifest, source),
+            tolerance=tolerance,
+            trace=trace,
+            draw=report_file is not None,
+        )
+        report, pictures = evaluation.run(predictors, results)
+    report = _head(opened, data, how, skipped) | report
+    report["failures"] += _failures(opened, report)
+    report["passed"] = not report["failures"] and all(
+        found["passed"] for found in report["comparisons"].values()
+    )
+    print_report(report, to_stderr=json_file == "-")
     if not no_record:
-        _record(opened, report)
+        _record(opened, report, results.name if results else None)
+    if report_file is not None:
+        from comask.runtime.parity.page import parity_page
+
+        Path(report_file).write_text(parity_page(report, pictures), encoding="utf-8")
     write_json(json_file, report)
     if not report["passed"]:
         sys.exit(1)
 
 
-def _score(
-    bundle: Bundle, backend: str, source: InstanceSource, indices: list[int], how: PredictorOptions
-) -> CocoMetrics:
-    """AP of one backend; its labels are renumbered to the data's by class name."""
-    import numpy as np
+def _head(
+    bundle: Bundle, data: str, how: PredictorOptions, skipped: dict[str, str]
+) -> dict[str, Any]:
+    """What was compared, where and when."""
+    from comask.runtime.bench.machine import describe_machine
 
-    from comask.evaluate import evaluate
-    from comask.progress import Progress
-
-    theirs = {category.name: label for label, category in enumerate(source.categories)}
-    ours = [category.name for category in bundle.manifest.categories]
-    if set(theirs) != set(ours):
-        missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
-        raise DataError(
-            f"the data's categories are not the bundle's: not in the data {missing[:5]}, "
-            f"not in the bundle {surplus[:5]}; evaluate on data with the classes that were trained"
-        )
-    label_in_data = np.array([theirs[name] for name in ours], dtype=np.int64)
-    with (
-        how.load(bundle.folder, backend) as predictor,
-        Progress(f"evaluating {backend}", len(indices), unit="images") as progress,
-    ):
-        found = []
-        for detections in predictor.map(source.image(i) for i in indices):
-            labels = label_in_data[detections.labels]
-            found.append(dataclasses.replace(detections, labels=labels, class_names=None))
-            progress.advance()
-    return evaluate(source, indices, found)
-
-
-def _report(results: dict[str, CocoMetrics], tolerance: float) -> dict[str, Any]:
-    """Everything in AP points (100 × AP); a -1 (no such objects) is compared only with -1."""
-    reference, *others = results
-    base = results[reference]
-    report: dict[str, Any] = {
-        "reference": reference,
-        "tolerance": tolerance,
+    return {
+        "bundle": str(bundle.folder),
+        "data": data,
+        "proposals": how.proposals,
+        "short_side": how.short_side,  # null: the bundle's
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "images": base.images,
-        "backends": {name: _points(metrics) for name, metrics in results.items()},
-        "comparisons": {},
-        "passed": all(metrics.detections > 0 for metrics in results.values()),
+        "machine": describe_machine(how.device if isinstance(how.device, int) else 0),
+        "skipped": skipped,
+        "failures": [],
     }
-    for name in others:
-        metrics = results[name]
-        deltas = {
-            task: {key: 100 * (value - base.values[task][key]) for key, value in values.items()}
-            for task, values in metrics.values.items()
-        }
-        worst_class = {
-            task: sorted(
-                (100 * (ap - base.per_class[task][label]), label)
-                for label, ap in metrics.per_class[task].items()
-            )[:3]
-            for task in metrics.per_class
-        }
-        largest = max(abs(delta) for values in deltas.values() for delta in values.values())
-        report["comparisons"][name] = {
-            "deltas": deltas,
-            "largest": largest,
-            "worst_classes": worst_class,
-            "passed": largest <= tolerance,
-        }
-        report["passed"] &= largest <= tolerance
-    return report
 
 
-def _points(metrics: CocoMetrics) -> dict[str, Any]:
-    """One backend's AP in points, -1 kept."""
-    values = {
-        task: {key: 100 * value if value >= 0 else -1.0 for key, value in numbers.items()}
-        for task, numbers in metrics.values.items()
-    }
-    return {**values, "detections": metrics.detections, "per_class": metrics.per_class}
+def _failures(bundle: Bundle, report: dict[str, Any]) -> list[str]:
+    """What concerns the bundle, not one backend of it."""
+    from comask.runtime.parity.stages import altered_preprocessing
+
+    silent = [name for name, values in report["backends"].items() if not values["detections"]]
+    first = report["reference"]
+    trace = report["traces"].get(first, {})
+    causes = [trace["cause"]] if trace.get("first") else []
+    return [
+        *altered_preprocessing(bundle),
+        *(f"{name}: no detections at all, so nothing was compared" for name in silent),
+        *(f"{first}: {sentence}" for sentence in causes + report["weights"].get(first, [])[:1]),
+    ]
 
 
-def _print(results: dict[str, CocoMetrics], report: dict[str, Any], *, to_stderr: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _record(bundle: Bundle, report: dict[str, Any], foreign: str | None) -> None:
+    """Puts the result into the manifest, in place of an older one of the same subject.
 
-    from comask.evaluate import METRICS
-
-    console = Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 130)
-    for task, title in (("bbox", "boxes"), ("segm", "masks")):
-        table = Table(title=f"{title}, AP points on {report['images']} images")
-        table.add_column("backend")
-        for metric in METRICS:
-            table.add_column(metric, justify="right")
-        for name in results:
-            values = report["backends"][name][task]
-            table.add_row(name, *(f"{v:.2f}" if v >= 0 else "-" for v in values.values()))
-            if name in report["comparisons"]:
-                deltas = report["comparisons"][name]["deltas"][task].values()
-                table.add_row("  difference", *(f"{delta:+.3f}" for delta in deltas), style="dim")
-        console.print(table)
-    for name, metrics in results.items():
-        if not metrics.detections:
-            console.print(f"FAIL {name}: no detections at all, so nothing was compared")
-    for name, comparison in report["comparisons"].items():
-        verdict = "PASS" if comparison["passed"] else "FAIL"
-        console.print(
-            f"{verdict} {name}: at most {comparison['largest']:.4f} points off "
-            f"{report['reference']} (tolerance {report['tolerance']}), "
-            f"{results[name].detections} detections"
-        )
-
-
-def _record(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Puts the result into the manifest, in place of an older one of the same subject."""
+    Layers stay out of it, and so does what is not the bundle's.
+    """
     from comask.bundle import write_manifest
 
     def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
         knobs = (entry.get("proposals"), entry.get("short_side"))  # unknown to older entries
         return entry["data"], sorted(entry["backends"]), knobs
 
-    entry = {key: value for key, value in report.items() if key != "bundle"}
+    entry = {
+        key: value for key, value in report.items() if key not in ("bundle", "traces", "weights")
+    }
+    for key in ("backends", "comparisons"):
+        entry[key] = {name: value for name, value in report[key].items() if name != foreign}
+    entry["passed"] = not entry["failures"] and all(
+        found["passed"] for found in entry["comparisons"].values()
+    )
     kept = [old for old in bundle.manifest.parity if subject(old) != subject(entry)]
     try:
         write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, parity=[*kept, entry]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 
 _FILL_OPACITY = 0.4
+_SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
 _LARGEST_COVER = 0.3  # no tag hides more of any box
 # Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
 # four tones make most of those that come close differ in brightness.
@@ -90,6 +93,31 @@ def draw_overlay(
             _draw_tag(pen, font, text, colors[index], place)
             tags = np.vstack((tags, place))
     return np.array(picture)
+
+
+def draw_tile(image: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
+    """`draw_overlay` at a size to be looked at: small images are enlarged, large ones scaled down.
+
+    Drawn after scaling: lines and tags keep their size, masks follow their boxes.
+    """
+    import cv2
+
+    height, width = found.image_size
+    scale = _scale(height, width)
+    new = (max(1, round(height * scale)), max(1, round(width * scale)))
+    how = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
+    scaled = np.asarray(cv2.resize(image, new[::-1], interpolation=how), np.uint8)
+    factors = np.array([new[1] / width, new[0] / height] * 2, np.float32)
+    return draw_overlay(
+        scaled, dataclasses.replace(found, boxes_xyxy=found.boxes_xyxy * factors, image_size=new)
+    )
+
+
+def _scale(height: int, width: int) -> float:
+    """A whole number for small images, so that their pixels stay squares; at most 1 for others."""
+    if width < _SMALLEST and height < _LARGEST:
+        return max(1, min(math.ceil(_SMALLEST / width), _LARGEST // height))
+    return min(1.0, _LARGEST / width, _LARGEST / height)
 
 
 def _draw_instance(

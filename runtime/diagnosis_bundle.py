@@ -1,4 +1,4 @@
-"""Whether a bundle is whole, and which of its engines run here."""
+"""Whether a bundle is whole, what was measured of it, and which of its engines run here."""
 
 from __future__ import annotations
 
@@ -37,12 +37,46 @@ def diagnose_bundle(folder: Path) -> list[Finding]:
     if len(findings) == 1:
         found = f"{len(manifest.files)} have the manifest's hashes"
         findings.append(Finding(name="bundle's files", status="ok", found=found))
+    findings += _parity(bundle)
     engines = folder / ENGINES
     if engines.exists() and not engines.is_dir():
         mend = f"rm {engines}: comask-export makes a folder of that name"
         findings.append(Finding(name=ENGINES, status="broken", found="is no folder", mend=mend))
     folders = sorted(p for p in (folder / ENGINES).glob("[!.]*") if p.is_dir())
     return findings + [_engine(bundle, path) for path in folders]
+
+
+def _parity(bundle: Bundle) -> list[Finding]:
+    """The latest measurement of each backend, data set and setting, as `comask-eval` recorded it."""
+    latest: dict[str, Finding] = {}
+    for entry in sorted(bundle.manifest.parity, key=lambda entry: str(entry["when"])):
+        knobs = "".join(
+            f", {knob} {entry[knob]}" for knob in ("proposals", "short_side") if entry.get(knob)
+        )
+        for backend, values in entry["backends"].items():
+            name = f"parity of {backend} on {entry['data']}{knobs}"
+            compared = entry["comparisons"].get(backend)
+            numbers = []
+            for task, what in (("bbox", "box"), ("segm", "mask")):
+                ap = values[task]["AP"]
+                text = f"{what} AP {ap:.2f}" if ap >= 0 else f"{what} AP -"
+                if compared:
+                    text += f" ({compared['deltas'][task]['AP']:+.2f})"
+                numbers.append(text)
+            # what fails the whole fails its reference
+            passed = compared["passed"] if compared else not entry.get("failures")
+            verdict = ("reference" if not compared else "passed") if passed else "FAILED"
+            when = str(entry["when"])[:10]
+            found = f"{', '.join(numbers)} on {entry['images']} images, {when}: {verdict}"
+            mend = (
+                ""
+                if passed
+                else f"comask-eval {bundle.folder} --data {entry['data']} --report report.html names "
+                "what differs"
+            )
+            status = "ok" if passed else "broken"
+            latest[name] = Finding(name=name, status=status, found=found, mend=mend)
+    return list(latest.values())
 
 
 def _engine(bundle: Bundle, path: Path) -> Finding:

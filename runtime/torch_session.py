@@ -31,10 +31,13 @@ class TorchSession:
         model: in evaluation mode.
         stage: which.
         options: keyword arguments of that stage.
+
+    Attributes:
+        model: see above.
     """
 
     def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool) -> None:
-        self._model = model
+        self.model = model
         self._run = partial(getattr(model, stage), **options)
         names = (
             (STAGE1_INPUTS, STAGE1_OUTPUTS)
@@ -47,7 +50,7 @@ class TorchSession:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See `Session`."""
-        device = self._model.mean.device
+        device = self.model.mean.device
         with torch.inference_mode():
             tensors = {
                 spec.name: torch.from_numpy(feeds[spec.name].astype(spec.dtype, copy=False)).to(

@@ -27,8 +27,10 @@ OPTIONS = {
         "version-compatible", "compute-capability", "rebuild", "json",
     },
     "infer": {"output", "backend", "save", "threshold", "batch", "every", "track", "json"},
-    "eval": {"data", "backend", "results", "images", "tolerance", "trace", "batch", "no-record", "report",
-             "json"},
+    "eval": {
+        "data", "backend", "results", "images", "tolerance", "trace", "device", "batch", "proposals",
+        "short-side", "no-record", "report", "json",
+    },
     "bench": {
         "backend", "device", "batch", "proposals", "short-side", "images", "size", "runs", "warmup",
         "no-record", "sweep", "data", "limit", "max-loss", "grid", "plot", "json",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.data.source import InstanceSource
-from comask.draw import draw_overlay
+from comask.data.source import Category, ImageInfo, InstanceSource
+from comask.draw import draw_tile
 from comask.masks import mask_from_segmentation
 from comask.structures import Detections
 from comask.training.whole_file import write_whole
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
-_SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
 _GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
 _PAPER, _INK = (250, 250, 250), (32, 32, 32)
 _ONE_COLUMN = 3  # more images than these stand in two columns
@@ -59,7 +59,7 @@ def picture_grid(
     for index, found in zip(indices, detections, strict=True):
         image, info = source.image(index), source.info(index)
         shown = dataclasses.replace(found[found.scores >= threshold], class_names=names)
-        tiles = [_tile(image, true_detections(source, index)), _tile(image, shown)]
+        tiles = [draw_tile(image, true_detections(source, index)), draw_tile(image, shown)]
         rows.append((info.file_name or str(info.id), tiles))
     if not rows:
         return
@@ -92,20 +92,31 @@ def picture_grid(
 
 
 def true_detections(source: InstanceSource, index: int) -> Detections:
-    """The objects of image `index`, crowds and empty boxes left out, as if found with scores of 1.
+    """The objects of image `index`, as `detections_from_coco` makes them."""
+    return detections_from_coco(source.annotations(index), source.info(index), source.categories)
 
-    Boxes are the annotated ones, widened to whole pixels inside the image; masks are finer than
-    those of predictions, [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE].
+
+def detections_from_coco(
+    entries: Sequence[Mapping[str, Any]], info: ImageInfo, categories: Sequence[Category]
+) -> Detections:
+    """COCO annotations or results of one image, crowds and empty boxes left out.
+
+    Boxes are widened to whole pixels inside the image; masks are finer than those of predictions,
+    [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE]. Scores are 1 where there are none.
+
+    Args:
+        entries: each with `category_id`, `bbox`, `segmentation` and, of results, `score`.
+        info: of the image.
+        categories: in label order.
 
     Raises:
         DataError: when a segmentation cannot be used.
     """
     import cv2
 
-    info = source.info(index)
-    label_of = {category.id: label for label, category in enumerate(source.categories)}
-    boxes, labels, masks = [], [], []
-    for annotation in source.annotations(index):
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    boxes, scores, labels, masks = [], [], [], []
+    for annotation in entries:
         x, y, w, h = annotation["bbox"]
         x1, y1 = max(0, math.floor(x)), max(0, math.floor(y))
         x2, y2 = min(info.width, math.ceil(x + w)), min(info.height, math.ceil(y + h))
@@ -117,36 +128,15 @@ def true_detections(source: InstanceSource, index: int) -> Detections:
         masks.append(cv2.resize(crop, (TRUE_MASK_SIZE,) * 2, interpolation=cv2.INTER_AREA))
         boxes.append((x1, y1, x2, y2))
         labels.append(label_of[annotation["category_id"]])
+        scores.append(annotation.get("score", 1.0))
     return Detections(
         boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
-        scores=np.ones(len(boxes), np.float32),
+        scores=np.array(scores, np.float32),
         labels=np.array(labels, np.int64),
         mask_probs=np.array(masks, np.float32).reshape(-1, TRUE_MASK_SIZE, TRUE_MASK_SIZE),
         image_size=(info.height, info.width),
-        class_names=tuple(category.name for category in source.categories),
+        class_names=tuple(category.name for category in categories),
     )
-
-
-def _tile(image: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
-    """The overlay, drawn after scaling: lines and tags keep their size, masks follow their boxes."""
-    import cv2
-
-    height, width = found.image_size
-    scale = _scale(height, width)
-    new = (max(1, round(height * scale)), max(1, round(width * scale)))
-    how = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
-    scaled = np.asarray(cv2.resize(image, new[::-1], interpolation=how), np.uint8)
-    factors = np.array([new[1] / width, new[0] / height] * 2, np.float32)
-    return draw_overlay(
-        scaled, dataclasses.replace(found, boxes_xyxy=found.boxes_xyxy * factors, image_size=new)
-    )
-
-
-def _scale(height: int, width: int) -> float:
-    """A whole number for small images, so that their pixels stay squares; at most 1 for others."""
-    if width < _SMALLEST and height < _LARGEST:
-        return max(1, min(math.ceil(_SMALLEST / width), _LARGEST // height))
-    return min(1.0, _LARGEST / width, _LARGEST / height)
 
 
 def _shortened(text: str, font: _Font, width: int) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 from comask.data.source import Category
 from comask.evaluate import METRICS, TASKS
+from comask.page import facts, page, picture, table
 from comask.training.curves import COLLABORATION, points_text
 from comask.training.record import Evaluation, read_evaluations, read_rows
 from comask.training.whole_file import write_whole
@@ -27,49 +27,6 @@ _REFINEMENT = {
 }
 _PLURAL = {"bbox": "boxes", "segm": "masks"}
 _NO_CHANGE = 0.05  # AP points; less is 0.0 where results are published
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --faint: #6a6f76;
-  --line: #d9dce0; --card: #f4f5f7; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e4e6e9; --paper: #16181b; --faint: #9aa0a8; --line: #363a40; --card: #202328; }}
-}}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 70rem; margin: 0 auto; padding: 1rem 1.5rem 3rem; }}
-h1 {{ margin-bottom: 0.2rem; }}
-h2 {{ margin: 2.5rem 0 0.6rem; border-bottom: 1px solid var(--line); }}
-h3 {{ margin: 1rem 0 0.3rem; font-size: 1rem; }}
-.facts {{ display: flex; flex-wrap: wrap; gap: 0.8rem; margin: 1rem 0; }}
-.facts div {{ background: var(--card); border-radius: 8px; padding: 0.6rem 1rem; }}
-.facts dt {{ color: var(--faint); font-size: 0.85rem; }}
-.facts dd {{ margin: 0; font-size: 1.25rem; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-th {{ color: var(--faint); font-weight: 600; font-size: 0.9rem; }}
-.wide {{ overflow-x: auto; }}
-.parts {{ columns: 24rem; column-gap: 2rem; }}
-.parts section {{ margin-bottom: 1rem; }}
-.parts table {{ width: 100%; font-size: 0.88rem; }}
-.parts .wide {{ overflow: visible; }}  /* or it could not break across columns */
-.parts td {{ overflow-wrap: anywhere; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 0.8rem 0; border-radius: 6px;
-  background: white; }}
-.note {{ color: var(--faint); font-size: 0.9rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 
 def write_report(
@@ -97,36 +54,34 @@ def write_report(
     if any(curves):
         parts.append("<h2>Curves</h2>" + "".join(curves))
     parts += [_pictures(folder), _per_class(folder, categories), _configuration(config)]
-    page = _PAGE.format(title=escape(title), body="\n".join(filter(None, parts)))
     path = folder / "report.html"
-    write_whole(path, page.encode())
+    write_whole(path, page(title, parts).encode())
     return path
 
 
 def _summary(
     losses: list[dict[str, str]], evaluations: list[Evaluation], config: dict[str, Any]
 ) -> str:
-    facts: list[tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     if losses:
         step = int(losses[-1]["step"])
         images = step * config["train"]["batch_size"]
-        facts.append(("last step", f"{step:,} (epoch {int(losses[-1]['epoch']) + 1})"))
-        facts.append(("images seen, steps times train.batch_size", f"{images:,}"))
+        found.append(("last step", f"{step:,} (epoch {int(losses[-1]['epoch']) + 1})"))
+        found.append(("images seen, steps times train.batch_size", f"{images:,}"))
     if evaluations:
         best = max(evaluations, key=lambda e: e.values["final"]["segm"]["AP"])
         for name, shown in (("last", evaluations[-1]), ("best", best)):
             text = f"mask {_points(shown, 'segm')}, box {_points(shown, 'bbox')}"
-            facts.append((f"AP of the {name} evaluation, step {shown.step:,}", text))
+            found.append((f"AP of the {name} evaluation, step {shown.step:,}", text))
     seconds = [float(row["seconds"]) for row in losses]
     if sum(seconds):
         # The median, since the first step and those after an evaluation are far slower.
-        facts.append(("seconds a step (median)", f"{statistics.median(seconds):.3g}"))
+        found.append(("seconds a step (median)", f"{statistics.median(seconds):.3g}"))
         waited = sum(float(row["data_seconds"]) for row in losses)
-        facts.append(("time waiting for data", f"{100 * waited / sum(seconds):.1f} %"))
-    if not facts:
+        found.append(("time waiting for data", f"{100 * waited / sum(seconds):.1f} %"))
+    if not found:
         return "<p>No step yet.</p>"
-    items = (f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
-    return f'<dl class="facts">{"".join(items)}</dl>'
+    return facts(found)
 
 
 def _collaboration(folder: Path, evaluations: list[Evaluation], config: dict[str, Any]) -> str:
@@ -157,10 +112,10 @@ def _collaboration(folder: Path, evaluations: list[Evaluation], config: dict[str
     text = " ".join([_verdict(gains), *sentences])
     if len(evaluations) > 1 and counts:
         text += f" Over the run, {', '.join(counts)}."
-    table = _table((f"step {last.step:,}", "before", "after", "difference"), rows)
+    gained = table((f"step {last.step:,}", "before", "after", "difference"), rows)
     note = "Small differences may be chance; runs with another train.seed tell."
     return (
-        f"<h2>Is the collaboration earning its keep?</h2><p>{escape(text)}</p>{table}"
+        f"<h2>Is the collaboration earning its keep?</h2><p>{escape(text)}</p>{gained}"
         f'<p class="note">{note}</p>{_image(folder / "collaboration.png")}'
     )
 
@@ -190,7 +145,7 @@ def _coco(last: Evaluation) -> str:
         (COLLABORATION[task][0], *(_points(last, task, metric=name) for name in METRICS))
         for task in TASKS
     ]
-    return f"<h2>COCO metrics at step {last.step:,}</h2>" + _table(("points", *METRICS), rows)
+    return f"<h2>COCO metrics at step {last.step:,}</h2>" + table(("points", *METRICS), rows)
 
 
 def _pictures(folder: Path) -> str:
@@ -215,12 +170,12 @@ def _per_class(folder: Path, categories: tuple[Category, ...]) -> str:
         return ""
     values = {(row["class"], row["task"]): points_text(100 * float(row["AP"])) for row in rows}
     tasks = ("segm", "bbox")
-    table = _table(
+    listed = table(
         ("class", *(f"{COLLABORATION[task][0]} AP" for task in tasks)),
         ((c.name, *(values.get((c.name, task), "-") for task in tasks)) for c in categories),
     )
     return (
-        f'<h2>AP of each class at step {int(rows[0]["step"]):,}</h2><div class="parts">{table}</div>'
+        f'<h2>AP of each class at step {int(rows[0]["step"]):,}</h2><div class="parts">{listed}</div>'
         '<p class="note">-: no objects of this class in the validation data.</p>'
     )
 
@@ -233,26 +188,16 @@ def _configuration(config: dict[str, Any]) -> str:
             for name, value in values.items()
         )
         parts.append(
-            f"<section><h3>{escape(part)}</h3>{_table(('setting', 'value'), rows)}</section>"
+            f"<section><h3>{escape(part)}</h3>{table(('setting', 'value'), rows)}</section>"
         )
     return f'<h2>Configuration</h2><div class="parts">{"".join(parts)}</div>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of texts, which are escaped here."""
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{titles}</tr>{body}</table></div>'
 
 
 def _image(path: Path) -> str:
     """The picture inside the page; nothing where there is none."""
     if not path.exists():
         return ""
-    content = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(path.name)}" src="data:image/png;base64,{content}">'
+    return picture(path.read_bytes(), path.name)
 
 
 def _points(evaluation: Evaluation, task: str, metric: str = "AP") -> str:

@@ -1,0 +1,58 @@
+"""What `comask-eval` says on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
+    """AP tables, then a verdict on each contestant with its reasons."""
+    from rich.console import Console
+
+    console = Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 140)
+    for task, title in (("bbox", "boxes"), ("segm", "masks")):
+        console.print(_table(report, task, f"{title}, AP points on {report['images']} images"))
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for name, reason in report["skipped"].items():
+        say(f"skipped {name}: {reason}")
+    for sentence in report["failures"]:
+        say(f"FAIL {sentence}")
+    for name, found in report["comparisons"].items():
+        say(
+            f"{'PASS' if found['passed'] else 'FAIL'} {name}: at most {found['largest']:.4f} points "
+            f"off {report['reference']} (tolerance {found['tolerance']:g}), agreement "
+            f"{found['agreement']:.4f}, {report['backends'][name]['detections']} detections"
+        )
+        for sentence in found["failures"]:
+            say(f"     {sentence}")
+    for name, trace in report["traces"].items():
+        worst = max(trace["differences"], key=lambda entry: entry["relative"])
+        say(
+            f"traced {name}: {len(trace['differences'])} tensors of layers, the largest relative "
+            f"error is {worst['relative']:.2g} ({worst['tensor']})"
+        )
+
+
+def _table(report: dict[str, Any], task: str, title: str) -> Any:
+    """Twelve numbers a contestant, its differences, and its AP before the collaboration refined."""
+    from rich import box
+    from rich.table import Table
+
+    from comask.evaluate import METRICS
+
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("backend", no_wrap=True)
+    for metric in (*METRICS, "coarse"):
+        table.add_column(metric, justify="right")
+    for name, values in report["backends"].items():
+        coarse = values["coarse"][task]["AP"] if values["coarse"] else -1.0
+        cells = (*values[task].values(), coarse)
+        table.add_row(name, *(f"{v:.2f}" if v >= 0 else "-" for v in cells))
+        if name in report["comparisons"]:
+            deltas = report["comparisons"][name]["deltas"][task].values()
+            table.add_row("  difference", *(f"{delta:+.3f}" for delta in deltas), style="dim")
+    return table

@@ -1,0 +1,244 @@
+"""All contestants against the first of them: AP, stages, layers, images that differ most."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from comask.runtime.compare import TOLERANCES
+from comask.runtime.parity.agreement import agreement
+from comask.runtime.parity.contestants import looser, precision_of
+from comask.runtime.parity.foreign import explain_results, read_results
+from comask.runtime.parity.judge import (
+    AP_TOLERANCES,
+    JUDGED,
+    LEAST_AGREEMENT,
+    compare_ap,
+    points,
+)
+from comask.runtime.parity.layers import trace_graphs
+from comask.runtime.parity.pictures import SAME, WORST, side_by_side
+from comask.runtime.parity.scores import Results, Scores, score_backend, score_results
+from comask.runtime.parity.stages import IMAGES, compare_backends
+from comask.runtime.parity.weights import altered_weights
+from comask.runtime.predictor import Predictor
+from numpy.typing import NDArray
+
+from comask.bundle import Bundle
+from comask.data.source import InstanceSource
+from comask.errors import BackendUnavailableError
+from comask.preprocess import prepare
+
+if TYPE_CHECKING:
+    from comask.models.comask import CoMask
+
+TRACED_SIDE = 320  # pixels of a traced image's shorter side at most: all layers' outputs are kept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is compared on what.
+
+    Attributes:
+        bundle: of all backends.
+        source: the data set.
+        indices: of its images.
+        labels: the data's label of each of the bundle's.
+        tolerance: AP points for every contestant; None: by precision.
+        trace: whether ONNX graphs are traced though nothing failed.
+        draw: whether pictures of the worst disagreements are made.
+    """
+
+    bundle: Bundle
+    source: InstanceSource
+    indices: Sequence[int]
+    labels: NDArray[np.int64]
+    tolerance: float | None
+    trace: bool
+    draw: bool
+
+    def run(
+        self, predictors: Mapping[str, Predictor], results: Path | None
+    ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
+        """Scores all and compares them with the first.
+
+        Args:
+            predictors: by name.
+            results: COCO results of another pipeline, which takes part under its file's name.
+
+        Returns:
+            the report, and by contestant captions and JPEGs of the images that differ most.
+        """
+        theirs = read_results(results, self.source, self.indices) if results else None
+        (first, reference), *others = predictors.items()
+        base = self._score(first, reference)
+        report: dict[str, Any] = {
+            "reference": first,
+            "images": base.fine.images,
+            "backends": {first: _numbers(base)},
+            "comparisons": {},
+            "weights": {},
+            "traces": {},
+        }
+        pictures: dict[str, list[tuple[str, bytes]]] = {}
+        if first.startswith("onnxruntime"):
+            self._check_graphs(first, [], report)
+        for name, predictor in others:
+            scores = self._score(name, predictor)
+            report["backends"][name] = _numbers(scores)
+            found = self._compare(name, scores, base, reference, predictor)
+            if name.startswith("onnxruntime"):
+                self._check_graphs(name, found["failures"], report)
+            report["comparisons"][name] = found
+            pictures[name] = self._worst(name, first, found, base.results, scores.results)
+        if results is not None and theirs is not None:
+            name = results.name
+            scores = Scores(
+                fine=score_results(self.source, self.indices, theirs), coarse=None, results=theirs
+            )
+            report["backends"][name] = _numbers(scores)
+            found = self._compare_foreign(scores, base, reference)
+            report["comparisons"][name] = found
+            pictures[name] = self._worst(name, first, found, base.results, theirs)
+        for found in report["comparisons"].values():
+            found["passed"] = not found["failures"]
+        return report, pictures
+
+    def _score(self, name: str, predictor: Predictor) -> Scores:
+        return score_backend(
+            predictor, self.source, self.indices, self.labels, f"evaluating {name}"
+        )
+
+    def _compare(
+        self, name: str, scores: Scores, base: Scores, reference: Predictor, predictor: Predictor
+    ) -> dict[str, Any]:
+        precision = looser(precision_of(name), precision_of(reference.stages.backend))
+        tolerance = AP_TOLERANCES[precision] if self.tolerance is None else self.tolerance
+        found = compare_ap(scores.fine, base.fine, JUDGED[precision], tolerance)
+        images = [reference.prepare(self.source.image(i)) for i in self.indices[:IMAGES]]
+        stages = compare_backends(
+            reference.stages, predictor.stages, images, self.bundle.manifest.model, precision
+        )
+        found["stages"] = stages
+        if stages["failures"]:
+            rest = stages["beyond"] - 1
+            found["failures"].append(
+                f"stage by stage, first: {stages['failures'][0]}"
+                + (f" (and {rest} more)" if rest else "")
+            )
+        return found | self._agreement(base.results, scores.results)
+
+    def _compare_foreign(
+        self, scores: Scores, base: Scores, reference: Predictor
+    ) -> dict[str, Any]:
+        tolerance = AP_TOLERANCES["fp32"] if self.tolerance is None else self.tolerance
+        found = compare_ap(scores.fine, base.fine, ("AP",), tolerance)
+        found |= self._agreement(base.results, scores.results)
+        if found["agreement"] < LEAST_AGREEMENT:
+            found["failures"].append(
+                f"its detections agree with the reference's by {found['agreement']:.3f}, at least "
+                f"{LEAST_AGREEMENT} is expected (1: the same)"
+            )
+        if found["failures"]:
+            cause, found["mistakes"] = explain_results(
+                scores.results, reference, self.source, self.indices, self.labels
+            )
+            if cause:
+                found["failures"].insert(0, cause)
+        return found
+
+    def _agreement(self, base: Results, other: Results) -> dict[str, Any]:
+        """Over all images, and the images where it is least."""
+        values = [agreement(a, b) for a, b in zip(base, other, strict=True)]
+        order = np.argsort(values, kind="stable")[:WORST].tolist()
+        return {
+            "agreement": float(np.mean(values)),
+            "worst_images": [
+                {"place": i, "file": self.source.info(self.indices[i]).file_name, "agreement": values[i]}
+                for i in order
+            ],
+        }  # fmt: skip
+
+    def _worst(
+        self, name: str, first: str, found: Mapping[str, Any], base: Results, other: Results
+    ) -> list[tuple[str, bytes]]:
+        if not self.draw:
+            return []
+        return [
+            side_by_side(
+                self.source, self.indices[entry["place"]], (first, base[entry["place"]]),
+                (name, other[entry["place"]]), entry["agreement"],
+            )
+            for entry in found["worst_images"]
+            if entry["agreement"] < SAME
+        ]  # fmt: skip
+
+    @cached_property
+    def _network(self) -> CoMask:
+        """What graphs are compared with, whatever the reference is."""
+        try:
+            import onnx  # noqa: F401  # reads the graphs
+            from comask.runtime.torch_session import model_from_bundle
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"looking into graphs needs torch and onnx ({error}): pip install 'comask[export]'"
+            ) from error
+        return model_from_bundle(self.bundle)
+
+    def _check_graphs(self, name: str, failures: list[str], report: dict[str, Any]) -> None:
+        """Compares the graphs' weights, and where something fails (or by wish) every layer.
+
+        Args:
+            name: of the ONNX Runtime backend.
+            failures: of it; takes more.
+            report: takes `weights` and `traces`.
+        """
+        try:
+            network = self._network
+        except BackendUnavailableError as error:
+            if self.trace:
+                raise
+            logger.warning("%s: weights are not compared: %s", name, error)
+            return
+        report["weights"][name] = altered = altered_weights(
+            network, self.bundle, precision_of(name)
+        )
+        if altered:
+            rest = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
+            failures.insert(0, f"{altered[0]}{rest}")
+        if failures or self.trace:
+            report["traces"][name] = trace = self._trace(name)
+            if trace["first"]:
+                failures.insert(0, trace["cause"])
+
+    def _trace(self, name: str) -> dict[str, Any]:
+        """A `Trace` as a dictionary."""
+        precision = precision_of(name)
+        tolerance = TOLERANCES.get(precision)
+        config = self.bundle.manifest.preprocess
+        if config.short_side > TRACED_SIDE:
+            config = config.resized(TRACED_SIDE)
+        image = prepare(self.source.image(self.indices[0]), config)
+        trace = trace_graphs(
+            self._network, self.bundle, precision, image.canvas, image.size,
+            tolerance.relative if tolerance else None,
+        )  # fmt: skip
+        values = dataclasses.asdict(trace)
+        for entry, difference in zip(values["differences"], trace.differences, strict=True):
+            entry["tensor"] = difference.tensor
+        if trace.first:
+            values["first"]["tensor"] = trace.first.tensor
+        return values
+
+
+def _numbers(scores: Scores) -> dict[str, Any]:
+    coarse = points(scores.coarse) if scores.coarse else None
+    return {**points(scores.fine), "coarse": coarse}

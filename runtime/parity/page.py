@@ -1,0 +1,238 @@
+"""`report.html` of `comask-eval`: one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from comask.runtime.compare import PYRAMID, TOLERANCES
+from comask.runtime.parity.contestants import precision_of
+
+from comask.evaluate import METRICS, TASKS
+from comask.page import facts, page, picture, table
+
+NAMES = {"bbox": "box", "segm": "mask"}
+
+
+def parity_page(
+    report: Mapping[str, Any], pictures: Mapping[str, Sequence[tuple[str, bytes]]]
+) -> str:
+    """The page of a report of `comask-eval`.
+
+    Args:
+        report: as `--json` writes it.
+        pictures: by contestant captions and JPEGs.
+    """
+    return page(
+        f"Parity of {report['bundle']}",
+        [
+            _verdict(report),
+            _accuracy(report),
+            _refinement(report),
+            _stages(report),
+            *(_trace(name, trace) for name, trace in report["traces"].items()),
+            _pictures(report, pictures),
+            _classes(report),
+            _twelve(report),
+            _machine(report),
+        ],
+    )
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    word, kind = ("PASS", "pass") if report["passed"] else ("FAIL", "fail")
+    others = len(report["comparisons"])
+    text = (
+        f"{others} of {others} compute what {report['reference']} does."
+        if report["passed"]
+        else "Not everything computes what the reference does."
+    )
+    parts = [f'<p class="verdict {kind}">{word}</p><p>{escape(text)}</p>']
+    items = [f"<li>{escape(sentence)}</li>" for sentence in report["failures"]]
+    for name, found in report["comparisons"].items():
+        items += [
+            f"<li><strong>{escape(name)}</strong>: {escape(sentence)}</li>"
+            for sentence in found["failures"]
+        ]
+    if items:
+        parts.append(f"<ul>{''.join(items)}</ul>")
+    if report["skipped"]:
+        rows = report["skipped"].items()
+        parts.append(f"<p>Not compared, since they do not run here:</p>{table(('', 'why'), rows)}")
+    knobs = [
+        (name.replace("_", " "), str(report[name]))
+        for name in ("proposals", "short_side")
+        if report[name] is not None
+    ]
+    return "".join(parts) + facts(
+        [
+            ("data", f"{report['data']}, {report['images']} images"),
+            ("reference", report["reference"]),
+            *knobs,
+            ("measured", report["when"].replace("T", " ").removesuffix("+00:00") + " UTC"),
+        ]
+    )
+
+
+def _accuracy(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name, values in report["backends"].items():
+        found = report["comparisons"].get(name)
+        cells = []
+        for task in TASKS:
+            cells.append(_points(values[task]["AP"]))
+            cells.append(f"{found['deltas'][task]['AP']:+.3f}" if found else "")
+        judged = (f"{found['largest']:.3f}", f"{found['tolerance']:g}") if found else ("", "")
+        agreement = f"{found['agreement']:.4f}" if found else ""
+        word = "reference" if not found else "PASS" if found["passed"] else "FAIL"
+        rows.append((name, *cells, *judged, f"{values['detections']:,}", agreement, word))
+    head = ("AP points", "box AP", "difference", "mask AP", "difference", "largest difference",
+            "allowed", "detections", "agreement", "verdict")  # fmt: skip
+    note = (
+        "Largest difference: of all twelve COCO numbers of boxes and masks; of fp16, int8 and other "
+        "pipelines, of AP alone. Agreement: 1 where the same instances were found with the same "
+        "scores, boxes and masks, whatever the ground truth says."
+    )
+    return f'<h2>Accuracy</h2>{table(head, rows)}<p class="note">{note}</p>'
+
+
+def _refinement(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name, values in report["backends"].items():
+        cells = []
+        for task in TASKS:
+            after = values[task]["AP"]
+            before = values["coarse"][task]["AP"] if values["coarse"] else -1.0
+            gain = f"{after - before:+.2f}" if min(before, after) >= 0 else "-"
+            cells += [_points(before), _points(after), gain]
+        rows.append((name, *cells))
+    head = ("AP points", "box before", "after", "gain", "mask before", "after", "gain")
+    note = (
+        "Before: the proposals' boxes with the coarse masks over them. After: the refined boxes with "
+        "the final masks. -: the graphs do not give them (comask-export --diagnostics)."
+    )
+    return f'<h2>What the collaboration changes</h2>{table(head, rows)}<p class="note">{note}</p>'
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    compared = {n: f["stages"] for n, f in report["comparisons"].items() if "stages" in f}
+    if not compared:
+        return ""
+    rows = []
+    for name, found in compared.items():
+        limit = TOLERANCES.get(precision_of(name))
+        allowed = f"{limit.relative:g}" if limit and found["judged"] else "not judged"
+        rows.append(
+            (
+                name,
+                *(f"{found['relative'][level]:.2g}" for level in PYRAMID),
+                allowed,
+                f"{found['contested_proposals']} of {found['proposals']:,}",
+                f"{found['contested_detections']} of {found['detections']:,}",
+                f"{found['box']:.2g}", f"{found['score']:.2g}", f"{found['mask']:.2g}",
+            )
+        )  # fmt: skip
+    head = ("", *PYRAMID, "allowed", "proposals alone", "detections alone", "box, px", "score",
+            "mask pixel")  # fmt: skip
+    lists = "".join(
+        f"<h3>{escape(name)}: {found['beyond']:,} beyond tolerance, first of all</h3><ul>"
+        + "".join(f"<li>{escape(failure)}</li>" for failure in found["failures"])
+        + "</ul>"
+        for name, found in compared.items()
+        if found["failures"]
+    )
+    count = next(iter(compared.values()))["images"]
+    note = (
+        f"On {count} images, each stage alone: stage 2 of both gets the reference's stage 1. p2 … p5: "
+        "max|a-b| / max|a|. Alone: without a partner, which only near-ties of scores excuse. Box, "
+        "score, mask: largest difference of partners."
+    )
+    return f'<h2>Stage by stage</h2>{table(head, rows)}<p class="note">{note}</p>{lists}'
+
+
+def _trace(name: str, trace: Mapping[str, Any]) -> str:
+    title = f"<h2>Layer by layer: {escape(name)}</h2>"
+    worst = max(trace["differences"], key=lambda entry: entry["relative"])
+    summary = trace["cause"] or (
+        f"largest difference: {worst['tensor']} ({worst['stage']}), relative error "
+        f"{worst['relative']:.2g}; "
+        + (
+            f"every layer agrees within {trace['tolerance']:g}"
+            if trace["tolerance"]
+            else "int8 rounds by design, so layers are not judged"
+        )
+    )
+    rows = [
+        (
+            entry["tensor"], entry["stage"], f"{entry['relative']:.2g}",
+            "beyond" if trace["tolerance"] and not entry["relative"] <= trace["tolerance"] else "",
+        )
+        for entry in trace["differences"]
+    ]  # fmt: skip
+    listed = table(("tensor", "stage", "relative error", ""), rows)
+    h, w = trace["size"]
+    return (
+        f"{title}<p>{escape(summary)}</p><details><summary>all {len(rows)} tensors, in the graphs' "
+        f"order, on one image of {w}x{h} pixels</summary>{listed}</details>"
+    )
+
+
+def _pictures(
+    report: Mapping[str, Any], pictures: Mapping[str, Sequence[tuple[str, bytes]]]
+) -> str:
+    def one(name: str) -> Iterator[str]:
+        yield f"<h3>{escape(name)}</h3>"
+        for caption, content in pictures[name]:
+            yield f'<p class="note">{escape(caption)}</p>{picture(content, caption, "jpeg")}'
+        if not pictures[name]:
+            yield "<p>It agrees on every image.</p>"
+
+    shown = list(report["comparisons"])
+    if not shown:
+        return ""
+    note = "The images on which each agrees least with the reference. Pink frames: the other has no such."
+    return f'<h2>Worst disagreements</h2><p class="note">{note}</p>' + "".join(
+        part for name in shown for part in one(name)
+    )
+
+
+def _classes(report: Mapping[str, Any]) -> str:
+    names = list(report["backends"])
+    parts = []
+    for task in TASKS:
+        classes = sorted({c for name in names for c in report["backends"][name]["per_class"][task]})
+        rows = []
+        for label in classes:
+            values = [report["backends"][n]["per_class"][task].get(label, -1.0) for n in names]
+            cells = [_points(100 * values[0])]
+            cells += [f"{100 * (v - values[0]):+.2f}" for v in values[1:]]
+            rows.append((label, *cells))
+        head = ("class", f"{names[0]}, AP", *(f"{name}, difference" for name in names[1:]))
+        parts.append(f"<h3>{NAMES[task]} AP</h3>{table(head, rows)}")
+    return "<h2>Classes</h2>" + "".join(parts)
+
+
+def _twelve(report: Mapping[str, Any]) -> str:
+    parts = []
+    for task in TASKS:
+        rows = []
+        for name, values in report["backends"].items():
+            rows.append((name, *(_points(values[task][metric]) for metric in METRICS)))
+            if found := report["comparisons"].get(name):
+                deltas = found["deltas"][task]
+                rows.append(("difference", *(f"{deltas[metric]:+.3f}" for metric in METRICS)))
+        parts.append(f"<h3>{NAMES[task]}</h3>{table(('AP points', *METRICS), rows)}")
+    return "<h2>COCO's twelve numbers</h2>" + "".join(parts)
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    machine = report["machine"]
+    rows = [("processor", f"{machine['cpu']}, {machine['cores']} cores"),
+            ("GPU", machine["gpu"] or "none"), ("system", machine["system"]),
+            *machine["versions"].items()]  # fmt: skip
+    return f"<h2>Measured on</h2>{table(('', ''), rows)}"
+
+
+def _points(value: float) -> str:
+    return f"{value:.2f}" if value >= 0 else "-"
