@@ -1,1 +1,1 @@
-"""Calibration and quantisation (empty until INT8 arrives)."""
+"""Calibration, int8 quantisation, and the search for what must stay float."""

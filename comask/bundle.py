@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,10 @@ from comask.config import ModelConfig, PreprocessConfig, from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-PRECISIONS = ("fp32", "fp16")  # of graphs; a bundle holds fp32 in any case, as the reference
+PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference
 STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
 
 
@@ -37,11 +41,12 @@ class Manifest:
         mask_threshold: a pixel belongs to a mask when its probability is at least this.
         precisions: of the graphs that are there, `fp32` first.
         graphs: per stage the `inputs` and `outputs` in fp32, each with name, dtype and shape; a dynamic
-            dimension is a string. In fp16 `p2`…`p5` are float16.
+            dimension is a string. In fp16 and int8 `p2`…`p5` are float16.
         files: sha256 of every other file of the bundle by its relative path.
         source: where the weights come from: checkpoint's sha256 and optimiser step.
         parity: measurements, the latest of each backend and data set: AP, deltas to PyTorch, when.
-        verification: by precision, how its graphs were compared with PyTorch before release.
+        verification: by precision, how its graphs were compared with PyTorch before release; of fp16 and
+            int8 also which layers stayed float and why; of int8, how it was calibrated, and its AP.
         latency: seconds per stage and backend; None until measured.
         comask_version: that wrote the bundle.
         created: time of export, ISO 8601 in UTC.
@@ -161,6 +166,33 @@ class Bundle:
             BundleError: see `file`.
         """
         return self.file(graph_file(stage, precision))
+
+
+@contextlib.contextmanager
+def scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
+    """A folder in `parent`, gone afterwards unless it was renamed; errors name `bundle`.
+
+    Raises:
+        BundleError: when it cannot be made.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=parent))
+    except OSError as error:
+        raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def extend(bundle: Bundle, folder: Path, manifest: Manifest) -> Bundle:
+    """Moves the files of a folder into a bundle, then the manifest that names them."""
+    # until the manifest names them, nobody reads the files
+    for path in folder.iterdir():
+        path.replace(bundle.folder / path.name)
+    write_manifest(bundle.folder, manifest)
+    return Bundle(bundle.folder, manifest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -41,6 +41,14 @@ class TrainingError(ComaskError, RuntimeError):
     """A training run that cannot go on."""
 
 
+class PrecisionError(ComaskError):
+    """A lower precision does not keep its promise: too much AP is lost, or nothing is won."""
+
+
+class CalibrationError(ComaskError, ValueError):
+    """Images or a cache that cannot be calibrated with, or activations that are not finite."""
+
+
 class EngineError(ComaskError, RuntimeError):
     """A TensorRT engine that cannot be built, loaded or trusted."""
 

@@ -34,8 +34,10 @@ class OrtSession:
     On CUDA, f32 is computed as such: TensorFloat-32, whose ten bits of mantissa are f16's, is off.
 
     Args:
-        path: of the file.
+        graph: path of the file, or its bytes.
         device: index of the GPU, or `cpu`; None for the first GPU where CUDA can be used.
+        optimized: whether ONNX Runtime may rewrite the graph, which is faster, but of Q/DQ graphs
+            makes something else on a CPU.
 
     Attributes:
         provider: what runs the graph, `CUDAExecutionProvider` or `CPUExecutionProvider`.
@@ -45,25 +47,34 @@ class OrtSession:
         BundleError: when it cannot load the file.
     """
 
-    def __init__(self, path: Path, device: int | Literal["cpu"] | None = None) -> None:
+    def __init__(
+        self,
+        graph: Path | bytes,
+        device: int | Literal["cpu"] | None = None,
+        *,
+        optimized: bool = True,
+    ) -> None:
         try:
             import onnxruntime
         except (ImportError, OSError) as error:
             raise BackendUnavailableError(
                 f"the onnxruntime backend cannot be imported ({error}): pip install 'comask[ort]'"
             ) from error
+        name = graph if isinstance(graph, Path) else "a graph in memory"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they are raised as well
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         providers: list[tuple[str, dict[str, int]]] = [(CPU_PROVIDER, {})]
         if device != "cpu" and CUDA_PROVIDER in onnxruntime.get_available_providers():
             providers.insert(0, (CUDA_PROVIDER, {"device_id": device or 0, "use_tf32": 0}))
         try:
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                str(path), options, providers=providers
+                str(graph) if isinstance(graph, Path) else graph, options, providers=providers
             )
         # ONNX Runtime's exceptions are not exported and share no base but Exception.
         except Exception as error:
-            raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+            raise BundleError(f"{name}: ONNX Runtime cannot load it: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         if isinstance(device, int) and self.provider != CUDA_PROVIDER:
             raise BackendUnavailableError(
@@ -73,7 +84,7 @@ class OrtSession:
         if self.provider != providers[0][0]:
             logger.warning(
                 "%s: ONNX Runtime takes %s; %s is in its build and was asked for, but does not start",
-                path, self.provider, providers[0][0],
+                name, self.provider, providers[0][0],
             )  # fmt: skip
         self.inputs = tuple(_spec(entry) for entry in self._session.get_inputs())
         self.outputs = tuple(_spec(entry) for entry in self._session.get_outputs())
@@ -105,7 +116,8 @@ def ort_stages(
         BundleError: when a graph is missing, altered or broken.
     """
     stage1, stage2 = (
-        OrtSession(bundle.graph(stage, precision), device) for stage in ("stage1", "stage2")
+        OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
+        for stage in ("stage1", "stage2")
     )
     return Stages(f"onnxruntime:{precision}", stage1, stage2)
 

@@ -65,25 +65,34 @@ def with_sound_files(source: FileSource, indices: list[int], findings: Findings)
     return sound
 
 
-def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
-    """What `decode_image` would find wrong, or a size that differs from the entry's."""
+def header_size(path: Path) -> tuple[int, int]:
+    """(h, w) of the image that `decode_image` would give, from the file's header alone.
+
+    Raises:
+        Exception: of many kinds, as Pillow does; FileNotFoundError where there is no file.
+    """
     from PIL import ExifTags, Image
     from PIL.TiffImagePlugin import TiffImageFile
 
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
+            width, height = image.tag_v2[256], image.tag_v2[257]
+        # The base class's method: that of PNG decodes the image to look for EXIF behind it.
+        exif = Image.Image.getexif(image)
+    turned = exif.get(ExifTags.Base.Orientation) in _TRANSPOSING
+    return (width, height) if turned else (height, width)
+
+
+def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
+    """What `decode_image` would find wrong, or a size that differs from the entry's."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
-                width, height = image.tag_v2[256], image.tag_v2[257]
-            # The base class's method: that of PNG decodes the image to look for EXIF behind it.
-            exif = Image.Image.getexif(image)
+        height, width = header_size(path)
     except (FileNotFoundError, NotADirectoryError):
         return Kind.NO_FILE, ""
     # Pillow raises many kinds on broken data, SyntaxError and struct.error among them.
     except Exception as error:
         return Kind.BAD_HEADER, f": {error}"
-    if exif.get(ExifTags.Base.Orientation) in _TRANSPOSING:
-        width, height = height, width
     if (width, height) != (info.width, info.height):
         return Kind.OTHER_SIZE, f": {width}x{height}, annotated {info.width}x{info.height}"
     return None

@@ -1,0 +1,106 @@
+"""Histograms of |x| whose sum does not depend on the order: all counts are exact and so is re-binning.
+
+The width of a bin is a power of two, the smallest with which the largest value fits. A larger value
+makes bins pairs of bins, so a histogram depends on which values were seen and on nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 2048  # between 1024 and 2048 of them are in use; TensorRT's calibrators use as many
+_SMALLEST_EXPONENT = -100  # of a width: its reciprocal is an f32 still
+_CHUNK = 1 << 16  # values at once, so that what is computed from them stays in the cache
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Histogram:
+    """How often magnitudes fell into bins.
+
+    Attributes:
+        counts: [BINS]; bin i holds the values with i · width ≤ |x| < (i + 1) · width.
+        exponent: of the width, which is 2 ** exponent.
+        largest: the largest |x|, exactly; 0 where there was no value.
+    """
+
+    counts: Counts
+    exponent: int
+    largest: float
+
+    @classmethod
+    def of(cls, values: NDArray[Any]) -> Histogram:
+        """That of an f32 or f16 array of any shape.
+
+        Raises:
+            FloatingPointError: when a value is not finite.
+        """
+        flat = values.reshape(-1)
+        largest = max(abs(float(flat.max())), abs(float(flat.min()))) if flat.size else 0.0
+        if not math.isfinite(largest):
+            raise FloatingPointError("NaN" if math.isnan(largest) else "infinity")
+        exponent = _SMALLEST_EXPONENT
+        if largest:  # which is below 2 ** its exponent
+            exponent = max(exponent, math.frexp(largest)[1] - (BINS - 1).bit_length())
+        counts = np.zeros(BINS, np.int64)
+        for start in range(0, flat.size, _CHUNK):
+            scaled = np.abs(flat[start : start + _CHUNK], dtype=np.float32)
+            scaled *= np.float32(2.0**-exponent)  # exact, as it is a power of two
+            counts += np.bincount(scaled.astype(np.int64), minlength=BINS)
+        return cls(counts, exponent, largest)
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return math.ldexp(1.0, self.exponent)
+
+    @property
+    def total(self) -> int:
+        """Number of values."""
+        return int(self.counts.sum())
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """That of both sets of values."""
+        exponent = max(self.exponent, other.exponent)
+        counts = self._coarser(exponent) + other._coarser(exponent)
+        return Histogram(counts, exponent, max(self.largest, other.largest))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Histogram)
+            and (self.exponent, self.largest) == (other.exponent, other.largest)
+            and np.array_equal(self.counts, other.counts)
+        )
+
+    def _coarser(self, exponent: int) -> Counts:
+        """The counts in wider bins."""
+        place = np.arange(BINS) >> min(exponent - self.exponent, BINS.bit_length())
+        counts = np.zeros(BINS, np.int64)
+        np.add.at(counts, place, self.counts)
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; bins beyond the last value are left out."""
+        used = int(np.flatnonzero(self.counts)[-1]) + 1 if self.counts.any() else 0
+        counts = self.counts[:used].tolist()
+        return {"largest": self.largest, "bin_width": self.width, "counts": counts}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Histogram:
+        """Inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: when the entries are not those of a histogram.
+        """
+        mantissa, exponent = math.frexp(values["bin_width"])
+        found = np.asarray(values["counts"], np.int64)
+        if mantissa != 0.5 or found.ndim != 1 or len(found) > BINS or (found < 0).any():
+            raise ValueError(f"expected a power of two and up to {BINS} counts of 0 or more")
+        counts = np.pad(found, (0, BINS - len(found)))
+        return cls(counts, exponent - 1, float(values["largest"]))

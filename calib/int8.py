@@ -1,0 +1,259 @@
+"""int8 graphs for a bundle: calibrated activations, and as many layers in int8 as an AP budget allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from comask.calib.layers import graph_layers, readings
+from comask.calib.qdq import quantize_graph
+from comask.calib.search import Search
+from comask.calib.sensitivity import Feeds, costs, disturbances
+from comask.runtime.ort_session import OrtSession, ort_stages
+from comask.runtime.predictor import Predictor
+from comask.runtime.score import labels_in_data, score_predictor
+from comask.runtime.session import Stages
+from comask.runtime.torch_session import model_from_bundle, torch_stages
+
+from comask.bundle import STAGES, Bundle, extend, graph_file, scratch_folder, sha256
+from comask.data.source import InstanceSource
+from comask.errors import PrecisionError
+from comask.preprocess import prepare
+
+BASE = "fp16"  # what stays float is f16
+PROBED_IMAGES = 4  # on which single layers are quantised
+TASKS = {"bbox": "box", "segm": "mask"}
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What the promise is measured on.
+
+    Attributes:
+        source: images with annotations.
+        indices: of those that count.
+        name: as the user named the data.
+        budget: AP points that boxes or masks may lose to PyTorch in fp32.
+    """
+
+    source: InstanceSource
+    indices: list[int]
+    name: str
+    budget: float
+
+
+def add_int8(
+    bundle: Bundle,
+    largest: Mapping[str, float],
+    validation: Validation,
+    *,
+    calibration: Mapping[str, Any],
+    batch: int = 8,
+    report: Report = lambda line: None,
+) -> Bundle:
+    """Adds int8 graphs to a bundle that keep its AP, or changes nothing.
+
+    Args:
+        bundle: with fp32 and fp16 graphs.
+        largest: of each activation of both stages, see `quantize_graph`.
+        validation: data and budget.
+        calibration: how `largest` came about, for the manifest.
+        batch: images that run together.
+        report: takes a line before each step.
+
+    Raises:
+        PrecisionError: when the budget cannot be met, or nothing gets smaller.
+        DataError: when the data have other classes.
+    """
+    with scratch_folder(bundle.folder, bundle.folder) as folder:
+        candidate = _Candidate(bundle, folder, largest, validation, batch, report)
+        search = Search(candidate.loss, validation.budget)
+        float_layers, reasons = frozenset[str](), list[dict[str, Any]]()
+        if not search.try_all_int8():
+            report("too much is lost: which layers matter?")
+            noise, price = candidate.probe()
+            float_layers = search.run(noise, price)
+            reasons = _reasons(float_layers, noise, price)
+        reasons += candidate.without_range
+        candidate.write(float_layers)
+        files = {graph_file(stage, "int8"): folder / graph_file(stage, "int8") for stage in STAGES}
+        sizes = {p: candidate.size(p) for p in ("fp32", BASE, "int8")}
+        if sizes["int8"] >= sizes[BASE]:
+            raise PrecisionError(
+                f"nothing gets smaller: so many layers must stay float that the int8 graphs have "
+                f"{sizes['int8']} bytes, the fp16 ones {sizes[BASE]}; use fp16"
+            )
+        proof = {
+            "calibration": dict(calibration),
+            "base": BASE,
+            "layers": len(candidate.layers) + len(candidate.without_range),
+            "float_layers": reasons,
+            "budget": validation.budget,
+            "data": validation.name,
+            "images": len(validation.indices),
+            "reference": candidate.reference,
+            "ap": candidate.measured[float_layers],
+            "trials": [
+                {"float_layers": len(t.float_layers), "loss": t.loss} for t in search.trials
+            ],
+            "bytes": sizes,
+            "latency": None,  # known where GPU engines were timed
+        }
+        manifest = bundle.manifest
+        changed = dataclasses.replace(
+            manifest,
+            precisions=(*manifest.precisions, "int8"),
+            files=manifest.files | {name: sha256(path) for name, path in files.items()},
+            verification=manifest.verification | {"int8": proof},
+        )
+        return extend(bundle, folder, changed)
+
+
+class _Candidate:
+    """int8 graphs in the making.
+
+    Args:
+        bundle: see `add_int8`.
+        folder: where the graphs are written.
+        largest: see `add_int8`.
+        validation: see `add_int8`.
+        batch: see `add_int8`.
+        report: see `add_int8`.
+
+    Attributes:
+        layers: stage by layer, of those that may become int8.
+        without_range: the others, for the manifest.
+        reference: AP points of PyTorch in fp32, by task.
+        measured: those of the sets of float layers that were tried.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        largest: Mapping[str, float],
+        validation: Validation,
+        batch: int,
+        report: Report,
+    ) -> None:
+        self._bundle, self._folder, self._largest = bundle, folder, largest
+        self._validation, self._batch, self._report = validation, batch, report
+        self._graphs = {stage: onnx.load(bundle.graph(stage, BASE)) for stage in STAGES}
+        self.layers = {
+            layer.name: stage for stage, graph in self._graphs.items() for layer in graph_layers(graph)
+        }  # fmt: skip
+        unknown = {
+            reading.layer
+            for graph in self._graphs.values()
+            for reading in readings(graph)
+            if reading.name not in largest
+        }
+        self.without_range = [
+            {"layer": name, "reason": "in the images of the calibration nothing came through it"}
+            for name in sorted(unknown)
+        ]
+        for name in unknown:
+            del self.layers[name]
+        self._labels = labels_in_data(bundle.manifest, validation.source)
+        self.measured: dict[frozenset[str], dict[str, float]] = {}
+        self.reference = self._ap(torch_stages(model_from_bundle(bundle)))
+        if not any(value > 0 for value in self.reference.values()):
+            raise PrecisionError(
+                f"PyTorch itself has AP {self.reference} on {validation.name}: there is nothing to "
+                "lose; name other --val-data"
+            )
+
+    def write(self, float_layers: frozenset[str]) -> None:
+        """The graphs in which these layers stay float."""
+        for stage, graph in self._graphs.items():
+            quantized = quantize_graph(graph, self._largest, self.layers.keys() - float_layers)
+            onnx.save(quantized, self._folder / graph_file(stage, "int8"))
+
+    def loss(self, float_layers: frozenset[str]) -> float:
+        """See `Search`."""
+        self.write(float_layers)
+        stage1, stage2 = (
+            OrtSession(self._folder / graph_file(stage, "int8"), "cpu", optimized=False)
+            for stage in STAGES
+        )
+        found = self._ap(Stages("onnxruntime:int8", stage1, stage2))
+        self.measured[float_layers] = found
+        loss = max(self.reference[task] - value for task, value in found.items())
+        self._report(
+            f"{len(float_layers)} of {len(self.layers)} layers float: box AP {found['box']:.2f}, mask "
+            f"AP {found['mask']:.2f}, {loss:+.2f} points lost"
+        )
+        return loss
+
+    def _ap(self, stages: Stages) -> dict[str, float]:
+        manifest, validation = self._bundle.manifest, self._validation
+        with Predictor(
+            stages,
+            manifest.preprocess,
+            mask_threshold=manifest.mask_threshold,
+            max_batch=self._batch,
+        ) as predictor:
+            metrics = score_predictor(
+                predictor, validation.source, validation.indices, self._labels, stages.backend
+            )
+        return {name: 100 * metrics.values[task]["AP"] for task, name in TASKS.items()}
+
+    def probe(self) -> tuple[dict[str, float], dict[str, float]]:
+        """How much each layer disturbs the predictions, and what it costs."""
+        from comask.progress import Progress
+
+        noise: dict[str, float] = {}
+        price: dict[str, float] = {}
+        feeds = dict(zip(STAGES, zip(*self._probe_feeds(), strict=True), strict=True))
+        with Progress("quantising each layer alone", len(self.layers), unit="layers") as progress:
+            for stage, images in feeds.items():
+                graph = onnx.load(self._bundle.graph(stage, "fp32"))
+                names = [name for name, place in self.layers.items() if place == stage]
+                noise |= disturbances(graph, self._largest, names, images, progress.advance)
+                price |= costs(graph, images[0])
+        return noise, price
+
+    def _probe_feeds(self) -> Iterator[tuple[Feeds, Feeds]]:
+        """Of some images, the inputs of both fp32 graphs."""
+        source, indices = self._validation.source, self._validation.indices
+        places = np.linspace(0, len(indices) - 1, min(PROBED_IMAGES, len(indices))).astype(int)
+        with ort_stages(self._bundle, "fp32", "cpu") as stages:
+            for place in places.tolist():
+                image = prepare(source.image(indices[place]), self._bundle.manifest.preprocess)
+                sizes = np.array([image.size], np.int32)
+                first: Feeds = {"images": image.canvas[None], "image_sizes": sizes}
+                yield first, {**stages.stage1.run(first), "image_sizes": sizes}
+
+    def size(self, precision: str) -> int:
+        """Bytes of both graphs."""
+        folder = self._folder if precision == "int8" else self._bundle.folder
+        return sum((folder / graph_file(stage, precision)).stat().st_size for stage in STAGES)
+
+
+def _reasons(
+    float_layers: frozenset[str], noise: Mapping[str, float], price: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Which layers stay float and why, the most disturbing first."""
+    ranks = {name: rank for rank, name in enumerate(sorted(noise, key=lambda n: -noise[n]), 1)}
+    total = sum(price.values())
+    return [
+        {
+            "layer": name,
+            "disturbance": noise[name],
+            "rank": ranks[name],
+            "cost_share": price[name] / total,
+            "reason": f"int8 in this layer alone puts {100 * noise[name]:.2g} % noise into the "
+            f"predictions, the {ranks[name]}. most of {len(noise)} layers",
+        }
+        for name in sorted(float_layers, key=ranks.__getitem__)
+    ]
+
+
+__all__ = ["Validation", "add_int8"]

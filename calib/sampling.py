@@ -1,0 +1,181 @@
+"""Which of a user's images calibrate: as many kinds of them as there are, each about as often."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comask.data.check import sound_part
+from comask.data.check_images import header_size
+from comask.data.coco import LAYOUTS, coco_source
+from comask.data.problems import describe
+from comask.data.source import InstanceSource
+from comask.errors import CalibrationError, ImageError
+from comask.preprocess import FORMATS, Pixels, decode_image
+
+SMALL, LARGE = 32**2, 96**2  # areas of objects in pixels, as COCO has them
+SQUARE = 1.1  # of sides, up to which an image is neither wide nor tall
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationImage:
+    """An image that was decoded once and can be again.
+
+    Attributes:
+        name: of the file, as the data set or the folder has it.
+        sha256: of its pixels and their shape.
+        decode: gives the pixels, u8 [h, w, 3] RGB.
+    """
+
+    name: str
+    sha256: str
+    decode: Callable[[], Pixels]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An image before it is chosen; `strata` are the kinds of image that it is."""
+
+    name: str
+    strata: tuple[str, ...]
+    decode: Callable[[], Pixels]
+
+
+def choose_images(
+    data: InstanceSource | Path, count: int, seed: int, *, report: Callable[[str], None]
+) -> list[CalibrationImage]:
+    """Images to calibrate with, the same for the same data and seed; more begin with the fewer.
+
+    The kind of image chosen next is the one that was chosen least: by class and COCO size of its
+    objects where there are annotations, by shape and length of the shorter side in any case. So rare
+    classes are there, and the share of a kind is not that of the data.
+
+    Args:
+        data: a data set, or a folder: a data set if it has annotations, else the images in it.
+        count: of images.
+        seed: which images stand for their kind.
+        report: is told, line by line, what is wrong with the data, and when there are fewer images.
+
+    Raises:
+        CalibrationError: when there are no images to choose from, or `count` is below 1.
+        DataError: when an annotation file cannot be used.
+    """
+    if count < 1:
+        raise CalibrationError(f"{count} images to calibrate with; 1 or more are needed")
+    candidates = _of_folder(data, report) if isinstance(data, Path) else _of_source(data)
+    chosen: dict[str, CalibrationImage] = {}  # by digest, as copies of an image tell nothing new
+    unreadable = 0
+    for candidate in _by_strata(candidates, seed):
+        if len(chosen) == count:
+            break
+        try:
+            pixels = candidate.decode()
+        except ImageError as error:
+            report(f"skipped: {error}")
+            unreadable += 1
+            continue
+        digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        chosen.setdefault(digest, CalibrationImage(candidate.name, digest, candidate.decode))
+    if not chosen:
+        raise CalibrationError(
+            f"none of {len(candidates)} images can be used for calibration; name a data set or a "
+            f"folder of images like those that the network will see"
+        )
+    if len(chosen) < count:
+        report(
+            f"calibration: {count} images were asked for; of {len(candidates)}, {unreadable} cannot be "
+            f"read, and {len(chosen)} different ones can"
+        )
+    return list(chosen.values())
+
+
+def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
+    """All candidates, each time from the stratum that the earlier ones belong to least."""
+    waiting: dict[str, deque[int]] = {}
+    for index in np.random.default_rng(seed).permutation(len(candidates)).tolist():
+        for stratum in candidates[index].strata:
+            waiting.setdefault(stratum, deque()).append(index)
+    chosen = dict.fromkeys(waiting, 0)
+    taken: set[int] = set()
+    while waiting:
+        rarest = min(waiting, key=lambda stratum: chosen[stratum])
+        index = waiting[rarest].popleft()
+        if not waiting[rarest]:
+            del waiting[rarest]
+        if index in taken:
+            continue
+        taken.add(index)
+        for stratum in candidates[index].strata:
+            chosen[stratum] += 1
+        yield candidates[index]
+
+
+def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
+    for split, layouts in LAYOUTS.items():
+        if any((folder / annotation_file).is_file() for _, annotation_file in layouts):
+            source, problems = sound_part(coco_source(folder, split))
+            for line in describe(problems):
+                report(line)
+            return _of_source(source)
+    return _of_files(folder, report)
+
+
+def _of_source(source: InstanceSource) -> list[Candidate]:
+    names = {category.id: category.name for category in source.categories}
+    candidates = []
+    for index in range(len(source)):
+        info, annotations = source.info(index), source.annotations(index)
+        strata = {f"class {names[annotation['category_id']]}" for annotation in annotations}
+        strata |= {_object_size(annotation) for annotation in annotations} or {"no object"}
+        kinds = (*sorted(strata), *_image_strata(info.height, info.width))
+        candidates.append(Candidate(info.file_name, kinds, partial(source.image, index)))
+    return candidates
+
+
+def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    try:
+        files = sorted(p for p in folder.iterdir() if known.get(p.suffix.lower()) in FORMATS)
+    except OSError as error:
+        raise CalibrationError(f"{folder}: cannot be listed: {error.strerror}") from error
+    if not files:
+        layouts = dict.fromkeys(layout for split in LAYOUTS.values() for layout in split)
+        expected = " or ".join(f"{i}/ with {a}" for i, a in layouts)
+        raise CalibrationError(
+            f"{folder}: no images to calibrate with; expected files of a known format "
+            f"({', '.join(FORMATS)}) or a data set ({expected})"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of them is an error once it is decoded
+        return [Candidate(p.name, _file_strata(p), partial(decode_image, p)) for p in files]
+
+
+def _file_strata(path: Path) -> tuple[str, ...]:
+    try:
+        return _image_strata(*header_size(path))
+    # Pillow raises many kinds on broken data; decoding it will say what is wrong.
+    except Exception:
+        return ("unreadable header",)
+
+
+def _image_strata(height: int, width: int) -> tuple[str, str]:
+    ratio = width / height
+    shape = "wide" if ratio > SQUARE else "tall" if ratio < 1 / SQUARE else "square"
+    return f"{shape} image", f"shorter side from 2^{int(math.log2(min(height, width)))}"
+
+
+def _object_size(annotation: dict[str, Any]) -> str:
+    _, _, width, height = annotation["bbox"]
+    area = annotation.get("area", width * height)
+    return f"{'small' if area < SMALL else 'medium' if area < LARGE else 'large'} object"

@@ -1,0 +1,91 @@
+"""The precision search: which layers leave int8 so that AP stays within a budget.
+
+Layers stay float in the order of how much their quantisation alone disturbs the outputs: one, two, four
+and so on until the budget is met, then fewer by bisection, since each trial costs an evaluation. Then
+single layers, the dearest first, are sent back to int8 where the budget allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from comask.errors import PrecisionError
+
+Loss = Callable[[frozenset[str]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One evaluation.
+
+    Attributes:
+        float_layers: those that were not int8.
+        loss: AP points lost to the reference, the larger one of boxes and masks.
+    """
+
+    float_layers: frozenset[str]
+    loss: float
+
+
+@dataclass(slots=True)
+class Search:
+    """Looks for the cheapest set of layers that must stay float.
+
+    Args:
+        loss: AP points that are lost when these layers stay float and all others are int8.
+        budget: the most that may be lost.
+
+    Attributes:
+        trials: in their order.
+    """
+
+    loss: Loss
+    budget: float
+    trials: list[Trial] = field(default_factory=list)
+
+    def try_all_int8(self) -> bool:
+        """Whether nothing need stay float."""
+        return self._fits(frozenset())
+
+    def run(
+        self, disturbance: Mapping[str, float], cost: Mapping[str, float], sent_back: int = 6
+    ) -> frozenset[str]:
+        """The layers that stay float.
+
+        Args:
+            disturbance: of each layer, by which they are ordered.
+            cost: of each layer in float, in any unit.
+            sent_back: trials of returning a layer to int8.
+
+        Raises:
+            PrecisionError: when the budget is not met even with every layer float.
+        """
+        order = sorted(disturbance, key=lambda name: (-disturbance[name], name))
+        if not self._fits(frozenset(order)):
+            raise PrecisionError(
+                f"the AP budget of {self.budget:g} points cannot be met: with every layer in fp16 "
+                f"{self.trials[-1].loss:.2f} points are lost; give a larger --ap-budget, or look for the "
+                "fault with comask-eval"
+            )
+        low, high = 0, 1  # `high` layers are enough, `low` are not
+        while high < len(order) and not self._fits(frozenset(order[:high])):
+            low, high = high, min(2 * high, len(order))
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(frozenset(order[:middle])):
+                high = middle
+            else:
+                low = middle
+        kept = frozenset(order[:high])
+        # the last of them is what tipped the scales
+        rest = sorted(order[: high - 1], key=lambda name: (-cost[name], name))
+        for name in rest[:sent_back]:
+            if self._fits(kept - {name}):
+                kept -= {name}
+        return kept
+
+    def _fits(self, float_layers: frozenset[str]) -> bool:
+        loss = self.loss(float_layers)
+        self.trials.append(Trial(float_layers, loss))
+        return loss <= self.budget
