@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.engine_options import build_with_progress, check_flavor, check_usage, engine_options
+from comask.cli.int8_options import (
+    Int8Options,
+    add_int8_graphs,
+    int8_options,
+    judge_speed,
+    print_int8,
+)
 from comask.cli.options import command, json_option, write_json
 
 from comask.bundle import PRECISIONS
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 
     from comask.bundle import Bundle
 
+BASE = "fp16"  # of int8 graphs: what they keep float
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 
 
@@ -45,6 +53,7 @@ def precision_list(
 @click.option("--verify-images", type=click.IntRange(1), default=3, show_default=True,
               help="How many of them.")  # fmt: skip
 @click.option("--diagnostics", is_flag=True, help="Also output what the collaboration changed.")
+@int8_options
 @engine_options
 @json_option
 def main(
@@ -55,6 +64,7 @@ def main(
     val_data: str,
     verify_images: int,
     diagnostics: bool,
+    int8: Int8Options,
     json_file: str | None,
     **engine_values: Any,
 ) -> None:
@@ -66,31 +76,38 @@ def main(
     \b
     comask-export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16
     comask-export bundle --precision fp16 --engine tensorrt-rtx
+    comask-export bundle --precision int8 --calib-data photos --val-data coco --ap-budget 0.3
     """
     check_usage(engine_values)
     if not source.exists():
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")
+    wanted = int8.wanted(precisions, source)
     check_flavor(engine_values)  # not only after the export
+    exported = tuple(dict.fromkeys(BASE if p == "int8" and wanted else p for p in precisions))
     if source.is_dir():
         _refuse_in_place(output=output, score_threshold=score_threshold, diagnostics=diagnostics)
-        bundle, added = _extend(source, precisions, val_data, verify_images)
+        bundle, added = _extend(source, exported, val_data, verify_images)
     elif output is None:
         raise click.UsageError(
             f"--output is missing: {source} is a file, so a checkpoint, and its bundle needs a folder"
         )
     else:
         bundle = _export(
-            source, output, precisions, val_data, verify_images,
+            source, output, exported, val_data, verify_images,
             score_threshold=score_threshold, diagnostics=diagnostics,
         )  # fmt: skip
         added = bundle.manifest.precisions
     for precision in added:
         _print_proof(bundle, precision, to_stderr=json_file == "-")
+    if wanted:
+        bundle = add_int8_graphs(bundle, int8, val_data, _report)
+        print_int8(bundle, to_stderr=json_file == "-")
     engines = []
     if engine_values["engine"] != "none":
         engines = build_with_progress(
             bundle, engine_values, precisions, lambda: _images(val_data, verify_images)
         )
+        bundle = judge_speed(bundle, engines, lambda: _images(val_data, verify_images))
     for folder in engines:
         _print_engines(folder, to_stderr=json_file == "-")
     if json_file:
@@ -187,11 +204,26 @@ def _print_proof(bundle: Bundle, precision: str, *, to_stderr: bool) -> None:
             ),
             err=to_stderr,
         )
+    if precision == "fp16":
+        _print_range(proof, to_stderr=to_stderr)
     if not proof["detections"]:
         _report(
             "warning: PyTorch found nothing in these images, so no detection was compared; name "
             "better ones by --val-data, or lower --score-threshold"
         )
+
+
+def _print_range(proof: dict[str, Any], *, to_stderr: bool) -> None:
+    """What fp16 could not hold, and how much it could hold beyond the largest value that it holds."""
+    for island in proof["float_layers"]:
+        click.echo(f"  kept in fp32: {island['module']}, since {island['reason']}", err=to_stderr)
+    found = proof["range"]
+    place = "" if found["image"] is None else f" on image {found['image']}"
+    click.echo(
+        f"  the largest value in fp16 is {found['largest']:.2e} ({found['kind']} of {found['module']}"
+        f"{place}), 1/{found['end'] / found['largest']:.0f} of what it holds",
+        err=to_stderr,
+    )
 
 
 def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,33 @@ from torch import nn
 
 from comask.models.backbone import fold_batch_norms
 from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
+from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
 
 # The traced example: three different sizes, so that no two dynamic dimensions look alike.
 BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
 
 
-def in_precision(model: CoMask, precision: str) -> CoMask:
+def folded(model: CoMask) -> CoMask:
+    """A copy with each BatchNorm in the convolution before it; `model` is in evaluation mode."""
+    copy = deepcopy(model)
+    fold_batch_norms(copy.backbone)
+    return copy
+
+
+def in_precision(model: CoMask, precision: str, islands: Collection[str] = ()) -> CoMask:
     """The network whose graphs are those of `precision`: itself in fp32, else a converted copy.
 
     Args:
         model: f32, in evaluation mode.
-        precision: one of `comask.bundle.PRECISIONS`.
+        precision: `fp32` or `fp16`.
+        islands: paths of the modules that stay f32 in fp16, see `comask.export.range_scan`.
     """
     if precision == "fp32":
         return model
-    copy = deepcopy(model)
-    fold_batch_norms(copy.backbone)
-    return copy.half()
+    copy = folded(model)
+    half_around(copy, islands)
+    return copy
 
 
 def export_stage1(model: CoMask, path: Path) -> None:

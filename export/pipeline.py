@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from comask.export.float_islands import describe_islands, float_islands
 from comask.export.onnx_export import export_stage1, export_stage2, in_precision
+from comask.export.range_scan import Extreme, scan_ranges
 from comask.export.verify import verification_batches, verify
 from comask.runtime.compare import TOLERANCES
 from comask.runtime.ort_session import ort_stages
@@ -20,7 +21,18 @@ from comask.runtime.torch_session import model_from_bundle, torch_stages
 from numpy.typing import NDArray
 
 from comask import __version__
-from comask.bundle import STAGES, WEIGHTS, Bundle, Manifest, graph_file, sha256, write_manifest
+from comask.bundle import (
+    STAGES,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    extend,
+    graph_file,
+    scratch_folder,
+    sha256,
+    write_manifest,
+)
+from comask.config import PreprocessConfig
 from comask.errors import BundleError
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
@@ -55,6 +67,7 @@ def export_bundle(
     Raises:
         BundleError: when `output` is in use.
         ParityError: when a graph differs from PyTorch.
+        PrecisionError: when fp16 cannot hold the network's values.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BundleError(f"{output}: is there already; give a folder that is new or empty")
@@ -65,8 +78,8 @@ def export_bundle(
         checkpoint = dataclasses.replace(checkpoint, config=config)
     model = model_from_checkpoint(checkpoint)
     # beside the output, so that the finished bundle appears by a rename
-    with _scratch_folder(output, output.parent) as folder:
-        _write_weights(model, folder / WEIGHTS)
+    with scratch_folder(output, output.parent) as folder:
+        _write_weights(model, config.preprocess, folder / WEIGHTS)
         manifest = Manifest(
             model=config.model,
             preprocess=config.preprocess,
@@ -107,19 +120,16 @@ def add_precisions(
     Raises:
         BundleError: when the bundle cannot be read or written.
         ParityError: when a graph differs from PyTorch.
+        PrecisionError: when fp16 cannot hold the network's values.
     """
     model = model_from_bundle(bundle)
     names = {output["name"] for output in bundle.manifest.graphs["stage2"]["outputs"]}
     diagnostics = names.issuperset(DIAGNOSTIC_OUTPUTS)
-    with _scratch_folder(bundle.folder, bundle.folder) as folder:
+    with scratch_folder(bundle.folder, bundle.folder) as folder:
         extended = Bundle(folder, bundle.manifest)
         for precision in precisions:
             extended = _with_graphs(extended, model, precision, images, diagnostics, report)
-        # Until the manifest names them, nobody reads the files.
-        for path in folder.iterdir():
-            path.replace(bundle.folder / path.name)
-        write_manifest(bundle.folder, extended.manifest)
-    return Bundle(bundle.folder, extended.manifest)
+        return extend(bundle, folder, extended.manifest)
 
 
 def _with_graphs(
@@ -132,7 +142,13 @@ def _with_graphs(
 ) -> Bundle:
     """The bundle with graphs of one more precision, compared with PyTorch; writes no manifest."""
     manifest = bundle.manifest
-    converted = in_precision(model, precision)
+    islands, ranges = dict[str, Extreme](), dict[str, Any]()
+    if precision == "fp16":
+        report(f"looking for values beyond fp16 in {len(images)} images")
+        extremes = scan_ranges(model, images, manifest.preprocess)
+        islands = float_islands(extremes)
+        ranges = describe_islands(extremes, islands)
+    converted = in_precision(model, precision, islands)
     report(f"exporting stage 1 (backbone, MFPN, RPN) in {precision}")
     paths = {stage: bundle.folder / graph_file(stage, precision) for stage in STAGES}
     export_stage1(converted, paths["stage1"])
@@ -153,33 +169,22 @@ def _with_graphs(
         report(f"comparing PyTorch in {precision} with PyTorch in fp32")
         half = torch_stages(converted)
         proof["rounded"] = verify(reference, half, batches[:1], manifest.model, tolerance)
+    proof = {"images": len(images), **proof, **ranges}
     changed = dataclasses.replace(
         bundle.manifest,
         precisions=(*manifest.precisions, precision),
-        verification=manifest.verification | {precision: {"images": len(images), **proof}},
+        verification=manifest.verification | {precision: proof},
         graphs=manifest.graphs or contract,
     )
     return Bundle(bundle.folder, changed)
 
 
-@contextlib.contextmanager
-def _scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
-    """A folder in `parent`, gone afterwards unless it was renamed; errors name `bundle`."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=parent))
-    except OSError as error:
-        raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_weights(model: CoMask, path: Path) -> None:
+def _write_weights(model: CoMask, preprocess: PreprocessConfig, path: Path) -> None:
+    """With the preprocessing, so that `comask-eval` sees whether the manifest's was altered later."""
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, path, {"preprocess": json.dumps(dataclasses.asdict(preprocess))})
 
 
 def _contract(session: Session) -> dict[str, list[dict[str, object]]]:

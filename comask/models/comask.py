@@ -6,6 +6,8 @@ D detections an image. Boxes are f32 `xyxy` in pixels of the resized image.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,9 @@ class CoMask(FloatTensors):
     Args:
         config: of the network.
         preprocess: its mean and standard deviation normalise the images.
+
+    Attributes:
+        dtype: of the feature maps; f16 after `half()`.
     """
 
     mean: Tensor
@@ -50,6 +55,7 @@ class CoMask(FloatTensors):
     def __init__(self, config: ModelConfig, preprocess: PreprocessConfig) -> None:
         super().__init__()
         self.config = config
+        self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(preprocess.mean), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
         self.backbone = ResNet(
@@ -88,11 +94,10 @@ class CoMask(FloatTensors):
             regress=regress,
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the layers' weights and the feature maps; f16 after `half()`."""
-        dtype: torch.dtype = self.backbone.conv1.weight.dtype
-        return dtype
+    def half(self) -> Self:
+        """See `FloatTensors`."""
+        self.dtype = torch.float16
+        return super().half()
 
     def pyramid(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
         """Images u8 [B, H, W, 3] RGB, sizes i32 [B, 2] (h, w) → P2..P6, each [B, C, H/2^i, W/2^i].

@@ -6,10 +6,16 @@ fractions of a large RoI, or for sums over a map.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Collection
+from copy import deepcopy
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Paths in `CoMask` of the modules that end in logits, deltas and offsets, all of which are read in f32.
+FLOAT_OUTPUTS = ("rpn", "classifier", "head", "fine_head")
 
 
 class FloatTensors(nn.Module):
@@ -30,3 +36,29 @@ class GroupNorm(nn.GroupNorm):
         weight, bias = self.weight.float(), self.bias.float()
         normed = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         return normed.to(self.weight.dtype)
+
+
+def half_around(model: nn.Module, islands: Collection[str]) -> None:
+    """Converts a network to f16 in place, but for its float islands: their layers compute in f32.
+
+    What enters an island is cast to f32, what leaves it to f16. Hooks do that, since a wrapper would
+    rename the weights, and graphs of two precisions are paired by those names.
+
+    Args:
+        model: f32.
+        islands: paths of modules as `backbone.layer3.2`, none inside another.
+    """
+    kept = {path: deepcopy(model.get_submodule(path)) for path in islands}
+    model.half()
+    for path, module in kept.items():
+        module.register_forward_pre_hook(lambda _, args: _cast(args, torch.float32))
+        if path not in FLOAT_OUTPUTS:
+            module.register_forward_hook(lambda _, __, output: _cast(output, torch.float16))
+        model.set_submodule(path, module)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or lists and tuples of them, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return type(value)(_cast(part, dtype) for part in value)

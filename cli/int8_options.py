@@ -1,0 +1,219 @@
+"""`comask-export --precision int8`: its options, and from them to int8 graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+    from comask.calib.cache import Method
+    from comask.runtime.trt.engine_folder import EngineFolder
+    from numpy.typing import NDArray
+
+    from comask.bundle import Bundle
+    from comask.data.source import InstanceSource
+
+METHODS = ("error", "entropy", "percentile", "minmax")
+# images of `shapes` that nothing else sees
+CALIBRATION_SEED, VALIDATION_SEED = 4_000_000, 5_000_000
+DEFAULT_CALIB_IMAGES, MOST_VAL_IMAGES = 64, 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Options:
+    """What the options say; None where one was not given."""
+
+    calib_data: str | None
+    calib_images: int | None
+    calib_method: Method | None
+    calib_seed: int | None
+    val_images: int | None
+    ap_budget: float | None
+
+    def wanted(self, precisions: tuple[str, ...], source: Path) -> bool:
+        """Whether int8 graphs are to be made: they are asked for, and `source` is no bundle with some.
+
+        Raises:
+            UsageError: for options without int8, and int8 without images.
+            BundleError: when there are int8 graphs, and options to make others.
+        """
+        from comask.bundle import Bundle
+        from comask.errors import BundleError
+
+        given = [f"--{n.replace('_', '-')}" for n in self.__slots__ if getattr(self, n) is not None]
+        if "int8" not in precisions:
+            if given:
+                raise click.UsageError(f"{given[0]} is for --precision int8")
+            return False
+        if source.is_dir() and "int8" in Bundle.open(source).manifest.precisions:
+            if given:
+                raise BundleError(
+                    f"{source}: holds int8 graphs already, so {given[0]} cannot be honoured; export the "
+                    "checkpoint into another bundle to calibrate again"
+                )
+            return False
+        if self.calib_data is None:
+            raise click.UsageError(
+                "--precision int8 needs --calib-data: a folder of images like those that the network "
+                "will see, which nothing else can stand for"
+            )
+        return True
+
+
+def int8_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options, which reach the command as `int8`: `Int8Options`."""
+    options = (
+        click.option("--calib-data", metavar="DIR|shapes",
+                     help="int8: images that show how large activations get."),
+        click.option("--calib-images", type=click.IntRange(1),
+                     help=f"int8: how many of them.  [default: {DEFAULT_CALIB_IMAGES}]"),
+        click.option("--calib-method", type=click.Choice(METHODS),
+                     help="int8: how outliers are cut.  [default: error]"),
+        click.option("--calib-seed", type=int, help="int8: of the choice of images.  [default: 0]"),
+        click.option("--val-images", type=click.IntRange(1),
+                     help=f"int8: images of --val-data that AP is measured on.  "
+                          f"[default: all, at most {MOST_VAL_IMAGES}]"),
+        click.option("--ap-budget", type=click.FloatRange(0),
+                     help="int8: AP points that boxes and masks may lose.  [default: 0.3]"),
+    )  # fmt: skip
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> None:
+        taken = {name: arguments.pop(name) for name in Int8Options.__slots__}
+        function(int8=Int8Options(**taken), **arguments)
+
+    for option in reversed(options):
+        run = option(run)
+    return run
+
+
+def add_int8_graphs(
+    bundle: Bundle, options: Int8Options, val_data: str, report: Callable[[str], None]
+) -> Bundle:
+    """Calibrates on the images that the options name, and searches within the budget.
+
+    Args:
+        bundle: with fp32 and fp16 graphs.
+        options: with `calib_data`.
+        val_data: as `--val-data` has it.
+        report: takes a line before each step.
+
+    Raises:
+        PrecisionError: when the promise cannot be kept.
+        DataError: when the data cannot be used.
+    """
+    from comask.calib.cache import CACHE
+    from comask.calib.int8 import Validation, add_int8
+    from comask.calib.ranges import collect_ranges
+    from comask.calib.sampling import choose_images
+
+    from comask.data.open_source import open_source
+
+    assert options.calib_data is not None
+    most = options.val_images or MOST_VAL_IMAGES
+    source = open_source(val_data, "val", shapes_images=most, shapes_seed=VALIDATION_SEED)
+    validation = Validation(
+        source=source,
+        indices=list(range(min(most, len(source)))),
+        name=val_data,
+        budget=0.3 if options.ap_budget is None else options.ap_budget,
+    )
+    method: Method = options.calib_method or "error"
+    seed = options.calib_seed or 0
+    count = options.calib_images or DEFAULT_CALIB_IMAGES
+    data: InstanceSource | Path = Path(options.calib_data)
+    if options.calib_data == "shapes":
+        data = open_source("shapes", "train", shapes_images=count, shapes_seed=CALIBRATION_SEED)
+    images = choose_images(data, count, seed, report=report)
+    calibration = collect_ranges(bundle, images, cache=bundle.folder / CACHE, report=report)
+    described = {
+        "data": options.calib_data, "images": len(calibration.images), "seed": seed,
+        "method": method,
+    }  # fmt: skip
+    return add_int8(
+        bundle, calibration.ranges(method), validation, calibration=described, report=report
+    )
+
+
+def print_int8(bundle: Bundle, *, to_stderr: bool) -> None:
+    """What int8 costs in AP, what it saves, and which layers stayed float."""
+    proof = bundle.manifest.verification["int8"]
+    ap = ", ".join(
+        f"{task} AP {proof['ap'][task]:.2f} ({proof['ap'][task] - value:+.2f})"
+        for task, value in proof["reference"].items()
+    )
+    sizes = proof["bytes"]
+    click.echo(
+        f"{bundle.folder}: int8 graphs, {proof['layers'] - len(proof['float_layers'])} of "
+        f"{proof['layers']} layers in int8, {sizes['int8'] / sizes['fp32']:.3f} times the size of fp32; "
+        f"on {proof['images']} images {ap}, within {proof['budget']:g} points of PyTorch",
+        err=to_stderr,
+    )
+    for layer in proof["float_layers"]:
+        click.echo(
+            f"  float: {layer['layer']}: {layer['reason']}",
+            err=to_stderr,
+        )
+    if proof["latency"] is None:
+        click.echo(
+            "warning: whether int8 is faster than fp16 was not measured: that takes engines of both and "
+            "a GPU (comask-bench)",
+            err=True,
+        )
+
+
+def judge_speed(
+    bundle: Bundle, built: list[EngineFolder], images: Callable[[], list[NDArray[np.uint8]]]
+) -> Bundle:
+    """Compares int8 engines with fp16 ones where a GPU runs both; the times go into the manifest.
+
+    Raises:
+        PrecisionError: when int8 is not faster; its engines are gone then.
+    """
+    import dataclasses
+    import shutil
+
+    from comask.calib.speed import measure_speed, require_faster
+    from comask.export.engine_proof import why_not_proved
+    from comask.runtime.gpu import find_gpu
+    from comask.runtime.trt.engine_folder import find_engines
+
+    from comask.bundle import write_manifest
+    from comask.errors import PrecisionError
+
+    gpu = find_gpu()
+    for folder in built:
+        info = folder.info
+        if info.precision != "int8" or why_not_proved(info, gpu):
+            continue
+        rivals = {(e.info.flavor, e.info.precision) for e in find_engines(bundle)}
+        if (info.flavor, "fp16") not in rivals:
+            click.echo(
+                f"warning: whether int8 is faster than fp16 was not measured: {bundle.folder} holds no "
+                f"fp16 engines for {info.flavor}; build them with --precision fp16",
+                err=True,
+            )
+            continue
+        seconds = measure_speed(bundle, info.flavor, images())
+        try:
+            require_faster(seconds)
+        except PrecisionError:
+            shutil.rmtree(folder.folder)
+            raise
+        verification = bundle.manifest.verification
+        int8 = verification["int8"] | {"latency": seconds}
+        manifest = dataclasses.replace(bundle.manifest, verification=verification | {"int8": int8})
+        write_manifest(bundle.folder, manifest)
+        bundle = dataclasses.replace(bundle, manifest=manifest)
+        click.echo(
+            f"{folder.folder}: {1e3 * seconds['int8']:.2f} ms an image in both graphs, fp16 takes "
+            f"{1e3 * seconds['fp16']:.2f} ms",
+            err=True,
+        )
+    return bundle

@@ -1,0 +1,160 @@
+"""How large a network's values become on real images, and whether fp16 holds them.
+
+fp16 ends at 65504, and what exceeds it becomes infinite without a word. So the fp32 network is watched
+while it looks at images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from comask.export.onnx_export import folded
+from comask.runtime.torch_session import torch_stages
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from comask.config import PreprocessConfig
+from comask.errors import PrecisionError
+from comask.models.comask import CoMask
+from comask.models.precision import FLOAT_OUTPUTS, FloatTensors
+from comask.preprocess import prepare
+
+FP16_END = 65504.0
+# Other images reach farther than the few that are scanned: on a trained network, 200 images up to 2.7
+# times as far as three.
+HEADROOM = 4.0
+ACTIVATIONS = ("input", "output")
+MAPS = ("p2", "p3", "p4", "p5")
+
+
+@dataclass(frozen=True, slots=True)
+class Extreme:
+    """The largest magnitude of a module's inputs, of its outputs, or of one of its parameters.
+
+    Attributes:
+        module: its path as `backbone.layer3.2.conv2`, or one of `MAPS`.
+        kind: one of `ACTIVATIONS`, or the parameter's name in the module.
+        largest: the magnitude.
+        image: the place of the image that it was found on; None for parameters.
+    """
+
+    module: str
+    kind: str
+    largest: float
+    image: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether fp16 holds it; activations, which other images change, with headroom."""
+        return self.largest <= FP16_END / (HEADROOM if self.kind in ACTIVATIONS else 1.0)
+
+    def __str__(self) -> str:
+        subject = self.module if self.kind == "output" else f"the {self.kind} of {self.module}"
+        place = "" if self.image is None else f" on image {self.image}"
+        text = f"{subject} reaches {self.largest:.2e}{place}, fp16 ends at {FP16_END:.0f}"
+        if self.largest <= FP16_END and not self.fits:
+            text += f" and other images may reach {HEADROOM:g} times as far"
+        return text
+
+
+def scan_ranges(
+    model: CoMask, images: Sequence[NDArray[np.uint8]], preprocess: PreprocessConfig
+) -> list[Extreme]:
+    """Runs both stages on each image at its own size, and notes the largest magnitudes exactly.
+
+    Watched are the modules of the network whose halves are exported, so with BatchNorm folded. What
+    stays f32 in fp16 graphs anyway is not: outputs of `FLOAT_OUTPUTS`, own parameters of `FloatTensors`.
+
+    Args:
+        model: f32, in evaluation mode; stays as it is.
+        images: u8 [h, w, 3], RGB.
+        preprocess: from an image to the network's input.
+
+    Returns:
+        `MAPS` first, then outputs, inner modules before outer ones, inputs and parameters, so that the
+        first of equals is where a value arises.
+
+    Raises:
+        PrecisionError: where fp32 itself is not finite.
+    """
+    network = folded(model)
+    watch = _Watch()
+    for path, module in network.named_modules():
+        watch.follow(path, module)
+    stages = torch_stages(network, diagnostics=True)  # all that any graph holds
+    for index, image in enumerate(images):
+        watch.image = index
+        prepared = prepare(image, preprocess)
+        sizes = np.array([prepared.size], dtype=np.int32)
+        maps = stages.stage1.run({"images": prepared.canvas[None], "image_sizes": sizes})
+        for name in MAPS:
+            watch.note(name, "output", torch.from_numpy(maps[name]))
+        stages.stage2.run({**maps, "image_sizes": sizes})
+    watch.image = None
+    for path in list(watch.called):
+        module = network.get_submodule(path)
+        if not isinstance(module, FloatTensors):
+            for name, parameter in module.named_parameters(recurse=False):
+                watch.note(path, name, parameter.detach())
+    order = {"output": 0, "input": 1}
+    return sorted(
+        watch.extremes.values(), key=lambda e: (e.module not in MAPS, order.get(e.kind, 2))
+    )
+
+
+class _Watch:
+    """Hooks that keep the largest magnitude of everything.
+
+    Attributes:
+        image: the place of the one that is shown.
+        called: paths of the modules that something went through.
+        extremes: by path and kind.
+    """
+
+    def __init__(self) -> None:
+        self.image: int | None = None
+        self.called: dict[str, None] = {}
+        self.extremes: dict[tuple[str, str], Extreme] = {}
+
+    def follow(self, path: str, module: nn.Module) -> None:
+        # a hook of its own for inputs: a module may overwrite them
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.called[path] = None
+            self.note(path, "input", args)
+
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if path not in FLOAT_OUTPUTS:
+                self.note(path, "output", output)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def note(self, path: str, kind: str, value: Any) -> None:
+        for tensor in _float_tensors(value):
+            # in the order of memory: over maps whose channels come last it takes 20 times as long
+            dims = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+            low, high = torch.aminmax(tensor.permute(dims))  # both are NaN where anything is
+            largest = max(-low.item(), high.item())
+            if not np.isfinite(largest):
+                where = "" if self.image is None else f" on image {self.image}"
+                raise PrecisionError(
+                    f"{path}: its {kind} is not finite{where} in fp32 already, so no precision will "
+                    f"do; import or train the weights again"
+                )
+            last = self.extremes.get((path, kind))
+            if last is None or largest > last.largest:
+                self.extremes[path, kind] = Extreme(path, kind, largest, self.image)
+
+
+def _float_tensors(value: Any) -> Iterator[Tensor]:
+    """All in a tensor or in nested lists and tuples; empty ones have no largest value."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _float_tensors(part)

@@ -1,0 +1,171 @@
+"""int8 graphs by the command: calibrated, within an AP budget or refused, and built as engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from comask.calib.int8 import Validation, add_int8
+from comask.calib.layers import graph_layers
+from comask.calib.speed import require_faster
+from comask.export.layer_precision import asked_precisions
+from comask.runtime import Predictor
+from comask.runtime.trt.engine_folder import find_engines
+from comask.runtime.trt.flavors import load_flavor
+from conftest import run
+
+from comask.bundle import STAGES, Bundle, graph_file, sha256
+from comask.data.coco import coco_source
+from comask.errors import BackendUnavailableError, PrecisionError
+
+INT8 = {graph_file(stage, "int8") for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose annotations are PyTorch's own detections: on them its AP is high, though it was
+    hardly trained, and whoever differs from it loses AP."""
+    data = tmp_path_factory.mktemp("truth") / "data"
+    assert run("shapes", data, "--images", 4, "--seed", 11).exit_code == 0
+    file = data / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = []
+    with Predictor.load(micro_fp16, "torch") as predictor:
+        for image in content["images"]:
+            found = predictor(data / "images" / image["file_name"])
+            for entry in found[:5].to_coco(image["id"]):
+                _, _, w, h = entry["bbox"]
+                content["annotations"].append(
+                    entry | {"id": len(content["annotations"]) + 1, "area": w * h, "iscrowd": 0}
+                )
+    file.write_text(json.dumps(content))
+    return data
+
+
+def arguments(bundle: Path, data: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "export", bundle, "--precision", "int8", "--calib-data", data, "--calib-images", 3,
+        "--val-data", data, "--verify-images", 1, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(micro_fp16: Path, own_truth: Path, tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    shutil.copytree(micro_fp16, folder)
+    result = run(*arguments(folder, own_truth, "--ap-budget", 100))
+    assert result.exit_code == 0, result.output
+    assert "whether int8 is faster than fp16 was not measured" in result.output
+    return folder
+
+
+def test_the_bundle_gets_int8_graphs_and_their_story(int8_bundle: Path, own_truth: Path) -> None:
+    manifest = Bundle.open(int8_bundle).manifest
+    assert manifest.precisions == ("fp32", "fp16", "int8")
+    for name in INT8:
+        assert manifest.files[name] == sha256(int8_bundle / name)
+    proof = manifest.verification["int8"]
+    assert proof["float_layers"] == []
+    assert proof["latency"] is None
+    assert proof["calibration"] == {
+        "data": str(own_truth), "images": 3, "seed": 0, "method": "error",
+    }  # fmt: skip
+    assert proof["reference"]["box"] > 50  # its own detections
+    assert proof["trials"] == [{"float_layers": 0, "loss": pytest.approx(_loss(proof))}]
+    assert proof["bytes"]["int8"] < proof["bytes"]["fp16"]
+    for stage in STAGES:
+        half = onnx.load(int8_bundle / graph_file(stage, "fp16"))
+        uses = sum(len(layer.nodes) for layer in graph_layers(half))
+        asked = asked_precisions(onnx.load(int8_bundle / graph_file(stage, "int8")))
+        assert list(asked.values()).count("int8") == uses
+    assert "calibration.json" in {path.name for path in int8_bundle.iterdir()}
+
+
+def _loss(proof: dict[str, Any]) -> float:
+    return max(proof["reference"][task] - proof["ap"][task] for task in ("box", "mask"))
+
+
+def test_it_runs_and_is_not_made_again(int8_bundle: Path, own_truth: Path, tmp_path: Path) -> None:
+    done = run("infer", int8_bundle, own_truth / "images", "--output", tmp_path, "--save", "coco",
+               "--backend", "onnxruntime:int8")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "detections.json").read_text())
+    again = run(*arguments(int8_bundle, own_truth))
+    assert again.exit_code == 1
+    assert "holds int8 graphs already, so --calib-data cannot be honoured" in again.output
+    plain = run("export", int8_bundle, "--precision", "int8")
+    assert plain.exit_code == 0, plain.output
+    assert "holds int8 graphs already; they stay" in plain.output
+
+
+def test_what_must_be_kept_float_is_found(
+    micro_fp16: Path, int8_bundle: Path, own_truth: Path, tmp_path: Path
+) -> None:
+    """One activation's range is spoilt; the search finds its layer and gives the reason."""
+    bundle = Bundle.open(Path(shutil.copytree(micro_fp16, tmp_path / "bundle")))
+    from comask.calib.cache import Calibration
+
+    largest = Calibration.load(int8_bundle / "calibration.json").ranges("minmax")
+    spoilt = largest | {"classifier.fc1": 1e4 * largest["classifier.fc1"]}
+    source = coco_source(own_truth, "val")
+    sound = Bundle.open(int8_bundle).manifest.verification["int8"]
+    validation = Validation(
+        source=source, indices=list(range(len(source))), name="own", budget=max(_loss(sound), 0) + 5
+    )
+    lines: list[str] = []
+    found = add_int8(bundle, spoilt, validation, calibration={}, report=lines.append)
+    proof = found.manifest.verification["int8"]
+    assert "classifier.fc1" in {entry["layer"] for entry in proof["float_layers"]}
+    assert len(proof["float_layers"]) < proof["layers"] / 2
+    first = proof["float_layers"][0]
+    assert first["rank"] == 1
+    assert "% noise into the predictions" in first["reason"]
+    assert _loss(proof) <= validation.budget
+
+
+def test_refusals(micro_fp16: Path, own_truth: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(micro_fp16, tmp_path / "bundle"))
+    before = {path.name for path in folder.iterdir()}
+    without = run("export", folder, "--precision", "int8")
+    assert without.exit_code == 2
+    assert "--precision int8 needs --calib-data" in without.output
+    idle = run("export", folder, "--precision", "fp16", "--ap-budget", "1")
+    assert idle.exit_code == 2
+    assert "--ap-budget is for --precision int8" in idle.output
+    # of these images the network knows nothing
+    empty = run(*arguments(folder, own_truth, "--val-data", "shapes", "--val-images", 2))
+    assert empty.exit_code == 1
+    assert {p.name for p in folder.iterdir()} <= {*before, "calibration.json"}
+    assert Bundle.open(folder).manifest.precisions == ("fp32", "fp16")
+
+
+def test_int8_that_is_not_faster_is_refused() -> None:
+    require_faster({"fp16": 2e-3, "int8": 1.9e-3})
+    with pytest.raises(PrecisionError, match=r"2\.00 ms an image against 2\.00 ms"):
+        require_faster({"fp16": 2e-3, "int8": 2e-3})
+
+
+@pytest.mark.parametrize("plugin", ["python", "none"])
+def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) -> None:
+    try:
+        load_flavor("tensorrt-rtx")
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    folder = shutil.copytree(int8_bundle, tmp_path / "bundle")
+    sizes = [
+        f"--profile={size}" for size in ("batch=1:1:2", "height=32:96:128", "width=32:128:128")
+    ]
+    done = run("export", folder, "--precision", "int8", "--engine", "tensorrt-rtx",
+               "--plugin", plugin, *sizes)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (engines,) = find_engines(Bundle.open(Path(folder)))
+    for stage in STAGES:
+        layers = engines.info.layers[stage]
+        assert layers["network"]["int8"] > 0.8 * layers["of"]
+        assert set(layers["network"]) <= {"int8", "fp16"}
+        plan, graph = engines.plan(stage), Path(folder) / graph_file(stage, "int8")
+        assert plan.stat().st_size < 2 * graph.stat().st_size  # weights are stored as int8
