@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from comask.calib.layers import graph_layers, readings
+from comask.calib.predictions import Feeds
 from comask.calib.qdq import quantize_graph
 from comask.calib.search import Search
-from comask.calib.sensitivity import Feeds, costs, disturbances
+from comask.calib.sensitivity import costs, disturbances
+from comask.calib.validation import Measured, Validation
 from comask.runtime.ort_session import OrtSession, ort_stages
+from comask.runtime.parity.scores import labels_in_data
 from comask.runtime.predictor import Predictor
-from comask.runtime.score import labels_in_data, score_predictor
 from comask.runtime.session import Stages
 from comask.runtime.torch_session import model_from_bundle, torch_stages
+from numpy.typing import NDArray
 
 from comask.bundle import STAGES, Bundle, extend, graph_file, scratch_folder, sha256
-from comask.data.source import InstanceSource
 from comask.errors import PrecisionError
 from comask.preprocess import prepare
 
 BASE = "fp16"  # what stays float is f16
-PROBED_IMAGES = 4  # on which single layers are quantised
-TASKS = {"bbox": "box", "segm": "mask"}
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """What the promise is measured on.
-
-    Attributes:
-        source: images with annotations.
-        indices: of those that count.
-        name: as the user named the data.
-        budget: AP points that boxes or masks may lose to PyTorch in fp32.
-    """
-
-    source: InstanceSource
-    indices: list[int]
-    name: str
-    budget: float
 
 
 def add_int8(
     bundle: Bundle,
     largest: Mapping[str, float],
+    images: Sequence[NDArray[np.uint8]],
     validation: Validation,
     *,
     calibration: Mapping[str, Any],
@@ -63,6 +46,7 @@ def add_int8(
     Args:
         bundle: with fp32 and fp16 graphs.
         largest: of each activation of both stages, see `quantize_graph`.
+        images: a few of the calibration's, u8 [h, w, 3] RGB, on which single layers are quantised.
         validation: data and budget.
         calibration: how `largest` came about, for the manifest.
         batch: images that run together.
@@ -73,7 +57,7 @@ def add_int8(
         DataError: when the data have other classes.
     """
     with scratch_folder(bundle.folder, bundle.folder) as folder:
-        candidate = _Candidate(bundle, folder, largest, validation, batch, report)
+        candidate = _Candidate(bundle, folder, largest, images, validation, batch, report)
         search = Search(candidate.loss, validation.budget)
         float_layers, reasons = frozenset[str](), list[dict[str, Any]]()
         if not search.try_all_int8():
@@ -98,10 +82,12 @@ def add_int8(
             "budget": validation.budget,
             "data": validation.name,
             "images": len(validation.indices),
-            "reference": candidate.reference,
-            "ap": candidate.measured[float_layers],
+            "reference": candidate.reference.ap,
+            "ap": candidate.measured[float_layers].ap,
+            "loss": candidate.losses[float_layers],
             "trials": [
-                {"float_layers": len(t.float_layers), "loss": t.loss} for t in search.trials
+                {"float_layers": len(tried), "loss": loss, "error": error}
+                for tried, (loss, error) in candidate.losses.items()
             ],
             "bytes": sizes,
             "latency": None,  # known where GPU engines were timed
@@ -123,6 +109,7 @@ class _Candidate:
         bundle: see `add_int8`.
         folder: where the graphs are written.
         largest: see `add_int8`.
+        images: see `add_int8`.
         validation: see `add_int8`.
         batch: see `add_int8`.
         report: see `add_int8`.
@@ -130,8 +117,9 @@ class _Candidate:
     Attributes:
         layers: stage by layer, of those that may become int8.
         without_range: the others, for the manifest.
-        reference: AP points of PyTorch in fp32, by task.
-        measured: those of the sets of float layers that were tried.
+        reference: AP of PyTorch in fp32.
+        measured: AP of each set of float layers that was tried.
+        losses: what that is below the reference, and the standard error.
     """
 
     def __init__(
@@ -139,11 +127,12 @@ class _Candidate:
         bundle: Bundle,
         folder: Path,
         largest: Mapping[str, float],
+        images: Sequence[NDArray[np.uint8]],
         validation: Validation,
         batch: int,
         report: Report,
     ) -> None:
-        self._bundle, self._folder, self._largest = bundle, folder, largest
+        self._bundle, self._folder, self._largest, self._images = bundle, folder, largest, images
         self._validation, self._batch, self._report = validation, batch, report
         self._graphs = {stage: onnx.load(bundle.graph(stage, BASE)) for stage in STAGES}
         self.layers = {
@@ -162,18 +151,21 @@ class _Candidate:
         for name in unknown:
             del self.layers[name]
         self._labels = labels_in_data(bundle.manifest, validation.source)
-        self.measured: dict[frozenset[str], dict[str, float]] = {}
-        self.reference = self._ap(torch_stages(model_from_bundle(bundle)))
-        if not any(value > 0 for value in self.reference.values()):
+        self.measured: dict[frozenset[str], Measured] = {}
+        self.losses: dict[frozenset[str], tuple[float, float]] = {}
+        self.reference = self._measure(torch_stages(model_from_bundle(bundle)))
+        if min(self.reference.ap.values()) <= 0:
             raise PrecisionError(
-                f"PyTorch itself has AP {self.reference} on {validation.name}: there is nothing to "
-                "lose; name other --val-data"
+                f"PyTorch itself has box AP {self.reference.ap['box']:.2f} and mask AP "
+                f"{self.reference.ap['mask']:.2f} on {validation.name}: there is nothing to lose; name "
+                "other --val-data"
             )
 
     def write(self, float_layers: frozenset[str]) -> None:
         """The graphs in which these layers stay float."""
+        layers = self.layers.keys() - float_layers
         for stage, graph in self._graphs.items():
-            quantized = quantize_graph(graph, self._largest, self.layers.keys() - float_layers)
+            quantized = quantize_graph(graph, self._largest, layers)
             onnx.save(quantized, self._folder / graph_file(stage, "int8"))
 
     def loss(self, float_layers: frozenset[str]) -> float:
@@ -183,27 +175,24 @@ class _Candidate:
             OrtSession(self._folder / graph_file(stage, "int8"), "cpu", optimized=False)
             for stage in STAGES
         )
-        found = self._ap(Stages("onnxruntime:int8", stage1, stage2))
-        self.measured[float_layers] = found
-        loss = max(self.reference[task] - value for task, value in found.items())
+        found = self._measure(Stages("onnxruntime:int8", stage1, stage2))
+        loss, error = self.reference.loss_of(found)
+        self.measured[float_layers], self.losses[float_layers] = found, (loss, error)
         self._report(
-            f"{len(float_layers)} of {len(self.layers)} layers float: box AP {found['box']:.2f}, mask "
-            f"AP {found['mask']:.2f}, {loss:+.2f} points lost"
+            f"{len(float_layers)} of {len(self.layers)} layers float: box AP {found.ap['box']:.2f}, "
+            f"mask AP {found.ap['mask']:.2f}, {loss:+.2f} ± {error:.2f} points lost"
         )
-        return loss
+        return loss + error  # or luck on these images would be the promise for others
 
-    def _ap(self, stages: Stages) -> dict[str, float]:
-        manifest, validation = self._bundle.manifest, self._validation
+    def _measure(self, stages: Stages) -> Measured:
+        manifest = self._bundle.manifest
         with Predictor(
             stages,
             manifest.preprocess,
             mask_threshold=manifest.mask_threshold,
             max_batch=self._batch,
         ) as predictor:
-            metrics = score_predictor(
-                predictor, validation.source, validation.indices, self._labels, stages.backend
-            )
-        return {name: 100 * metrics.values[task]["AP"] for task, name in TASKS.items()}
+            return self._validation.measure(predictor, self._labels, f"scoring {stages.backend}")
 
     def probe(self) -> tuple[dict[str, float], dict[str, float]]:
         """How much each layer disturbs the predictions, and what it costs."""
@@ -211,22 +200,19 @@ class _Candidate:
 
         noise: dict[str, float] = {}
         price: dict[str, float] = {}
-        feeds = dict(zip(STAGES, zip(*self._probe_feeds(), strict=True), strict=True))
         with Progress("quantising each layer alone", len(self.layers), unit="layers") as progress:
-            for stage, images in feeds.items():
-                graph = onnx.load(self._bundle.graph(stage, "fp32"))
+            for stage, images in zip(STAGES, zip(*self._inputs(), strict=True), strict=True):
                 names = [name for name, place in self.layers.items() if place == stage]
+                graph = onnx.load(self._bundle.graph(stage, "fp32"))
                 noise |= disturbances(graph, self._largest, names, images, progress.advance)
                 price |= costs(graph, images[0])
         return noise, price
 
-    def _probe_feeds(self) -> Iterator[tuple[Feeds, Feeds]]:
-        """Of some images, the inputs of both fp32 graphs."""
-        source, indices = self._validation.source, self._validation.indices
-        places = np.linspace(0, len(indices) - 1, min(PROBED_IMAGES, len(indices))).astype(int)
+    def _inputs(self) -> Iterator[tuple[Feeds, Feeds]]:
+        """Those of both fp32 graphs, for each image."""
         with ort_stages(self._bundle, "fp32", "cpu") as stages:
-            for place in places.tolist():
-                image = prepare(source.image(indices[place]), self._bundle.manifest.preprocess)
+            for pixels in self._images:
+                image = prepare(pixels, self._bundle.manifest.preprocess)
                 sizes = np.array([image.size], np.int32)
                 first: Feeds = {"images": image.canvas[None], "image_sizes": sizes}
                 yield first, {**stages.stage1.run(first), "image_sizes": sizes}
@@ -254,6 +240,3 @@ def _reasons(
         }
         for name in sorted(float_layers, key=ranks.__getitem__)
     ]
-
-
-__all__ = ["Validation", "add_int8"]

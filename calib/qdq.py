@@ -21,7 +21,9 @@ LARGEST = 127  # of int8, without the -128 that has no counterpart
 
 
 def quantize_graph(
-    model: onnx.ModelProto, largest: Mapping[str, float], layers: Collection[str]
+    model: onnx.ModelProto,
+    largest: Mapping[str, float],
+    layers: Collection[str],
 ) -> onnx.ModelProto:
     """A copy of an fp32 or fp16 graph in which `layers` compute in int8.
 

@@ -33,7 +33,8 @@ class Search:
     """Looks for the cheapest set of layers that must stay float.
 
     Args:
-        loss: AP points that are lost when these layers stay float and all others are int8.
+        loss: AP points that must be expected to be lost when these layers stay float and all others
+            are int8.
         budget: the most that may be lost.
 
     Attributes:

@@ -29,7 +29,7 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> bool:
     from comask.cli.bench_sweep_report import sweep_report
     from comask.cli.bench_tables import print_sweep
     from comask.cli.evaluate import SHAPES_SEED
-    from comask.runtime.score import labels_in_data
+    from comask.runtime.parity.scores import labels_in_data
 
     from comask.bundle import Bundle
     from comask.data.open_source import open_source

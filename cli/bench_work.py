@@ -133,11 +133,11 @@ class Work:
         ]
 
     def _score(self, setting: Setting, title: str) -> CocoMetrics:
-        from comask.runtime.score import labels_in_data, score_predictor
+        from comask.runtime.parity.scores import labels_in_data, score_backend
 
         labels = labels_in_data(self.bundle.manifest, self._source)
         with self._open(setting) as predictor:
-            return score_predictor(predictor, self._source, self.indices, labels, title)
+            return score_backend(predictor, self._source, self.indices, labels, title).fine
 
     def _timed(
         self, setting: Setting, batches: list[int], reference: Predictor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from comask.cli.options import command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
-from comask.runtime.score import labels_in_data
+from comask.runtime.parity.scores import labels_in_data
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle

@@ -43,15 +43,15 @@ def precision_list(
 @command
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="The bundle's folder.")
-@click.option("--precision", "precisions", default="fp32", show_default=True,
+@click.option("--precision", "precisions", default="fp32",
               callback=precision_list, metavar=",".join(PRECISIONS),
-              help="Of the graphs; fp32 is written in any case.")  # fmt: skip
-@click.option("--score-threshold", type=click.FloatRange(0, 1, max_open=True),
-              help="Drop detections at or below this in the graph; default: the model's.")  # fmt: skip
-@click.option("--val-data", default="shapes", show_default=True, metavar="DIR|shapes",
-              help="Images on which the graphs are compared with PyTorch.")  # fmt: skip
-@click.option("--verify-images", type=click.IntRange(1), default=3, show_default=True,
-              help="How many of them.")  # fmt: skip
+              help="Of the graphs; fp32 is always there.")  # fmt: skip
+@click.option("--score-threshold", type=click.FloatRange(0, 1, max_open=True), metavar="P",
+              help="Drop detections up to it. [the model's]")  # fmt: skip
+@click.option("--val-data", default="shapes", metavar="DIR|shapes",
+              help="To compare graphs with PyTorch on. [shapes]")  # fmt: skip
+@click.option("--verify-images", type=click.IntRange(1), default=3, metavar="N",
+              help="How many of its images. [3]")  # fmt: skip
 @click.option("--diagnostics", is_flag=True, help="Also output what the collaboration changed.")
 @int8_options
 @engine_options
@@ -68,10 +68,10 @@ def main(
     json_file: str | None,
     **engine_values: Any,
 ) -> None:
-    """Export CHECKPOINT to a bundle: two ONNX graphs a precision, weights and a manifest.
+    """Export CHECKPOINT to a bundle: two ONNX graphs a precision, weights, manifest.
 
-    Graphs are compared with PyTorch on real images, at several sizes and as a batch; those whose
-    outputs differ are not written. An existing BUNDLE takes further precisions and engines in place.
+    Graphs whose outputs differ from PyTorch's are not written. An existing BUNDLE takes more
+    precisions and engines in place.
 
     \b
     comask-export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16

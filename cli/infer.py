@@ -32,24 +32,20 @@ KINDS = ("overlay", "masks", "coco", "labels")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of results.")
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="tensorrt, tensorrt-rtx, onnxruntime, torch; :fp16 behind it.",
-)
-@click.option("--save", default="overlay,coco", show_default=True, metavar="KINDS",
-              help=f"Any of {','.join(KINDS)}.")  # fmt: skip
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-              help="Lowest score drawn in overlays; other results keep all.")  # fmt: skip
+@click.option("--backend", default="auto", metavar="NAME",
+              help="tensorrt, tensorrt-rtx, onnxruntime, torch; :fp16 behind it. [auto]")  # fmt: skip
+@click.option("--save", default="overlay,coco", metavar="KINDS",
+              help=f"Any of {','.join(KINDS)}. [overlay,coco]")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, metavar="P",
+              help="Lowest score drawn in overlays. [0.5]")  # fmt: skip
 @predictor_options(batch=8)
-@click.option("--every", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+@click.option("--every", type=click.IntRange(1), default=1, metavar="N",
               help="Videos: look at each N-th frame alone.")  # fmt: skip
 @click.option("--track", is_flag=True, help="Videos: instances keep an id and a colour.")
-@click.option("--decode", type=click.Choice(WHERE), default="auto", show_default=True,
-              help="Videos: where frames are decoded; the GPU for tensorrt backends.")  # fmt: skip
-@click.option("--encode", type=click.Choice(WHERE), default="auto", show_default=True,
-              help="Videos: where overlays are encoded, x264 or NVENC.")  # fmt: skip
+@click.option("--decode", type=click.Choice(WHERE), default="auto",
+              help="Videos: gpu for tensorrt backends. [auto]")  # fmt: skip
+@click.option("--encode", type=click.Choice(WHERE), default="auto",
+              help="Videos: overlays by x264 or NVENC. [auto]")  # fmt: skip
 @json_option
 def main(
     bundle: Path,

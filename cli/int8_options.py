@@ -23,6 +23,7 @@ METHODS = ("error", "entropy", "percentile", "minmax")
 # images of `shapes` that nothing else sees
 CALIBRATION_SEED, VALIDATION_SEED = 4_000_000, 5_000_000
 DEFAULT_CALIB_IMAGES, MOST_VAL_IMAGES = 64, 500
+PROBED_IMAGES = 4  # of the calibration's, on which single layers are quantised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +71,16 @@ def int8_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options, which reach the command as `int8`: `Int8Options`."""
     options = (
         click.option("--calib-data", metavar="DIR|shapes",
-                     help="int8: images that show how large activations get."),
-        click.option("--calib-images", type=click.IntRange(1),
-                     help=f"int8: how many of them.  [default: {DEFAULT_CALIB_IMAGES}]"),
-        click.option("--calib-method", type=click.Choice(METHODS),
-                     help="int8: how outliers are cut.  [default: error]"),
-        click.option("--calib-seed", type=int, help="int8: of the choice of images.  [default: 0]"),
-        click.option("--val-images", type=click.IntRange(1),
-                     help=f"int8: images of --val-data that AP is measured on.  "
-                          f"[default: all, at most {MOST_VAL_IMAGES}]"),
-        click.option("--ap-budget", type=click.FloatRange(0),
-                     help="int8: AP points that boxes and masks may lose.  [default: 0.3]"),
+                     help="int8: images that tell activations' ranges."),
+        click.option("--calib-images", type=click.IntRange(1), metavar="N",
+                     help=f"int8: how many. [{DEFAULT_CALIB_IMAGES}]"),
+        click.option("--calib-method", type=click.Choice(METHODS), metavar="METHOD",
+                     help=f"int8: {'|'.join(METHODS)} [{METHODS[0]}]"),
+        click.option("--calib-seed", type=int, metavar="N", help="int8: of their choice. [0]"),
+        click.option("--val-images", type=click.IntRange(1), metavar="N",
+                     help=f"int8: images for AP. [≤ {MOST_VAL_IMAGES}]"),
+        click.option("--ap-budget", type=click.FloatRange(0), metavar="POINTS",
+                     help="int8: AP that may be lost. [0.3]"),
     )  # fmt: skip
 
     @functools.wraps(function)
@@ -109,9 +109,10 @@ def add_int8_graphs(
         DataError: when the data cannot be used.
     """
     from comask.calib.cache import CACHE
-    from comask.calib.int8 import Validation, add_int8
+    from comask.calib.int8 import add_int8
     from comask.calib.ranges import collect_ranges
     from comask.calib.sampling import choose_images
+    from comask.calib.validation import Validation
 
     from comask.data.open_source import open_source
 
@@ -129,15 +130,16 @@ def add_int8_graphs(
     count = options.calib_images or DEFAULT_CALIB_IMAGES
     data: InstanceSource | Path = Path(options.calib_data)
     if options.calib_data == "shapes":
-        data = open_source("shapes", "train", shapes_images=count, shapes_seed=CALIBRATION_SEED)
+        data = open_source("shapes", "train", shapes_images=4 * count, shapes_seed=CALIBRATION_SEED)
     images = choose_images(data, count, seed, report=report)
     calibration = collect_ranges(bundle, images, cache=bundle.folder / CACHE, report=report)
     described = {
         "data": options.calib_data, "images": len(calibration.images), "seed": seed,
         "method": method,
     }  # fmt: skip
+    some = [image.decode() for image in images[:PROBED_IMAGES]]
     return add_int8(
-        bundle, calibration.ranges(method), validation, calibration=described, report=report
+        bundle, calibration.ranges(method), some, validation, calibration=described, report=report
     )
 
 
@@ -148,11 +150,12 @@ def print_int8(bundle: Bundle, *, to_stderr: bool) -> None:
         f"{task} AP {proof['ap'][task]:.2f} ({proof['ap'][task] - value:+.2f})"
         for task, value in proof["reference"].items()
     )
-    sizes = proof["bytes"]
+    sizes, (loss, error) = proof["bytes"], proof["loss"]
     click.echo(
         f"{bundle.folder}: int8 graphs, {proof['layers'] - len(proof['float_layers'])} of "
         f"{proof['layers']} layers in int8, {sizes['int8'] / sizes['fp32']:.3f} times the size of fp32; "
-        f"on {proof['images']} images {ap}, within {proof['budget']:g} points of PyTorch",
+        f"on {proof['images']} images {ap}: {loss:+.2f} ± {error:.2f} points lost to PyTorch, "
+        f"{proof['budget']:g} may be",
         err=to_stderr,
     )
     for layer in proof["float_layers"]:

@@ -55,14 +55,14 @@ def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable
         batch: default of `--batch`.
     """
     options = (
-        click.option("--device", type=DeviceType(),
-                     help="GPU to run on, or cpu. Default: the first GPU where one can be used."),
-        click.option("--batch", type=click.IntRange(1), default=batch, show_default=True,
-                     help="Images of one size, or frames of a file, that run together."),
+        click.option("--device", type=DeviceType(), metavar="INDEX|cpu",
+                     help="GPU to run on. [the first, else cpu]"),
+        click.option("--batch", type=click.IntRange(1), default=batch, metavar="N",
+                     help=f"Images or frames of one size at once. [{batch}]"),
         click.option("--proposals", type=click.IntRange(1), metavar="N",
-                     help="Look at the N best proposals of an image alone: faster."),
+                     help="Only the N best proposals: faster."),
         click.option("--short-side", type=click.IntRange(1), metavar="PIXELS",
-                     help="Resize images to this in place of the bundle's size: smaller is faster."),
+                     help="Resize to less than the bundle's: faster."),
     )  # fmt: skip
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

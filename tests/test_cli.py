@@ -22,11 +22,15 @@ from comask.evaluate import METRICS, CocoMetrics
 OPTIONS = {
     "train": {"data", "val", "preset", "output", "set", "resume", "eval-only", "print-config"},
     "export": {
-        "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics", "engine",
+        "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics",
+        "calib-data", "calib-images", "calib-method", "calib-seed", "val-images", "ap-budget", "engine",
         "plugin", "profile", "workspace", "optimization-level", "hardware-compatibility",
         "version-compatible", "compute-capability", "rebuild", "json",
     },
-    "infer": {"output", "backend", "save", "threshold", "batch", "every", "track", "json"},
+    "infer": {
+        "output", "backend", "save", "threshold", "device", "batch", "proposals", "short-side", "every",
+        "track", "decode", "encode", "json",
+    },
     "eval": {
         "data", "backend", "results", "images", "tolerance", "trace", "device", "batch", "proposals",
         "short-side", "no-record", "report", "json",

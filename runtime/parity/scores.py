@@ -12,7 +12,9 @@ from comask.runtime.predictor import Predictor
 from comask.runtime.session import Array
 from numpy.typing import NDArray
 
+from comask.bundle import Manifest
 from comask.data.source import InstanceSource
+from comask.errors import DataError
 from comask.evaluate import CocoMetrics, coco_results, score
 from comask.preprocess import Prepared
 from comask.progress import Progress
@@ -35,6 +37,23 @@ class Scores:
     results: Results
 
 
+def labels_in_data(manifest: Manifest, source: InstanceSource) -> NDArray[np.int64]:
+    """The data's label of each of the bundle's, matched by class name.
+
+    Raises:
+        DataError: when the two do not name the same classes.
+    """
+    theirs = {category.name: label for label, category in enumerate(source.categories)}
+    ours = [category.name for category in manifest.categories]
+    if set(theirs) != set(ours):
+        missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+        raise DataError(
+            f"the data's categories are not the bundle's: not in the data {missing[:5]}, "
+            f"not in the bundle {surplus[:5]}; evaluate on data with the classes that were trained"
+        )
+    return np.array([theirs[name] for name in ours], dtype=np.int64)
+
+
 def score_backend(
     predictor: Predictor,
     source: InstanceSource,
@@ -48,7 +67,7 @@ def score_backend(
         predictor: to score.
         source: the data set.
         indices: of the images.
-        labels: the data's label of each of the bundle's.
+        labels: see `labels_in_data`.
         title: of the progress that is shown.
     """
     fine: Results = []

@@ -1,0 +1,93 @@
+"""What a graph's predictions are decoded from, compared before NMS turns any noise into other rows.
+
+That is the pyramid and the RPN's raw outputs in stage 1; class, mask and offset logits in stage 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from comask.calib.layers import graph_layers
+from comask.runtime.ort_session import OrtSession
+from comask.runtime.session import Array
+
+PYRAMID = ("p2", "p3", "p4", "p5")
+LAST_LAYERS = (
+    "rpn.objectness", "rpn.deltas", "classifier.logits", "classifier.deltas", "head.mask",
+    "head.offsets", "fine_head.mask",
+)  # fmt: skip
+CLASSIFIER = "classifier."
+COUNT = "num_detections"
+
+Feeds = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One tensor of a graph.
+
+    Attributes:
+        reading: name of what the layer that gives it reads, see `comask.calib.layers.Reading`.
+        tensor: its name in the graph.
+    """
+
+    reading: str
+    tensor: str
+
+    def depends_on(self, layer: str) -> bool:
+        """Whether its rows stay the same when this layer is disturbed, so that they can be compared.
+
+        The classifier decides which boxes the head looks at.
+        """
+        return self.reading.startswith(CLASSIFIER) == layer.startswith(CLASSIFIER)
+
+
+def predictions(model: onnx.ModelProto) -> list[Prediction]:
+    """All of a graph, the pyramid first."""
+    found = []
+    for layer in graph_layers(model):
+        for use, place in enumerate(layer.nodes):
+            output = model.graph.node[place].output[0]
+            if layer.name in LAST_LAYERS or output in PYRAMID:
+                found.append(Prediction(f"{layer.name}:{use}" if use else layer.name, output))
+    return sorted(found, key=lambda prediction: prediction.tensor not in PYRAMID)
+
+
+def run_predictions(
+    model: onnx.ModelProto, wanted: Sequence[Prediction], images: Sequence[Feeds]
+) -> list[list[Array]]:
+    """Predictions on the CPU, by tensor and image: [rows, channels, …] without padding's rows.
+
+    Args:
+        model: the graph, which may be quantised.
+        wanted: of its fp32 form.
+        images: inputs of the graph, an entry an image.
+    """
+    names = [prediction.tensor for prediction in wanted]
+    stage2 = any(output.name == COUNT for output in model.graph.output)
+    outputs = [*names, COUNT] if stage2 else names
+    graph = with_outputs(model, outputs).SerializeToString()
+    found: list[list[Array]] = [[] for _ in wanted]
+    session = OrtSession(graph, "cpu", optimized=False)
+    for feeds in images:
+        results = session.run(feeds)
+        for rows, prediction in zip(found, wanted, strict=True):
+            array = results[prediction.tensor]
+            if stage2 and prediction.reading.startswith(CLASSIFIER):
+                array = array[feeds["proposal_scores"][0] > 0]
+            elif stage2:
+                array = array[: int(results[COUNT][0])]
+            rows.append(array)
+    session.close()
+    return found
+
+
+def with_outputs(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """A copy that gives these tensors as outputs, and nothing else."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return copy
