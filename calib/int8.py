@@ -14,15 +14,12 @@ from comask.calib.predictions import Feeds
 from comask.calib.qdq import quantize_graph
 from comask.calib.search import Search
 from comask.calib.sensitivity import costs, disturbances
-from comask.calib.validation import Measured, Validation
+from comask.calib.validation import Measured, Scorer
 from comask.runtime.ort_session import OrtSession, ort_stages
-from comask.runtime.parity.scores import labels_in_data
-from comask.runtime.predictor import Predictor
 from comask.runtime.session import Stages
-from comask.runtime.torch_session import model_from_bundle, torch_stages
 from numpy.typing import NDArray
 
-from comask.bundle import STAGES, Bundle, extend, graph_file, scratch_folder, sha256
+from comask.bundle import STAGES, Bundle, Manifest, extend, graph_file, scratch_folder, sha256
 from comask.errors import PrecisionError
 from comask.preprocess import prepare
 
@@ -35,10 +32,9 @@ def add_int8(
     bundle: Bundle,
     largest: Mapping[str, float],
     images: Sequence[NDArray[np.uint8]],
-    validation: Validation,
+    scorer: Scorer,
     *,
     calibration: Mapping[str, Any],
-    batch: int = 8,
     report: Report = lambda line: None,
 ) -> Bundle:
     """Adds int8 graphs to a bundle that keep its AP, or changes nothing.
@@ -47,17 +43,16 @@ def add_int8(
         bundle: with fp32 and fp16 graphs.
         largest: of each activation of both stages, see `quantize_graph`.
         images: a few of the calibration's, u8 [h, w, 3] RGB, on which single layers are quantised.
-        validation: data and budget.
+        scorer: of the bundle, with the budget.
         calibration: how `largest` came about, for the manifest.
-        batch: images that run together.
         report: takes a line before each step.
 
     Raises:
         PrecisionError: when the budget cannot be met, or nothing gets smaller.
-        DataError: when the data have other classes.
     """
+    validation = scorer.validation
     with scratch_folder(bundle.folder, bundle.folder) as folder:
-        candidate = _Candidate(bundle, folder, largest, images, validation, batch, report)
+        candidate = _Candidate(bundle, folder, largest, images, scorer, report)
         search = Search(candidate.loss, validation.budget)
         float_layers, reasons = frozenset[str](), list[dict[str, Any]]()
         if not search.try_all_int8():
@@ -82,7 +77,7 @@ def add_int8(
             "budget": validation.budget,
             "data": validation.name,
             "images": len(validation.indices),
-            "reference": candidate.reference.ap,
+            "reference": scorer.reference.ap,
             "ap": candidate.measured[float_layers].ap,
             "loss": candidate.losses[float_layers],
             "trials": [
@@ -92,14 +87,18 @@ def add_int8(
             "bytes": sizes,
             "latency": None,  # known where GPU engines were timed
         }
-        manifest = bundle.manifest
-        changed = dataclasses.replace(
-            manifest,
-            precisions=(*manifest.precisions, "int8"),
-            files=manifest.files | {name: sha256(path) for name, path in files.items()},
-            verification=manifest.verification | {"int8": proof},
-        )
-        return extend(bundle, folder, changed)
+        made = {name: sha256(path) for name, path in files.items()}
+        return extend(bundle, folder, lambda manifest: _with_int8(manifest, made, proof))
+
+
+def _with_int8(manifest: Manifest, files: dict[str, str], proof: dict[str, Any]) -> Manifest:
+    precisions = (name for name in manifest.precisions if name != "int8")
+    return dataclasses.replace(
+        manifest,
+        precisions=(*precisions, "int8"),
+        files=manifest.files | files,
+        verification=manifest.verification | {"int8": proof},
+    )
 
 
 class _Candidate:
@@ -110,16 +109,14 @@ class _Candidate:
         folder: where the graphs are written.
         largest: see `add_int8`.
         images: see `add_int8`.
-        validation: see `add_int8`.
-        batch: see `add_int8`.
+        scorer: see `add_int8`.
         report: see `add_int8`.
 
     Attributes:
         layers: stage by layer, of those that may become int8.
         without_range: the others, for the manifest.
-        reference: AP of PyTorch in fp32.
         measured: AP of each set of float layers that was tried.
-        losses: what that is below the reference, and the standard error.
+        losses: what that is below PyTorch's, and the standard error.
     """
 
     def __init__(
@@ -128,12 +125,11 @@ class _Candidate:
         folder: Path,
         largest: Mapping[str, float],
         images: Sequence[NDArray[np.uint8]],
-        validation: Validation,
-        batch: int,
+        scorer: Scorer,
         report: Report,
     ) -> None:
         self._bundle, self._folder, self._largest, self._images = bundle, folder, largest, images
-        self._validation, self._batch, self._report = validation, batch, report
+        self._scorer, self._report = scorer, report
         self._graphs = {stage: onnx.load(bundle.graph(stage, BASE)) for stage in STAGES}
         self.layers = {
             layer.name: stage for stage, graph in self._graphs.items() for layer in graph_layers(graph)
@@ -150,16 +146,8 @@ class _Candidate:
         ]
         for name in unknown:
             del self.layers[name]
-        self._labels = labels_in_data(bundle.manifest, validation.source)
         self.measured: dict[frozenset[str], Measured] = {}
         self.losses: dict[frozenset[str], tuple[float, float]] = {}
-        self.reference = self._measure(torch_stages(model_from_bundle(bundle)))
-        if min(self.reference.ap.values()) <= 0:
-            raise PrecisionError(
-                f"PyTorch itself has box AP {self.reference.ap['box']:.2f} and mask AP "
-                f"{self.reference.ap['mask']:.2f} on {validation.name}: there is nothing to lose; name "
-                "other --val-data"
-            )
 
     def write(self, float_layers: frozenset[str]) -> None:
         """The graphs in which these layers stay float."""
@@ -175,24 +163,14 @@ class _Candidate:
             OrtSession(self._folder / graph_file(stage, "int8"), "cpu", optimized=False)
             for stage in STAGES
         )
-        found = self._measure(Stages("onnxruntime:int8", stage1, stage2))
-        loss, error = self.reference.loss_of(found)
+        found = self._scorer.measure(Stages("onnxruntime:int8", stage1, stage2))
+        loss, error = self._scorer.reference.loss_of(found)
         self.measured[float_layers], self.losses[float_layers] = found, (loss, error)
         self._report(
             f"{len(float_layers)} of {len(self.layers)} layers float: box AP {found.ap['box']:.2f}, "
             f"mask AP {found.ap['mask']:.2f}, {loss:+.2f} ± {error:.2f} points lost"
         )
         return loss + error  # or luck on these images would be the promise for others
-
-    def _measure(self, stages: Stages) -> Measured:
-        manifest = self._bundle.manifest
-        with Predictor(
-            stages,
-            manifest.preprocess,
-            mask_threshold=manifest.mask_threshold,
-            max_batch=self._batch,
-        ) as predictor:
-            return self._validation.measure(predictor, self._labels, f"scoring {stages.backend}")
 
     def probe(self) -> tuple[dict[str, float], dict[str, float]]:
         """How much each layer disturbs the predictions, and what it costs."""

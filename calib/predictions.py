@@ -36,10 +36,10 @@ class Prediction:
     reading: str
     tensor: str
 
-    def depends_on(self, layer: str) -> bool:
-        """Whether its rows stay the same when this layer is disturbed, so that they can be compared.
+    def comparable_under(self, layer: str) -> bool:
+        """Whether a disturbance of this layer shows here, in rows that stay the same.
 
-        The classifier decides which boxes the head looks at.
+        The classifier decides which boxes the head looks at, so it is judged by its own outputs.
         """
         return self.reading.startswith(CLASSIFIER) == layer.startswith(CLASSIFIER)
 
@@ -56,14 +56,21 @@ def predictions(model: onnx.ModelProto) -> list[Prediction]:
 
 
 def run_predictions(
-    model: onnx.ModelProto, wanted: Sequence[Prediction], images: Sequence[Feeds]
-) -> list[list[Array]]:
+    model: onnx.ModelProto,
+    wanted: Sequence[Prediction],
+    images: Sequence[Feeds],
+    counts: list[int] | None = None,
+) -> tuple[list[list[Array]], list[int]]:
     """Predictions on the CPU, by tensor and image: [rows, channels, …] without padding's rows.
 
     Args:
         model: the graph, which may be quantised.
         wanted: of its fp32 form.
         images: inputs of the graph, an entry an image.
+        counts: of detections in each image, as a run before gave them; None: as this one does.
+
+    Returns:
+        the predictions, and the counts.
     """
     names = [prediction.tensor for prediction in wanted]
     stage2 = any(output.name == COUNT for output in model.graph.output)
@@ -71,17 +78,20 @@ def run_predictions(
     graph = with_outputs(model, outputs).SerializeToString()
     found: list[list[Array]] = [[] for _ in wanted]
     session = OrtSession(graph, "cpu", optimized=False)
-    for feeds in images:
+    seen = []
+    for place, feeds in enumerate(images):
         results = session.run(feeds)
+        seen.append(int(results[COUNT][0]) if stage2 else 0)
+        count = seen[-1] if counts is None else counts[place]
         for rows, prediction in zip(found, wanted, strict=True):
             array = results[prediction.tensor]
             if stage2 and prediction.reading.startswith(CLASSIFIER):
                 array = array[feeds["proposal_scores"][0] > 0]
             elif stage2:
-                array = array[: int(results[COUNT][0])]
+                array = array[:count]
             rows.append(array)
     session.close()
-    return found
+    return found, seen
 
 
 def with_outputs(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

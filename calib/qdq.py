@@ -108,9 +108,10 @@ class _Placement:
 
     def _scale(self, name: str, largest: NDArray[np.floating], dtype: np.dtype) -> tuple[str, str]:
         """Initializers of a scale in the type of what is quantised, and of zero points."""
-        # Where all is zero any scale serves; f16's smallest keeps one that rounds to zero usable.
-        scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(dtype)
-        scale = np.maximum(scale, np.finfo(dtype).smallest_subnormal)
+        exact = np.where(largest > 0, largest / LARGEST, 1.0)  # where all is zero any scale serves
+        scale = exact.astype(dtype)
+        # rounded up, or the largest value would be clipped; tiny ones round far
+        scale = np.where(scale < exact, np.nextafter(scale, dtype.type(np.inf)), scale)
         names = f"{name}.scale", f"{name}.zero_point"
         self._added += [
             numpy_helper.from_array(scale, names[0]),

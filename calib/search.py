@@ -66,8 +66,9 @@ class Search:
         if not self._fits(frozenset(order)):
             raise PrecisionError(
                 f"the AP budget of {self.budget:g} points cannot be met: with every layer in fp16 "
-                f"{self.trials[-1].loss:.2f} points are lost; give a larger --ap-budget, or look for the "
-                "fault with comask-eval"
+                f"{self.trials[-1].loss:.2f} points must be expected to be lost, the standard error "
+                "included; give a larger --ap-budget or more --val-images, or look for the fault with "
+                "comask-eval"
             )
         low, high = 0, 1  # `high` layers are enough, `low` are not
         while high < len(order) and not self._fits(frozenset(order[:high])):

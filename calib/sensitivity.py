@@ -35,13 +35,12 @@ def disturbances(
         advance: called after each layer.
     """
     wanted = predictions(model)
-    expected = run_predictions(model, wanted, images)
+    expected, counts = run_predictions(model, wanted, images)
     found = {}
     for layer in layers:
-        places = [i for i, prediction in enumerate(wanted) if prediction.depends_on(layer)]
-        noisy = run_predictions(
-            quantize_graph(model, largest, {layer}), [wanted[i] for i in places], images
-        )
+        places = [i for i, prediction in enumerate(wanted) if prediction.comparable_under(layer)]
+        alone = quantize_graph(model, largest, {layer})
+        noisy, _ = run_predictions(alone, [wanted[i] for i in places], images, counts)
         shares = [_noise(expected[i], rows) for i, rows in zip(places, noisy, strict=True)]
         found[layer] = max(shares, default=0.0)
         advance()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from comask.runtime.bench.parts import take_turns
 from comask.runtime.predictor import Predictor
+from comask.runtime.trt.engine_folder import EngineFolder
+from comask.runtime.trt.session import open_engines
 from numpy.typing import NDArray
 
 from comask.bundle import Bundle
@@ -16,26 +19,24 @@ RUNS = 50
 
 
 def measure_speed(
-    bundle: Bundle, flavor: str, images: Sequence[NDArray[np.uint8]]
+    bundle: Bundle, engines: Mapping[str, EngineFolder], images: Sequence[NDArray[np.uint8]]
 ) -> dict[str, float]:
-    """Median seconds an image in both graphs, of `fp16` and `int8` engines that take turns.
+    """Median seconds an image in both graphs, by precision; the engines take turns.
 
     Args:
-        bundle: with engines of both that run here.
-        flavor: `tensorrt` or `tensorrt-rtx`.
+        bundle: of the engines.
+        engines: that run here, by precision.
         images: u8 [h, w, 3], RGB.
     """
-    predictors = {
-        precision: Predictor.load(bundle.folder, f"{flavor}:{precision}", max_batch=1)
-        for precision in ("fp16", "int8")
-    }
     alone = [[image] for image in images]
-    batches = dict.fromkeys(predictors, alone)
-    try:
-        measured = take_turns(predictors, batches, runs=RUNS)
-    finally:
-        for predictor in predictors.values():
-            predictor.close()
+    with contextlib.ExitStack() as stack:
+        predictors = {
+            precision: stack.enter_context(
+                Predictor(open_engines(folder, device=0), bundle.manifest.preprocess, max_batch=1)
+            )
+            for precision, folder in engines.items()
+        }
+        measured = take_turns(predictors, dict.fromkeys(predictors, alone), runs=RUNS)
     return {
         precision: float(np.median(np.add(found.seconds["stage1"], found.seconds["stage2"])))
         for precision, found in measured.items()

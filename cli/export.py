@@ -246,8 +246,8 @@ def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
         _report(f"warning: these engines were not run: {proof['not_run']}")
         return
     click.echo(
-        f"{engines.folder}: agrees with PyTorch on {proof['detections']} detections, boxes within "
-        f"{proof['box']:.1e} px, scores within {proof['score']:.1e}, maps within "
+        f"{engines.folder}: agrees with {proof['reference']} on {proof['detections']} detections, "
+        f"boxes within {proof['box']:.1e} px, scores within {proof['score']:.1e}, maps within "
         f"{max(proof['relative'].values()):.1e} relative",
         err=to_stderr,
     )

@@ -38,26 +38,19 @@ class Int8Options:
     ap_budget: float | None
 
     def wanted(self, precisions: tuple[str, ...], source: Path) -> bool:
-        """Whether int8 graphs are to be made: they are asked for, and `source` is no bundle with some.
+        """Whether int8 graphs are to be made: `source` has none, or options ask for others.
 
         Raises:
             UsageError: for options without int8, and int8 without images.
-            BundleError: when there are int8 graphs, and options to make others.
         """
         from comask.bundle import Bundle
-        from comask.errors import BundleError
 
         given = [f"--{n.replace('_', '-')}" for n in self.__slots__ if getattr(self, n) is not None]
         if "int8" not in precisions:
             if given:
                 raise click.UsageError(f"{given[0]} is for --precision int8")
             return False
-        if source.is_dir() and "int8" in Bundle.open(source).manifest.precisions:
-            if given:
-                raise BundleError(
-                    f"{source}: holds int8 graphs already, so {given[0]} cannot be honoured; export the "
-                    "checkpoint into another bundle to calibrate again"
-                )
+        if source.is_dir() and "int8" in Bundle.open(source).manifest.precisions and not given:
             return False
         if self.calib_data is None:
             raise click.UsageError(
@@ -108,23 +101,31 @@ def add_int8_graphs(
         PrecisionError: when the promise cannot be kept.
         DataError: when the data cannot be used.
     """
+    import numpy as np
     from comask.calib.cache import CACHE
     from comask.calib.int8 import add_int8
     from comask.calib.ranges import collect_ranges
     from comask.calib.sampling import choose_images
-    from comask.calib.validation import Validation
+    from comask.calib.validation import ENOUGH, Scorer, Validation
 
     from comask.data.open_source import open_source
 
     assert options.calib_data is not None
     most = options.val_images or MOST_VAL_IMAGES
     source = open_source(val_data, "val", shapes_images=most, shapes_seed=VALIDATION_SEED)
+    indices = np.random.default_rng(0).permutation(len(source))[:most]  # sorted data begin alike
     validation = Validation(
         source=source,
-        indices=list(range(min(most, len(source)))),
+        indices=sorted(indices.tolist()),
         name=val_data,
         budget=0.3 if options.ap_budget is None else options.ap_budget,
     )
+    if len(indices) < ENOUGH:
+        report(
+            f"warning: AP on {len(indices)} images says little of others, and its error is not known; "
+            f"give {ENOUGH} --val-images or more"
+        )
+    scorer = Scorer(bundle, validation)  # before the calibration: it may refuse
     method: Method = options.calib_method or "error"
     seed = options.calib_seed or 0
     count = options.calib_images or DEFAULT_CALIB_IMAGES
@@ -139,7 +140,7 @@ def add_int8_graphs(
     }  # fmt: skip
     some = [image.decode() for image in images[:PROBED_IMAGES]]
     return add_int8(
-        bundle, calibration.ranges(method), some, validation, calibration=described, report=report
+        bundle, calibration.ranges(method), some, scorer, calibration=described, report=report
     )
 
 
@@ -165,8 +166,8 @@ def print_int8(bundle: Bundle, *, to_stderr: bool) -> None:
         )
     if proof["latency"] is None:
         click.echo(
-            "warning: whether int8 is faster than fp16 was not measured: that takes engines of both and "
-            "a GPU (comask-bench)",
+            "warning: whether int8 is faster than fp16 was not measured; building engines of both on "
+            "a GPU does that",
             err=True,
         )
 
@@ -174,7 +175,9 @@ def print_int8(bundle: Bundle, *, to_stderr: bool) -> None:
 def judge_speed(
     bundle: Bundle, built: list[EngineFolder], images: Callable[[], list[NDArray[np.uint8]]]
 ) -> Bundle:
-    """Compares int8 engines with fp16 ones where a GPU runs both; the times go into the manifest.
+    """Compares int8 engines with fp16 ones where there are both and a GPU that runs them.
+
+    The times go into the manifest.
 
     Raises:
         PrecisionError: when int8 is not faster; its engines are gone then.
@@ -187,35 +190,36 @@ def judge_speed(
     from comask.runtime.gpu import find_gpu
     from comask.runtime.trt.engine_folder import find_engines
 
-    from comask.bundle import write_manifest
+    from comask.bundle import Manifest, update_manifest
     from comask.errors import PrecisionError
 
-    gpu = find_gpu()
-    for folder in built:
-        info = folder.info
-        if info.precision != "int8" or why_not_proved(info, gpu):
+    gpu, kinds = find_gpu(), {(folder.info.flavor, folder.info.plugin) for folder in built}
+    for kind in sorted(kinds):
+        pair = {
+            folder.info.precision: folder
+            for folder in find_engines(bundle)
+            if (folder.info.flavor, folder.info.plugin) == kind
+            and folder.info.precision in ("fp16", "int8")
+            and not why_not_proved(folder.info, gpu)
+        }
+        if len(pair) < 2:
             continue
-        rivals = {(e.info.flavor, e.info.precision) for e in find_engines(bundle)}
-        if (info.flavor, "fp16") not in rivals:
-            click.echo(
-                f"warning: whether int8 is faster than fp16 was not measured: {bundle.folder} holds no "
-                f"fp16 engines for {info.flavor}; build them with --precision fp16",
-                err=True,
-            )
-            continue
-        seconds = measure_speed(bundle, info.flavor, images())
+        seconds = measure_speed(bundle, pair, images())
         try:
             require_faster(seconds)
         except PrecisionError:
-            shutil.rmtree(folder.folder)
+            shutil.rmtree(pair["int8"].folder)
             raise
-        verification = bundle.manifest.verification
-        int8 = verification["int8"] | {"latency": seconds}
-        manifest = dataclasses.replace(bundle.manifest, verification=verification | {"int8": int8})
-        write_manifest(bundle.folder, manifest)
-        bundle = dataclasses.replace(bundle, manifest=manifest)
+
+        def record(manifest: Manifest, seconds: dict[str, float] = seconds) -> Manifest:
+            int8 = manifest.verification["int8"] | {"latency": seconds}
+            return dataclasses.replace(
+                manifest, verification=manifest.verification | {"int8": int8}
+            )
+
+        bundle = update_manifest(bundle.folder, record)
         click.echo(
-            f"{folder.folder}: {1e3 * seconds['int8']:.2f} ms an image in both graphs, fp16 takes "
+            f"{pair['int8'].folder}: {1e3 * seconds['int8']:.2f} ms an image in both graphs, fp16 takes "
             f"{1e3 * seconds['fp16']:.2f} ms",
             err=True,
         )

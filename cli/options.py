@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def command(function: Callable[..., None]) -> click.Command:
             level=logging.INFO if verbose else logging.WARNING, format="%(message)s"
         )
         try:
-            function(**arguments)
+            with _ended_by_sigterm():
+                function(**arguments)
         except ComaskError as error:
             if verbose:
                 raise
@@ -55,6 +59,19 @@ def command(function: Callable[..., None]) -> click.Command:
             sys.exit(130)
 
     return run
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that half-written folders are cleared."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there may signals be handled
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Manifest:
         parity: measurements, the latest of each backend and data set: AP, deltas to PyTorch, when.
         verification: by precision, how its graphs were compared with PyTorch before release; of fp16 and
             int8 also which layers stayed float and why; of int8, how it was calibrated, and its AP.
-        latency: seconds per stage and backend; None until measured.
+        latency: measurements, the latest of each backend, device and batch: median seconds of each part,
+            on which machine and images, when; None until measured.
         comask_version: that wrote the bundle.
         created: time of export, ISO 8601 in UTC.
         schema_version: of this manifest.
@@ -58,12 +60,12 @@ class Manifest:
     categories: tuple[Category, ...]
     mask_threshold: float = 0.5
     precisions: tuple[str, ...] = ("fp32",)
-    graphs: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     parity: list[dict[str, Any]] = field(default_factory=list)
-    verification: dict[str, Any] = field(default_factory=dict)
-    latency: dict[str, Any] | None = None
+    verification: dict[str, dict[str, Any]] = field(default_factory=dict)
+    latency: dict[str, dict[str, Any]] | None = None
     comask_version: str
     created: str
     schema_version: int = SCHEMA_VERSION
@@ -81,19 +83,22 @@ class Manifest:
         """
         try:
             values = json.loads(text)
-            version = values["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise BundleError(
-                    f"has manifest schema {version!r}, this comask reads {SCHEMA_VERSION}: "
-                    f"install the comask that wrote it ({values.get('comask_version')}) or export "
-                    f"the checkpoint again"
-                )
-            values["model"] = from_dict(ModelConfig, values["model"], "model.")
-            values["preprocess"] = from_dict(PreprocessConfig, values["preprocess"], "preprocess.")
-            values["categories"] = tuple(Category(**entry) for entry in values["categories"])
-            values["precisions"] = tuple(values["precisions"])
-            manifest = cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        except json.JSONDecodeError as error:
+            raise BundleError(f"is not a comask manifest: it is no JSON: {error}") from error
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version is None:
+            raise BundleError(
+                "is not a comask manifest: expected a JSON object with schema_version"
+            )
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"has manifest schema {version!r}, this comask reads {SCHEMA_VERSION}: "
+                f"install the comask that wrote it ({values.get('comask_version')}) or export "
+                f"the checkpoint again"
+            )
+        try:
+            manifest = from_dict(cls, values)
+        except ConfigError as error:
             raise BundleError(f"is not a comask manifest: {error}") from error
         if len(manifest.categories) != manifest.model.num_classes:
             raise BundleError(
@@ -186,13 +191,39 @@ def scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def extend(bundle: Bundle, folder: Path, manifest: Manifest) -> Bundle:
-    """Moves the files of a folder into a bundle, then the manifest that names them."""
+def extend(bundle: Bundle, files: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
+    """Moves the files of a folder into a bundle, then changes the manifest so that it names them.
+
+    Args:
+        bundle: to extend.
+        files: a folder on the same file system.
+        change: see `update_manifest`.
+    """
     # until the manifest names them, nobody reads the files
-    for path in folder.iterdir():
+    for path in files.iterdir():
         path.replace(bundle.folder / path.name)
-    write_manifest(bundle.folder, manifest)
-    return Bundle(bundle.folder, manifest)
+    return update_manifest(bundle.folder, change)
+
+
+def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
+    """Changes the manifest as it is now, which may not be what the caller read long ago.
+
+    Args:
+        folder: of the bundle.
+        change: from the manifest that is there to the one to write; called under a lock.
+
+    Raises:
+        BundleError: when there is no bundle by now.
+        OSError: when it cannot be written.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        changed = change(Bundle.open(folder).manifest)
+        write_manifest(folder, changed)
+    finally:
+        os.close(descriptor)
+    return Bundle(folder, changed)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from comask import __version__
 from comask.bundle import (
+    PRECISIONS,
     STAGES,
     WEIGHTS,
     Bundle,
@@ -129,7 +130,21 @@ def add_precisions(
         extended = Bundle(folder, bundle.manifest)
         for precision in precisions:
             extended = _with_graphs(extended, model, precision, images, diagnostics, report)
-        return extend(bundle, folder, extended.manifest)
+        made = extended.manifest
+
+        def add(manifest: Manifest) -> Manifest:
+            return dataclasses.replace(
+                manifest,
+                precisions=tuple(
+                    name for name in PRECISIONS if name in {*manifest.precisions, *precisions}
+                ),
+                files=manifest.files | {path.name: made.files[path.name] for path in new},
+                verification=manifest.verification
+                | {name: made.verification[name] for name in precisions},
+            )
+
+        new = list(folder.iterdir())
+        return extend(bundle, folder, add)
 
 
 def _with_graphs(

@@ -152,7 +152,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_a_cache_is_enough(
     bundle: Bundle, images: list[CalibrationImage], calibration: Calibration, tmp_path: Path
 ) -> None:
-    """No image is decoded and no graph is run again; images besides those asked for are told."""
+    """No image is decoded and no graph is run again."""
     cache = tmp_path / "calibration.json"
     calibration.save(cache)
     before = cache.read_bytes()
@@ -161,11 +161,23 @@ def test_a_cache_is_enough(
         raise AssertionError("decoded again")
 
     lines: list[str] = []
-    asked = [dataclasses.replace(image, decode=fail) for image in images[:3]]
+    asked = [dataclasses.replace(image, decode=fail) for image in images]
     found = collect_ranges(bundle, asked, cache=cache, report=lines.append)
-    assert lines == [f"{cache}: has 3 of 3 images, and 1 more, which count too"]
+    assert lines == [f"{cache}: has 4 of 4 images"]
     assert found == Calibration.load(cache) == calibration
     assert cache.read_bytes() == before
+
+
+def test_images_of_another_choice_do_not_count(
+    bundle: Bundle, images: list[CalibrationImage], calibration: Calibration, tmp_path: Path
+) -> None:
+    cache = tmp_path / "calibration.json"
+    calibration.save(cache)
+    lines: list[str] = []
+    found = collect_ranges(bundle, images[:2], cache=cache, report=lines.append)
+    assert lines == [f"{cache}: has 2 images that were not chosen now; it is made anew"]
+    assert found == collect_ranges(bundle, images[:2], cache=None, report=ignore)
+    assert Calibration.load(cache) == found != calibration
 
 
 def test_order_of_images_does_not_matter(

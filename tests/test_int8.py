@@ -7,61 +7,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from comask.calib.int8 import add_int8
 from comask.calib.layers import graph_layers
 from comask.calib.speed import require_faster
-from comask.calib.validation import Validation
+from comask.calib.validation import Scorer, Validation
+from comask.export.engine_proof import INT8_TOLERANCE
 from comask.export.layer_precision import asked_precisions
-from comask.runtime import Predictor
+from comask.export.verify import verification_batches, verify
+from comask.runtime.ort_session import OrtSession, ort_stages
+from comask.runtime.session import Stages
 from comask.runtime.trt.engine_folder import find_engines
 from comask.runtime.trt.flavors import load_flavor
-from conftest import run
+from conftest import int8_arguments, run
+from onnx import numpy_helper
 
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.data.coco import coco_source
-from comask.errors import BackendUnavailableError, PrecisionError
+from comask.data.shapes import ShapesSource
+from comask.errors import BackendUnavailableError, ParityError, PrecisionError
 
 INT8 = {graph_file(stage, "int8") for stage in STAGES}
-
-
-@pytest.fixture(scope="module")
-def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images whose annotations are PyTorch's own detections: on them its AP is high, though it was
-    hardly trained, and whoever differs from it loses AP."""
-    data = tmp_path_factory.mktemp("truth") / "data"
-    assert run("shapes", data, "--images", 4, "--seed", 11).exit_code == 0
-    file = data / "annotations" / "instances.json"
-    content = json.loads(file.read_text())
-    content["annotations"] = []
-    with Predictor.load(micro_fp16, "torch") as predictor:
-        for image in content["images"]:
-            found = predictor(data / "images" / image["file_name"])
-            for entry in found[:5].to_coco(image["id"]):
-                _, _, w, h = entry["bbox"]
-                content["annotations"].append(
-                    entry | {"id": len(content["annotations"]) + 1, "area": w * h, "iscrowd": 0}
-                )
-    file.write_text(json.dumps(content))
-    return data
-
-
-def arguments(bundle: Path, data: Path, *more: object) -> tuple[object, ...]:
-    return (
-        "export", bundle, "--precision", "int8", "--calib-data", data, "--calib-images", 3,
-        "--val-data", data, "--verify-images", 1, *more,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(micro_fp16: Path, own_truth: Path, tmp_path_factory: Any) -> Path:
-    folder = tmp_path_factory.mktemp("int8") / "bundle"
-    shutil.copytree(micro_fp16, folder)
-    result = run(*arguments(folder, own_truth, "--ap-budget", 100))
-    assert result.exit_code == 0, result.output
-    assert "whether int8 is faster than fp16 was not measured" in result.output
-    return folder
 
 
 def test_the_bundle_gets_int8_graphs_and_their_story(int8_bundle: Path, own_truth: Path) -> None:
@@ -98,12 +66,24 @@ def test_it_runs_and_is_not_made_again(int8_bundle: Path, own_truth: Path, tmp_p
                "--backend", "onnxruntime:int8")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "detections.json").read_text())
-    again = run(*arguments(int8_bundle, own_truth))
-    assert again.exit_code == 1
-    assert "holds int8 graphs already, so --calib-data cannot be honoured" in again.output
     plain = run("export", int8_bundle, "--precision", "int8")
     assert plain.exit_code == 0, plain.output
     assert "holds int8 graphs already; they stay" in plain.output
+
+
+def test_another_method_replaces_it_without_another_calibration(
+    int8_bundle: Path, own_truth: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
+    before = Bundle.open(folder).manifest
+    done = run(*int8_arguments(folder, own_truth, "--ap-budget", 100, "--calib-method", "minmax"))
+    assert done.exit_code == 0, done.output
+    assert "calibration.json: has 3 of 3 images" in done.output
+    after = Bundle.open(folder).manifest
+    assert after.precisions == before.precisions
+    assert after.verification["int8"]["calibration"]["method"] == "minmax"
+    for name in INT8:
+        assert after.files[name] == sha256(folder / name) != before.files[name]
 
 
 def test_what_must_be_kept_float_is_found(
@@ -122,7 +102,8 @@ def test_what_must_be_kept_float_is_found(
     )
     lines: list[str] = []
     images = [source.image(i) for i in range(2)]
-    found = add_int8(bundle, spoilt, images, validation, calibration={}, report=lines.append)
+    scorer = Scorer(bundle, validation)
+    found = add_int8(bundle, spoilt, images, scorer, calibration={}, report=lines.append)
     proof = found.manifest.verification["int8"]
     assert "classifier.fc1" in {entry["layer"] for entry in proof["float_layers"]}
     assert len(proof["float_layers"]) < proof["layers"] / 2
@@ -141,10 +122,11 @@ def test_refusals(micro_fp16: Path, own_truth: Path, tmp_path: Path) -> None:
     idle = run("export", folder, "--precision", "fp16", "--ap-budget", "1")
     assert idle.exit_code == 2
     assert "--ap-budget is for --precision int8" in idle.output
-    # of these images the network knows nothing
-    empty = run(*arguments(folder, own_truth, "--val-data", "shapes", "--val-images", 2))
+    # of these images the network knows nothing, which is seen before the calibration
+    empty = run(*int8_arguments(folder, own_truth, "--val-data", "shapes", "--val-images", 2))
     assert empty.exit_code == 1
-    assert {p.name for p in folder.iterdir()} <= {*before, "calibration.json"}
+    assert "there is nothing to lose" in empty.output
+    assert {p.name for p in folder.iterdir()} == before
     assert Bundle.open(folder).manifest.precisions == ("fp32", "fp16")
 
 
@@ -172,3 +154,40 @@ def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) 
         layers = engines.info.layers[stage]
         assert layers["network"]["int8"] > 0.8 * layers["of"]
         assert set(layers["network"]) <= {"int8", "fp16"}
+
+
+def test_graphs_that_do_not_get_smaller_are_refused(
+    micro_fp16: Path, int8_bundle: Path, own_truth: Path, tmp_path: Path
+) -> None:
+    """Without a single range every layer stays float."""
+    bundle = Bundle.open(Path(shutil.copytree(micro_fp16, tmp_path / "bundle")))
+    source = coco_source(own_truth, "val")
+    scorer = Scorer(bundle, Validation(source=source, indices=[0, 1], name="own", budget=100))
+    with pytest.raises(PrecisionError, match="nothing gets smaller"):
+        add_int8(bundle, {}, [source.image(0)], scorer, calibration={})
+    assert {path.name for path in bundle.folder.iterdir()} == {p.name for p in micro_fp16.iterdir()}
+
+
+# not of the classifier: before training its scores are all alike
+@pytest.mark.parametrize("layer", ["backbone.layer2.0.conv1", "mfpn.fpn.lateral.0", "head.mask"])
+def test_an_engine_that_is_not_its_graph_would_be_refused(
+    int8_bundle: Path, tmp_path: Path, layer: str
+) -> None:
+    """The tolerance of int8 engines, on a graph with one layer's scale times 1.5."""
+    bundle = Bundle.open(int8_bundle)
+    source = ShapesSource(num_images=2, seed=5)
+    batches = verification_batches([source.image(0)], bundle.manifest.preprocess)[:1]
+    sessions = []
+    for stage in STAGES:
+        model = onnx.load(bundle.graph(stage, "int8"))
+        for tensor in model.graph.initializer:
+            if tensor.name == f"model.{layer}.weight.scale":
+                scaled = numpy_helper.to_array(tensor) * np.float16(1.5)
+                tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+        sessions.append(OrtSession(model.SerializeToString(), "cpu", optimized=False))
+    with ort_stages(bundle, "int8", "cpu") as sound:
+        verify(sound, sound, batches, bundle.manifest.model, INT8_TOLERANCE)
+        with pytest.raises(ParityError):
+            verify(
+                sound, Stages("wrong", *sessions), batches, bundle.manifest.model, INT8_TOLERANCE
+            )
