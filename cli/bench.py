@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from comask.cli.bench_sweep import run_sweep
 from comask.cli.bench_timing import Timing, run_timing
 from comask.cli.bench_work import Sweep
@@ -15,7 +16,7 @@ from comask.cli.predictor_options import PredictorOptions, predictor_options
 
 LOSS = 0.5  # AP points
 SWEEP_ONLY = ("data", "limit", "max_loss", "grid")
-TIMING_ONLY = ("images", "size", "warmup")
+TIMING_ONLY = ("images", "size", "warmup", "no_record")
 
 
 @command
@@ -63,7 +64,7 @@ def main(
     comask-bench bundle --sweep --data /data/coco --max-loss 0.3 --plot pareto.png
     comask-bench bundle --sweep --data shapes --grid proposals=100,50 --grid batch=1
     """
-    _check_usage(backends, how, sweep, runs, rest)
+    _check_usage(backends, how, sweep, runs, {"no_record": no_record or None} | rest)
     if plot is not None:
         from comask.cli.bench_plots import check_plot
 
@@ -112,7 +113,8 @@ def _check_usage(
         return
     if rest["data"] is None:
         raise click.UsageError("--sweep needs --data: AP is measured on images with known objects")
-    batch = None if how.max_batch == 1 else how.max_batch
+    given = click.get_current_context().get_parameter_source("batch") != ParameterSource.DEFAULT
+    batch = how.max_batch if given else None
     for name, value in (
         ("proposals", how.proposals), ("short-side", how.short_side), ("batch", batch)
     ):  # fmt: skip

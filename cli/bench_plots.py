@@ -37,7 +37,9 @@ def check_plot(path: Path) -> None:
 
 
 def draw_timing(report: dict[str, Any], path: Path) -> None:
-    """The median of each part, stacked to a bar a backend.
+    """The median of all parts as a bar a backend, divided as the medians of the parts are.
+
+    Medians of parts do not add up to the median of their sums, which the label and the table name.
 
     Args:
         report: as `comask-bench --json` writes it.
@@ -47,19 +49,21 @@ def draw_timing(report: dict[str, Any], path: Path) -> None:
     figure = _figure(9, 1.9 + 0.6 * len(backends))
     axes = figure.subplots()
     names = list(backends)[::-1]  # the first on top
+    parts = list(HEADS)[:-1]
+    of_part = {n: {p: v["p50"] for p, v in backends[n]["milliseconds"].items()} for n in names}
+    scale = [of_part[n]["sum"] / sum(of_part[n][part] for part in parts) for n in names]
     left = [0.0] * len(names)
-    for (part, head), color in zip(list(HEADS.items())[:-1], COLORS, strict=True):
-        values = [backends[name]["milliseconds"][part]["p50"] for name in names]
-        axes.barh(names, values, left=left, color=color, label=head, height=0.6)
+    for part, color in zip(parts, COLORS, strict=True):
+        values = [of_part[n][part] * share for n, share in zip(names, scale, strict=True)]
+        axes.barh(names, values, left=left, color=color, label=HEADS[part], height=0.6)
         left = [start + value for start, value in zip(left, values, strict=True)]
     for place, (name, end) in enumerate(zip(names, left, strict=True)):
-        total = backends[name]["milliseconds"]["sum"]["p50"]  # other than the sum of the medians
-        text = f" {total:.4g} ms, ratio {backends[name]['ratio']:.2f}"
+        text = f" {end:.4g} ms, ratio {backends[name]['ratio']:.2f}"
         axes.text(end, place, text, va="center", fontsize=9)
     axes.set_xlim(0, 1.22 * max(left))
     batch = report["batch"]
     what = "an image" if batch == 1 else f"a batch of {batch}"
-    axes.set_xlabel(f"median milliseconds of {what}")
+    axes.set_xlabel(f"median milliseconds of {what}, divided as the medians of its parts")
     axes.set_title(f"{report['subject']}, {machine_line(report['machine'])}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=9, frameon=False)
     _clear(axes)
@@ -85,9 +89,8 @@ def draw_sweep(report: dict[str, Any], path: Path) -> None:
         points = _places([entry for entry in near if entry["backend"] == backend])
         axes.scatter(*points, marker=marker, color=color, alpha=0.7, s=36, label=backend)
     if far := [entry for entry in settings if entry["loss"] > top]:
-        times = [entry["ms_per_image"] for entry in far]
         axes.scatter(
-            times, [top] * len(far), marker="^", facecolors="none", edgecolors=LIMIT, s=50,
+            _places(far)[0], [top] * len(far), marker="^", facecolors="none", edgecolors=LIMIT, s=50,
             label=f"loses more than {top:.2g}", clip_on=False,
         )  # fmt: skip
     chosen = _places([entry for entry in settings if entry["chosen"]])
@@ -99,19 +102,21 @@ def draw_sweep(report: dict[str, Any], path: Path) -> None:
         report["max_loss"], color=LIMIT, linestyle="--", linewidth=1,
         label=f"--max-loss {report['max_loss']:g}",
     )  # fmt: skip
+    times, losses = _places(front)
+    losses = [min(loss, top) for loss in losses]  # what lies beyond is on the edge, like its mark
     axes.step(
-        *_places(front), where="post", color="black", linewidth=1, zorder=1, label="Pareto front"
-    )
-    for number, entry in enumerate(front, 1):
+        times, losses, where="post", color="black", linewidth=1, zorder=1, clip_on=False,
+        label="Pareto front",
+    )  # fmt: skip
+    for number, (entry, time, loss) in enumerate(zip(front, times, losses, strict=True), 1):
         axes.plot(
             [], [], " ", marker=f"${number}$", color="black", label=_named(entry),
             markersize=6 if number < 10 else 10,
         )  # fmt: skip
-        place = entry["ms_per_image"], entry["loss"]
-        if entry in near:
-            axes.annotate(
-                str(number), place, xytext=(7, 7), textcoords="offset points", fontweight="bold"
-            )
+        axes.annotate(
+            str(number), (time, loss), xytext=(7, 7 if entry in near else -15),
+            textcoords="offset points", fontweight="bold",
+        )  # fmt: skip
     axes.set_xlabel("milliseconds an image")
     axes.set_ylabel("AP points lost, boxes or masks, whichever more")
     what = f"{report['images']} images of {report['data']}"

@@ -11,6 +11,9 @@ from comask.cli.bench_work import Sweep, Work
 from comask.cli.options import write_json
 from comask.cli.predictor_options import PredictorOptions
 
+from comask.config import require_count
+from comask.errors import ConfigError
+
 if TYPE_CHECKING:
     from comask.bundle import Manifest
 
@@ -24,6 +27,7 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> bool:
     """Scores, prints and draws; False when it was interrupted, and covers a part of the grid.
 
     Raises:
+        ConfigError: the bundle cannot run what the grid names, or nothing of it runs here.
         DataError: the data has other classes than the bundle, or nothing to score.
     """
     from comask.cli.bench_sweep_report import sweep_report
@@ -51,6 +55,9 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> bool:
 
         draw_sweep(report, plot)
     write_json(json_file, report)
+    asked = {entry.setting for entry in work.scored if entry.setting.batch in batches}
+    if finished and not any((s.proposals, s.short_side) in settings for s in asked):
+        raise ConfigError(f"nothing of the grid runs here: {work.skipped[0][1]}")
     return finished
 
 
@@ -63,6 +70,10 @@ def parse_grid(
 
     Returns:
         batches, and pairs of proposals and short side.
+
+    Raises:
+        UsageError: an assignment is none.
+        ConfigError: the bundle has no such proposals or short side.
     """
     side, multiple = manifest.preprocess.short_side, manifest.preprocess.pad_multiple
     values = {
@@ -82,5 +93,9 @@ def parse_grid(
                 f"on, as in --grid proposals=1000,300"
             )
         values[name] = [int(n) for n in numbers]
+    for count in values["proposals"]:
+        require_count("--grid proposals", count, manifest.model.proposals)
+    for length in values["short-side"]:
+        manifest.preprocess.resized(length)  # raises
     pairs = [(count, side) for side in values["short-side"] for count in values["proposals"]]
     return list(dict.fromkeys(values["batch"])), list(dict.fromkeys(pairs))

@@ -28,7 +28,7 @@ def sweep_report(work: Work, *, finished: bool) -> dict[str, Any]:
     return {
         "bundle": str(sweep.bundle),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(sweep.device if isinstance(sweep.device, int) else 0),
+        "machine": describe_machine(sweep.device),
         "data": sweep.data,
         "images": len(work.indices),
         "runs": sweep.runs,

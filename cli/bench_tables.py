@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 MIB = 2**20
 HEADS = {
@@ -27,42 +28,52 @@ def console(*, to_stderr: bool) -> Console:
     )
 
 
-def print_timing(report: dict[str, Any], *, to_stderr: bool) -> None:
-    """Milliseconds by part, then one line a backend with everything else."""
+def _table(title: str, *heads: str) -> Table:
+    """A table that is no wider than 80 columns; numbers under `heads`, text under empty ones."""
     from rich.table import Table
 
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in heads:
+        text = head in ("", "backend")
+        table.add_column(head, justify="left" if text else "right", no_wrap=True)
+    return table
+
+
+def print_timing(report: dict[str, Any], *, to_stderr: bool) -> None:
+    """Milliseconds by part, then one line a backend with everything else."""
     out = console(to_stderr=to_stderr)
     batch = report["batch"]
-    parts = Table(title="milliseconds" if batch == 1 else f"milliseconds of a batch of {batch}")
-    parts.add_column("backend", no_wrap=True)
-    parts.add_column("")
-    for head in HEADS.values():
-        parts.add_column(head, justify="right")
-    rest = Table()
-    rest.add_column("backend", no_wrap=True)
-    for head in ("images/s", "ratio", "outside\nstages", "detections\nan image", "cores\nbusy",
-                 "memory\nMiB", "GPU\nMiB", "stream\nms", "stream\nimages/s"):  # fmt: skip
-        rest.add_column(head, justify="right")
+    title = "milliseconds" if batch == 1 else f"milliseconds of a batch of {batch}"
+    parts = _table(title, "backend", "", *(head.replace("+", "\n+") for head in HEADS.values()))
+    rest = _table(
+        "batch after batch", "backend", "images\n/s", "ratio", "outside\nstages",
+        "detections\nan image", "cores\nbusy", "memory\nMiB", "GPU\nMiB",
+    )  # fmt: skip
+    streams = _table("as a stream of frames", "backend", "ms\np50", "images\n/s", "GPU\nMiB")
     for name, found in report["backends"].items():
         for rank in ("p50", "p90", "p99"):
-            values = (f"{found['milliseconds'][part][rank]:.2f}" for part in HEADS)
-            last = rank == "p99"
-            parts.add_row(name if rank == "p50" else "", rank, *values, end_section=last)
-        stream = found["stream"]
+            values = (_number(found["milliseconds"][part][rank]) for part in HEADS)
+            parts.add_row(name if rank == "p50" else "", rank, *values)
         rest.add_row(
             name,
-            f"{found['images_per_second']:.2f}",
+            _number(found["images_per_second"]),
             f"{found['ratio']:.2f}",
             f"{100 * found['outside_stages']:.2f} %",
             f"{found['detections_per_image']:.1f}",
             f"{found['cores_busy']:.1f}",
             _mib(found["resident_bytes"]),
             _mib(found["gpu_bytes"]),
-            f"{stream['milliseconds']['p50']:.2f}" if stream else "-",
-            f"{stream['images_per_second']:.1f}" if stream else "-",
         )
-    out.print(parts)
-    out.print(rest)
+        if stream := found["stream"]:
+            streams.add_row(
+                name,
+                _number(stream["milliseconds"]["p50"]),
+                f"{stream['images_per_second']:.1f}",
+                _mib(stream["gpu_bytes"]),
+            )
+    for table in (parts, rest, streams):
+        if table.row_count:
+            out.print(table, "")
     canvases = ", ".join(f"{height}x{width}" for height, width in report["canvases"])
     out.print(
         f"{report['subject']} on canvases of {canvases}; {report['runs']} runs of each in turn; "
@@ -82,24 +93,21 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 def print_sweep(report: dict[str, Any], *, to_stderr: bool) -> None:
     """All settings by falling speed, what was skipped, and the choice."""
-    from rich.table import Table
-
     out = console(to_stderr=to_stderr)
-    table = Table(title=f"AP points on {report['images']} images, against milliseconds")
-    for head in ("", "backend"):
-        table.add_column(head)
-    for head in ("proposals", "short side", "batch", "box AP", "mask AP", "loss", "ms/image",
-                 "ms/batch", "ratio"):  # fmt: skip
-        table.add_column(head, justify="right")
+    table = _table(
+        f"AP points on {report['images']} images, against milliseconds", "", "backend",
+        "pro-\nposals", "short\nside", "batch", "box\nAP", "mask\nAP", "loss", "ms an\nimage",
+        "ms a\nbatch", "ratio",
+    )  # fmt: skip
     for entry in report["settings"]:
         table.add_row(
             mark(entry), entry["backend"],
             *(str(entry[key]) for key in ("proposals", "short_side", "batch")),
-            *(f"{entry[key]:.2f}" for key in (
+            *(_number(entry[key]) for key in (
                 "box_ap", "mask_ap", "loss", "ms_per_image", "ms_per_batch", "ratio")),
             style="bold" if entry["chosen"] else None,
         )  # fmt: skip
-    out.print(table)
+    out.print(table, "")
     out.print("> fastest within the loss, * on the Pareto front, = the bundle's own setting")
     for entry in report["skipped"]:
         out.print(f"skipped: {entry['setting']}: {entry['reason']}")
@@ -113,6 +121,11 @@ def mark(entry: dict[str, Any]) -> str:
     """What a setting of a sweep's report is, in signs."""
     signs = {"chosen": ">", "on_front": "*", "reference": "="}
     return "".join(sign for key, sign in signs.items() if entry[key])
+
+
+def _number(value: float) -> str:
+    """Two decimals, fewer where they would not fit a column."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _mib(size: int | None) -> str:

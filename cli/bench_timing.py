@@ -59,11 +59,10 @@ def run_timing(timing: Timing, plot: Path | None, json_file: str | None) -> None
     opened = Bundle.open(timing.bundle)
     pictures, subject = _pictures(timing, opened.manifest)
     names = runnable(opened, timing.backends, timing.how)
-    device = timing.how.device
     report: dict[str, Any] = {
         "bundle": str(timing.bundle),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(device if isinstance(device, int) else 0),
+        "machine": describe_machine(timing.how.device),
         "subject": subject,
         "batch": timing.how.max_batch,
         "proposals": timing.how.proposals,  # null: the bundle's
@@ -78,7 +77,7 @@ def run_timing(timing: Timing, plot: Path | None, json_file: str | None) -> None
 
         draw_timing(report, plot)
     if timing.record:
-        _record(opened, report)
+        _record(timing, report)
     write_json(json_file, report)
 
 
@@ -139,19 +138,21 @@ def _measure(
         # the other backends take frames one at a time, as they were measured
         streams = {
             name: measure_stream(predictor, batches, runs=timing.runs)
-            if predictor.stages.backend.startswith("tensorrt")
-            else None
+            | {"gpu_bytes": memory[name].stream}
             for name, predictor in predictors.items()
+            if predictor.stages.gpu is not None
         }
+        stages = {name: predictor.stages for name, predictor in predictors.items()}
     reference = measured[names[0]]
     return {
         "canvases": sorted({canvas_of(image, preprocess) for image in pictures}),
         "backends": {
-            name: _summary(measured[name], reference)
+            name: {"runs_as": stages[name].backend, "device": stages[name].device}
+            | _summary(measured[name], reference)
             | {
                 "resident_bytes": memory[name].resident,
                 "gpu_bytes": memory[name].gpu,
-                "stream": streams[name],
+                "stream": streams.get(name),
             }
             for name in names
         },
@@ -188,16 +189,25 @@ def _largest(images: list[Pixels], preprocess: PreprocessConfig) -> tuple[int, i
     return height, width
 
 
-def _record(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Puts the medians into the manifest, in place of older ones of the same backend."""
-    from comask.bundle import write_manifest
+def _record(timing: Timing, report: dict[str, Any]) -> None:
+    """Puts the medians into the manifest, in place of older ones of that backend, device and batch."""
+    from comask.bundle import Bundle, write_manifest
 
-    shared = ("when", "machine", "subject", "canvases", "batch", "proposals", "short_side", "runs")
-    latency = dict(bundle.manifest.latency or {})
-    for name, found in report["backends"].items():
+    manifest = Bundle.open(timing.bundle).manifest  # as it is by now: others may have written to it
+    own = (manifest.model.proposals, manifest.preprocess.short_side)
+    how = timing.how
+    if (how.proposals or own[0], how.short_side or own[1]) != own:
+        click.echo("not recorded in the bundle, as this is another setting than its own", err=True)
+        return
+    shared = {
+        key: report[key] for key in ("when", "machine", "subject", "canvases", "batch", "runs")
+    }
+    latency = dict(manifest.latency or {})
+    for found in report["backends"].values():
+        key = f"{found['runs_as']} on {found['device']}, batch {report['batch']}"
         medians = {part: value["p50"] / 1000 for part, value in found["milliseconds"].items()}
-        latency[name] = {"seconds": medians, **{key: report[key] for key in shared}}
+        latency[key] = {"seconds": medians, "device": found["device"], **shared}
     try:
-        write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, latency=latency))
+        write_manifest(timing.bundle, dataclasses.replace(manifest, latency=latency))
     except OSError as error:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)

@@ -12,6 +12,7 @@ from comask.cli.bench_front import Scored, Setting
 from comask.cli.predictor_options import PredictorOptions
 
 from comask.errors import ComaskError, ConfigError, DataError, EngineError
+from comask.progress import Progress
 
 if TYPE_CHECKING:
     from comask.runtime import Predictor
@@ -115,8 +116,8 @@ class Work:
     ) -> None:
         """AP once, as it does not depend on the batch; then the time of each batch."""
         try:
-            metrics = self._score(dataclasses.replace(setting, batch=max(batches)), title)
-            times = list(self._timed(setting, batches, reference))
+            metrics = self._score(dataclasses.replace(setting, batch=max(batches)), f"{title}, AP")
+            times = list(self._timed(setting, batches, reference, title))
         except (EngineError, ConfigError) as error:
             if not self.scored:
                 raise
@@ -140,7 +141,7 @@ class Work:
             return score_backend(predictor, self._source, self.indices, labels, title).fine
 
     def _timed(
-        self, setting: Setting, batches: list[int], reference: Predictor
+        self, setting: Setting, batches: list[int], reference: Predictor, title: str
     ) -> Iterator[tuple[Setting, float]]:
         """Each batch that runs, and its milliseconds.
 
@@ -159,11 +160,15 @@ class Work:
                     self._skip(timed, error)
                     continue
                 groups = parts.full_batches(self._pictures, predictor.preprocess, batch)
-                found = parts.take_turns(
-                    {"own": reference, "tried": predictor},
-                    {"own": single, "tried": groups},
-                    runs=self.sweep.runs,
-                )
+                with Progress(
+                    f"{title}, timing batch {batch}", self.sweep.runs, unit="runs"
+                ) as done:
+                    found = parts.take_turns(
+                        {"own": reference, "tried": predictor},
+                        {"own": single, "tried": groups},
+                        runs=self.sweep.runs,
+                        advance=done.advance,
+                    )
             if self._own_ms is None:  # the first is the own one itself
                 self._own_ms = 1000 * found["own"].median
                 yield timed, self._own_ms

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,13 @@ from comask.progress import LINE_SECONDS, Progress
 
 if TYPE_CHECKING:
     from comask.runtime import Predictor
-    from comask.runtime.video import Frame, Sink, VideoPipeline, VideoReport, VideoSource, Where
+    from comask.runtime.video import (
+        Sink,
+        SourceFrame,
+        VideoReport,
+        VideoSource,
+        Where,
+    )
 
     from comask.structures import Detections
 
@@ -101,7 +107,7 @@ class VideoOptions:
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into a call of `stop`; the second one ends the process as usual.
+    """Turns SIGINT and SIGTERM into a request to stop; the second one ends the process as usual.
 
     Attributes:
         signal: the number of the one that came, 0 for none.
@@ -109,27 +115,28 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._pipeline: VideoPipeline | None = None
 
     @contextlib.contextmanager
-    def stops(self, pipeline: VideoPipeline) -> Iterator[None]:
-        """In this block, a signal stops `pipeline`."""
-        self._pipeline = pipeline
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._received) for number in numbers]
-        self._before = dict(zip(numbers, before, strict=True))
+    def on_signal(self, stop: Callable[[], None] | None = None) -> Iterator[None]:
+        """In this block, a signal sets `signal`, and calls `stop`."""
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def received(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            restore()
+            if stop is not None:
+                stop()
+
+        for number in before:
+            signal.signal(number, received)
         try:
             yield
         finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for known, handler in self._before.items():
-            signal.signal(known, handler)
-        assert self._pipeline is not None
-        self._pipeline.stop()
+            restore()
 
 
 def run_video(
@@ -167,7 +174,7 @@ def run_video(
         tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None
         sinks.append(stack.enter_context(_Shown(source, options.every)))
         pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
-        stack.enter_context(stop.stops(pipeline))
+        stack.enter_context(stop.on_signal(pipeline.stop))
         report = pipeline.run()
     problems = [report.problem] if report.problem else []
     if report.damaged and not source.live:
@@ -187,7 +194,7 @@ class _Shown(contextlib.ExitStack):
             total = -(-source.frames // every)
             self._progress = self.enter_context(Progress(source.name, total, unit="frames"))
 
-    def add(self, frame: Frame, found: Detections, track_ids: Any) -> None:
+    def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
         """Counts one frame."""
         self._count += 1
         if self._progress:

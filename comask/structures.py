@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ class Detections:
         class_names: the name of each label, where known.
         category_ids: the data set's id of each label (COCO's have gaps); label + 1 where unknown.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
-        rles: N COCO RLEs of the masks, where something found them already; see `to_rle`.
 
     Raises:
         ValueError: when a field has another shape or dtype than written here.
@@ -43,7 +42,6 @@ class Detections:
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     mask_threshold: float = 0.5
-    rles: tuple[dict[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -60,8 +58,6 @@ class Detections:
                     f"Detections.{name}: expected {np.dtype(dtype)} {shape} for {count} scores, "
                     f"got {array.dtype} {array.shape}"
                 )
-        if self.rles is not None and len(self.rles) != count:
-            raise ValueError(f"Detections.rles: expected {count}, got {len(self.rles)}")
         if min(self.image_size) < 1:
             raise ValueError(f"Detections.image_size: expected (h, w) ≥ 1, got {self.image_size}")
         names = self.class_names
@@ -77,10 +73,7 @@ class Detections:
 
     def __getitem__(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
         """The chosen rows of every field; `index` is a slice, a mask or an array of places."""
-        rles = self.rles
-        if rles is not None:
-            rles = tuple(rles[i] for i in np.arange(len(self))[index])
-        return Detections(
+        chosen = Detections(
             boxes_xyxy=self.boxes_xyxy[index],
             scores=self.scores[index],
             labels=self.labels[index],
@@ -89,8 +82,10 @@ class Detections:
             class_names=self.class_names,
             category_ids=self.category_ids,
             mask_threshold=self.mask_threshold,
-            rles=rles,
         )
+        if not self.has_rles:
+            return chosen
+        return chosen.with_rles([self._rles[i] for i in np.arange(len(self))[index]])
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
@@ -103,11 +98,34 @@ class Detections:
 
     def to_rle(self) -> list[dict[str, Any]]:
         """One COCO RLE (`size`, `counts` as str) an instance, equal to pycocotools' of `masks`."""
-        if self.rles is not None:
-            return [dict(rle) for rle in self.rles]
+        return [dict(rle) for rle in self._rles]
+
+    @cached_property
+    def _rles(self) -> Sequence[dict[str, Any]]:
+        # No field: `dataclasses.replace` would carry them to other masks.
         return rles_from_mask_probs(
             self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold
         )
+
+    @property
+    def has_rles(self) -> bool:
+        """Whether the RLEs are known, so that `to_rle` and `to_coco` find nothing any more."""
+        return "_rles" in self.__dict__
+
+    def with_rles(self, rles: Sequence[dict[str, Any]]) -> Detections:
+        """The same with the RLEs of its masks, which something else found; a changed copy has none.
+
+        Args:
+            rles: one for each instance, as `to_rle` would give them.
+
+        Raises:
+            ValueError: when there are more or fewer.
+        """
+        if len(rles) != len(self):
+            raise ValueError(f"Detections.with_rles: expected {len(self)} RLEs, got {len(rles)}")
+        same = replace(self)
+        same.__dict__["_rles"] = rles
+        return same
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """COCO results: `image_id`, `category_id`, `bbox` (x, y, w, h), `score`, `segmentation`."""

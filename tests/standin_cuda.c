@@ -308,7 +308,21 @@ int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream)
     return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
 }
 
+int standin_ordinal; /* of the GPU that all memory is said to lie on */
+
+int cuPointerGetAttribute(void *value, int attribute, const void *address) {
+    if (attribute != 9 || !is_device(address, 1)) return INVALID_VALUE;
+    *(int *)value = standin_ordinal;
+    return SUCCESS;
+}
+
 int cuMemAlloc_v2(void **address, size_t bytes) { return allocate(address, bytes, 0); }
+
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+    cuDeviceTotalMem_v2(total, 0);
+    *free = *total - standin_counts.device_bytes;
+    return current_context ? SUCCESS : INVALID_CONTEXT;
+}
 
 int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
     return flags ? INVALID_VALUE : allocate(address, bytes, 1);

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from comask.cli import bench_timing
 from comask.runtime import Predictor
-from comask.runtime.bench.memory import peak_memory
+from comask.runtime.bench import machine, memory, streamed
+from comask.runtime.bench.machine import describe_machine
+from comask.runtime.bench.memory import PeakMemory, peak_memory
 from comask.runtime.bench.parts import (
     MOST_WARM_UPS,
     PARTS,
@@ -24,14 +30,16 @@ from comask.runtime.bench.parts import (
     timed,
     warm_up,
 )
-from comask.runtime.bench.streamed import measure_stream
+from comask.runtime.bench.streamed import fill_slots, measure_stream
+from comask.runtime.gpu import Gpu
+from comask.runtime.stream import SLOTS
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import live, run_on_standin
+from standin import counts, live, run_on_standin
 from standin_engines import picture, write_engines
 
-from comask.bundle import Bundle
+from comask.bundle import Bundle, write_manifest
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError
 
@@ -154,22 +162,58 @@ def test_the_command_measures_reports_and_records(micro_bundle: Path, tmp_path: 
         assert torch["resident_bytes"] > onnxruntime["resident_bytes"] > 2**26
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
+    assert {found["device"] for found in (torch, onnxruntime)} == {"cpu"}
     recorded = Bundle.open(bundle).manifest.latency
     assert recorded is not None
-    assert set(recorded) == {"torch", "onnxruntime"}
-    assert recorded["torch"]["seconds"]["sum"] == pytest.approx(medians[0] / 1000)
-    assert recorded["torch"]["machine"]["cpu"] == report["machine"]["cpu"]
+    assert set(recorded) == {"torch on cpu, batch 2", "onnxruntime:fp32 on cpu, batch 2"}
+    entry = recorded["torch on cpu, batch 2"]
+    assert entry["seconds"]["sum"] == pytest.approx(medians[0] / 1000)
+    assert entry["machine"]["cpu"] == report["machine"]["cpu"]
+    assert entry["device"] == "cpu"
 
-    again = run("bench", bundle, "--backend", "onnxruntime", "--size", "40x50", "--runs", 1,
-                "--warmup", 0, "--no-record", "--json", "-")  # fmt: skip
-    assert again.exit_code == 0, again.output
-    assert json.loads(again.stdout)["subject"] == "noise of 40x50"
-    assert Bundle.open(bundle).manifest.latency == recorded
+
+def short_bench(bundle: Path, *more: object) -> Any:
+    return run("bench", bundle, "--backend", "onnxruntime", "--size", "40x50", "--runs", 1,
+               "--warmup", 0, *more, "--json", "-")  # fmt: skip
+
+
+def test_only_the_own_setting_is_recorded_and_nothing_else_is_lost(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
+    assert short_bench(bundle).exit_code == 0
+    recorded = Bundle.open(bundle).manifest.latency
+    for option in (("--no-record",), ("--proposals", 20), ("--short-side", 64)):
+        again = short_bench(bundle, *option)
+        assert again.exit_code == 0, again.output
+        assert json.loads(again.stdout)["subject"] == "noise of 40x50"
+        assert ("another setting than its own" in again.stderr) == (option != ("--no-record",))
+        assert Bundle.open(bundle).manifest.latency == recorded
+
+    def meanwhile(*arguments: Any) -> dict[str, Any]:
+        """Another command records what it measured."""
+        manifest = Bundle.open(bundle).manifest
+        write_manifest(bundle, dataclasses.replace(manifest, parity=[{"backend": "torch"}]))
+        return measure(*arguments)
+
+    measure = bench_timing._measure
+    monkeypatch.setattr(bench_timing, "_measure", meanwhile)
+    assert short_bench(bundle, "--batch", 2).exit_code == 0
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.parity == [{"backend": "torch"}]
+    assert len(manifest.latency or {}) == 2
+
+
+def test_the_gpu_is_described_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Gpu(f"GPU {index}", 90, 13000, 2**30) for index in range(2)]
+    monkeypatch.setattr(machine, "find_gpu", gpus.__getitem__)
+    described = [describe_machine(device)["gpu"] for device in ("cpu", None, 1)]  # type: ignore[arg-type]
+    assert described == [None, "GPU 0", "GPU 1"]
 
 
 def test_memory_of_a_process_that_fails_says_why(tmp_path: Path) -> None:
     found = peak_memory(tmp_path, "onnxruntime", (32, 32), {"device": "cpu"})
-    assert (found.resident, found.gpu) == (None, None)
+    assert (found.resident, found.gpu, found.stream) == (None, None, None)
     assert "no bundle here" in found.problem
 
 
@@ -183,7 +227,7 @@ def test_memory_of_a_process_that_fails_says_why(tmp_path: Path) -> None:
         (("--data", "shapes"), 2, "--data needs --sweep"),
         (("--backend", "auto"), 2, "name the backends"),
         (("--backend", "tensorrt"), 1, "error: "),
-        (("--proposals", "999999"), 1, "proposals 999999: expected 1 to"),
+        (("--proposals", "999999"), 1, "proposals: expected a whole number from 1 to"),
         (("--images", "{photos}"), 1, "the file is empty"),
         (("--images", "nowhere"), 1, "no such file"),
         (("--plot", "a.txt"), 1, "ends in .png"),
@@ -210,17 +254,49 @@ def check_stream(folder: str) -> None:
 
     standin_tensorrt.install()
     write_engines(folder)
-    images = [picture(96, 128, seed) for seed in range(3)]
+    images = [picture(96, 128, seed) for seed in range(3)] + [picture(96, 96, 3)]
     with Predictor.load(folder, "tensorrt") as predictor:
         batches = full_batches(images, predictor.preprocess, 2)
-        measured = take_turns({"engine": predictor}, {"engine": batches}, runs=2)["engine"]
-        found = measure_stream(predictor, batches, runs=2)
+        measured = take_turns({"engine": predictor}, {"engine": batches}, runs=3)["engine"]
+        replayed = -counts().graph_launches
+
+        def warm_up(*arguments: Any) -> None:
+            nonlocal replayed
+            replayed += counts().graph_launches
+            fill_slots(*arguments)
+            replayed -= counts().graph_launches
+
+        with mock.patch.object(streamed, "fill_slots", warm_up):
+            found = measure_stream(predictor, batches, runs=3)
+        replayed += counts().graph_launches
     for part in ("stage1", "stage2"):
         assert min(measured.seconds[part]) > 0
-    assert measured.images == 4
-    assert found["slots"] == 3
+    assert measured.images == 6
+    assert found["slots"] == SLOTS
     assert found["images_per_second"] > 0  # type: ignore[operator]
+    assert replayed == 3 + 2 * 4 * SLOTS  # all that is timed, of two canvases
     assert live() == {}
+
+
+def check_memory(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    options = {"device": 0, "max_batch": 1, "proposals": None, "short_side": None}
+    task = {"bundle": folder, "backend": "tensorrt", "size": (96, 128), "options": options}
+    sys.argv[1:] = [json.dumps(task)]
+    memory.main()
+
+
+@pytest.mark.skipif(find_spec("pycuda") is None, reason="pycuda is missing: `make test`")
+def test_memory_of_a_stream_has_every_slot(micro_bundle: Path, tmp_path: Path) -> None:
+    out = run_on_standin(check_memory, shutil.copytree(micro_bundle, tmp_path / "bundle"))
+    found = PeakMemory(**json.loads(out))
+    assert found.gpu is not None
+    assert found.stream is not None
+    # calls have one slot; a stream has SLOTS, each with memory for frames' masks besides
+    assert found.stream > SLOTS * 0.9 * found.gpu > 0
 
 
 @pytest.mark.skipif(find_spec("pycuda") is None, reason="pycuda is missing: `make test`")

@@ -10,9 +10,13 @@ import pytest
 from comask.cli.bench_front import Scored, Setting, choose, pareto_front
 from comask.cli.bench_plots import top_of_losses
 from comask.cli.bench_work import Work
+from comask.runtime import Predictor
+from comask.runtime.bench import parts
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
+
+from comask.errors import ComaskError
 
 OWN = Scored(
     setting=Setting(backend="torch", proposals=200, short_side=96, batch=1),
@@ -126,8 +130,6 @@ def test_printed_usage_runs(micro_bundle: Path, data: Path, tmp_path: Path) -> N
     command[command.index("INPUT")] = str(data / "images")
     command[command.index("DIR")] = str(tmp_path / "out")
     assert run(command[0].removeprefix("comask-"), *command[1:]).exit_code == 0
-    from comask.runtime import Predictor  # noqa: F401  # named in what is evaluated
-
     with eval(report["python"]) as predictor:
         chosen = next(e for e in report["settings"] if e["chosen"])
         assert predictor.preprocess.short_side == chosen["short_side"]
@@ -135,16 +137,35 @@ def test_printed_usage_runs(micro_bundle: Path, data: Path, tmp_path: Path) -> N
 
 
 def test_settings_that_cannot_run_are_skipped(
-    micro_bundle: Path, data: Path, tmp_path: Path
+    micro_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = sweep(micro_bundle, data, "--grid", "proposals=999999,20", "--grid", "short-side=96",
-                 "--grid", "batch=1", "--json", tmp_path / "r.json")  # fmt: skip
+    def narrow(predictor: Predictor, batch: int) -> None:
+        if batch > 1:
+            raise ComaskError("too many together")
+
+    monkeypatch.setattr(parts, "check_batch", narrow)
+    grid = ("--grid", "proposals=20", "--grid", "short-side=96", "--json", tmp_path / "r.json")
+    done = sweep(micro_bundle, data, *grid, "--grid", "batch=1,2")
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "r.json").read_text())
     (skipped,) = report["skipped"]
-    assert "999999 proposals" in skipped["setting"]
-    assert "expected 1 to" in skipped["reason"]
+    assert skipped["setting"].endswith("20 proposals, 96 px, batch 2")
+    assert skipped["reason"] == "too many together"
     assert {e["proposals"] for e in report["settings"]} == {200, 20}
+    done = sweep(micro_bundle, data, *grid, "--grid", "batch=2")
+    assert done.exit_code == 1
+    assert "nothing of the grid runs here: too many together" in done.output
+
+
+def test_a_sweep_shows_that_it_goes_on(micro_bundle: Path, data: Path) -> None:
+    done = sweep(micro_bundle, data, "--grid", "proposals=20", "--grid", "short-side=96",
+                 "--grid", "batch=1", "--limit", 2)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for place, proposals in ((1, 200), (2, 20)):
+        title = f"{place}/2 onnxruntime, {proposals} proposals, 96 px"
+        assert f"{title}, AP: 2/2 images" in done.output
+        assert f"{title}, timing batch 1: 1/1 runs" in done.output
+    assert "0 s left" not in done.output
 
 
 def test_interrupted_sweep_reports_what_it_has(
@@ -172,10 +193,22 @@ def test_interrupted_sweep_reports_what_it_has(
         (("--sweep",), 2, "--sweep needs --data"),
         (("--sweep", "--data", "shapes", "--images", "x"), 2, "--images does not go with --sweep"),
         (("--sweep", "--data", "shapes", "--max-loss", "-1"), 2, "expected at least 0"),
+        (("--sweep", "--data", "shapes", "--no-record"), 2, "--no-record does not go with --sweep"),
         (("--sweep", "--data", "shapes", "--batch", "2"), 2, "--grid batch=2"),
+        (("--sweep", "--data", "shapes", "--batch", "1"), 2, "--grid batch=1"),
         (("--sweep", "--data", "shapes", "--proposals", "9"), 2, "--grid proposals=9"),
         (("--sweep", "--data", "shapes", "--grid", "batch=0"), 2, "numbers from 1 on"),
         (("--sweep", "--data", "shapes", "--grid", "size=3"), 2, "expected proposals"),
+        (
+            ("--sweep", "--data", "shapes", "--grid", "proposals=201"),
+            1,
+            "--grid proposals: expected a whole number from 1 to 200, got 201",
+        ),
+        (
+            ("--sweep", "--data", "shapes", "--grid", "short-side=99999"),
+            1,
+            "short_side: expected a canvas of at most",
+        ),
         (("--sweep", "--data", "nowhere"), 1, "nowhere"),
         (("--sweep", "--data", "{other}"), 1, "categories are not the bundle's"),
     ],

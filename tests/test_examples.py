@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import standin_dali
 import standin_pynvvideocodec
 from click.testing import CliRunner
 from comask.runtime import Detections, Predictor
@@ -135,10 +136,19 @@ def test_frames_of_pynvvideocodec_on_the_gpu(micro_bundle: Path, clip: Path, eag
     assert out.splitlines() == expected + expected[:5]
 
 
+@pytest.mark.parametrize("dali", ["stand-in", "NVIDIA's"])
 def test_images_of_dali(
-    micro_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    micro_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dali: str,
 ) -> None:
-    pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    if dali == "stand-in":
+        for name, module in standin_dali.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    else:
+        pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
     source = ShapesSource(num_images=20, seed=11)
     files = [tmp_path / f"{i}.png" for i in range(11)]  # the last batch is not full
     for i, file in enumerate(files):
@@ -147,3 +157,49 @@ def test_images_of_dali(
         expected = [line(file, predictor(file)) for file in files]
     run_example("dali_pipeline.py", micro_bundle, tmp_path, "--backend", "onnxruntime")
     assert sorted(capsys.readouterr().out.splitlines()) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_help_needs_no_package_of_others(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("nvidia.dali", "PyNvVideoCodec"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    with pytest.raises(SystemExit) as ended:
+        run_example(name, "--help")
+    assert ended.value.code == 0
+    assert name in capsys.readouterr().out.partition("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("contact_sheet.py", ["sheet.png"]),
+        ("dali_pipeline.py", ["."]),
+        ("pyav_pipeline.py", ["a.mp4"]),
+        ("pynvvideocodec_pipeline.py", ["a.mp4"]),
+        ("torch_pipeline.py", []),
+    ],
+)
+def test_errors_are_one_line(name: str, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_example(name, "nobundle", *arguments)
+    assert str(ended.value.code).startswith("error: nobundle: no bundle here (manifest.json is")
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "wheel"),
+    [
+        ("dali_pipeline.py", "nvidia.dali", "nvidia-dali-cuda130"),
+        ("pynvvideocodec_pipeline.py", "PyNvVideoCodec", "pynvvideocodec"),
+    ],
+)
+def test_missing_packages_are_named(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, package: str, wheel: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as ended:
+        run_example(name, micro_bundle, tmp_path, "--backend", "onnxruntime")
+    assert str(ended.value.code).startswith("error: ")
+    assert str(ended.value.code).endswith(f": pip install {wheel}")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
+from comask.runtime import Predictor
+from comask.runtime.device import Stream
+from standin import run_on_standin, skip_without_pycuda
+from test_structures import detections
 
-from comask.errors import KernelError, KernelUnavailableError
+from comask.errors import EngineError, KernelError, KernelUnavailableError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check"
@@ -158,6 +166,57 @@ def test_each_flavor_and_plugin_has_a_bundle_of_its_own(
         built(*plugins)
         with pytest.raises(RuntimeError, match="not tensorrt with aot"):
             backends.build_engine(shared, bundle, "tensorrt", "fp16", "aot")
+
+
+def check_streamed(folder: str, failing: bool) -> None:
+    """The row of streamed frames on the stand-ins, with graphs or without any."""
+    import standin_tensorrt
+    from standin_engines import write_engines
+
+    sys.path.insert(0, str(SCRIPT))
+    import rows
+    import speed
+    from context import REHEARSAL, Context
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    context = Context(device="cuda", sizes=REHEARSAL, folder=Path(folder), trained=Path(folder))
+
+    load = Predictor.load
+    capture = EngineError("capture failed") if failing else Stream.capture
+    with (
+        mock.patch.object(speed, "build_engine", return_value=Path(folder)),
+        # the stand-in's engines are in fp32
+        mock.patch.object(Predictor, "load", side_effect=lambda *_: load(folder, "tensorrt")),
+        mock.patch.object(Stream, "capture", autospec=True, side_effect=capture),
+    ):
+        row = rows.run_check(
+            "speed", "streamed", partial(speed.streamed, flavor="tensorrt"), context
+        )
+    print(json.dumps(row.as_json()))
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_streamed_frames_pass_by_replayed_graphs_alone(
+    micro_bundle: Path, tmp_path: Path, failing: bool
+) -> None:
+    skip_without_pycuda()
+    bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
+    row = json.loads(run_on_standin(check_streamed, bundle, failing).splitlines()[-1])
+    assert row["status"] == ("FAIL" if failing else "PASS"), row
+    assert failing == ("0 of 32 frames were graphs, with graphs=True" in row["note"])
+
+
+@pytest.mark.parametrize("field", ["boxes_xyxy", "scores", "mask_probs", "labels"])
+def test_streamed_frames_differ_in_any_field(rows: ModuleType, field: str) -> None:
+    import speed
+
+    found = detections()
+    assert speed.distance(found, found) == 0
+    changed = getattr(found, field).copy()
+    changed.flat[0] += 1
+    assert speed.distance(found, dataclasses.replace(found, **{field: changed})) > 0.01
+    assert speed.distance(found, found[1:]) == math.inf
 
 
 def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,28 @@ def test_to_coco(category_ids: tuple[int, ...] | None, expected: list[int]) -> N
     assert {result["image_id"] for result in results} == {7}
     assert results[0]["score"] == pytest.approx(0.9)
     assert coco.area([result["segmentation"] for result in results]).tolist() == [16, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mask_threshold": 0.9}, {"image_size": (9, 30)},
+     {"mask_probs": np.full((3, 28, 28), 0.7, np.float32).cumprod(axis=1)},
+     {"boxes_xyxy": np.array([[1, 1, 8, 7]] * 3, np.float32)}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_changed_copy_has_rles_of_its_own_masks(change: dict[str, Any]) -> None:
+    slope = np.linspace(0, 1, 28, dtype=np.float32) * np.ones((3, 28, 1), np.float32)
+    whole = detections(mask_probs=slope)
+    known = whole.with_rles(whole.to_rle())
+    assert known.has_rles
+    assert known[1:].to_rle() == whole.to_rle()[1:]
+    changed = dataclasses.replace(known, **change)
+    assert not changed.has_rles
+    assert changed.to_rle() != whole.to_rle()
+    decoded = coco.decode(changed.to_rle()).transpose(2, 0, 1)
+    np.testing.assert_array_equal(decoded, changed.masks)
+    with pytest.raises(ValueError, match="expected 3 RLEs, got 2"):
+        whole.with_rles(whole.to_rle()[1:])
 
 
 def test_names() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import itertools
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -20,13 +24,14 @@ from comask.runtime.dlpack import borrow
 from comask.runtime.frames import borrow_frame
 from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.video import (
-    Frame,
     JsonLines,
     OverlayWriter,
+    SourceFrame,
     VideoPipeline,
     VideoSource,
     hardware,
 )
+from comask.runtime.video import source as video_source
 from comask.runtime.video.hardware import MATRICES, Nv12Picture, nv12_problem
 from comask.runtime.video.inference import Inference
 from conftest import run
@@ -46,18 +51,20 @@ class Kept:
     """A sink that keeps all."""
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
+        self.frames: list[SourceFrame] = []
         self.found: list[Detections] = []
+        self.had_rles: list[bool] = []  # when they came
 
-    def add(self, frame: Frame, found: Detections, track_ids: object) -> None:
+    def add(self, frame: SourceFrame, found: Detections, track_ids: object) -> None:
         self.frames.append(frame)
         self.found.append(found)
+        self.had_rles.append(found.has_rles)
 
 
 class Nv12OnHost(VideoSource):
     """Gives frames as NV12 where PyAV has them, in the host's memory."""
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[SourceFrame]:
         plain = decoded(Path(self.name))
         for frame in super().__iter__():
             picture = Nv12Picture(plain[frame.index].reformat(format="nv12"))
@@ -113,12 +120,13 @@ def test_nv12_of_real_clips(shared_data: Path, micro_bundle: Path, name: str) ->
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({}, None), ({"format": "yuv420p"}, "yuv420p in the host's memory"),
+    [({}, None), ({"format": "yuv420p"}, "so that h264 decodes on the processor"),
      ({"sw_format": "p010le"}, "8 bits"), ({"rotation": -90}, "turned by -90 degrees"),
      ({"colorspace": 4}, "colour matrix 4")],
 )  # fmt: skip
 def test_what_cannot_stay_on_the_gpu_is_told(changes: dict[str, Any], words: str | None) -> None:
-    problem = nv12_problem(decoded_like(**changes))
+    codec: Any = SimpleNamespace(name="h264", is_hwaccel=True)
+    problem = nv12_problem(decoded_like(**changes), codec)
     assert problem is None if words is None else words in str(problem)
 
 
@@ -143,13 +151,25 @@ def test_a_codec_that_the_gpu_does_not_know_is_decoded_or_an_error(
             np.testing.assert_array_equal(ours, theirs.pixels)
 
 
+def test_av1_says_which_decoder_is_taken_and_may_use_every_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = make_clip(tmp_path / "a.mp4", pictures(4), codec="libsvtav1")
+    cuda = av.codec.hwaccel.HWAccel("cuda", device=0, is_hw_owned=True)  # not opened for libdav1d
+    monkeypatch.setattr(video_source, "gpu_decoder", lambda decode, gpu: cuda)
+    with VideoSource(clip, gpu=0, decode="gpu") as source:
+        with pytest.raises(VideoError, match="PyAV takes libdav1d for this codec, which uses no G"):
+            next(iter(source))
+        assert source._stream().thread_type.name == "AUTO"
+
+
 # Through the network.
 
 
 def test_frames_of_any_sizes_are_a_call_of_the_predictor(micro_bundle: Path) -> None:
     wide, tall = pictures(5), pictures(3, 96, 64)
     images = [wide[0], tall[0], wide[1], wide[2], tall[1], wide[3], wide[4], tall[2]]
-    frames = [Frame(i, i, Fraction(i), image) for i, image in enumerate(images)]
+    frames = [SourceFrame(i, i, Fraction(i), image) for i, image in enumerate(images)]
     with Predictor.load(micro_bundle, "onnxruntime", max_batch=2) as predictor:
         expected = predictor(list(images))
         with Inference(predictor, 3) as inference:
@@ -168,9 +188,11 @@ def decoded_on_the_gpu(folder: str, clip: str, output: str) -> None:
     lines = Path(output, "a.jsonl")
     with gpu_decoding(), JsonLines(lines) as sink:
         source = VideoSource(clip, gpu=predictor.stages.gpu)
-        report = VideoPipeline(predictor, source, [sink, kept], batch=3).run()
+        report = VideoPipeline(predictor, source, [kept, sink], batch=3).run()
     assert report.frames == len(lines.read_text().splitlines()) == len(on_host.found) == 20
     assert GpuDecoded.downloads == 0
+    assert all(kept.had_rles)  # as JSON lines want them
+    assert not any(on_host.had_rles)
     for ours, theirs in zip(kept.found, on_host.found, strict=True):
         assert_equal(ours, theirs)
     pixels = [frame.pixels for frame in kept.frames for _ in range(2)]  # two sinks ask
@@ -183,6 +205,53 @@ def decoded_on_the_gpu(folder: str, clip: str, output: str) -> None:
     predictor.close()
     gc.collect()
     assert live() == {}
+
+
+def frames_before_an_error_have_results(folder: str, clip: str, output: str) -> None:
+    class Ending(VideoSource):
+        def __iter__(self) -> Iterator[SourceFrame]:
+            yield from itertools.islice(super().__iter__(), 5)
+            raise VideoError("lost")
+
+    predictor, kept = start(folder), Kept()
+    freeze(True)  # so that none is done when the error comes
+    with pytest.raises(VideoError, match="lost"):
+        VideoPipeline(predictor, Ending(clip), [kept], batch=3).run()
+    assert [frame.index for frame in kept.frames] == list(range(5))
+    predictor.close()
+
+
+def results_do_not_wait_for_the_next_frames(folder: str, clip: str, output: str) -> None:
+    written = threading.Event()
+
+    class Third(Kept):
+        def add(self, frame: SourceFrame, found: Detections, track_ids: object) -> None:
+            super().add(frame, found, track_ids)
+            if frame.index == 2:
+                written.set()
+
+    class Slow(VideoSource):
+        def __iter__(self) -> Iterator[SourceFrame]:
+            for frame in super().__iter__():
+                if frame.index == 3:
+                    assert written.wait(20)
+                yield frame
+
+    predictor, kept = start(folder), Third()
+    VideoPipeline(predictor, Slow(clip), [kept], batch=3).run()
+    assert len(kept.frames) == 20
+    predictor.close()
+
+
+def only_who_wants_rles_has_them_found(folder: str, clip: str, output: str) -> None:
+    predictor = start(folder)
+    for named, wanted in ((False, False), (True, True)):
+        kept = Kept()
+        kept.wants_rle = named  # type: ignore[attr-defined]
+        VideoPipeline(predictor, VideoSource(clip, every=5), [kept], batch=3).run()
+        assert len(kept.found) == 4
+        assert set(kept.had_rles) == {wanted}
+    predictor.close()
 
 
 def overlay_of_the_gpus_frames(folder: str, clip: str, output: str) -> None:
@@ -228,7 +297,10 @@ def freeze(yes: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [decoded_on_the_gpu, overlay_of_the_gpus_frames, batches_side_by_side],
+    "function",
+    [decoded_on_the_gpu, overlay_of_the_gpus_frames, batches_side_by_side,
+     frames_before_an_error_have_results, results_do_not_wait_for_the_next_frames,
+     only_who_wants_rles_has_them_found],
     ids=lambda function: function.__name__,
 )  # fmt: skip
 def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_a_signal_leaves_whole_files(
     assert process.returncode == code, out + err
     assert "Traceback" not in err
     lines = lines_of(results)
+    assert f"a.mp4: interrupted after {len(lines)} frames in" in out
     assert 20 <= len(lines) < 2000
     overlay = tmp_path / "out" / "a.mp4.overlay.mp4"
     assert len(decoded(overlay)) == len(lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from comask.runtime.video import Frame, OverlayWriter, VideoSource
+from comask.runtime.video import OverlayWriter, SourceFrame, VideoSource
 from numpy.typing import NDArray
 from video_clips import decoded, make_clip, pictures
 
@@ -64,7 +64,7 @@ def test_a_frame_of_another_size_is_fitted(tmp_path: Path) -> None:
     with OverlayWriter(tmp_path / "o", source) as writer:
         for index, shape in enumerate([(64, 96), (64, 64), (128, 96)]):
             gray = np.full((*shape, 3), 200, dtype=np.uint8)
-            writer.add(Frame(index, index, Fraction(index), gray), found(gray), None)
+            writer.add(SourceFrame(index, index, Fraction(index), gray), found(gray), None)
     source.close()
     shown = [frame.to_ndarray(format="rgb24").mean(axis=2) > 100 for frame in decoded(writer.path)]
     assert [picture.mean() for picture in shown] == pytest.approx([1, 64 / 96, 48 / 96], abs=0.03)

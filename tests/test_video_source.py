@@ -99,6 +99,15 @@ def test_channel_blocks_drops_and_ends() -> None:
         [0, 1], [2, 3], [4], []
     ]  # fmt: skip
     sender.join()
+    waiting = Channel[int](2)
+    waiting.put(0)
+    assert waiting.ready()
+    assert not waiting.ready(2, 0.01)
+    waiting.put(1)
+    assert waiting.ready(3)  # more than it holds
+    waiting.take(2)
+    waiting.close()
+    assert waiting.ready(2)
     dropping = Channel[int](2, drop_oldest=True)
     assert all(dropping.put(i) for i in range(5))
     dropping.close(ValueError("lost"))

@@ -11,7 +11,8 @@ from typing import Any
 from context import Context
 from rows import Figure, UnavailableError
 
-AP_POINTS = {"fp32": 0.02, "fp16": 0.1}  # bars of the design, in AP points
+AP_POINTS = {"fp32": 0.02, "fp16": 0.1, "int8": 0.3}  # bars of the design, in AP points
+TENSORS = ("fp32", "fp16")  # whose outputs are compared; int8 is judged by AP
 FLAVORS = ("tensorrt", "tensorrt-rtx")
 PLUGINS = ("python", "aot", "none")
 
@@ -51,7 +52,7 @@ def ap(context: Context, backend: str, precision: str) -> Figure:
     """The larger difference to PyTorch of box and mask AP, in AP points, by comask-eval."""
     from comask.bundle import Bundle
 
-    bundle = context.trained_bundle
+    bundle = with_int8(context) if precision == "int8" else context.trained_bundle
     if backend == "onnxruntime":
         open_onnxruntime(context, Bundle.open(bundle), precision).close()
     else:
@@ -70,6 +71,32 @@ def ap(context: Context, backend: str, precision: str) -> Figure:
         f"{comparison['largest']:.2g} in the worst of 24 numbers"
     )
     return Figure(value=worst, unit="AP points", most=AP_POINTS[precision], note=note)
+
+
+def int8_speed(context: Context, flavor: str) -> Figure:
+    """How many times as fast as fp16 int8 is in both graphs, as `comask-export` measures it."""
+    from comask.bundle import Bundle
+
+    source = with_int8(context)
+    for precision in ("fp16", "int8"):
+        bundle = build_engine(context, source, flavor, precision, "python")
+    seconds = Bundle.open(bundle).manifest.verification["int8"]["latency"]
+    note = f"{1e3 * seconds['int8']:.2f} ms an image, fp16 {1e3 * seconds['fp16']:.2f} ms"
+    return Figure(value=seconds["fp16"] / seconds["int8"], unit="x", least=1.0, note=note)
+
+
+def with_int8(context: Context) -> Path:
+    """The trained bundle with int8 graphs, calibrated and searched on `shapes` where it has none."""
+    from comask.bundle import Bundle
+
+    context.need_gpu()
+    bundle = context.trained_bundle
+    if "int8" not in Bundle.open(bundle).manifest.precisions:
+        context.command(
+            "export", str(bundle), "--precision", "int8", "--calib-data", "shapes",
+            "--val-data", "shapes", "--ap-budget", str(AP_POINTS["int8"]),
+        )  # fmt: skip
+    return bundle
 
 
 def build_engine(context: Context, source: Path, flavor: str, precision: str, plugin: str) -> Path:
@@ -207,7 +234,10 @@ def _checks() -> dict[str, Callable[[Context], Figure]]:
         for flavor in FLAVORS
     }
     checks["PyTorch CUDA equals CPU"] = torch_outputs
-    for precision in AP_POINTS:
+    for flavor in FLAVORS:
+        checks[f"{flavor} int8, AP"] = partial(ap, backend=flavor, precision="int8")
+        checks[f"{flavor} int8, against fp16"] = partial(int8_speed, flavor=flavor)
+    for precision in TENSORS:
         name = f"onnxruntime CUDA {precision}"
         checks[f"{name} equals PyTorch"] = partial(onnxruntime_outputs, precision=precision)
         checks[f"{name}, AP"] = partial(ap, backend="onnxruntime", precision=precision)

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from comask.runtime.gpu import find_gpu
 
@@ -18,16 +18,16 @@ PACKAGES = (
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
-def describe_machine(device: int = 0) -> dict[str, Any]:
+def describe_machine(device: int | Literal["cpu"] | None) -> dict[str, Any]:
     """Facts of this machine; `versions` holds the packages that are installed.
 
     `load` is the system's load average of the last minute: on a free machine near 0, and times are to
     be trusted while it is below `cores`. None where the system has none.
 
     Args:
-        device: index of the GPU that is used, where there is one.
+        device: as `Predictor.load` takes it: which GPU is described, if there is one; `cpu` for none.
     """
-    gpu = find_gpu(device)
+    gpu = None if device == "cpu" else find_gpu(device or 0)
     return {
         "cpu": _cpu(),
         "cores": cores(),

@@ -25,13 +25,16 @@ class PeakMemory:
     """Of one process. None is what this machine cannot measure.
 
     Attributes:
-        resident: bytes of the system's memory, with Python and all libraries.
-        gpu: bytes of the GPU's memory, without the CUDA context; 0 where it is not used.
+        resident: bytes of the system's memory, with Python and all libraries, of calls one by one.
+        gpu: bytes of the GPU's memory, without the CUDA context, of the same; 0 where it is not used.
+        stream: bytes of the GPU's memory when the slots of a `Predictor.stream` are at work as well;
+            None where the backend does not run them on a GPU.
         problem: why there are no numbers; empty where there are.
     """
 
     resident: int | None
     gpu: int | None
+    stream: int | None
     problem: str = ""
 
 
@@ -54,7 +57,7 @@ def peak_memory(
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return PeakMemory(None, None, last)
+        return PeakMemory(None, None, None, last)
     return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -62,18 +65,29 @@ def main() -> None:
     """What the fresh process does."""
     import numpy as np
     from comask.runtime import Predictor
+    from comask.runtime.bench.streamed import CAPTURED, fill_slots
+    from comask.runtime.stream import SLOTS
 
     task = json.loads(sys.argv[1])
     options = task["options"]
     index = options["device"]
     free = _free_memory(index or 0) if index != "cpu" else None
     image = np.random.default_rng(0).integers(0, 256, (*task["size"], 3), dtype=np.uint8)
-    with Predictor.load(task["bundle"], task["backend"], **options) as predictor:
-        for _ in range(RUNS):
-            predictor([image] * predictor.max_batch)
+
+    def taken() -> int | None:
         # before anything is freed; backends keep what they once took
-        gpu = None if free is None else max(0, free - (_free_memory(index or 0) or 0))
-    print(json.dumps({"resident": _peak_resident(), "gpu": gpu}))
+        return None if free is None else max(0, free - (_free_memory(index or 0) or 0))
+
+    with Predictor.load(task["bundle"], task["backend"], **options) as predictor:
+        batch = [image] * predictor.max_batch
+        for _ in range(RUNS):
+            predictor(list(batch))
+        found = {"resident": _peak_resident(), "gpu": taken(), "stream": None}
+        if predictor.stages.gpu is not None:
+            with predictor.stream(slots=SLOTS) as session:
+                fill_slots(session, batch, CAPTURED)
+                found["stream"] = taken()
+    print(json.dumps(found))
 
 
 def _peak_resident() -> int | None:

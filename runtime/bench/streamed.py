@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import cycle, islice
 
-from comask.runtime.bench.parts import percentiles
+from comask.runtime.bench.parts import canvas_of, percentiles
 from comask.runtime.future import Future
 from comask.runtime.predictor import Predictor
-from comask.runtime.stream import StreamSession
+from comask.runtime.stream import SLOTS, StreamSession
 
 from comask.preprocess import Pixels
 
-SLOTS = 3  # batches at work at once, the default of `Predictor.stream`
-CAPTURED = 4  # frames of a shape until its CUDA graph is replayed, with a margin
+CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
 
 
 def measure_stream(
@@ -22,17 +22,32 @@ def measure_stream(
 ) -> dict[str, object]:
     """Frames in host memory to RLE; batches as `full_batches` gives them.
 
+    One canvas is measured after the other: a slot's graph is of the last canvas it ran, and a camera has
+    but one.
+
     Returns:
         `milliseconds` of a batch that is alone, as `percentiles`, and `images_per_second` and `slots`
         when as many batches are under way.
     """
-    with predictor.stream(slots=SLOTS) as session:
-        for batch in batches[:runs]:
-            for _ in range(CAPTURED * SLOTS):  # each slot captures its own
-                _finish(session.submit(list(batch), rle=True))
-        alone = [_alone(session, batches[run % len(batches)]) for run in range(runs)]
-        rate = _throughput(session, batches, runs)
+    by_canvas: dict[tuple[int, int], list[Sequence[Pixels]]] = {}
+    for batch in islice(cycle(batches), runs):
+        by_canvas.setdefault(canvas_of(batch[0], predictor.preprocess), []).append(batch)
+    alone: list[float] = []
+    seconds = 0.0
+    for same in by_canvas.values():
+        with predictor.stream(slots=SLOTS) as session:
+            fill_slots(session, same[0], CAPTURED)
+            alone += [_alone(session, batch) for batch in same]
+            seconds += _overlapped(session, same)
+    rate = sum(map(len, islice(cycle(batches), runs))) / seconds
     return {"milliseconds": percentiles(alone), "images_per_second": rate, "slots": SLOTS}
+
+
+def fill_slots(session: StreamSession, batch: Sequence[Pixels], times: int) -> None:
+    """Runs a batch in every slot of a session of `SLOTS`: each grows and captures for itself."""
+    for _ in range(times):
+        for future in [session.submit(list(batch), rle=True) for _ in range(SLOTS)]:
+            _finish(future)
 
 
 def _alone(session: StreamSession, batch: Sequence[Pixels]) -> float:
@@ -41,19 +56,18 @@ def _alone(session: StreamSession, batch: Sequence[Pixels]) -> float:
     return time.perf_counter() - started
 
 
-def _throughput(session: StreamSession, batches: Sequence[Sequence[Pixels]], runs: int) -> float:
+def _overlapped(session: StreamSession, batches: Sequence[Sequence[Pixels]]) -> float:
+    """Seconds that `batches` take while all slots are at work."""
+    runs = max(len(batches), 4 * SLOTS)  # else filling and draining the slots is most of it
     waiting: deque[Future] = deque()
-    images = 0
     started = time.perf_counter()
-    for run in range(max(runs, 4 * SLOTS)):  # else filling and draining the slots is most of it
-        batch = batches[run % len(batches)]
+    for batch in islice(cycle(batches), runs):
         if len(waiting) == SLOTS:
             _finish(waiting.popleft())
         waiting.append(session.submit(list(batch), rle=True))
-        images += len(batch)
     while waiting:
         _finish(waiting.popleft())
-    return images / (time.perf_counter() - started)
+    return (time.perf_counter() - started) * len(batches) / runs
 
 
 def _finish(future: Future) -> None:

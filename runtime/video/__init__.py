@@ -8,14 +8,14 @@ from comask.runtime.video.hardware import Where
 from comask.runtime.video.overlay import OverlayWriter
 from comask.runtime.video.pipeline import Sink, VideoPipeline, VideoReport
 from comask.runtime.video.results import JsonLines
-from comask.runtime.video.source import Frame, VideoSource
+from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.runtime.video.track import Tracker
 
 __all__ = [
-    "Frame",
     "JsonLines",
     "OverlayWriter",
     "Sink",
+    "SourceFrame",
     "Tracker",
     "VideoPipeline",
     "VideoReport",

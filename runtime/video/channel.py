@@ -42,6 +42,14 @@ class Channel(Generic[Item]):
             self._changed.notify_all()
             return True
 
+    def ready(self, count: int = 1, timeout: float | None = None) -> bool:
+        """Whether `take` returns at once, waiting for that at most `timeout` seconds."""
+        with self._changed:
+            wanted = min(count, self._size)
+            return self._changed.wait_for(
+                lambda: len(self._items) >= wanted or self._closed, timeout
+            )
+
     def take(self, count: int = 1) -> list[Item]:
         """The next `count` items, waiting for them; fewer at the end, and none after it.
 
@@ -49,8 +57,7 @@ class Channel(Generic[Item]):
             BaseException: what `close` was given, after the last item.
         """
         with self._changed:
-            while len(self._items) < min(count, self._size) and not self._closed:
-                self._changed.wait()
+            self.ready(count)
             taken = [self._items.popleft() for _ in range(min(count, len(self._items)))]
             self._changed.notify_all()
             if not taken and self._error is not None:

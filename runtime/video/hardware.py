@@ -18,6 +18,7 @@ from comask.preprocess import Pixels
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.codec.hwaccel import HWAccel
+    from av.video.codeccontext import VideoCodecContext
     from av.video.plane import VideoPlane
 
     from comask.kernels.launch_frames import Matrix
@@ -131,12 +132,20 @@ def _fall_back(what: str, asked: Where, problem: str) -> None:
     logger.info("%s on the processor: %s", what, problem)
 
 
-def nv12_problem(decoded: VideoFrame) -> str | None:
-    """Why the network cannot read a decoded frame on the GPU; None where it can."""
+def nv12_problem(decoded: VideoFrame, codec: VideoCodecContext) -> str | None:
+    """Why the network cannot read a decoded frame on the GPU; None where it can.
+
+    Args:
+        decoded: the frame.
+        codec: what decoded it.
+    """
     if decoded.format.name != "cuda":
+        found = f"frames come as {decoded.format.name} in the host's memory"
+        if not codec.is_hwaccel:
+            return f"{found}: PyAV takes {codec.name} for this codec, which uses no GPU"
         return (
-            f"frames come as {decoded.format.name} in the host's memory: the GPU does not decode this "
-            "codec, profile or size, or the driver's libnvcuvid is missing"
+            f"{found}: the GPU does not decode this profile or size, or the driver's libnvcuvid is "
+            f"missing, so that {codec.name} decodes on the processor"
         )
     layout = decoded.sw_format.name if decoded.sw_format else "unknown"
     if layout != "nv12":

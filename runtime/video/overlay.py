@@ -9,7 +9,7 @@ import numpy as np
 from comask.runtime.session import Closing
 from comask.runtime.video.address import import_av, reason
 from comask.runtime.video.hardware import Where, choose_encoder
-from comask.runtime.video.source import Frame, VideoSource
+from comask.runtime.video.source import SourceFrame, VideoSource
 from numpy.typing import NDArray
 
 from comask.draw import draw_overlay
@@ -79,7 +79,9 @@ class OverlayWriter(Closing):
         self._size: tuple[int, int] | None = None  # of the first frame
         self._reformatter = av.video.reformatter.VideoReformatter()
 
-    def add(self, frame: Frame, found: Detections, track_ids: NDArray[np.int64] | None) -> None:
+    def add(
+        self, frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
+    ) -> None:
         """Draws and encodes one frame, and copies the audio up to it."""
         av = import_av()
         shown = found.scores >= self._threshold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 from comask.runtime.predictor import Predictor
+from comask.runtime.stream import SLOTS
 from comask.runtime.video.address import import_av, reason
 from comask.runtime.video.channel import Channel
 from comask.runtime.video.inference import Inference
-from comask.runtime.video.source import Frame, VideoSource
+from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.runtime.video.track import Tracker
 from numpy.typing import NDArray
 
@@ -21,13 +23,19 @@ from comask.errors import VideoError
 from comask.structures import Detections
 
 LIVE_FRAMES = 2  # of a live source that wait; more would only be older
-DEPTH = 3  # batches of a file that a GPU has at once: one comes in, one is at work, one goes out
+PAUSE = 0.005  # seconds between looks at a GPU's results while frames are awaited
 
 
 class Sink(Protocol):
-    """What takes results: `OverlayWriter`, `JsonLines`, or a class of yours."""
+    """What takes results: `OverlayWriter`, `JsonLines`, or a class of yours.
 
-    def add(self, frame: Frame, found: Detections, track_ids: NDArray[np.int64] | None) -> None:
+    One that asks for the detections' RLEs may say so by `wants_rle = True`: a GPU then finds them behind
+    the network.
+    """
+
+    def add(
+        self, frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
+    ) -> None:
         """One frame, in order; `track_ids` [N] i64, -1 for none, or None where nothing is tracked."""
 
 
@@ -82,10 +90,10 @@ class VideoPipeline:
         self._predictor, self._source, self._sinks = predictor, source, sinks
         self._tracker = tracker
         self._batch = 1 if source.live else batch
-        self._depth = 1 if source.live else DEPTH
+        self._depth = 1 if source.live else SLOTS
         size = LIVE_FRAMES if source.live else self._batch
-        self._frames = Channel[Frame](size, drop_oldest=source.live)
-        self._found = Channel[tuple[Frame, Detections, NDArray[np.int64] | None]](self._batch)
+        self._frames = Channel[SourceFrame](size, drop_oldest=source.live)
+        self._found = Channel[tuple[SourceFrame, Detections, NDArray[np.int64] | None]](self._batch)
         self._write_error: BaseException | None = None
         self.frames = self.detections = 0
 
@@ -111,11 +119,7 @@ class VideoPipeline:
         reader.start()
         writer.start()
         try:
-            with Inference(self._predictor, self._depth) as inference:
-                while frames := self._frames.take(self._batch):
-                    inference.submit(frames)
-                    self._hand_on(inference.results())
-                self._hand_on(inference.results(last=True))
+            self._infer()
         finally:
             self.stop()
             self._found.close()
@@ -132,7 +136,26 @@ class VideoPipeline:
             problem=self._source.problem,
         )
 
-    def _hand_on(self, results: Iterator[tuple[Frame, Detections]]) -> None:
+    def _infer(self) -> None:
+        rle = any(getattr(sink, "wants_rle", False) for sink in self._sinks)
+        with Inference(self._predictor, self._depth, rle=rle) as inference:
+            try:
+                while frames := self._take(inference):
+                    inference.submit(frames)
+                    self._hand_on(inference.results())
+            except Exception:
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    self._hand_on(inference.results(last=True))
+                raise
+            self._hand_on(inference.results(last=True))
+
+    def _take(self, inference: Inference) -> list[SourceFrame]:
+        """The next frames; results that come while they are awaited are handed on."""
+        while inference.at_work and not self._frames.ready(self._batch, PAUSE):
+            self._hand_on(inference.results())
+        return self._frames.take(self._batch)
+
+    def _hand_on(self, results: Iterator[tuple[SourceFrame, Detections]]) -> None:
         for frame, found in results:
             ids = self._tracker.update(found, frame.time) if self._tracker else None
             self._found.put((frame, found, ids))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from comask.runtime.session import Closing
-from comask.runtime.video.source import Frame
+from comask.runtime.video.source import SourceFrame
 from numpy.typing import NDArray
 
 from comask.errors import ComaskError
@@ -31,6 +31,8 @@ class JsonLines(Closing):
         ComaskError: when it cannot be written, here and in `add`.
     """
 
+    wants_rle = True  # see `Sink`
+
     def __init__(self, path: Path) -> None:
         self._path, self._end = path, 0
         try:
@@ -38,7 +40,9 @@ class JsonLines(Closing):
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def add(self, frame: Frame, found: Detections, track_ids: NDArray[np.int64] | None) -> None:
+    def add(
+        self, frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
+    ) -> None:
         """Writes one frame's line."""
         line = f"{json.dumps(frame_results(frame, found, track_ids))}\n".encode()
         try:
@@ -58,7 +62,7 @@ class JsonLines(Closing):
 
 
 def frame_results(
-    frame: Frame, found: Detections, track_ids: NDArray[np.int64] | None
+    frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
 ) -> dict[str, Any]:
     """What a line of `JsonLines` holds.
 

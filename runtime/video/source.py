@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class SourceFrame:
     """One decoded picture.
 
     Attributes:
@@ -109,7 +109,7 @@ class VideoSource(Closing):
         name: the address without user and password.
         size: (h, w) as the stream states it, before it is turned.
         live: whether frames come at their own pace.
-        time_base: seconds a unit of `Frame.pts`, of which `Frame.time` is a multiple.
+        time_base: seconds a unit of `SourceFrame.pts`, of which `SourceFrame.time` is a multiple.
         rate: frames a second as stated, 25 where nothing is.
         frames: how many there are by what the file states, None where unknown.
         aspect: width of a pixel by its height, upright from the first frame on.
@@ -171,12 +171,12 @@ class VideoSource(Closing):
             start = Fraction(max(self._container.start_time or 0, 0), MICROSECONDS)
             self._shift = -round(start / self.time_base) * self.time_base
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[SourceFrame]:
         while True:
             for index, decoded in self._decoded():
                 moment = self._time(decoded)
                 if index % self._every == 0:
-                    yield Frame(index, decoded.pts, moment, self._picture(decoded))
+                    yield SourceFrame(index, decoded.pts, moment, self._picture(decoded))
             if self._stopped.is_set() or not self.live or not self._reconnected():
                 return
 
@@ -199,7 +199,7 @@ class VideoSource(Closing):
 
         video = self._stream()
         # AUTO holds frames back, and takes a GPU more surfaces than it may have.
-        video.thread_type = "SLICE" if self.live or self._hwaccel else "AUTO"
+        video.thread_type = "SLICE" if self.live or video.codec_context.is_hwaccel else "AUTO"
         for packet in self._packets():
             if self._stopped.is_set():
                 return
@@ -222,9 +222,9 @@ class VideoSource(Closing):
             self.problem = self._what_is_missing()
 
     def _picture(self, decoded: VideoFrame) -> Pixels | Nv12Picture:
-        """What a `Frame` holds, left on the GPU where the network can read it there."""
+        """What a `SourceFrame` holds, left on the GPU where the network can read it there."""
         if self._hwaccel is not None:
-            problem = nv12_problem(decoded)
+            problem = nv12_problem(decoded, self._stream().codec_context)
             if problem is None:
                 return Nv12Picture(decoded)
             if self._decode == "gpu":
@@ -276,7 +276,7 @@ class VideoSource(Closing):
         return self._broken
 
     def _time(self, frame: VideoFrame) -> Fraction:
-        """The frame's `Frame.time`."""
+        """The frame's `SourceFrame.time`."""
         self._last_seen, self._wait = time.monotonic(), 1.0
         if self._first_seen is None:
             self._first_seen = self._last_seen
