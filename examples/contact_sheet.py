@@ -5,6 +5,7 @@ python examples/contact_sheet.py demo/bundle sheet.png
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from comask.data.shapes import ShapesSource
 from comask.draw import draw_overlay
+from comask.errors import ComaskError
 
 COLUMNS, ROWS, SCALE, SEED = 4, 3, 3, 42
 
@@ -29,16 +31,23 @@ def enlarged(image: np.ndarray, found: Detections) -> np.ndarray:
     return draw_overlay(large, scaled[scaled.scores >= 0.5])
 
 
-def main(bundle: str, output: str) -> None:
+def main() -> None:
     """Draws the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("output", help="a picture")
+    asked = parser.parse_args()
     source = ShapesSource(num_images=200, seed=SEED)
     landscape = [i for i in range(len(source)) if source.info(i).width > source.info(i).height]
     images = [source.image(i) for i in landscape[: COLUMNS * ROWS]]
-    with Predictor.load(bundle) as predictor:
+    with Predictor.load(asked.bundle) as predictor:
         tiles = [enlarged(*pair) for pair in zip(images, predictor(images), strict=True)]
     rows = [np.hstack(tiles[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(ROWS)]
-    Image.fromarray(np.vstack(rows)).save(output)
+    Image.fromarray(np.vstack(rows)).save(asked.output)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main()
+    except (ComaskError, OSError) as error:
+        sys.exit(f"error: {error}")

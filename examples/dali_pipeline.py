@@ -2,40 +2,45 @@
 
 Run it as `python examples/dali_pipeline.py BUNDLE FOLDER`, after `pip install nvidia-dali-cuda130`. With
 a TensorRT backend DALI decodes on the GPU and comask reads its images there; otherwise both use the CPU.
-
 Images may be of any sizes: of those that DALI decodes together, the ones of one canvas run as a batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from comask.runtime import Detections, Predictor
-from nvidia.dali import fn, pipeline_def
 
+from comask.errors import ComaskError
 from comask.preprocess import padded_shape, resized_shape
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-@pipeline_def
-def decoded(files: list[str], device: str) -> Any:
-    """u8 [h, w, 3] RGB each, upright as their EXIF data say."""
-    encoded, _ = fn.readers.file(files=files)
-    return fn.decoders.image(encoded, device=device)
+def decoder(files: list[str], on_gpu: bool, batch: int) -> Any:
+    """A pipeline that gives u8 [h, w, 3] RGB each, upright as their EXIF data say."""
+    try:
+        from nvidia.dali import fn, pipeline_def
+    except ImportError as error:
+        raise ComaskError(f"{error}: pip install nvidia-dali-cuda130") from error
+
+    @pipeline_def
+    def decoded() -> Any:
+        encoded, _ = fn.readers.file(files=files)
+        return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu")
+
+    return decoded(batch_size=batch, num_threads=4, device_id=0 if on_gpu else None)
 
 
 def detections(predictor: Predictor, files: list[str]) -> Iterator[tuple[str, Detections]]:
     """Of each file, in an order of their own."""
     on_gpu = predictor.stages.backend.startswith("tensorrt")
-    pipeline = decoded(
-        files, "mixed" if on_gpu else "cpu", batch_size=predictor.max_batch, num_threads=4,
-        device_id=0 if on_gpu else None,
-    )  # fmt: skip
+    pipeline = decoder(files, on_gpu, predictor.max_batch)
     with predictor.stream() as session:
         for start in range(0, len(files), predictor.max_batch):
             (images,) = pipeline.run()  # decoded by now, while comask had the ones before
@@ -64,9 +69,11 @@ def main() -> None:
     files = sorted(str(f) for f in arguments.folder.iterdir() if f.suffix.lower() in SUFFIXES)
     with Predictor.load(arguments.bundle, arguments.backend) as predictor:
         for file, found in detections(predictor, files):
-            best = max(found.scores, default=0)
-            print(f"{file}: {len(found)} instances, best score {best:.4f}")
+            print(f"{file}: {len(found)} instances, best score {max(found.scores, default=0):.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ComaskError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ python examples/pyav_pipeline.py demo/bundle rtsp://camera/live   # until Ctrl-C
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
 import sys
@@ -13,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from comask.runtime import Detections, Predictor
-from comask.runtime.video import Frame, OverlayWriter, Sink, VideoPipeline, VideoSource
+from comask.runtime.video import OverlayWriter, Sink, SourceFrame, VideoPipeline, VideoSource
+
+from comask.errors import ComaskError
 
 
 class CountPerSecond:
@@ -24,7 +27,7 @@ class CountPerSecond:
         self._second = 0
         self._most: Counter[str] = Counter()
 
-    def add(self, frame: Frame, found: Detections, track_ids: object) -> None:
+    def add(self, frame: SourceFrame, found: Detections, track_ids: object) -> None:
         """Takes one frame's results; called in order, in the thread that writes."""
         if int(frame.time) > self._second:
             self.print()
@@ -38,16 +41,24 @@ class CountPerSecond:
         print(f"{self._second:5} s: {seen or 'nothing'}", flush=True)
 
 
-def main(bundle: str, address: str, overlay: str | None = None) -> None:
-    """Runs `bundle` over what `address` names."""
+def main() -> None:
+    """Runs the bundle over the video."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle")
+    parser.add_argument("address", help="a video, camera:0 or a stream's URL")
+    parser.add_argument("overlay", nargs="?", type=Path, help="a video to write, without .mp4")
+    asked = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        predictor = stack.enter_context(Predictor.load(bundle))
+        predictor = stack.enter_context(Predictor.load(asked.bundle))
         # decoded on the GPU where the predictor reads frames there
-        source = VideoSource(address, audio=overlay is not None, gpu=predictor.stages.gpu)
+        audio = asked.overlay is not None
+        source = VideoSource(asked.address, audio=audio, gpu=predictor.stages.gpu)
         counts = CountPerSecond()
         sinks: list[Sink] = [counts]
-        if overlay:
-            sinks.append(stack.enter_context(OverlayWriter(Path(overlay), source)))
+        if asked.overlay:
+            sinks.append(stack.enter_context(OverlayWriter(asked.overlay, source)))
         pipeline = VideoPipeline(predictor, source, sinks, batch=4)
         signal.signal(signal.SIGINT, lambda *_: pipeline.stop())
         report = pipeline.run()
@@ -58,4 +69,7 @@ def main(bundle: str, address: str, overlay: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main()
+    except (ComaskError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -2,10 +2,9 @@
 
 Run it as `python examples/pynvvideocodec_pipeline.py BUNDLE VIDEO`, after `pip install pynvvideocodec`.
 NVIDIA's driver must have its video part; in a container, set NVIDIA_DRIVER_CAPABILITIES to have video.
-With a backend other than TensorRT the decoder's frames come to the host.
-
-Frames are NV12 as they were decoded, of 8 bits. What the video says of its colours, the package does not
-tell: give --matrix and --full-range where they are others than HD video's.
+With a backend other than TensorRT the decoder's frames come to the host. Frames are NV12 as they were
+decoded, of 8 bits. What the video says of its colours, the package does not tell: give --matrix and
+--full-range where they are others than HD video's.
 """
 
 from __future__ import annotations
@@ -13,33 +12,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import sys
 from collections import deque
 from collections.abc import Generator
 
 from comask.runtime import Detections, Predictor
 from comask.runtime.device import open_device
 from comask.runtime.stream import Future
-from PyNvVideoCodec import ThreadedDecoder
+
+from comask.errors import ComaskError
 
 AHEAD = 8  # frames that a thread of the decoder's decodes before they are asked for
 SLOTS = 3  # frames that comask works on at once
 
 
 def detections(
-    predictor: Predictor, video: str, stream: int, **colours: object
+    predictor: Predictor, file: str, stream: int, **how: object
 ) -> Generator[Detections]:
     """Of each frame; `stream` is the handle of the decoder's CUDA stream, 0 for frames on the host."""
-    decoder = ThreadedDecoder(video, AHEAD, cuda_stream=stream, use_device_memory=stream != 0)
+    from PyNvVideoCodec import ThreadedDecoder  # here, as --help needs none
+
+    decoder = ThreadedDecoder(file, AHEAD, cuda_stream=stream, use_device_memory=stream != 0)
     running: deque[Future] = deque()
     try:
         with predictor.stream(slots=SLOTS) as session:
             while decoded := decoder.get_batch_frames(1):
                 # not told of a stream, comask has the frame itself say when it is written: it waits for
                 # this one, and not for those that are decoded ahead
-                future = session.submit(decoded[0], format="nv12", **colours)
+                future = session.submit(decoded[0], format="nv12", **how)
                 # The next call takes the frame's memory back for frames to come, whoever holds it. They
                 # are written on the decoder's stream, so let that wait until this frame has been read.
-                future.wait_on(stream)
+                future.wait_read(stream)
                 running.append(future)
                 if len(running) == SLOTS:
                     yield running.popleft().result()
@@ -62,16 +65,19 @@ def main() -> None:
         predictor = stack.enter_context(Predictor.load(asked.bundle, asked.backend))
         handle, colours = 0, {"matrix": asked.matrix, "full_range": asked.full_range}
         if predictor.stages.backend.startswith("tensorrt"):
-            gpu = stack.enter_context(open_device())
-            stream = gpu.stream()  # in the primary context, where the decoder and comask are too
-            stack.callback(stream.close)
-            handle = stream.handle
+            gpu = stack.enter_context(open_device())  # in the primary context, as the decoder is
+            handle = stack.enter_context(contextlib.closing(gpu.stream())).handle
         found = detections(predictor, asked.video, handle, **colours)
-        stack.enter_context(contextlib.closing(found))
-        for number, instances in enumerate(itertools.islice(found, asked.frames)):
+        found = itertools.islice(stack.enter_context(contextlib.closing(found)), asked.frames)
+        for number, instances in enumerate(found):
             best = max(instances.scores, default=0)
             print(f"frame {number}: {len(instances)} instances, best score {best:.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ComaskError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}: pip install pynvvideocodec")

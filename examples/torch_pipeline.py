@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 
 import torch
 from comask.runtime import Predictor
+
+from comask.errors import ComaskError
 
 
 def frame_at(time: int, device: str) -> torch.Tensor:
@@ -53,4 +56,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ComaskError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ from typing import Literal
 from comask.runtime.session import Stages
 
 from comask.bundle import Bundle
+from comask.config import require_count
 from comask.errors import (
     BackendUnavailableError,
     BundleError,
@@ -62,16 +63,16 @@ def open_stages(
     Raises:
         BackendUnavailableError: when its packages are not installed, or what else it needs is missing.
         BundleError: when the bundle does not hold what it needs.
-        ConfigError: when there are not so many proposals.
+        ConfigError: when `device` is none, or there are not so many proposals.
         EngineError: when engines do not fit, or cannot be opened or built.
     """
-    if device not in (None, "cpu") and not (isinstance(device, int) and device >= 0):
-        raise ComaskError(
-            f"device {device!r}: expected the index of a GPU, 0 for the first, or cpu"
+    index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+    if device not in (None, "cpu") and not index:
+        raise ConfigError(
+            f"device: expected the index of a GPU, 0 for the first, or cpu, got {device!r}"
         )
-    most = bundle.manifest.model.proposals
-    if proposals is not None and not 1 <= proposals <= most:
-        raise ConfigError(f"proposals {proposals}: expected 1 to {most}, what the bundle gives")
+    if proposals is not None:
+        require_count("proposals", proposals, bundle.manifest.model.proposals)
     how = Opening(device, on_mismatch, proposals)
     if backend == "auto":
         return _open_best(bundle, how)

@@ -28,6 +28,7 @@ from comask.errors import BackendUnavailableError, EngineError
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: cheaper to record and to wait for
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
+DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 MIB = 2**20
 
@@ -108,13 +109,17 @@ class Device:
             return allocate(size)
         except self._driver.MemoryError as error:
             raise EngineError(
-                f"{where}: {-(-size // MIB)} MiB more are not to be had; give a smaller max_batch or "
-                f"fewer threads, or free what else uses it"
+                f"{where}: {-(-size // MIB)} MiB more are not to be had; give a smaller max_batch "
+                f"(--batch), fewer slots or fewer threads, or free what else uses it"
             ) from error
 
     def stream(self) -> Stream:
         """Creates a stream that waits for no other one, the default stream included."""
         return Stream(self._driver)
+
+    def synchronize(self, foreign: int) -> None:
+        """Returns when what is now queued on any library's stream is done, given by its handle."""
+        _call_on(foreign, "cuStreamSynchronize", ctypes.c_void_p(foreign))
 
     def event(self, *, timed: bool = False) -> Event:
         """Creates an event, which is past until it is recorded; `timed` for `Event.since`."""
@@ -201,17 +206,13 @@ class Stream:
 
         Args:
             foreign: handle of any library's stream in this context.
+
+        Raises:
+            EngineError: it is none.
         """
-        self._order(foreign, self.handle)
-
-    def hold_back(self, foreign: int) -> None:
-        """Later work on another stream starts after what is now queued on this one."""
-        self._order(self.handle, foreign)
-
-    def _order(self, first: int, then: int) -> None:
         # a wait keeps what was recorded before it, so one event serves all
-        _call("cuEventRecord", self._event, ctypes.c_void_p(first))
-        _call("cuStreamWaitEvent", ctypes.c_void_p(then), self._event, 0)
+        _call_on(foreign, "cuEventRecord", self._event, ctypes.c_void_p(foreign))
+        _call("cuStreamWaitEvent", ctypes.c_void_p(self.handle), self._event, 0)
 
     def capture(self, queue: Callable[[], None]) -> Graph:
         """What `queue` queues on this stream, as a graph; none of it is done.
@@ -260,8 +261,12 @@ class Event:
         _call("cuEventRecord", self._event, ctypes.c_void_p(stream.handle))
 
     def hold_back(self, foreign: int) -> None:
-        """Later work on another stream, given by its handle, starts after this point."""
-        _call("cuStreamWaitEvent", ctypes.c_void_p(foreign), self._event, 0)
+        """Later work on another stream, given by its handle, starts after this point.
+
+        Raises:
+            EngineError: it is no stream.
+        """
+        _call_on(foreign, "cuStreamWaitEvent", ctypes.c_void_p(foreign), self._event, 0)
 
     def past(self) -> bool:
         """Whether the work before it is done.
@@ -308,6 +313,29 @@ def _call(name: str, *arguments: object) -> None:
     status = getattr(_libcuda(), name)(*arguments)
     if status:
         raise EngineError(f"{name} failed with {status}, a CUresult of NVIDIA's cuda.h")
+
+
+def _call_on(foreign: int, name: str, *arguments: object) -> None:
+    """A call for a stream of the caller's, which the error names."""
+    try:
+        _call(name, *arguments)
+    except EngineError as error:
+        raise EngineError(
+            f"CUDA stream {foreign:#x} cannot be waited for: {error}; expected the handle of a stream of "
+            "this GPU's primary context that still exists"
+        ) from error
+
+
+def gpu_at(address: int) -> int | None:
+    """Index of the GPU whose memory this is; None where the driver does not know it, or is missing."""
+    index = ctypes.c_int()
+    try:
+        status = _libcuda().cuPointerGetAttribute(
+            ctypes.byref(index), DEVICE_ORDINAL, ctypes.c_uint64(address)
+        )
+    except OSError:
+        return None
+    return None if status else index.value
 
 
 @functools.cache

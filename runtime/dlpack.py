@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from comask.runtime.device import gpu_at
 from numpy.typing import NDArray
 
 from comask.errors import ImageError
@@ -175,13 +176,20 @@ def _from_cuda_array_interface(source: Any, *, ordered: bool) -> Borrowed:
     found: Mapping[str, Any] = source.__cuda_array_interface__
     if found.get("mask") is not None:
         raise ImageError("a frame has a mask in its __cuda_array_interface__; expected none")
-    strides, device = found.get("strides"), getattr(source, "device", None)
+    strides, address = found.get("strides"), int(found["data"][0])
+    # the interface itself does not say; cupy's arrays do
+    index = getattr(getattr(source, "device", None), "id", None)
+    if index is None and (index := gpu_at(address)) is None:
+        raise ImageError(
+            f"a frame with __cuda_array_interface__ lies at {address:#x}, which is no GPU's memory that "
+            "CUDA's driver knows"
+        )
     return Borrowed(
-        int(found["data"][0]),
+        address,
         tuple(found["shape"]),
         None if strides is None else tuple(strides),
         np.dtype(found["typestr"]),
-        int(getattr(device, "id", 0)),  # the interface itself does not say; cupy's arrays do
+        int(index),
         source,
         None if ordered else found.get("stream"),
     )
@@ -231,7 +239,7 @@ class SharedArray:
         self._owner = owner
 
     def copy(self) -> SharedArray:
-        """The same values in memory of their own, freed with the last that uses it."""
+        """The same values in memory of their own, freed with the last that uses it; waits for them."""
         return self._owner.copy(self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -251,6 +259,15 @@ class SharedArray:
         if stream != UNORDERED:
             self._owner.share(1 if stream is None else stream)  # 1: the legacy default stream
         return _export(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """For numpy, which would take this for a scalar object; the host's memory, not copied."""
+        if self.device is not None:
+            raise TypeError(
+                f"this memory is on GPU {self.device}, which numpy cannot read: take "
+                "Future.result(), or bring it to the host, as torch.from_dlpack(…).cpu() does"
+            )
+        return np.array(np.from_dlpack(self), dtype=dtype, copy=copy)  # type: ignore[arg-type]
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from comask.runtime.dlpack import SharedArray
@@ -81,20 +80,24 @@ class Future:
         """Stage 2's outputs by name where the backend wrote them; a consumer's stream waits for them.
 
         `num_detections` [B], `boxes` [B, D, 4] `xyxy` in pixels of the resized frame, `scores` [B, D],
-        `labels` [B, D], `masks` [B, D, 28, 28]. On a GPU they are borrowed until the slot is used again,
-        which a later `submit` may do once they are complete; `copy` keeps them.
+        `labels` [B, D], `masks` [B, D, 28, 28]. On the host this waits for them, and they stay.
+
+        On a GPU nothing waits, and they are borrowed until the slot is used again, which any use of the
+        session may do once they are complete; `copy` waits for them and keeps them. What a consumer
+        queued by then, on the stream that it gave to `__dlpack__` or that was given to `wait_on`, still
+        reads these values: the slot's next batch comes behind it, so the stream must live until then.
+        `__cuda_array_interface__` does not say who reads: call `wait_on` with the stream that does.
 
         Raises:
             RuntimeError: the frame waits for a slot.
             FrameDroppedError: a newer frame took its place.
         """
-        with self._session._changed:
-            return self._borrowed().outputs()
+        return self._borrowed().outputs()
 
     def bitmaps(self, place: int = 0) -> SharedArray:
         """Masks of one frame in its own pixels, where the outputs are and borrowed as they are.
 
-        Nothing waits: on a GPU the pasting is queued behind the network, and how many masks there are is
+        On a GPU nothing waits: the pasting is queued behind the network, and how many masks there are is
         known there alone. They are those of `Detections.masks`.
 
         Args:
@@ -111,27 +114,48 @@ class Future:
         """
         if not 0 <= place < len(self._batch.frames):
             raise IndexError(f"no frame {place} in a batch of {len(self._batch.frames)}")
-        with self._session._changed:
-            return self._borrowed().bitmaps(place)
+        return self._borrowed().bitmaps(place)
 
     def _borrowed(self) -> Loan:
-        if self._error is not None:
-            raise self._error
-        if self._loan is None:
-            raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
-        return self._loan
+        with self._session._changed:
+            if self._error is not None:
+                raise self._error
+            if self._loan is None:
+                raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
+            return self._loan
 
     def wait_on(self, stream: Any) -> None:
-        """Later work on the caller's stream starts after this batch; the caller does not wait.
+        """Later work on the caller's stream starts after this batch; only on the host the caller waits.
 
         Args:
             stream: see `StreamSession.submit`.
+
+        Raises:
+            RuntimeError: the frame waits for a slot.
+            EngineError: the stream is none.
         """
+        if (loan := self._begun()) is not None:
+            loan.wait_on(stream_handle(stream))
+
+    def wait_read(self, stream: Any) -> None:
+        """Later work on the caller's stream starts after the frames were read, and may overwrite them.
+
+        Args:
+            stream: see `StreamSession.submit`.
+
+        Raises:
+            RuntimeError: the frame waits for a slot.
+            EngineError: the stream is none.
+        """
+        if (loan := self._begun()) is not None:
+            loan.wait_read(stream_handle(stream))
+
+    def _begun(self) -> Loan | None:
+        """None for what will never run."""
         with self._session._changed:
-            if self._lane is not None:
-                self._lane.hold_back(stream_handle(stream))
-            elif not self._settled:
+            if self._loan is None and not self._settled:
                 raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
+            return self._loan
 
 
 def _with_rles(found: list[Detections], fetched: Fetched) -> list[Detections]:
@@ -142,4 +166,4 @@ def _with_rles(found: list[Detections], fetched: Fetched) -> list[Detections]:
             rles_from_edges(counts[: len(detections)], edges, detections.image_size)
             for detections, (counts, edges) in zip(found, fetched.edges, strict=True)
         ]
-    return [replace(d, rles=tuple(r)) for d, r in zip(found, rles, strict=True)]
+    return [d.with_rles(r) for d, r in zip(found, rles, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -85,7 +86,16 @@ class Fetched:
 
 
 class Loan(Protocol):
-    """A batch's outputs where they are, for other libraries; until its lane starts the next one."""
+    """A batch in its lane, and its outputs where they are until the lane starts the next one."""
+
+    def wait(self, seconds: float | None) -> bool:
+        """Waits for the batch, at most so long; whether it is done."""
+
+    def wait_on(self, stream: int) -> None:
+        """See `Future.wait_on`."""
+
+    def wait_read(self, stream: int) -> None:
+        """See `Future.wait_read`."""
 
     def outputs(self) -> dict[str, SharedArray]:
         """Stage 2's, by name."""
@@ -97,6 +107,9 @@ class Loan(Protocol):
 class Lane(Protocol):
     """Runs one batch at a time."""
 
+    def suits(self, batch: Batch) -> bool:
+        """Whether the last batch had the same shapes, so that all is ready for this one."""
+
     def start(self, batch: Batch) -> None:
         """Begins; the batch before must be past.
 
@@ -107,20 +120,18 @@ class Lane(Protocol):
     def past(self) -> bool:
         """Whether the last batch is done."""
 
-    def wait(self, seconds: float | None) -> bool:
-        """Waits for the last batch, at most so long; whether it is done."""
-
     def release_read(self) -> None:
         """Lets go of the caller's frames if they have been read."""
 
     def loan(self) -> Loan:
-        """The last batch's outputs where they are."""
+        """The last batch."""
 
     def fetch(self) -> Fetched:
-        """The last batch's outputs on the host, when they are done."""
+        """The last batch's outputs on the host, when they are done.
 
-    def hold_back(self, stream: int) -> None:
-        """Later work on the caller's stream starts after the last batch."""
+        Raises:
+            Exception: what went wrong with the batch.
+        """
 
 
 class Lanes(Protocol):
@@ -143,6 +154,7 @@ class Lanes(Protocol):
 
         Raises:
             ImageError: it is no frame, or lies where this backend cannot read it.
+            EngineError: the stream is none.
         """
 
     def close(self) -> None:
@@ -150,88 +162,105 @@ class Lanes(Protocol):
 
 
 class HostLane:
-    """Runs a backend that reads and writes the host's memory; `start` returns when all is done.
+    """Runs batches by a backend that reads and writes the host's memory, in the worker's thread.
 
     Args:
         stages: the backend.
+        worker: of all lanes.
     """
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
-        self._batch: Batch | None = None
-        self._outputs: dict[str, Array] = {}
+    def __init__(self, stages: Stages, worker: futures.Executor) -> None:
+        self._stages, self._worker = stages, worker
+        self._loan: HostLoan | None = None
+
+    def suits(self, batch: Batch) -> bool:
+        """See `Lane`."""
+        return True
 
     def start(self, batch: Batch) -> None:
-        """See `Lane`."""
-        prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
-        batch.release()
-        self._batch = batch
+        """See `Lane`; the frames have been read when it returns."""
+        try:
+            prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
+        finally:
+            batch.release()
+        images = np.stack([image.canvas for image in prepared])
         sizes = np.array([image.size for image in prepared], np.int32)
-        self._outputs = self._stages.run(np.stack([image.canvas for image in prepared]), sizes)
+        self._loan = HostLoan(batch, self._worker.submit(self._stages.run, images, sizes))
 
     def past(self) -> bool:
         """See `Lane`."""
-        return True
-
-    def wait(self, seconds: float | None) -> bool:
-        """See `Lane`."""
-        return True
+        return self.loan().wait(0)
 
     def release_read(self) -> None:
         """See `Lane`."""
 
-    def loan(self) -> Loan:
+    def loan(self) -> HostLoan:
         """See `Lane`."""
-        assert self._batch is not None
-        return HostLoan(self._batch, self._outputs)
+        assert self._loan is not None
+        return self._loan
 
     def fetch(self) -> Fetched:
         """See `Lane`."""
-        return Fetched(self._outputs, None)
-
-    def hold_back(self, stream: int) -> None:
-        """See `Lane`."""
+        return Fetched(self.loan().arrays(), None)
 
 
 class HostLoan:
-    """Outputs on the host, there for good.
+    """A batch on the host, whose outputs are there for good.
 
     Args:
-        batch: whose they are.
-        outputs: stage 2's.
+        batch: that runs.
+        work: that gives its outputs.
     """
 
-    def __init__(self, batch: Batch, outputs: dict[str, Array]) -> None:
-        self._batch, self._outputs = batch, outputs
-        self._shared = HostMemory(outputs).shared()
+    def __init__(self, batch: Batch, work: futures.Future[dict[str, Array]]) -> None:
+        self._batch, self._work = batch, work
+
+    def wait(self, seconds: float | None) -> bool:
+        """See `Loan`."""
+        return bool(futures.wait([self._work], seconds).done)
+
+    def wait_on(self, stream: int) -> None:
+        """See `Loan`."""
+        self.wait(None)
+
+    def wait_read(self, stream: int) -> None:
+        """See `Loan`."""
+
+    def arrays(self) -> dict[str, Array]:
+        """Stage 2's outputs, when they are done."""
+        return self._work.result()
 
     def outputs(self) -> dict[str, SharedArray]:
         """See `Loan`."""
-        return self._shared
+        return HostMemory(self.arrays()).shared()
 
     def bitmaps(self, place: int) -> SharedArray:
         """See `Loan`."""
+        outputs = self.arrays()
         found = detections_from_outputs(
-            self._outputs, self._batch.places(), mask_threshold=self._batch.mask_threshold
+            outputs, self._batch.places(), mask_threshold=self._batch.mask_threshold
         )[place]
-        bitmaps = np.zeros((self._outputs["boxes"].shape[1], *found.image_size), np.uint8)
+        bitmaps = np.zeros((outputs["boxes"].shape[1], *found.image_size), np.uint8)
         bitmaps[: len(found)] = found.masks
         return HostMemory({"bitmaps": bitmaps}).shared()["bitmaps"]
 
 
 class HostLanes:
-    """One `HostLane`: the backend has threads of its own.
+    """Lanes that one thread runs, batch after batch: the backend has threads of its own.
 
     Args:
         stages: the backend.
+        count: how many.
     """
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, count: int) -> None:
         self._stages = stages
+        self._worker = futures.ThreadPoolExecutor(1, "comask")
+        self._lanes = [HostLane(stages, self._worker) for _ in range(count)]
 
     def open(self) -> Sequence[Lane]:
         """See `Lanes`."""
-        return [HostLane(self._stages)]
+        return self._lanes
 
     def borrow(
         self, source: Any, stream: int | None, format: Format, matrix: Matrix, full_range: bool
@@ -243,7 +272,13 @@ class HostLanes:
                 f"a frame is on GPU {frame.device}, and {self._stages.backend} reads the host's memory: "
                 "copy it there, or take a tensorrt backend"
             )
+        if stream is not None:
+            raise ImageError(
+                f"a frame is written on CUDA stream {stream:#x}, and {self._stages.backend} waits for "
+                "none: synchronise it and give no stream, or take a tensorrt backend"
+            )
         return frame
 
     def close(self) -> None:
         """See `Lanes`."""
+        self._worker.shutdown()

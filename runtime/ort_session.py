@@ -119,7 +119,8 @@ def ort_stages(
         OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
         for stage in ("stage1", "stage2")
     )
-    return Stages(f"onnxruntime:{precision}", stage1, stage2)
+    place = "cpu" if stage2.provider == CPU_PROVIDER else f"cuda:{device or 0}"
+    return Stages(f"onnxruntime:{precision}", stage1, stage2, device=place)
 
 
 def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:

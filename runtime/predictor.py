@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 from comask.runtime.session import Array, Closing, Stages
-from comask.runtime.stream import StreamSession, WhenFull
+from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from numpy.typing import NDArray
 
-from comask.config import PreprocessConfig
+from comask.config import PreprocessConfig, require_count
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
 from comask.structures import Detections
@@ -35,6 +36,9 @@ class Predictor(Closing):
         category_ids: of the labels in the data set's numbering.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
         max_batch: images of one canvas that run together, fewer where the backend takes fewer.
+
+    Raises:
+        ConfigError: `max_batch` is no whole number from 1 on.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Predictor(Closing):
         mask_threshold: float = 0.5,
         max_batch: int = 8,
     ) -> None:
+        require_count("max_batch", max_batch)
         self.stages = stages
         self.preprocess = preprocess
         self.class_names = class_names
@@ -85,13 +90,15 @@ class Predictor(Closing):
         Raises:
             BundleError: when a file of the bundle is missing or altered.
             BackendUnavailableError: when the backend's packages, engines or GPU are missing.
-            ConfigError: when `proposals` or `short_side` is none that the bundle can run with.
+            ConfigError: when `device` is none, `proposals` or `short_side` is none that the bundle can
+                run with, or `max_batch` is no whole number from 1 on.
             EngineError: when its engines do not fit, or cannot be opened or built.
         """
         from comask.runtime.backends import open_stages
 
         from comask.bundle import Bundle
 
+        require_count("max_batch", max_batch)  # before minutes are spent on engines
         opened = Bundle.open(Path(bundle))
         preprocess = opened.manifest.preprocess
         if short_side is not None:
@@ -189,37 +196,40 @@ class Predictor(Closing):
         *,
         when_full: WhenFull = "block",
         timeout: float | None = None,
-        slots: int = 3,
+        slots: int = SLOTS,
         graphs: bool = True,
     ) -> StreamSession:
         """A session for frames of video, which a GPU reads where the caller has them.
 
-        Backends without a GPU have one slot, and `submit` returns when its frames are through.
+        Backends without a GPU work through the slots' batches one after the other, in another thread.
 
         Args:
             cuda_stream: that frames are written on, unless `submit` is told: a handle, an object with
                 `__cuda_stream__`, or a torch or cupy stream.
             when_full: see `StreamSession`.
             timeout: see `StreamSession`.
-            slots: batches at work at once.
-            graphs: whether the network is captured as a CUDA graph for shapes that come again.
+            slots: batches on their way at once.
+            graphs: whether a GPU backend captures the network as a CUDA graph for shapes that come again.
 
         Raises:
+            ConfigError: see `StreamSession`.
             EngineError: there is no memory for the slots.
             KernelError: the kernel for frames cannot be compiled for the GPU.
         """
         session = StreamSession(
             self,
-            self.stages.lanes(slots, graphs=graphs),
             cuda_stream=cuda_stream,
             when_full=when_full,
             timeout=timeout,
+            slots=slots,
+            graphs=graphs,
         )
         self._sessions.add(session)
         return session
 
     def close(self) -> None:
-        """Closes the sessions that are open, then frees the backend."""
-        for session in list(self._sessions):
-            session.close()
-        self.stages.close()
+        """Closes the sessions that are open, then frees the backend; an error stops none of it."""
+        with ExitStack() as stack:
+            stack.callback(self.stages.close)
+            for session in self._sessions:
+                stack.callback(session.close)

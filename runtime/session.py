@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from comask.errors import EngineError
+
 if TYPE_CHECKING:
     from comask.runtime.lanes import Lanes
 
 Array = NDArray[Any]
 
+NO_MEMORY = ("llocate memory", "out of memory")  # in what a CPU's or a GPU's allocator says
 PROPOSALS = ("proposals", "proposal_scores")  # what stage 1 tells stage 2 besides the pyramid
 
 
@@ -83,6 +86,7 @@ class Stages(Closing):
         stage2: pyramid and proposals → detections.
         largest_batch: images that may run together; None for any number.
         proposals: of an image's, stage 2 takes so many of the best; None for all.
+        device: that runs them, `cpu`, or `cuda:0` for the first GPU.
     """
 
     backend: str
@@ -90,6 +94,7 @@ class Stages(Closing):
     stage2: Session
     largest_batch: int | None = None
     proposals: int | None = None
+    device: str = "cpu"
 
     def run(
         self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
@@ -103,13 +108,26 @@ class Stages(Closing):
 
         Returns:
             stage 2's outputs by name; the arrays belong to the caller.
+
+        Raises:
+            EngineError: there is not enough memory.
         """
         started = time.perf_counter()
-        features = self.stage1.run({"images": images, "image_sizes": image_sizes})
-        between = time.perf_counter()
-        # sorted by falling score
-        best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
-        outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
+        try:
+            features = self.stage1.run({"images": images, "image_sizes": image_sizes})
+            between = time.perf_counter()
+            # sorted by falling score
+            best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
+            outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
+        # PyTorch and ONNX Runtime have no kind of error for it
+        except Exception as error:
+            if not any(words in str(error) for words in NO_MEMORY):
+                raise
+            batch, height, width, _ = images.shape
+            raise EngineError(
+                f"{self.backend}: there is no memory for {batch} of {height}x{width} pixels on "
+                f"{self.device}: take a smaller batch or short side"
+            ) from error
         if seconds is not None:
             seconds |= {"stage1": between - started, "stage2": time.perf_counter() - between}
         return outputs
@@ -120,15 +138,15 @@ class Stages(Closing):
         return None
 
     def lanes(self, count: int, *, graphs: bool) -> Lanes:
-        """Where a `StreamSession` runs its batches; here by `run`, one at a time.
+        """Where a `StreamSession` runs its batches; here by `run`, one after the other.
 
         Args:
-            count: of batches at once, where the backend can.
+            count: of batches that may be on their way at once.
             graphs: whether CUDA graphs are captured and replayed, where the backend can.
         """
         from comask.runtime.lanes import HostLanes
 
-        return HostLanes(self)
+        return HostLanes(self, count)
 
     def close(self) -> None:
         """Closes both sessions."""

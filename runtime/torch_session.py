@@ -71,6 +71,7 @@ def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
         "torch" if model.dtype == torch.float32 else "torch:fp16",
         TorchSession(model, "stage1"),
         TorchSession(model, "stage2", diagnostics=diagnostics),
+        device=str(model.mean.device),
     )
 
 

@@ -96,7 +96,9 @@ def test_cuda_producers_are_told_our_stream() -> None:
 
 def test_cuda_array_interface() -> None:
     interface = {"shape": (4, 5, 3), "typestr": "|u1", "data": (4096, True), "version": 3}
-    source = SimpleNamespace(__cuda_array_interface__=interface | {"stream": 9})
+    source = SimpleNamespace(
+        __cuda_array_interface__=interface | {"stream": 9}, device=SimpleNamespace(id=0)
+    )
     borrowed = borrow(source, 5)
     assert (borrowed.address, borrowed.strides, borrowed.device) == (4096, (15, 3, 1), 0)
     assert borrowed.stream == 9  # for us to wait for
@@ -106,6 +108,12 @@ def test_cuda_array_interface() -> None:
     )
     borrowed = borrow(source)
     assert (borrowed.strides, borrowed.device, borrowed.stream) == ((32, 3, 1), 2, None)
+
+
+def test_memory_of_no_gpu_is_refused() -> None:
+    interface = {"shape": (4, 5, 3), "typestr": "|u1", "data": (4096, True), "version": 3}
+    with pytest.raises(ImageError, match="lies at 0x1000, which is no GPU's memory"):
+        borrow(SimpleNamespace(__cuda_array_interface__=interface))
 
 
 def test_what_is_no_array_is_refused() -> None:
@@ -176,3 +184,17 @@ def test_consumers_streams_are_ordered() -> None:
         42,
         "<f4",
     )
+
+
+def test_numpy_takes_ours_from_the_host_alone() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    shared = HostMemory({"a": values}).shared()["a"]
+    found = np.asarray(shared)
+    assert (found.dtype, found.shape) == (values.dtype, values.shape)
+    np.testing.assert_array_equal(found, values)
+    assert found.ctypes.data == shared.address  # not copied
+    assert np.array(shared).ctypes.data != shared.address
+    assert np.asarray(shared, dtype=np.int64).tolist() == [[0, 1, 2], [3, 4, 5]]
+    on_gpu = SharedArray(shared.address, (2, 3), values.dtype, 1, HostMemory({}))
+    with pytest.raises(TypeError, match="this memory is on GPU 1, which numpy cannot read"):
+        np.asarray(on_gpu)

@@ -168,8 +168,8 @@ def test_graphs_that_do_not_get_smaller_are_refused(
     assert {path.name for path in bundle.folder.iterdir()} == {p.name for p in micro_fp16.iterdir()}
 
 
-# not of the classifier: before training its scores are all alike
-@pytest.mark.parametrize("layer", ["backbone.layer2.0.conv1", "mfpn.fpn.lateral.0", "head.mask"])
+# not of the last layers: before training their outputs are all alike
+@pytest.mark.parametrize("layer", ["backbone.layer2.0.conv1", "mfpn.fpn.lateral.0"])
 def test_an_engine_that_is_not_its_graph_would_be_refused(
     int8_bundle: Path, tmp_path: Path, layer: str
 ) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
+from comask.runtime.session import Stages
 from conftest import run
 from standin import live, run_on_standin
 from standin_engines import assert_equal, picture, write_engines
 
 from comask.bundle import Bundle
 from comask.config import PreprocessConfig
-from comask.errors import BackendUnavailableError, ComaskError, ConfigError
+from comask.errors import BackendUnavailableError, ConfigError, EngineError
 
 PICTURES = [picture(96, 128, seed) for seed in range(3)]
 FEW = 20
@@ -56,11 +57,26 @@ def test_resolution_keeps_the_ratio_of_its_limits(micro_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "words"),
     [
-        ({"proposals": 0}, ConfigError, "proposals 0: expected 1 to "),
-        ({"proposals": 10**6}, ConfigError, "proposals 1000000: expected 1 to "),
-        ({"short_side": 0}, ConfigError, "short_side: expected 1 to "),
-        ({"device": -1}, ComaskError, "device -1: expected the index of a GPU"),
-        ({"device": "gpu"}, ComaskError, "device 'gpu': expected the index of a GPU"),
+        ({"proposals": 0}, ConfigError, r"proposals: expected a whole number from 1 to \d+, got 0"),
+        ({"proposals": 10**6}, ConfigError, "proposals: expected a whole number from 1 to "),
+        ({"proposals": "a"}, ConfigError, r"proposals: expected a whole number .*, got 'a'"),
+        ({"max_batch": 0}, ConfigError, "max_batch: expected a whole number from 1 on, got 0"),
+        ({"max_batch": 2.5}, ConfigError, "max_batch: expected a whole number from 1 on, got 2.5"),
+        (
+            {"max_batch": True},
+            ConfigError,
+            "max_batch: expected a whole number from 1 on, got True",
+        ),
+        ({"short_side": 0}, ConfigError, "short_side: expected a whole number from 1 on, got 0"),
+        ({"short_side": -5}, ConfigError, "short_side: expected a whole number from 1 on, got -5"),
+        (
+            {"short_side": 96.0},
+            ConfigError,
+            "short_side: expected a whole number from 1 on, got 96",
+        ),
+        ({"short_side": 10**5}, ConfigError, "short_side: expected a canvas of at most 134217727"),
+        ({"device": -1}, ConfigError, "device: expected the index of a GPU.*, got -1"),
+        ({"device": "gpu"}, ConfigError, "device: expected the index of a GPU.*, got 'gpu'"),
         ({"device": "cpu", "backend": "tensorrt"}, BackendUnavailableError, "runs on a GPU, and"),
         ({"device": 7}, BackendUnavailableError, "GPU 7 was asked for"),
         ({"device": 7, "backend": "torch"}, BackendUnavailableError, "number 7 was asked for"),
@@ -137,3 +153,29 @@ def check_cut(folder: str) -> None:
 def test_few_proposals_on_the_stand_in(micro_bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(micro_bundle, tmp_path / "bundle")
     run_on_standin(check_cut, folder)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Failed to allocate memory for requested buffer of size 3080192000",  # ONNX Runtime
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 577536000 bytes.",
+        "CUDA out of memory. Tried to allocate 20.00 MiB",
+        "Shapes do not fit",
+    ],
+)
+def test_too_little_memory_is_said(words: str) -> None:
+    class Full:
+        def run(self, feeds: Any) -> Any:
+            raise RuntimeError(words)
+
+    stages = Stages("torch", Full(), Full())  # type: ignore[arg-type]
+    images, sizes = np.zeros((2, 64, 96, 3), np.uint8), np.zeros((2, 2), np.int32)
+    kind, text = (
+        (RuntimeError, words)
+        if words.startswith("Shapes")
+        else (EngineError, "torch: there is no memory for 2 of 64x96 pixels on cpu: take a smaller")
+    )
+    with pytest.raises(kind) as caught:
+        stages.run(images, sizes)
+    assert str(caught.value).startswith(text)

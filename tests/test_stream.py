@@ -49,8 +49,8 @@ def test_host_frames_of_every_layout(predictor: Predictor) -> None:
             (image[:, :, ::-1], "bgr"), (torch.from_numpy(image).permute(2, 0, 1), "rgb"),
         ]:  # fmt: skip
             future = session.submit(frame, format=format)  # type: ignore[arg-type]
-            assert future.done()
             assert_equal(future.result(), expected)
+            assert future.done()
         outputs = future.outputs
         kept = torch.from_dlpack(outputs["scores"].copy())
         found = torch.from_dlpack(outputs["scores"])[0, : len(expected)]
@@ -364,7 +364,7 @@ def errors_and_closing(folder: str) -> None:
     assert_equal(kept.result(), expected[0])
     with pytest.raises(RuntimeError, match="closed"):
         session.submit(PICTURES[0])
-    with pytest.raises(RuntimeError, match="in use again"):
+    with pytest.raises(RuntimeError, match="their session is closed"):
         outputs["scores"].copy()
     scores = np.zeros(len(expected[0]), np.float32)
     ctypes.memmove(scores.ctypes.data, again.address, scores.nbytes)

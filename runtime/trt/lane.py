@@ -43,6 +43,7 @@ class TrtLane:
 
     Attributes:
         batches: started so far: who borrows outputs knows by it whose they are.
+        closed: whether the slot is.
         changing: held while that number changes, or what was borrowed is read.
     """
 
@@ -51,24 +52,35 @@ class TrtLane:
         self._graphs = graphs
         self._graph: Graph | None = None
         self._layout: object = None  # that the graph was captured for, or is to be next time
-        self._read, self._done = device.event(), device.event()
+        self._readers: set[int] = set()  # streams that the last batch's outputs are read on
         self._reading: Batch | None = None
         self._shapes: dict[str, Shape] = {}
         self._masks = LaneMasks(device, slot)
         self._batch: Batch | None = None
-        self.batches = 0
+        self.batches, self.closed = 0, False
         self.changing = threading.Lock()
+        self._read, self._done = device.event(), device.event()
+        slot.closing.callback(self._close)
+
+    def suits(self, batch: Batch) -> bool:
+        """See `Lane`."""
+        return self._shapes.get("images") == (len(batch.frames), *batch.canvas, 3)
 
     def start(self, batch: Batch) -> None:
         """See `Lane`."""
         slot, count, canvas = self._slot, len(batch.frames), batch.canvas
         fed: dict[str, Shape] = {"images": (count, *canvas, 3), "image_sizes": (count, 2)}
+        on_host = any(frame.device is None for frame in batch.frames)
         with self.changing, self._device:
+            self.check_open()
             self.batches += 1
-            self._batch = batch
+            self._batch, self._shapes = batch, {}
             try:
                 self._done.synchronize()  # bitmaps may have been asked for since
-                self._shapes = slot.reserve(STAGES, fed, fed)
+                readers, self._readers = self._readers, set()
+                for reader in readers:
+                    slot.stream.wait_for(reader)
+                self._shapes = slot.reserve(STAGES, fed, fed if on_host else ("image_sizes",))
                 slot.stream.wait_for(self._intake.handle)
                 sizes = slot.host_view("image_sizes", (count, 2))
                 sizes[...] = batch.sizes
@@ -85,6 +97,7 @@ class TrtLane:
                 slot.stream.synchronize()  # nothing may move while work is queued
                 self._reading = None
                 batch.release()
+                self._drop_graph()  # contexts may have been told other shapes
                 raise
 
     def _make_canvas(self, batch: Batch, place: int) -> None:
@@ -123,21 +136,29 @@ class TrtLane:
     def _drop_graph(self) -> None:
         if self._graph is not None:
             self._graph.close()
-        self._graph = None
+        self._graph = self._layout = None
 
     def past(self) -> bool:
         """See `Lane`."""
         with self._device:
-            return self._done.past()
+            return self.closed or self._done.past()
 
-    def wait(self, seconds: float | None) -> bool:
-        """See `Lane`."""
+    def wait(self, batch: int, seconds: float | None) -> bool:
+        """Waits for the batch of this number, at most so long; whether it is done.
+
+        Without the session's lock: another thread may start the next batch, after which the event says
+        nothing of this one, which is done.
+        """
         with self._device:
             if seconds is None:
-                self._done.synchronize()
+                # a batch that starts right here is waited for in vain, once
+                if self.batches == batch:
+                    self._done.synchronize()
                 return True
             end = time.monotonic() + seconds
-            while not (past := self._done.past()) and time.monotonic() < end:
+            while not (past := self.batches != batch or self._done.past()):
+                if time.monotonic() >= end:
+                    break
                 time.sleep(PAUSE)
             return past
 
@@ -171,21 +192,32 @@ class TrtLane:
         """See `Lane`."""
         slot, names = self._slot, self._slot.output_names(STAGES)
         assert self._batch is not None
-        with self._device:
+        with self.changing, self._device:
+            self.check_open()
             for name in names:
                 slot.stream.copy_out(slot.host_view(name, self._shapes[name]), slot.buffers[name])
             slot.stream.synchronize()
             edges = None
             if self._batch.rle:
                 edges = self._masks.fetch_edges(self._batch, self._shapes["masks"])
-        return Fetched(
-            {name: slot.host_view(name, self._shapes[name]).copy() for name in names}, edges
-        )
+            outputs = {n: slot.host_view(n, self._shapes[n]).copy() for n in names}
+        return Fetched(outputs, edges)
 
-    def hold_back(self, stream: int) -> None:
-        """See `Lane`."""
+    def check_open(self) -> None:
+        """Raises RuntimeError when the backend was closed before the session."""
+        if self.closed:
+            raise RuntimeError("this backend is closed")
+
+    def hold_back(self, reader: int) -> None:
+        """Later work on a stream comes after the last batch, and the next batch after that work."""
         with self._device:
-            self._done.hold_back(stream)
+            self._done.hold_back(reader)
+        self._readers.add(reader)
+
+    def hold_back_writer(self, writer: int) -> None:
+        """Later work on a stream, which may write the frames' memory, comes after they were read."""
+        with self._device:
+            self._read.hold_back(writer)
 
     @property
     def device(self) -> int:
@@ -198,23 +230,25 @@ class TrtLane:
         return self._slot.stream.handle
 
     def copy(self, array: SharedArray) -> SharedArray:
-        """An output's values in memory of their own."""
+        """An output's values in memory of their own, when they are there."""
         with self._device:
             memory = self._device.memory(max(1, array.dtype.itemsize * int(np.prod(array.shape))))
             self._slot.stream.copy_over(memory, array.address)
             self._slot.stream.synchronize()
         return CopiedMemory(self._device, memory).shared(array)
 
-    def close(self) -> Slot:
-        """Frees what is not the slot's, which is returned; inside `with device:`."""
+    def _close(self) -> None:
+        """With the slot, whose work is done."""
         with self.changing:
+            self.closed = True
             self.batches += 1  # outputs that are still borrowed are no more
-        self._slot.stream.synchronize()  # bitmaps may have been asked for since
+        if self._reading is not None:
+            self._reading.release()
+            self._reading = None
         self._drop_graph()
         self._read.close()
         self._done.close()
         self._masks.close()
-        return self._slot
 
 
 class TrtLanes:
@@ -232,14 +266,20 @@ class TrtLanes:
 
     def __init__(self, pool: SlotPool, count: int, *, graphs: bool) -> None:
         self._pool, self._device = pool, pool.device
-        slots = pool.lend(count)
         with self._device:
             for source in (FRAME, MASKS):
                 driver.prepare(source)
-            self._intake = self._device.stream()
-            self._lanes = [
-                TrtLane(self._device, slot, self._intake, graphs=graphs) for slot in slots
-            ]
+        self._slots = pool.lend(count)
+        try:
+            with self._device:
+                self._intake = self._device.stream()
+                self._slots[0].closing.callback(self._intake.close)
+                self._lanes = [
+                    TrtLane(self._device, slot, self._intake, graphs=graphs) for slot in self._slots
+                ]
+        except BaseException:
+            self.close()
+            raise
 
     def open(self) -> Sequence[Lane]:
         """See `Lanes`."""
@@ -249,6 +289,7 @@ class TrtLanes:
         self, source: Any, stream: int | None, format: Format, matrix: Matrix, full_range: bool
     ) -> Frame:
         """See `Lanes`."""
+        self._lanes[0].check_open()
         with self._device:
             consumer = self._intake.handle if stream is None else UNORDERED
             frame = borrow_frame(source, consumer, format, matrix, full_range)
@@ -263,12 +304,10 @@ class TrtLanes:
                         self._intake.wait_for(plane.stream)
             elif frame.device is not None:
                 self._intake.wait_for(stream)
+            else:
+                self._device.synchronize(stream)  # the processor reads it
         return frame
 
     def close(self) -> None:
         """See `Lanes`."""
-        with self._device:
-            slots = [lane.close() for lane in self._lanes]
-            self._intake.close()
-        self._lanes = []
-        self._pool.take_back(slots)
+        self._pool.take_back(self._slots)

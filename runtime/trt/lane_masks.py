@@ -125,6 +125,7 @@ class LaneMasks:
             return held
         if held is not None:
             del self._buffers[content, place]
+            self._slot.stream.synchronize()  # which waits for whom earlier bitmaps were lent to
             held.free()
         self._buffers[content, place] = self._device.memory(max(size, 1))  # CUDA has no empty ones
         return self._buffers[content, place]

@@ -27,6 +27,22 @@ class TrtLoan:
         self._lane, self._batch, self._outputs = lane, batch, outputs
         self._bitmaps: dict[int, tuple[int, Shape]] = {}  # by the frame's place
 
+    def wait(self, seconds: float | None) -> bool:
+        """See `Loan`."""
+        return self._lane.wait(self._batch, seconds)
+
+    def wait_on(self, stream: int) -> None:
+        """See `Loan`."""
+        with self._lane.changing:
+            if self._lane.batches == self._batch:  # else it is done
+                self._lane.hold_back(stream)
+
+    def wait_read(self, stream: int) -> None:
+        """See `Loan`."""
+        with self._lane.changing:
+            if self._lane.batches == self._batch:
+                self._lane.hold_back_writer(stream)
+
     def outputs(self) -> dict[str, SharedArray]:
         """See `Loan`."""
         return {
@@ -44,6 +60,10 @@ class TrtLoan:
         return SharedArray(address, shape, np.dtype(np.uint8), self._lane.device, self)
 
     def _check(self) -> None:
+        if self._lane.closed:
+            raise RuntimeError(
+                "these outputs were borrowed and their session is closed: take .copy() before"
+            )
         if self._lane.batches != self._batch:
             raise RuntimeError(
                 "these outputs were borrowed and their slot is in use again: take .copy() in time, or "

@@ -157,6 +157,7 @@ def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = 
         stage2=TrtSession(pool, stages["stage2"]),
         largest_batch=min(engine.largest_batch for engine in stages.values()),
         proposals=proposals,
+        device=f"cuda:{device}",
         pool=pool,
     )
 

@@ -11,7 +11,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Slot:
     Attributes:
         stream: that all is queued on.
         buffers: by tensor name.
+        closing: frees what others keep with the slot, when its work is done.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Slot:
     ) -> None:
         self._device, self._flavor, self._engines = device, flavor, engines
         self.buffers: dict[str, DeviceMemory] = {}
+        self.closing = ExitStack()
         self._staging: dict[str, PinnedMemory] = {}
         self._proposals = proposals
         self._cuts: dict[str, tuple[Shape, Shape]] = {}  # of `PROPOSALS`: as written, as read
@@ -88,24 +90,23 @@ class Slot:
         """
         wanted = self.output_names(stages)
         shapes = self.reserve(stages, {name: a.shape for name, a in feeds.items()}, feeds)
-        try:
-            for name, array in feeds.items():
-                staged = self.host_view(name, array.shape)
-                staged[...] = array  # in the engine's type, as maps of another precision are not
-                self.stream.copy_in(self.buffers[name], staged)
-            marks = (
-                [] if seconds is None else [self._device.event(timed=True) for _ in (0, *stages)]
-            )
-            self.enqueue(stages, marks)
-            for name in wanted:
-                self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
-        finally:
-            self.stream.synchronize()  # also after an error: nothing may move while work is queued
-        if seconds is not None:
+        marks = [] if seconds is None else [self._device.event(timed=True) for _ in (0, *stages)]
+        with ExitStack() as ends:
+            for mark in marks:
+                ends.callback(mark.close)
+            try:
+                for name, array in feeds.items():
+                    staged = self.host_view(name, array.shape)
+                    staged[...] = array  # in the engine's type, which may be another one
+                    self.stream.copy_in(self.buffers[name], staged)
+                self.enqueue(stages, marks)
+                for name in wanted:
+                    self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+            finally:
+                self.stream.synchronize()  # after an error too: nothing may move while work is queued
             for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
+                assert seconds is not None
                 seconds[stage] = behind.since(before)
-        for mark in marks:
-            mark.close()
         return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
@@ -259,6 +260,7 @@ class Slot:
         if held is not None and held.size >= size:
             return held
         if held is not None:
+            self.stream.synchronize()  # which waits for whom outputs were lent to
             held.free()
         return self._device.memory(max(size, 1))  # CUDA has no empty allocations
 
@@ -269,6 +271,7 @@ class Slot:
     def close(self) -> None:
         """Frees everything when the stream's work is done; no call may be running."""
         self.stream.synchronize()  # a session that nobody closed may have left work
+        self.closing.close()
         self._contexts.clear()  # TensorRT frees a context with its last reference
         self.stream.close()
         for memory in self.buffers.values():
@@ -349,15 +352,25 @@ class SlotPool:
         with self._lock, self.device:
             if not self._free.alive:
                 raise RuntimeError("this backend is closed")
-            return [self._new_slot() for _ in range(count)]
+            with ExitStack() as undo:
+                lent: list[Slot] = []
+                undo.callback(self._drop, lent)
+                for _ in range(count):
+                    lent.append(self._new_slot())
+                undo.pop_all()
+            return lent
 
     def take_back(self, slots: Sequence[Slot]) -> None:
         """Frees slots that were lent; no call may be running."""
         with self._lock, self.device:
+            self._drop(slots)
+
+    def _drop(self, slots: Sequence[Slot]) -> None:
+        with ExitStack() as stack:  # an error stops none of it
             for slot in slots:
                 if slot in self._slots:  # else the pool was closed first
                     self._slots.remove(slot)
-                    slot.close()
+                    stack.callback(slot.close)
 
     def close(self) -> None:
         """Waits for running calls and frees slots and engines; again is harmless."""

@@ -85,7 +85,8 @@ class Inference(Closing):
             return self._session.submit(pictures, rle=self._rle)
         return self._session.submit(
             [picture.planes for picture in nv12],
-            stream=FFMPEG_STREAM,
+            # the processor's backends wait for no stream, and refuse frames of a GPU
+            stream=None if self._predictor.stages.gpu is None else FFMPEG_STREAM,
             format="nv12",
             matrix=nv12[0].matrix,
             full_range=nv12[0].full_range,
