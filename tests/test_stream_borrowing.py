@@ -166,13 +166,13 @@ def waits_are_for_a_batch(folder: str) -> None:
 
 
 def sessions_that_fail_or_are_forgotten(folder: str) -> None:
-    from comask.runtime.trt import lane, slot
+    from comask.runtime.trt import lane, slot_pool
 
     predictor, _ = start(folder)
     predictor(PICTURES[0])
     before, few = live(), slots(predictor)
 
-    new_slot, made = slot.SlotPool._new_slot, []
+    new_slot, made = slot_pool.SlotPool._new_slot, []
 
     def failing(pool: Any) -> Any:
         made.append(True)
@@ -180,10 +180,10 @@ def sessions_that_fail_or_are_forgotten(folder: str) -> None:
             raise EngineError("no memory for another context")
         return new_slot(pool)
 
-    slot.SlotPool._new_slot = failing  # type: ignore[method-assign]
+    slot_pool.SlotPool._new_slot = failing  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="another context"):
         predictor.stream(slots=3)
-    slot.SlotPool._new_slot = new_slot  # type: ignore[method-assign]
+    slot_pool.SlotPool._new_slot = new_slot  # type: ignore[method-assign]
 
     class Failing(lane.LaneMasks):
         def __init__(self, *_: Any) -> None:

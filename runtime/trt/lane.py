@@ -18,7 +18,8 @@ from comask.runtime.trt.engine import Shape
 from comask.runtime.trt.engine_folder import PLANS
 from comask.runtime.trt.lane_masks import LaneMasks
 from comask.runtime.trt.loan import TrtLoan
-from comask.runtime.trt.slot import Slot, SlotPool
+from comask.runtime.trt.slot import Slot
+from comask.runtime.trt.slot_pool import SlotPool
 
 from comask.errors import EngineError, ImageError
 from comask.kernels import driver

@@ -16,7 +16,7 @@ from comask.runtime.trt.lane import TrtLanes
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
 from comask.runtime.trt.rebuild import rebuild, rebuild_command
-from comask.runtime.trt.slot import SlotPool
+from comask.runtime.trt.slot_pool import SlotPool
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
