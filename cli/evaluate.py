@@ -30,8 +30,8 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
               help="COCO results of a pipeline of your own on the same images.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
 @click.option("--tolerance", type=click.FloatRange(0), metavar="POINTS",
-              help="AP points that a backend may lie off the reference. Default: 0.1, "
-              "int8 0.3.")  # fmt: skip
+              help="AP points that a backend may lie off the reference. Default: 0.1, of int8 "
+              "the budget that it was exported with.")  # fmt: skip
 @click.option("--trace", is_flag=True, help="Compare every layer of ONNX graphs, not only where "
               "something fails.")  # fmt: skip
 @predictor_options(batch=8)
@@ -54,8 +54,8 @@ def main(
     """Box and mask AP of BUNDLE on every backend, how far each is off the first, and where it begins.
 
     Exits with 1 when AP differs by more than the tolerance, outputs or weights by more than a precision
-    allows, when the preprocessing is not the exported one, or when nothing was found. What fails on ONNX
-    Runtime is traced to the first layer that differs. Classes are matched by name.
+    allows, when the preprocessing is not the exported one, or when nothing was found or compared. What
+    fails on ONNX Runtime is traced to the first layer that differs. Classes are matched by name.
 
     \b
     comask-eval bundle --data coco --report report.html
@@ -83,6 +83,7 @@ def main(
             labels=labels_in_data(opened.manifest, source),
             tolerance=tolerance,
             trace=trace,
+            altered_scales=_altered_scales(opened) if "onnxruntime:int8" in predictors else [],
             draw=report_file is not None,
         )
         report, pictures = evaluation.run(predictors, results)
@@ -93,7 +94,7 @@ def main(
     )
     print_report(report, to_stderr=json_file == "-")
     if not no_record:
-        _record(opened, report, results.name if results else None)
+        _record(opened.folder, report, results.name if results else None)
     if report_file is not None:
         from comask.runtime.parity.page import parity_page
 
@@ -115,48 +116,74 @@ def _head(
         "proposals": how.proposals,
         "short_side": how.short_side,  # null: the bundle's
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(how.device if isinstance(how.device, int) else 0),
+        "machine": describe_machine(how.device),
         "skipped": skipped,
+        "verification": bundle.manifest.verification,
         "failures": [],
     }
 
 
+def _altered_scales(bundle: Bundle) -> list[str]:
+    """See `comask.calib.scales`; nothing, with a warning, where there is nothing to compare with."""
+    from comask.errors import CalibrationError
+
+    try:
+        from comask.calib.scales import altered_scales
+
+        return altered_scales(bundle)
+    except (CalibrationError, ImportError) as error:
+        click.echo(f"warning: the scales of int8 activations are not compared: {error}", err=True)
+        return []
+
+
 def _failures(bundle: Bundle, report: dict[str, Any]) -> list[str]:
-    """What concerns the bundle, not one backend of it."""
+    """What concerns the bundle or the reference, not one contestant."""
     from comask.runtime.parity.stages import altered_preprocessing
 
-    silent = [name for name, values in report["backends"].items() if not values["detections"]]
     first = report["reference"]
     trace = report["traces"].get(first, {})
     causes = [trace["cause"]] if trace.get("first") else []
-    return [
+    failures = [
         *altered_preprocessing(bundle),
-        *(f"{name}: no detections at all, so nothing was compared" for name in silent),
         *(f"{first}: {sentence}" for sentence in causes + report["weights"].get(first, [])[:1]),
     ]
+    if not report["backends"][first]["detections"]:
+        failures.append(f"{first}: no detections at all, so nothing was compared")
+    if not report["comparisons"]:
+        failures.append(
+            f"{first} was scored only: nothing was compared with it; name another --backend"
+        )
+    return failures
 
 
-def _record(bundle: Bundle, report: dict[str, Any], foreign: str | None) -> None:
+def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
     """Puts the result into the manifest, in place of an older one of the same subject.
 
-    Layers stay out of it, and so does what is not the bundle's.
+    Layers stay out of it, and so does what is not the bundle's. Nothing is recorded where no two of its
+    backends were compared.
     """
-    from comask.bundle import write_manifest
+    from comask.bundle import Manifest, update_manifest
+    from comask.errors import BundleError
 
     def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
         knobs = (entry.get("proposals"), entry.get("short_side"))  # unknown to older entries
         return entry["data"], sorted(entry["backends"]), knobs
 
-    entry = {
-        key: value for key, value in report.items() if key not in ("bundle", "traces", "weights")
-    }
+    left_out = ("bundle", "traces", "weights", "verification")
+    entry = {key: value for key, value in report.items() if key not in left_out}
     for key in ("backends", "comparisons"):
         entry[key] = {name: value for name, value in report[key].items() if name != foreign}
+    if not entry["comparisons"]:
+        return
     entry["passed"] = not entry["failures"] and all(
         found["passed"] for found in entry["comparisons"].values()
     )
-    kept = [old for old in bundle.manifest.parity if subject(old) != subject(entry)]
+
+    def change(manifest: Manifest) -> Manifest:
+        kept = [old for old in manifest.parity if subject(old) != subject(entry)]
+        return dataclasses.replace(manifest, parity=[*kept, entry])
+
     try:
-        write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, parity=[*kept, entry]))
-    except OSError as error:
+        update_manifest(folder, change)
+    except (OSError, BundleError) as error:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)

@@ -22,9 +22,10 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     for sentence in report["failures"]:
         say(f"FAIL {sentence}")
     for name, found in report["comparisons"].items():
+        off = "below" if found["may_gain"] else "off"
         say(
             f"{'PASS' if found['passed'] else 'FAIL'} {name}: at most {found['largest']:.4f} points "
-            f"off {report['reference']} (tolerance {found['tolerance']:g}), agreement "
+            f"{off} {report['reference']} (tolerance {found['tolerance']:g}), agreement "
             f"{found['agreement']:.4f}, {report['backends'][name]['detections']} detections"
         )
         for sentence in found["failures"]:

@@ -82,14 +82,17 @@ def main(
     stop = Interruption()
     with how.load(bundle, backend) as predictor:
         click.echo(f"backend {predictor.stages.backend}", err=True)
-        seconds = (
-            _run_images(predictor, images, results, failures, 2 * how.max_batch) if images else 0.0
-        )
+        seconds, whole = 0.0, True
+        if images:
+            window = 2 * how.max_batch
+            seconds = _run_images(predictor, images, results, failures, window, stop)
+            whole = not stop.signal  # which one later does not change
         reports = _run_videos(predictor, videos, results, failures, options, stop)
     done = results.images
     if images:
         click.echo(
-            f"{done} of {len(images)} images in {seconds:.1f} s ({done / seconds:.1f} images/s), "
+            f"{'' if whole else 'interrupted after '}{done} of {len(images)} images in "
+            f"{seconds:.1f} s ({done / seconds:.1f} images/s), "
             f"{results.detections} detections in {output}",
             err=json_file == "-",
         )
@@ -119,17 +122,20 @@ def _run_images(
     results: Results,
     failures: list[dict[str, str]],
     window: int,
+    stop: Interruption,
 ) -> float:
-    """Runs the images, `window` of them in memory; the seconds it took."""
+    """Runs the images until `stop`, `window` of them in memory; the seconds it took."""
     from comask.progress import Progress
 
     started = time.perf_counter()
-    with Progress("inferring", len(files), unit="images") as progress:
-        images = _decoded(files, failures, progress.advance)
-        for path, pixels, found in _detected(predictor, images, window):
-            results.add(path, pixels, found)
-            progress.advance()
-    results.finish()
+    try:
+        with stop.on_signal(), Progress("inferring", len(files), unit="images") as progress:
+            images = _decoded(files, failures, progress.advance)
+            for path, pixels, found in _detected(predictor, images, window, stop):
+                results.add(path, pixels, found)
+                progress.advance()
+    finally:
+        results.finish()  # also of what was done before an error
     for failure in failures:
         click.echo(f"skipped: {failure['error']}", err=True)
     return time.perf_counter() - started
@@ -147,7 +153,7 @@ def _run_videos(
     from comask.runtime.video.address import file_name, shown_name
 
     reports = []
-    for address in videos:
+    for address in videos if not stop.signal else ():
         shown, name = shown_name(address), results.unique(file_name(address))
         try:
             report, problems = run_video(predictor, address, name, options, stop)
@@ -155,7 +161,8 @@ def _run_videos(
             click.echo(f"skipped: {error}", err=True)
             failures.append({"file": shown, "error": str(error)})
             continue
-        reports.append({"file": shown, **dataclasses.asdict(report)})
+        interrupted = bool(stop.signal)
+        reports.append({"file": shown, **dataclasses.asdict(report), "interrupted": interrupted})
         for problem in problems:
             click.echo(f"incomplete: {shown}: {problem}", err=True)
             failures.append({"file": shown, "error": f"{shown}: {problem}"})
@@ -166,7 +173,8 @@ def _run_videos(
 
 def _video_line(report: dict[str, Any]) -> str:
     line = (
-        f"{report['file']}: {report['frames']} frames in {report['seconds']:.1f} s "
+        f"{report['file']}: {'interrupted after ' if report['interrupted'] else ''}"
+        f"{report['frames']} frames in {report['seconds']:.1f} s "
         f"({report['frames'] / report['seconds']:.1f} frames/s), {report['detections']} detections"
     )
     for count in ("dropped", "damaged", "reconnects"):
@@ -201,11 +209,13 @@ def _decoded(
 
 
 def _detected(
-    predictor: Predictor, images: Iterator[tuple[Path, Pixels]], window: int
+    predictor: Predictor, images: Iterator[tuple[Path, Pixels]], window: int, stop: Interruption
 ) -> Iterator[tuple[Path, Pixels, Detections]]:
-    """Images with their detections, few of them in memory at a time."""
+    """Images with their detections, few of them in memory at a time, until `stop`."""
     waiting: list[tuple[Path, Pixels]] = []
     for entry in images:
+        if stop.signal:
+            return
         waiting.append(entry)
         if len(waiting) == window:
             yield from _flush(predictor, waiting)
@@ -248,13 +258,7 @@ class Results:
 
         from comask.draw import draw_overlay
 
-        self.detections += len(found)
         name = self.unique(path.name)
-        image_id = len(self._images) + 1
-        height, width = found.image_size
-        self._images.append(
-            {"id": image_id, "file_name": str(path), "width": width, "height": height}
-        )
         with self._writing():
             if "overlay" in self._kinds:
                 drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
@@ -263,8 +267,15 @@ class Results:
                 Image.fromarray(_instance_map(found)).save(self._folder / f"{name}.mask.png")
             if "labels" in self._kinds:
                 (self._folder / f"{name}.labels.txt").write_text(_label_lines(found))
-        if "coco" in self._kinds:
-            self._coco += found.to_coco(image_id)
+        image_id = len(self._images) + 1
+        entries = found.to_coco(image_id) if "coco" in self._kinds else []
+        height, width = found.image_size
+        # last, so that an interruption leaves images out whole
+        self._coco += entries
+        self._images.append(
+            {"id": image_id, "file_name": str(path), "width": width, "height": height}
+        )
+        self.detections += len(found)
 
     @property
     def images(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import glob
 import json
@@ -19,6 +20,11 @@ import click
 from comask import __version__
 from comask.errors import ComaskError
 
+MENDS = {
+    errno.EROFS: "; copy the bundle to a folder that can be written",
+    errno.EACCES: "; ask for the right to write there, or take another folder",
+    errno.ENOSPC: "; free space, or take another disk",
+}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
 
@@ -52,7 +58,13 @@ def command(function: Callable[..., None]) -> click.Command:
             if verbose or error.strerror is None:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror}", err=True)
+            mend = MENDS.get(error.errno or 0, "")
+            click.echo(f"error: {where}{error.strerror}{mend}", err=True)
+            sys.exit(1)
+        except MemoryError as error:
+            if verbose:
+                raise
+            click.echo(f"error: not enough memory ({error}): take less at once", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

@@ -12,17 +12,35 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from comask.errors import ConfigError
 
 T = TypeVar("T")
 CANDIDATES = 1000  # (proposal, class) pairs an image that enter the detections' NMS
+# The largest maps have 16 values a pixel of the canvas, and TensorRT's tensors fewer than 2^31 values.
+MOST_PIXELS = 2**27 - 1
+SHOWN = 100  # characters of a wrong value
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+        text = repr(got)
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+        raise ConfigError(f"{name}: expected {expected}, got {shown}")
+
+
+def require_count(name: str, value: object, most: int | None = None) -> None:
+    """Checks that `value` is a whole number from 1 to `most`, where there is one.
+
+    Raises:
+        ConfigError: it is none; the text begins with `name`.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    expected = f"a whole number from 1 {'on' if most is None else f'to {most}'}"
+    _require(whole and 1 <= int(value) <= (most or int(value)), name, expected, value)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,25 +193,35 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
+        require_count("preprocess.short_side", self.short_side)
         _require(
-            1 <= self.short_side <= self.max_side,
+            self.short_side <= self.max_side,
             "preprocess.short_side",
             f"1 to max_side = {self.max_side}",
             self.short_side,
         )
+        multiple = self.pad_multiple
         _require(
-            self.pad_multiple % 32 == 0 and self.pad_multiple > 0,
+            multiple % 32 == 0 and multiple > 0,
             "preprocess.pad_multiple",
             "a multiple of 32, the stride of P5",
-            self.pad_multiple,
+            multiple,
+        )
+        h, w = (-(-side // multiple) * multiple for side in (self.short_side, self.max_side))
+        _require(
+            h * w <= MOST_PIXELS,
+            "preprocess.short_side",
+            f"a canvas of at most {MOST_PIXELS} pixels, as tensors end there, not {h}x{w}",
+            self.short_side,
         )
 
     def resized(self, short_side: int) -> PreprocessConfig:
         """The same for another `short_side`; `max_side` keeps its ratio to it.
 
         Raises:
-            ConfigError: when it is no length.
+            ConfigError: it is no length, or the canvas would be too large.
         """
+        require_count("short_side", short_side)
         max_side = round(short_side * self.max_side / self.short_side)
         return dataclasses.replace(self, short_side=short_side, max_side=max_side)
 
@@ -289,21 +317,24 @@ class Config:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """A config dataclass from nested plain values, as `dataclasses.asdict` or JSON gives them.
+    """A dataclass from nested plain values, as `dataclasses.asdict` or JSON gives them.
 
     Raises:
-        ConfigError: for an unknown name (the nearest one is suggested) or a value that does not fit.
+        ConfigError: for an unknown name (the nearest one is suggested), a missing one, or a value that
+            does not fit.
     """
     hints = get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
+    _require(isinstance(values, Mapping), prefix.rstrip(".") or "all", "an object", values)
+    for name in values:
         if name not in hints:
             raise ConfigError(_unknown(prefix + name, [prefix + known for known in hints]))
-        if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = from_dict(hints[name], value, f"{prefix}{name}.")
-        else:
-            arguments[name] = _converted(prefix + name, value, hints[name])
-    return kind(**arguments)
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
+        default = entry.default, entry.default_factory
+        if default == (dataclasses.MISSING, dataclasses.MISSING) and entry.name not in values:
+            raise ConfigError(f"{prefix}{entry.name}: is missing")
+    return kind(
+        **{name: _converted(prefix + name, value, hints[name]) for name, value in values.items()}
+    )
 
 
 def override(config: Config, assignments: tuple[str, ...]) -> Config:
@@ -337,7 +368,19 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or a ConfigError; JSON has no tuples and no 1.0."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
     origin = get_origin(hint)
+    if origin is UnionType:  # with None
+        return None if value is None else _converted(name, value, get_args(hint)[0])
+    if origin is dict:
+        _require(isinstance(value, dict), name, "an object", value)
+        return {key: _converted(f"{name}.{key}", v, get_args(hint)[1]) for key, v in value.items()}
+    if origin is list:
+        _require(isinstance(value, list), name, "a list", value)
+        return [_converted(f"{name}[{i}]", v, get_args(hint)[0]) for i, v in enumerate(value)]
     if origin is Literal:
         known = ", ".join(map(str, get_args(hint)))
         _require(
@@ -349,7 +392,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         item, *rest = get_args(hint)
         if rest != [...]:
             _require(len(value) == 1 + len(rest), name, f"{1 + len(rest)} numbers", value)
-        return tuple(_converted(name, entry, item) for entry in value)
+        return tuple(_converted(f"{name}[{i}]", entry, item) for i, entry in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

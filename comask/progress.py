@@ -76,10 +76,8 @@ class Progress:
         elif now - self._last_line >= LINE_SECONDS or self._done == self._total:
             self._last_line = now
             left = (self._total - self._done) / max(rate, 1e-9)
-            line = (
-                f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, "
-                f"{left:.0f} s left"
-            )
+            end = f"{left:.0f} s left" if left else f"{now - self._start:.0f} s"
+            line = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {end}"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(

@@ -3,8 +3,7 @@
 Run it as `python examples/pynvvideocodec_pipeline.py BUNDLE VIDEO`, after `pip install pynvvideocodec`.
 NVIDIA's driver must have its video part; in a container, set NVIDIA_DRIVER_CAPABILITIES to have video.
 With a backend other than TensorRT the decoder's frames come to the host. Frames are NV12 as they were
-decoded, of 8 bits. What the video says of its colours, the package does not tell: give --matrix and
---full-range where they are others than HD video's.
+decoded, of 8 bits. The package does not tell of their colours: see --matrix and --full-range.
 """
 
 from __future__ import annotations
@@ -37,11 +36,9 @@ def detections(
     try:
         with predictor.stream(slots=SLOTS) as session:
             while decoded := decoder.get_batch_frames(1):
-                # not told of a stream, comask has the frame itself say when it is written: it waits for
-                # this one, and not for those that are decoded ahead
+                # without stream= the frame itself says when it is written
                 future = session.submit(decoded[0], format="nv12", **how)
-                # The next call takes the frame's memory back for frames to come, whoever holds it. They
-                # are written on the decoder's stream, so let that wait until this frame has been read.
+                # the next call writes over its memory, on the decoder's stream: which waits for our reading
                 future.wait_read(stream)
                 running.append(future)
                 if len(running) == SLOTS:

@@ -37,13 +37,37 @@ def diagnose_bundle(folder: Path) -> list[Finding]:
     if len(findings) == 1:
         found = f"{len(manifest.files)} have the manifest's hashes"
         findings.append(Finding(name="bundle's files", status="ok", found=found))
-    findings += _parity(bundle)
+    findings += [*_precisions(bundle), *_parity(bundle)]
     engines = folder / ENGINES
     if engines.exists() and not engines.is_dir():
         mend = f"rm {engines}: comask-export makes a folder of that name"
         findings.append(Finding(name=ENGINES, status="broken", found="is no folder", mend=mend))
     folders = sorted(p for p in (folder / ENGINES).glob("[!.]*") if p.is_dir())
     return findings + [_engine(bundle, path) for path in folders]
+
+
+def _precisions(bundle: Bundle) -> list[Finding]:
+    """What stayed float in the lower precisions, and what int8 costs."""
+    findings = []
+    verification = bundle.manifest.verification
+    if proof := verification.get("fp16"):
+        # older bundles have no such list
+        islands = [island["module"] for island in proof.get("float_layers", [])]
+        found = f"stay f32: {', '.join(islands)}" if islands else "nothing stays f32 but by design"
+        findings.append(Finding(name="fp16 graphs", status="ok", found=found))
+    if proof := verification.get("int8"):
+        kept = [entry["layer"] for entry in proof["float_layers"]]
+        ap = ", ".join(
+            f"{task} AP {value:.2f} ({value - proof['reference'][task]:+.2f})"
+            for task, value in proof["ap"].items()
+        )
+        found = (
+            f"{proof['layers'] - len(kept)} of {proof['layers']} layers in int8"
+            + (f", float: {', '.join(kept)}" if kept else "")
+            + f"; {ap} on {proof['images']} images of {proof['data']}, {proof['budget']:g} may be lost"
+        )
+        findings.append(Finding(name="int8 graphs", status="ok", found=found))
+    return findings
 
 
 def _parity(bundle: Bundle) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ import comask.cli.train
 import hypothesis
 import pytest
 from click.testing import CliRunner, Result
+from comask.runtime import Predictor
 
 # Examples take long where a network runs; the machine's speed is not what is tested.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
@@ -87,6 +89,47 @@ def micro_fp16(micro_bundle: Path) -> Path:
     assert result.exit_code == 0, result.output
     assert "holds fp32 graphs already" in result.output
     assert "fp16 graphs agree with PyTorch" in result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose annotations are PyTorch's own detections: on them its AP is high, though it was
+    hardly trained, and whoever differs from it loses AP."""
+    data = tmp_path_factory.mktemp("truth") / "data"
+    assert run("shapes", data, "--images", 4, "--seed", 11).exit_code == 0
+    file = data / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = []
+    with Predictor.load(micro_fp16, "torch") as predictor:
+        for image in content["images"]:
+            found = predictor(data / "images" / image["file_name"])
+            for entry in found[:5].to_coco(image["id"]):
+                _, _, w, h = entry["bbox"]
+                content["annotations"].append(
+                    entry | {"id": len(content["annotations"]) + 1, "area": w * h, "iscrowd": 0}
+                )
+    file.write_text(json.dumps(content))
+    return data
+
+
+def int8_arguments(bundle: Path, data: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "export", bundle, "--precision", "int8", "--calib-data", data, "--calib-images", 3,
+        "--val-data", data, "--verify-images", 1, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(
+    micro_fp16: Path, own_truth: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A copy of `micro_fp16`, to which the command added int8 graphs."""
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    shutil.copytree(micro_fp16, folder)
+    result = run(*int8_arguments(folder, own_truth, "--ap-budget", 100))
+    assert result.exit_code == 0, result.output
+    assert "whether int8 is faster than fp16 was not measured" in result.output
     return folder
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from comask.runtime import Predictor
 from comask.runtime.parity.scores import Scores
 from conftest import COMMANDS, MICRO, run, settings
 from PIL import Image
 from pycocotools import mask as coco_mask
+from video_clips import make_clip
+from video_clips import pictures as pictures_of_clip
 
+import comask.preprocess
 from comask.bundle import SCHEMA_VERSION
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
@@ -104,6 +112,56 @@ def test_infer_keeps_the_good_and_reports_the_bad(
         assert coco_mask.area(entry["segmentation"]) <= image["height"] * image["width"]
     instances = np.asarray(Image.open(output / "0.png.mask.png"))
     assert instances.max() <= len((output / "0.png.labels.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_infer_keeps_what_was_done(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals, code: int,
+) -> None:  # fmt: skip
+    write_coco(ShapesSource(num_images=7, seed=4), tmp_path)
+    predict = Predictor.predict_prepared
+    count = itertools.count(1)
+
+    def interrupted(self: Predictor, prepared: Any) -> Any:
+        if next(count) == 2:  # of the windows, which have two images
+            os.kill(os.getpid(), number)
+        return predict(self, prepared)
+
+    monkeypatch.setattr(Predictor, "predict_prepared", interrupted)
+    clip = make_clip(tmp_path / "clip.mp4", pictures_of_clip(3), audio=None)
+    result = run("infer", micro_bundle, tmp_path / "images", clip, "--output", tmp_path / "out",
+                 "--batch", 1, "--json", tmp_path / "r.json")  # fmt: skip
+    assert result.exit_code == code, result.output
+    assert "interrupted after 4 of 7 images" in result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["images"], report["interrupted"], report["videos"]) == (4, True, [])
+    images = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert [entry["id"] for entry in images] == [1, 2, 3, 4]
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in found} == {1, 2, 3, 4}
+    assert len(found) == report["detections"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_does_not_wait(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_coco(ShapesSource(num_images=5, seed=4), tmp_path)
+    decode = comask.preprocess.decode_image
+    count = itertools.count(1)
+
+    def interrupted(path: Path) -> Any:
+        if next(count) == 4:  # of the second window
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(path)
+
+    monkeypatch.setattr("comask.preprocess.decode_image", interrupted)
+    result = run("infer", micro_bundle, tmp_path / "images", "--output", tmp_path / "out",
+                 "--batch", 1)  # fmt: skip
+    assert result.exit_code == 130, result.output
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())) == 2
 
 
 def test_infer_takes_patterns_and_numbers_equal_names(
@@ -259,8 +317,6 @@ def test_eval_matches_categories_by_name(micro_bundle: Path, tmp_path: Path) -> 
         micro_bundle,
         "--data",
         folder,
-        "--backend",
-        "onnxruntime",
         "--no-record",
         "--json",
     )

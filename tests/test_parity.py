@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,23 @@ import onnx
 import pytest
 from comask.cli.evaluate import SHAPES_SEED
 from comask.runtime import Predictor
-from comask.runtime.parity.agreement import agreement, pairs
+from comask.runtime.parity.agreement import agreement, pairs, shared
+from comask.runtime.parity.evaluation import Evaluation, busiest
+from comask.runtime.parity.judge import ap_tolerance, compare_ap
 from comask.runtime.parity.normalisation import explain_input
-from comask.runtime.parity.scores import image_results
+from comask.runtime.parity.read_results import read_results
+from comask.runtime.parity.scores import Scores, image_results
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from pycocotools import mask as coco_mask
 
-from comask.bundle import sha256
+from comask.bundle import Bundle, sha256
 from comask.config import PreprocessConfig
 from comask.data.shapes import ShapesSource
+from comask.errors import DataError
+from comask.evaluate import METRICS, CocoMetrics
 from comask.masks import paste_masks
 
 IMAGES = 3
@@ -54,6 +62,24 @@ def scale(tensor: str, factor: float = 1.5) -> Callable[[onnx.ModelProto], None]
         (found,) = (entry for entry in model.graph.initializer if entry.name == tensor)
         value = numpy_helper.to_array(found)
         found.CopyFrom(numpy_helper.from_array(value * value.dtype.type(factor), tensor))
+
+    return change
+
+
+def without_relu(model: onnx.ModelProto) -> None:
+    """Takes the ReLU between two layers of the classifier away."""
+    weights = ("model.classifier.fc1.weight", "model.classifier.fc1.weight.dequantized")
+    (fc1,) = (n for n in model.graph.node if len(n.input) > 1 and n.input[1] in weights)
+    (relu,) = (n for n in model.graph.node if fc1.output[0] in n.input)
+    relu.op_type = "Identity"
+
+
+def scale_of_input(layer: str) -> Callable[[onnx.ModelProto], None]:
+    """1.5 times the scale by which an int8 layer's input is rounded."""
+
+    def change(model: onnx.ModelProto) -> None:
+        node = next(n for n in model.graph.node if f"model.{layer}.weight.dequantized" in n.input)
+        scale(node.input[0].removesuffix(".dequantized") + ".scale")(model)
 
     return change
 
@@ -127,13 +153,7 @@ def test_one_number_of_a_weight_is_enough(micro_bundle: Path, tmp_path: Path) ->
 def test_an_operation_between_layers_is_told_from_a_layer(
     micro_bundle: Path, tmp_path: Path
 ) -> None:
-    def change(model: onnx.ModelProto) -> None:
-        """Takes the ReLU between two layers of the classifier away."""
-        (fc1,) = (n for n in model.graph.node if n.input[1:2] == ["model.classifier.fc1.weight"])
-        (relu,) = (n for n in model.graph.node if fc1.output[0] in n.input)
-        relu.op_type = "Identity"
-
-    bundle = broken(micro_bundle, tmp_path / "bundle", "stage2_roi_head.onnx", change)
+    bundle = broken(micro_bundle, tmp_path / "bundle", "stage2_roi_head.onnx", without_relu)
     code, report, _ = evaluate(bundle, tmp_path)
     assert code == 1
     first = report["traces"]["onnxruntime"]["first"]
@@ -149,6 +169,129 @@ def test_reversed_channels_are_named(micro_bundle: Path, tmp_path: Path) -> None
     assert "preprocessing differs" in cause
     assert "BGR where RGB is expected" in cause
     assert "BGR where RGB is expected" in page
+
+
+@pytest.mark.parametrize(
+    ("graph", "change", "words"),
+    [
+        ("stage1_proposals.int8.onnx", reverse_channels, "BGR where RGB is expected"),
+        ("stage2_roi_head.int8.onnx", without_relu, "diverges: classifier.fc2 input (stage2)"),
+        ("stage2_roi_head.int8.onnx", scale("model.head.refine.3.weight.scale"),
+         "head.refine.3.weight in stage2 is not the network's"),
+        ("stage1_proposals.int8.onnx", scale("model.rpn.conv.weight.scale"),
+         "rpn.conv.weight in stage1 is not the network's"),
+        ("stage1_proposals.int8.onnx", scale_of_input("rpn.conv"), "what rpn.conv reads in stage1"),
+        ("stage2_roi_head.int8.onnx", scale_of_input("head.refine.3"),
+         "what head.refine.3 reads in stage2"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_int8_is_named_whatever_ap_says(
+    int8_bundle: Path, tmp_path: Path, graph: str, change: Any, words: str
+) -> None:
+    """The budget is 100 points here, so AP passes."""
+    bundle = broken(int8_bundle, tmp_path / "bundle", graph, change)
+    code, report, page = evaluate(
+        bundle, tmp_path, "--backend", "torch", "--backend", "onnxruntime:int8"
+    )
+    assert code == 1
+    found = report["comparisons"]["onnxruntime:int8"]
+    assert found["largest"] <= found["tolerance"] == 100
+    assert words in found["failures"][0]
+    assert escape(words) in page
+
+
+def test_sound_int8_passes_and_its_story_is_told(int8_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
+    kept = {"layer": "rpn.conv", "reason": "for a test"}
+    edit_manifest(bundle, lambda v: v["verification"]["int8"]["float_layers"].append(kept))
+    island = {"module": "mfpn.fpn", "largest": 7e4, "image": "a.jpg", "reason": "reached 7e4"}
+    edit_manifest(bundle, lambda v: v["verification"]["fp16"]["float_layers"].append(island))
+    code, report, page = evaluate(bundle, tmp_path)
+    assert code == 0, report["comparisons"]
+    trace = report["traces"]["onnxruntime:int8"]
+    assert (trace["first"], trace["limit"]) == (None, 0.01)
+    assert len(trace["differences"]) > 100
+    for words in ("How int8 was made", "for a test", "3 images of", "reached 7e4"):
+        assert words in page
+    result = run("doctor", bundle)
+    assert result.exit_code == 0, result.output
+    proof = report["verification"]["int8"]
+    assert (
+        f"int8 graphs: {proof['layers'] - 1} of {proof['layers']} layers in int8, float: rpn.conv;"
+        in result.output
+    )
+    assert "fp16 graphs: stay f32: mfpn.fpn" in result.output
+
+
+def test_scales_without_their_calibration_are_not_compared(
+    int8_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
+    (bundle / "calibration.json").unlink()
+    result = run("eval", bundle, "--data", "shapes", "--images", 1, "--no-record",
+                 "--backend", "torch", "--backend", "onnxruntime:int8")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "warning: the scales of int8 activations are not compared" in result.output
+
+
+def metrics(ap: float) -> CocoMetrics:
+    values = {task: dict.fromkeys(METRICS, ap) for task in ("bbox", "segm")}
+    classes = {task: {"circle": ap} for task in values}
+    return CocoMetrics(values=values, per_class=classes, images=1, detections=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "passes"),
+    [
+        ("fp32", 0.2, False),
+        ("fp32", -0.2, False),
+        ("fp16", 0.2, True),
+        ("fp16", -0.2, False),
+        ("int8", 2.0, True),
+        ("int8", -0.9, True),  # within its budget
+        ("int8", -1.1, False),
+        ("results", 0.2, False),
+    ],
+)
+def test_what_rounds_may_gain_and_int8_may_lose_its_budget(
+    micro_bundle: Path, kind: str, points: float, passes: bool
+) -> None:
+    manifest = Bundle.open(micro_bundle).manifest
+    manifest = dataclasses.replace(manifest, verification={"int8": {"budget": 1.0}})
+    tolerance = ap_tolerance(manifest, kind)
+    found = compare_ap(metrics(0.5 + points / 100), metrics(0.5), kind, tolerance)
+    assert (found["failures"] == []) is passes
+    assert found["deltas"]["segm"]["AP"] == pytest.approx(points)
+
+
+def test_one_backend_alone_is_scored_only(micro_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
+    code, report, page = evaluate(bundle, tmp_path, "--backend", "onnxruntime")
+    assert code == 1
+    assert "scored only" in report["failures"][0]
+    assert "Scored only: nothing was compared." in page
+    assert Bundle.open(bundle).manifest.parity == []
+
+
+def test_what_others_wrote_meanwhile_stays(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, plain = Path(shutil.copytree(micro_bundle, tmp_path / "bundle")), Evaluation.run
+
+    def with_company(*arguments: Any) -> Any:
+        edit_manifest(bundle, lambda values: values.update(latency={"another": {"images": 1}}))
+        return plain(*arguments)
+
+    monkeypatch.setattr(Evaluation, "run", with_company)
+    assert evaluate(bundle, tmp_path)[0] == 0
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.latency == {"another": {"images": 1}}
+    assert len(manifest.parity) == 1
+
+
+def test_the_busiest_images_are_looked_into() -> None:
+    results = [[], [entry(0, 0.5)], [entry(0, 0.5), entry(30, 0.4)], []]
+    assert busiest(Scores(fine=metrics(0), coarse=None, results=results)) == [2, 1, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -196,12 +339,12 @@ def test_an_engine_that_cannot_run_is_skipped_unless_asked_for(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def default(_: object) -> tuple[list[str], list[str]]:
-        return ["onnxruntime"], ["tensorrt:fp32"]
+        return ["torch", "onnxruntime"], ["tensorrt:fp32"]
 
     monkeypatch.setattr("comask.runtime.parity.contestants.default_backends", default)
     code, report, page = evaluate(micro_bundle, tmp_path, "--no-record")
     assert code == 0
-    assert set(report["backends"]) == {"onnxruntime"}
+    assert set(report["backends"]) == {"torch", "onnxruntime"}
     assert report["skipped"]["tensorrt:fp32"]
     assert "tensorrt:fp32" in page
     asked = run("eval", micro_bundle, "--data", "shapes", "--backend", "tensorrt:fp32")
@@ -259,8 +402,7 @@ def own_results(
                 row | {"category_id": row["category_id"] + shift}
                 for row in found.to_coco(source.info(i).id)
             ]
-    known = {category.id for category in source.categories}
-    path.write_text(json.dumps([row for row in rows if row["category_id"] in known]))
+    path.write_text(json.dumps(rows))
     return path
 
 
@@ -283,10 +425,65 @@ def test_a_pipeline_of_ones_own_is_compared_and_its_mistake_named(
     found = report["comparisons"]["own.json"]
     assert code == (1 if mistake else 0)
     assert found["passed"] is (mistake is None)
+    if shift:
+        assert any(
+            "have a category_id that the data lack ([0];" in text for text in found["failures"]
+        )
     if mistake:
         assert mistake in found["failures"][0]
         assert mistake in page
         assert 'src="data:image/jpeg;base64,' in page  # the worst disagreements
+
+
+def own_image() -> dict[str, Any]:
+    info = ShapesSource(num_images=1, seed=SHAPES_SEED).info(0)
+    rle = {"size": [info.height, info.width], "counts": [0, info.height * info.width]}
+    return {"image_id": info.id, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.5,
+            "segmentation": rle}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": []}, "entry 1: bbox: expected four numbers"),
+        ({"bbox": "abcd"}, "entry 1: bbox: expected four numbers"),
+        ({"bbox": [0, 0, None, 1]}, "entry 1: bbox: expected four numbers"),
+        ({"score": "0.5"}, "entry 1: score: expected a number"),
+        ({"score": None}, "entry 1: score: expected a number"),
+        ({"score": float("nan")}, "entry 1: score: expected a number"),
+        ({"image_id": [1]}, "entry 1: image_id: expected an integer"),
+        ({"category_id": "1"}, "entry 1: category_id: expected an integer"),
+        ({"segmentation": None}, "entry 1: segmentation: expected a list of polygons or an RLE"),
+        ({"size": 5}, "entry 1: segmentation: expected an RLE of its image's size"),
+        ({"size": [5, 5]}, "entry 1: segmentation: expected an RLE of its image's size"),
+        ({"counts": "!!"}, "entry 1: segmentation: expected RLE counts that add up"),
+        ({"counts": [1, 2]}, "entry 1: segmentation: expected RLE counts that add up"),
+    ],
+)
+def test_a_malformed_entry_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    good = own_image()
+    bad = good | {name: value for name, value in change.items() if name in good}
+    bad["segmentation"] = bad["segmentation"] and bad["segmentation"] | {
+        name: value for name, value in change.items() if name not in good
+    }
+    (tmp_path / "own.json").write_text(json.dumps([good, bad]))
+    with pytest.raises(DataError, match=re.escape(words)) as caught:
+        read_results(tmp_path / "own.json", ShapesSource(num_images=1, seed=SHAPES_SEED), [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_form_of_mask_is_read(tmp_path: Path) -> None:
+    good = own_image()
+    height, width = good["segmentation"]["size"]
+    corners = [[0, 0, width, 0, width, height, 0, height]]
+    packed = coco_mask.encode(np.ones((height, width), np.uint8, order="F"))
+    packed["counts"] = packed["counts"].decode()
+    forms = [good | {"segmentation": form} for form in (good["segmentation"], corners, packed)]
+    (tmp_path / "own.json").write_text(json.dumps(forms))
+    (found,) = read_results(
+        tmp_path / "own.json", ShapesSource(num_images=1, seed=SHAPES_SEED), [0]
+    )
+    assert [row["segmentation"] for row in found] == 3 * [packed]
 
 
 @pytest.mark.parametrize(
@@ -294,11 +491,9 @@ def test_a_pipeline_of_ones_own_is_compared_and_its_mistake_named(
     [
         ("{", "cannot be read"),
         ("{}", "expected a list"),
-        ('[{"image_id": 1}]', "entry 0 needs bbox"),
-        (
-            '[{"image_id": 1, "category_id": 1, "bbox": [], "score": 1, "segmentation": []}]',
-            "no compr",
-        ),
+        ("[3]", "entry 0: expected an object"),
+        ('[{"image_id": 1}]', "entry 0: has no category_id"),
+        (json.dumps([own_image() | {"image_id": 99}]), "holds nothing on the 1 images"),
     ],
 )
 def test_results_that_cannot_be_used_are_refused(
@@ -309,6 +504,22 @@ def test_results_that_cannot_be_used_are_refused(
                  "--no-record", "--results", tmp_path / "own.json")  # fmt: skip
     assert result.exit_code == 1
     assert words in result.output
+
+
+def test_empty_results_fail_themselves_and_not_the_bundle(
+    micro_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
+    (tmp_path / "own.json").write_text("[]")
+    code, report, _ = evaluate(bundle, tmp_path, "--results", tmp_path / "own.json")
+    assert (code, report["failures"]) == (1, [])
+    found = report["comparisons"]["own.json"]
+    assert "no detections at all" in found["failures"][-1]
+    assert "mistakes" not in found
+    (recorded,) = Bundle.open(bundle).manifest.parity
+    assert recorded["passed"]
+    assert "own.json" not in json.dumps(recorded)
+    assert run("doctor", bundle).exit_code == 0
 
 
 def normalised(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
@@ -345,20 +556,26 @@ def entry(x: int, score: float, label: int = 1) -> dict[str, Any]:
     return {"bbox": [x, 5, 20, 20], "score": score, "category_id": label, "segmentation": rle}
 
 
+def agree(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
+    return agreement([shared(a, b)])
+
+
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.integers(0, 5))
 def test_agreement_is_a_share(scores: list[float], lost: int) -> None:
     """Of detections apart from each other it is what formula and counting say."""
     whole = [entry(30 * i, score) for i, score in enumerate(scores)]
     part = [row for i, row in enumerate(whole) if i != lost]
-    assert agreement(whole, whole) == pytest.approx(1)
-    assert agreement(whole, []) == 0
+    assert agree(whole, whole) == pytest.approx(1)
+    assert agree(whole, []) == 0
     kept = sum(row["score"] for row in part)
-    assert agreement(whole, part) == pytest.approx(2 * kept / (sum(scores) + kept))
-    assert agreement(part, whole) == pytest.approx(agreement(whole, part))
+    assert agree(whole, part) == pytest.approx(2 * kept / (sum(scores) + kept))
+    assert agree(part, whole) == pytest.approx(agree(whole, part))
+    # images without detections change nothing
+    assert agreement([shared(whole, part), shared([], [])]) == agree(whole, part)
 
 
 def test_only_one_class_overlapping_by_half_is_the_same() -> None:
-    assert agreement([], []) == 1
+    assert agree([], []) == 1
     assert pairs([entry(0, 0.9)], [entry(0, 0.9, label=2), entry(15, 0.9)]) == []
     ((_, _, overlap),) = pairs([entry(0, 0.9)], [entry(5, 0.9)])
     assert overlap == pytest.approx(15 / 25)

@@ -65,5 +65,7 @@ def test_the_dearest_layers_are_sent_back_first() -> None:
 def test_a_budget_that_nothing_meets_is_refused() -> None:
     search = Search(lambda kept: 1.5 - 0.1 * len(kept), 0.3)
     assert not search.try_all_int8()
-    with pytest.raises(PrecisionError, match=r"budget of 0\.3 points .* 1\.30 points must be expected"):
+    with pytest.raises(
+        PrecisionError, match=r"budget of 0\.3 points .* 1\.30 points must be expected"
+    ):
         search.run({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0})

@@ -43,7 +43,10 @@ def conv_graph(weights: np.ndarray, transposed: bool) -> onnx.ModelProto:
 
 
 @given(
-    st.integers(0, 2**32 - 1), st.booleans(), st.floats(1e-3, 1e3), st.sampled_from([1, 1e-4]),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.floats(1e-3, 1e3),
+    st.sampled_from([1, 1e-4]),
     st.sampled_from(["f4", "f2"]),
 )
 def test_a_layer_computes_what_the_formula_says(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,26 @@ from comask.data.problems import Problem
 from comask.data.source import InstanceSource
 from comask.errors import DataError
 
+SHAPES = "shapes"  # as `--data` says it
 SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(data: str, split: str, *, shapes_images: int, shapes_seed: int) -> InstanceSource:
     """The data set that `--data` names: a folder, or `shapes` made on the fly.
 
+    `shapes` means the same wherever a command runs. A folder of that name is `./shapes`, and its mere
+    `shapes` is answered with a line that says so.
+
     Raises:
         DataError: when the folder holds no data set.
     """
-    if _is_shapes(data):
+    if data == SHAPES:
         from comask.data.shapes import ShapesSource
 
+        if (folder := Path.cwd() / SHAPES).is_dir():
+            _tell_apart(folder)
         return ShapesSource(num_images=shapes_images, seed=shapes_seed)
     return coco_source(Path(data), split)
 
@@ -51,7 +61,7 @@ def training_sources(
     """
     source, problems = _checked(data, "train", config.shapes_train, seed)
     everything = list(range(len(source)))
-    if val is not None or _is_shapes(data):
+    if val is not None or data == SHAPES:
         val_source, more = _checked(val or data, "val", config.shapes_val, SHAPES_VAL_SEED)
         if val_source.categories != source.categories:
             raise DataError(f"--val {val}: its categories differ from those of --data {data}")
@@ -81,10 +91,14 @@ def _checked(
     data: str, split: str, shapes_images: int, shapes_seed: int
 ) -> tuple[InstanceSource, list[Problem]]:
     source = open_source(data, split, shapes_images=shapes_images, shapes_seed=shapes_seed)
-    if _is_shapes(data):  # sound by construction, and rendered when asked for
+    if data == SHAPES:  # sound by construction, and rendered when asked for
         return source, []
     return sound_part(source)
 
 
-def _is_shapes(data: str) -> bool:
-    return data == "shapes" and not Path(data).exists()
+@functools.cache  # once for all the sets that a command opens
+def _tell_apart(folder: Path) -> None:
+    logger.warning(
+        "%s is the built-in data set here, not the folder %s: write ./%s for that",
+        SHAPES, folder, SHAPES,
+    )  # fmt: skip

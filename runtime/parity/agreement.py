@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,23 @@ def pairs(a: Entries, b: Entries) -> list[tuple[int, int, float]]:
     return found
 
 
-def agreement(a: Entries, b: Entries) -> float:
-    """1 where both found the same, 0 where they share nothing.
+def shared(a: Entries, b: Entries) -> tuple[float, float]:
+    """Σ 2 min(s_a, s_b) IoU over the detections of one image that are shared, and Σ s_a + Σ s_b over all.
 
-    Σ 2 min(s_a, s_b) IoU over shared detections / (Σ s_a + Σ s_b) over all: detections of low scores
-    count little.
+    Detections of low scores count little.
     """
     total = sum(entry["score"] for rows in (a, b) for entry in rows)
-    shared = sum(2 * min(a[i]["score"], b[j]["score"]) * iou for i, j, iou in pairs(a, b))
-    return float(shared / total) if total else 1.0
+    return sum(2 * min(a[i]["score"], b[j]["score"]) * iou for i, j, iou in pairs(a, b)), total
+
+
+def agreement(images: Iterable[tuple[float, float]]) -> float:
+    """1 where both found the same, 0 where they share nothing; images without detections do not count.
+
+    Args:
+        images: what `shared` gives of each.
+    """
+    same, total = np.array([(0.0, 0.0), *images]).sum(axis=0)
+    return float(same / total) if total else 1.0
 
 
 def _ious(a: Entries, b: Entries) -> NDArray[np.float64]:

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from comask.runtime.compare import TOLERANCES
-from comask.runtime.parity.agreement import agreement
+from comask.runtime.parity.agreement import agreement, shared
 from comask.runtime.parity.contestants import looser, precision_of
-from comask.runtime.parity.foreign import explain_results, read_results
-from comask.runtime.parity.judge import (
-    AP_TOLERANCES,
-    JUDGED,
-    LEAST_AGREEMENT,
-    compare_ap,
-    points,
-)
+from comask.runtime.parity.foreign import explain_results
+from comask.runtime.parity.judge import LEAST_AGREEMENT, ap_tolerance, compare_ap, points
 from comask.runtime.parity.layers import trace_graphs
 from comask.runtime.parity.pictures import SAME, WORST, side_by_side
+from comask.runtime.parity.read_results import read_results
 from comask.runtime.parity.scores import Results, Scores, score_backend, score_results
 from comask.runtime.parity.stages import IMAGES, compare_backends
 from comask.runtime.parity.weights import altered_weights
@@ -53,7 +47,8 @@ class Evaluation:
         indices: of its images.
         labels: the data's label of each of the bundle's.
         tolerance: AP points for every contestant; None: by precision.
-        trace: whether ONNX graphs are traced though nothing failed.
+        trace: whether ONNX graphs are traced though nothing failed; int8 ones are in any case.
+        altered_scales: what of the int8 graphs' scales is not the calibration's.
         draw: whether pictures of the worst disagreements are made.
     """
 
@@ -63,6 +58,7 @@ class Evaluation:
     labels: NDArray[np.int64]
     tolerance: float | None
     trace: bool
+    altered_scales: Sequence[str]
     draw: bool
 
     def run(
@@ -90,27 +86,35 @@ class Evaluation:
         }
         pictures: dict[str, list[tuple[str, bytes]]] = {}
         if first.startswith("onnxruntime"):
-            self._check_graphs(first, [], report)
+            self._check_graphs(first, base, [], report)
         for name, predictor in others:
             scores = self._score(name, predictor)
-            report["backends"][name] = _numbers(scores)
             found = self._compare(name, scores, base, reference, predictor)
             if name.startswith("onnxruntime"):
-                self._check_graphs(name, found["failures"], report)
-            report["comparisons"][name] = found
-            pictures[name] = self._worst(name, first, found, base.results, scores.results)
+                self._check_graphs(name, base, found["failures"], report)
+            self._add(name, scores, found, base, report, pictures)
         if results is not None and theirs is not None:
-            name = results.name
-            scores = Scores(
-                fine=score_results(self.source, self.indices, theirs), coarse=None, results=theirs
-            )
-            report["backends"][name] = _numbers(scores)
+            fine = score_results(self.source, self.indices, theirs)
+            scores = Scores(fine=fine, coarse=None, results=theirs)
             found = self._compare_foreign(scores, base, reference)
-            report["comparisons"][name] = found
-            pictures[name] = self._worst(name, first, found, base.results, theirs)
-        for found in report["comparisons"].values():
-            found["passed"] = not found["failures"]
+            self._add(results.name, scores, found, base, report, pictures)
         return report, pictures
+
+    def _add(
+        self,
+        name: str,
+        scores: Scores,
+        found: dict[str, Any],
+        base: Scores,
+        report: dict[str, Any],
+        pictures: dict[str, list[tuple[str, bytes]]],
+    ) -> None:
+        """Puts one contestant into the report, with its verdict."""
+        if not scores.fine.detections:
+            found["failures"].append("no detections at all, so nothing was compared")
+        report["backends"][name] = _numbers(scores)
+        report["comparisons"][name] = found | {"passed": not found["failures"]}
+        pictures[name] = self._worst(name, report["reference"], found, base.results, scores.results)
 
     def _score(self, name: str, predictor: Predictor) -> Scores:
         return score_backend(
@@ -121,9 +125,9 @@ class Evaluation:
         self, name: str, scores: Scores, base: Scores, reference: Predictor, predictor: Predictor
     ) -> dict[str, Any]:
         precision = looser(precision_of(name), precision_of(reference.stages.backend))
-        tolerance = AP_TOLERANCES[precision] if self.tolerance is None else self.tolerance
-        found = compare_ap(scores.fine, base.fine, JUDGED[precision], tolerance)
-        images = [reference.prepare(self.source.image(i)) for i in self.indices[:IMAGES]]
+        found = compare_ap(scores.fine, base.fine, precision, self._tolerance(precision))
+        places = busiest(base)[:IMAGES]
+        images = [reference.prepare(self.source.image(self.indices[i])) for i in places]
         stages = compare_backends(
             reference.stages, predictor.stages, images, self.bundle.manifest.model, precision
         )
@@ -139,15 +143,21 @@ class Evaluation:
     def _compare_foreign(
         self, scores: Scores, base: Scores, reference: Predictor
     ) -> dict[str, Any]:
-        tolerance = AP_TOLERANCES["fp32"] if self.tolerance is None else self.tolerance
-        found = compare_ap(scores.fine, base.fine, ("AP",), tolerance)
+        found = compare_ap(scores.fine, base.fine, "results", self._tolerance("results"))
         found |= self._agreement(base.results, scores.results)
         if found["agreement"] < LEAST_AGREEMENT:
             found["failures"].append(
                 f"its detections agree with the reference's by {found['agreement']:.3f}, at least "
                 f"{LEAST_AGREEMENT} is expected (1: the same)"
             )
-        if found["failures"]:
+        known = {category.id for category in self.source.categories}
+        ids = [row["category_id"] for rows in scores.results for row in rows]
+        if unknown := [number for number in ids if number not in known]:
+            found["failures"].append(
+                f"{len(unknown)} of {len(ids)} results have a category_id that the data lack "
+                f"({sorted(set(unknown))[:5]}; they have {sorted(known)[:5]})"
+            )
+        if found["failures"] and ids:
             cause, found["mistakes"] = explain_results(
                 scores.results, reference, self.source, self.indices, self.labels
             )
@@ -155,12 +165,18 @@ class Evaluation:
                 found["failures"].insert(0, cause)
         return found
 
+    def _tolerance(self, kind: str) -> float:
+        return (
+            ap_tolerance(self.bundle.manifest, kind) if self.tolerance is None else self.tolerance
+        )
+
     def _agreement(self, base: Results, other: Results) -> dict[str, Any]:
         """Over all images, and the images where it is least."""
-        values = [agreement(a, b) for a, b in zip(base, other, strict=True)]
+        sums = [shared(a, b) for a, b in zip(base, other, strict=True)]
+        values = [agreement([pair]) for pair in sums]
         order = np.argsort(values, kind="stable")[:WORST].tolist()
         return {
-            "agreement": float(np.mean(values)),
+            "agreement": agreement(sums),
             "worst_images": [
                 {"place": i, "file": self.source.info(self.indices[i]).file_name, "agreement": values[i]}
                 for i in order
@@ -193,14 +209,21 @@ class Evaluation:
             ) from error
         return model_from_bundle(self.bundle)
 
-    def _check_graphs(self, name: str, failures: list[str], report: dict[str, Any]) -> None:
+    def _check_graphs(
+        self, name: str, base: Scores, failures: list[str], report: dict[str, Any]
+    ) -> None:
         """Compares the graphs' weights, and where something fails (or by wish) every layer.
+
+        int8 graphs are traced in any case: far from the network as they are, no other comparison of
+        tensors judges them.
 
         Args:
             name: of the ONNX Runtime backend.
-            failures: of it; takes more.
+            base: of the reference.
+            failures: of the backend; takes more.
             report: takes `weights` and `traces`.
         """
+        precision = precision_of(name)
         try:
             network = self._network
         except BackendUnavailableError as error:
@@ -208,35 +231,36 @@ class Evaluation:
                 raise
             logger.warning("%s: weights are not compared: %s", name, error)
             return
-        report["weights"][name] = altered = altered_weights(
-            network, self.bundle, precision_of(name)
-        )
+        altered = altered_weights(network, self.bundle, precision)
+        if precision == "int8":
+            altered += self.altered_scales
+        report["weights"][name] = altered
         if altered:
             rest = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
             failures.insert(0, f"{altered[0]}{rest}")
-        if failures or self.trace:
-            report["traces"][name] = trace = self._trace(name)
+        if failures or self.trace or precision == "int8":
+            report["traces"][name] = trace = self._trace(precision, base)
             if trace["first"]:
                 failures.insert(0, trace["cause"])
 
-    def _trace(self, name: str) -> dict[str, Any]:
-        """A `Trace` as a dictionary."""
-        precision = precision_of(name)
-        tolerance = TOLERANCES.get(precision)
+    def _trace(self, precision: str, base: Scores) -> dict[str, Any]:
+        """A `Trace` of the busiest image as a dictionary."""
         config = self.bundle.manifest.preprocess
         if config.short_side > TRACED_SIDE:
             config = config.resized(TRACED_SIDE)
-        image = prepare(self.source.image(self.indices[0]), config)
-        trace = trace_graphs(
-            self._network, self.bundle, precision, image.canvas, image.size,
-            tolerance.relative if tolerance else None,
-        )  # fmt: skip
+        image = prepare(self.source.image(self.indices[busiest(base)[0]]), config)
+        trace = trace_graphs(self._network, self.bundle, precision, image.canvas, image.size)
         values = dataclasses.asdict(trace)
         for entry, difference in zip(values["differences"], trace.differences, strict=True):
             entry["tensor"] = difference.tensor
         if trace.first:
             values["first"]["tensor"] = trace.first.tensor
         return values
+
+
+def busiest(base: Scores) -> list[int]:
+    """Places of the images, those first in which the reference finds most: empty ones show little."""
+    return sorted(range(len(base.results)), key=lambda i: -len(base.results[i]))
 
 
 def _numbers(scores: Scores) -> dict[str, Any]:

@@ -1,69 +1,25 @@
-"""A pipeline of the user's own, by its COCO results; and which usual mistake explains them."""
+"""Which usual mistake explains the COCO results of a pipeline of the user's own."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comask.runtime.parity.agreement import agreement
+from comask.runtime.parity.agreement import agreement, shared
 from comask.runtime.parity.scores import Results, image_results
 from comask.runtime.predictor import Predictor
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
-from comask.errors import DataError
 from comask.preprocess import Pixels, Prepared, padded_shape, prepare
 
 DIAGNOSED = 16  # images that are run again with every mistake
-FIELDS = {"image_id", "category_id", "bbox", "score", "segmentation"}
 
 Preparation = Callable[[Pixels, PreprocessConfig], Prepared]
 Change = Callable[[list[dict[str, Any]], Prepared], list[dict[str, Any]]]
-
-
-def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> Results:
-    """COCO results of those images of a data set; results of other images are left out.
-
-    Raises:
-        DataError: when the file holds no such results.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--results {path}: cannot be read: {error}") from error
-    if not isinstance(entries, list):
-        raise DataError(f"--results {path}: expected a list of COCO results")
-    places = {source.info(index).id: place for place, index in enumerate(indices)}
-    categories = {category.id for category in source.categories}
-    found: Results = [[] for _ in indices]
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not entry.keys() >= FIELDS:
-            raise DataError(f"--results {path}: entry {number} needs {', '.join(sorted(FIELDS))}")
-        rle = entry["segmentation"]
-        if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-            raise DataError(f"--results {path}: entry {number}: segmentation is no compressed RLE")
-        if entry["category_id"] not in categories:
-            raise DataError(
-                f"--results {path}: entry {number}: category_id {entry['category_id']}, the data has "
-                f"{sorted(categories)[:10]}"
-            )
-        if entry["image_id"] not in places:
-            continue
-        info = source.info(indices[places[entry["image_id"]]])
-        if list(rle["size"]) != [info.height, info.width]:
-            raise DataError(
-                f"--results {path}: entry {number}: RLE of size {rle['size']}, the image has "
-                f"{[info.height, info.width]}"
-            )
-        found[places[entry["image_id"]]].append(entry)
-    if entries and not any(found):
-        raise DataError(f"--results {path}: holds nothing on the {len(indices)} images evaluated")
-    return found
 
 
 def explain_results(
@@ -79,19 +35,19 @@ def explain_results(
         results: of `indices`.
         reference: what they should agree with.
         source: of the images.
-        indices: of the images; the first `DIAGNOSED` are run.
+        indices: of the images; `DIAGNOSED` of those with most results are run.
         labels: the data's label of each of the bundle's.
 
     Returns:
         a sentence, empty where no mistake removes half of the disagreement; and each one's agreement.
     """
-    indices = indices[:DIAGNOSED]
+    places = sorted(range(len(results)), key=lambda i: -len(results[i]))[:DIAGNOSED]
+    results, indices = [results[i] for i in places], [indices[i] for i in places]
     images = [source.image(i) for i in indices]
     found: dict[str, float] = {}
 
     def measure(name: str, theirs: Results) -> None:
-        scores = [agreement(a, b) for a, b in zip(theirs, results[: len(indices)], strict=True)]
-        found[name] = float(np.mean(scores))
+        found[name] = agreement(shared(a, b) for a, b in zip(theirs, results, strict=True))
 
     plain = [reference.prepare(image) for image in images]
     theirs, _ = image_results(reference, source, indices, plain, labels)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from comask.bundle import Manifest
 from comask.evaluate import METRICS, TASKS, CocoMetrics
 
-# AP points that a precision may lie off the reference. Of what rounds, AP alone is judged: some of the
-# twelve numbers rest on few objects or on one IoU threshold, and scatter more than it.
-AP_TOLERANCES = {"fp32": 0.1, "fp16": 0.1, "int8": 0.3}
-JUDGED = {"fp32": METRICS, "fp16": ("AP",), "int8": ("AP",)}
+# AP points that a contestant may lie off the reference, by precision or, of another pipeline, `results`.
+# Of what rounds, AP alone is judged: some of the twelve numbers rest on few objects or on one IoU
+# threshold, and scatter more than it. It may also gain; anything else that gains is another network.
+AP_TOLERANCES = {"fp32": 0.1, "fp16": 0.1, "int8": 0.3, "results": 0.1}
+JUDGED = {"fp32": METRICS, "fp16": ("AP",), "int8": ("AP",), "results": ("AP",)}
+MAY_GAIN = ("fp16", "int8")
 LEAST_AGREEMENT = 0.8  # of a pipeline of the user's own, whose tensors nobody sees
+
+
+def ap_tolerance(manifest: Manifest, kind: str) -> float:
+    """AP points that a contestant may lie off; of int8 the budget that its export was accepted with."""
+    budget: float = manifest.verification.get(kind, {}).get("budget", AP_TOLERANCES[kind])
+    return budget
 
 
 def points(metrics: CocoMetrics) -> dict[str, Any]:
@@ -23,14 +32,14 @@ def points(metrics: CocoMetrics) -> dict[str, Any]:
 
 
 def compare_ap(
-    metrics: CocoMetrics, base: CocoMetrics, judged: tuple[str, ...], tolerance: float
+    metrics: CocoMetrics, base: CocoMetrics, kind: str, tolerance: float
 ) -> dict[str, Any]:
     """Differences in AP points; a -1 (no such objects) is compared only with -1.
 
     Args:
         metrics: of the contestant.
         base: of the reference.
-        judged: which of the twelve numbers count.
+        kind: a key of `JUDGED`.
         tolerance: how far they may lie off, in points.
     """
     deltas = {
@@ -44,20 +53,27 @@ def compare_ap(
         )[:3]
         for task in TASKS
     }
-    largest, task, metric = max(
-        (abs(deltas[task][metric]), task, metric) for task in TASKS for metric in judged
-    )
+    may_gain = kind in MAY_GAIN
+    off = {
+        (task, metric): max(0.0, -delta) if may_gain else abs(delta)
+        for task in TASKS
+        for metric, delta in deltas[task].items()
+        if metric in JUDGED[kind]
+    }
+    task, metric = max(off, key=lambda place: off[place])
+    largest = off[task, metric]
     failures = []
     if not largest <= tolerance:
         what = {"bbox": "boxes", "segm": "masks"}[task]
         failures.append(
             f"{metric} of {what} is {deltas[task][metric]:+.3f} points off, "
-            f"at most {tolerance:g} may be"
+            f"at most {tolerance:g} may be{' lost' if may_gain else ''}"
         )
     return {
         "deltas": deltas,
         "largest": largest,
-        "judged": list(judged),
+        "judged": list(JUDGED[kind]),
+        "may_gain": may_gain,
         "tolerance": tolerance,
         "worst_classes": worst_classes,
         "failures": failures,

@@ -8,6 +8,7 @@ from typing import Any
 
 from comask.runtime.compare import PYRAMID, TOLERANCES
 from comask.runtime.parity.contestants import precision_of
+from comask.runtime.parity.page_precisions import precision_sections
 
 from comask.evaluate import METRICS, TASKS
 from comask.page import facts, page, picture, table
@@ -30,6 +31,7 @@ def parity_page(
             _verdict(report),
             _accuracy(report),
             _refinement(report),
+            *precision_sections(report["verification"]),
             _stages(report),
             *(_trace(name, trace) for name, trace in report["traces"].items()),
             _pictures(report, pictures),
@@ -43,11 +45,12 @@ def parity_page(
 def _verdict(report: Mapping[str, Any]) -> str:
     word, kind = ("PASS", "pass") if report["passed"] else ("FAIL", "fail")
     others = len(report["comparisons"])
-    text = (
-        f"{others} of {others} compute what {report['reference']} does."
-        if report["passed"]
-        else "Not everything computes what the reference does."
-    )
+    if report["passed"]:
+        text = f"{others} of {others} compute what {report['reference']} does."
+    elif others:
+        text = "Not everything computes what the reference does."
+    else:
+        text = "Scored only: nothing was compared."
     parts = [f'<p class="verdict {kind}">{word}</p><p>{escape(text)}</p>']
     items = [f"<li>{escape(sentence)}</li>" for sentence in report["failures"]]
     for name, found in report["comparisons"].items():
@@ -90,9 +93,9 @@ def _accuracy(report: Mapping[str, Any]) -> str:
     head = ("AP points", "box AP", "difference", "mask AP", "difference", "largest difference",
             "allowed", "detections", "agreement", "verdict")  # fmt: skip
     note = (
-        "Largest difference: of all twelve COCO numbers of boxes and masks; of fp16, int8 and other "
-        "pipelines, of AP alone. Agreement: 1 where the same instances were found with the same "
-        "scores, boxes and masks, whatever the ground truth says."
+        "Largest difference: of all twelve COCO numbers of boxes and masks; of other pipelines, of AP "
+        "alone; of fp16 and int8, what AP loses. Agreement: 1 where the same instances were found "
+        "with the same scores, boxes and masks, whatever the ground truth says."
     )
     return f'<h2>Accuracy</h2>{table(head, rows)}<p class="note">{note}</p>'
 
@@ -155,26 +158,24 @@ def _trace(name: str, trace: Mapping[str, Any]) -> str:
     title = f"<h2>Layer by layer: {escape(name)}</h2>"
     worst = max(trace["differences"], key=lambda entry: entry["relative"])
     summary = trace["cause"] or (
-        f"largest difference: {worst['tensor']} ({worst['stage']}), relative error "
-        f"{worst['relative']:.2g}; "
-        + (
-            f"every layer agrees within {trace['tolerance']:g}"
-            if trace["tolerance"]
-            else "int8 rounds by design, so layers are not judged"
-        )
+        f"every layer agrees within {trace['limit']:g}; largest difference: {worst['tensor']} "
+        f"({worst['stage']}), relative error {worst['relative']:.2g}"
     )
     rows = [
         (
             entry["tensor"], entry["stage"], f"{entry['relative']:.2g}",
-            "beyond" if trace["tolerance"] and not entry["relative"] <= trace["tolerance"] else "",
+            "" if entry["relative"] <= trace["limit"] else "beyond",
         )
         for entry in trace["differences"]
     ]  # fmt: skip
     listed = table(("tensor", "stage", "relative error", ""), rows)
     h, w = trace["size"]
+    note = (
+        "At each layer the network read what the graph's layer read, so that each is judged alone."
+    )
     return (
-        f"{title}<p>{escape(summary)}</p><details><summary>all {len(rows)} tensors, in the graphs' "
-        f"order, on one image of {w}x{h} pixels</summary>{listed}</details>"
+        f'{title}<p>{escape(summary)}</p><p class="note">{note}</p><details><summary>all {len(rows)} '
+        f"tensors, in the graphs' order, on one image of {w}x{h} pixels</summary>{listed}</details>"
     )
 
 

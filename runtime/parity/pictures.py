@@ -41,7 +41,12 @@ def side_by_side(
 
     from comask.training.pictures import detections_from_coco
 
-    shown = [_shown(entries) for _, entries in (reference, other)]
+    info, categories, image = source.info(index), source.categories, source.image(index)
+    known = {category.id for category in categories}
+    shown = [
+        _shown([entry for entry in entries if entry["category_id"] in known])
+        for _, entries in (reference, other)
+    ]
     everything = reference[1], other[1]
     lone = [
         [entry for i, entry in enumerate(mine) if i not in matched]
@@ -50,7 +55,6 @@ def side_by_side(
             (shown[1], {j for _, j, _ in pairs(everything[0], shown[1])}),
         )
     ]
-    info, categories, image = source.info(index), source.categories, source.image(index)
     tiles = [
         _tile(image, detections_from_coco(mine, info, categories),
               detections_from_coco(alone, info, categories))

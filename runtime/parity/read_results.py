@@ -1,0 +1,77 @@
+"""COCO results of a pipeline of the user's own, entry by entry."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comask.runtime.parity.scores import Results
+
+from comask.data.source import ImageInfo, InstanceSource
+from comask.errors import DataError
+from comask.masks import mask_from_segmentation
+
+FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
+
+
+def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> Results:
+    """COCO results of those images of a data set; results of other images are left out.
+
+    Categories that the data lack are kept: they match nothing.
+
+    Raises:
+        DataError: when the file holds no such results, naming entry and field.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--results {path}: cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise DataError(f"--results {path}: expected a list of COCO results")
+    infos = {info.id: info for info in map(source.info, indices)}
+    found: dict[int, list[dict[str, Any]]] = {number: [] for number in infos}
+    for number, entry in enumerate(entries):
+        try:
+            checked = _checked(entry, infos)
+        except DataError as error:
+            raise DataError(f"--results {path}: entry {number}: {error}") from error
+        if checked is not None:
+            found[checked["image_id"]].append(checked)
+    if entries and not any(found.values()):
+        raise DataError(f"--results {path}: holds nothing on the {len(indices)} images evaluated")
+    return [found[source.info(index).id] for index in indices]
+
+
+def _checked(entry: object, infos: dict[int, ImageInfo]) -> dict[str, Any] | None:
+    """An entry with its mask as compressed RLE; None where it is of another image."""
+    from pycocotools import mask as coco_mask
+
+    if not isinstance(entry, dict):
+        raise DataError(f"expected an object, got {entry!r:.80}")
+    if missing := [name for name in FIELDS if name not in entry]:
+        raise DataError(f"has no {missing[0]}; it needs {', '.join(FIELDS)}")
+    for name in ("image_id", "category_id"):
+        if type(entry[name]) is not int:
+            raise DataError(f"{name}: expected an integer, got {entry[name]!r:.80}")
+    if not _is_number(entry["score"]):
+        raise DataError(f"score: expected a number, got {entry['score']!r:.80}")
+    box = entry["bbox"]
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        raise DataError(f"bbox: expected four numbers x, y, width, height, got {box!r:.80}")
+    if entry["image_id"] not in infos:
+        return None
+    info = infos[entry["image_id"]]
+    mask = mask_from_segmentation(entry["segmentation"], info.height, info.width)
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        **{name: entry[name] for name in FIELDS},
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+    }
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
