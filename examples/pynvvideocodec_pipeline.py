@@ -38,7 +38,7 @@ def detections(
             while decoded := decoder.get_batch_frames(1):
                 # without stream= the frame itself says when it is written
                 future = session.submit(decoded[0], format="nv12", **how)
-                # the next call writes over its memory, on the decoder's stream: which waits for our reading
+                # the next call writes over its memory: let the decoder's stream wait until it is read
                 future.wait_read(stream)
                 running.append(future)
                 if len(running) == SLOTS:
