@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import onnx
 from comask.calib.layers import graph_layers
+from comask.runtime.compare import PYRAMID
 from comask.runtime.ort_session import OrtSession
 from comask.runtime.session import Array
 
-PYRAMID = ("p2", "p3", "p4", "p5")
 LAST_LAYERS = (
     "rpn.objectness", "rpn.deltas", "classifier.logits", "classifier.deltas", "head.mask",
     "head.offsets", "fine_head.mask",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from comask.export.onnx_export import folded
+from comask.runtime.compare import PYRAMID
 from comask.runtime.torch_session import torch_stages
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ FP16_END = 65504.0
 # times as far as three.
 HEADROOM = 4.0
 ACTIVATIONS = ("input", "output")
-MAPS = ("p2", "p3", "p4", "p5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Extreme:
     """The largest magnitude of a module's inputs, of its outputs, or of one of its parameters.
 
     Attributes:
-        module: its path as `backbone.layer3.2.conv2`, or one of `MAPS`.
+        module: its path as `backbone.layer3.2.conv2`, or one of `PYRAMID`.
         kind: one of `ACTIVATIONS`, or the parameter's name in the module.
         largest: the magnitude.
         image: the place of the image that it was found on; None for parameters.
@@ -75,7 +75,7 @@ def scan_ranges(
         preprocess: from an image to the network's input.
 
     Returns:
-        `MAPS` first, then outputs, inner modules before outer ones, inputs and parameters, so that the
+        `PYRAMID` first, then outputs, inner modules before outer ones, inputs and parameters, so that the
         first of equals is where a value arises.
 
     Raises:
@@ -91,7 +91,7 @@ def scan_ranges(
         prepared = prepare(image, preprocess)
         sizes = np.array([prepared.size], dtype=np.int32)
         maps = stages.stage1.run({"images": prepared.canvas[None], "image_sizes": sizes})
-        for name in MAPS:
+        for name in PYRAMID:
             watch.note(name, "output", torch.from_numpy(maps[name]))
         stages.stage2.run({**maps, "image_sizes": sizes})
     watch.image = None
@@ -102,7 +102,7 @@ def scan_ranges(
                 watch.note(path, name, parameter.detach())
     order = {"output": 0, "input": 1}
     return sorted(
-        watch.extremes.values(), key=lambda e: (e.module not in MAPS, order.get(e.kind, 2))
+        watch.extremes.values(), key=lambda e: (e.module not in PYRAMID, order.get(e.kind, 2))
     )
 
 
