@@ -42,7 +42,7 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
 test: setup $(VENV)/pycuda
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The GPU runtime's host side is tested with pycuda and stand-ins. It compiles for a minute or two, and
 # needs nvcc; where it cannot be built this file says why, and its tests are skipped.
