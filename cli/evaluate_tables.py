@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
+
 
 def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     """AP tables, then a verdict on each contestant with its reasons."""
@@ -12,7 +14,8 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
 
     console = Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 140)
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
-        console.print(_table(report, task, f"{title}, AP points on {report['images']} images"))
+        heading = f"{title}, AP points on {report['images']} images"
+        console.print(_table(report, task, heading, wide=console.width >= WIDE))
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -38,22 +41,25 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
         )
 
 
-def _table(report: dict[str, Any], task: str, title: str) -> Any:
-    """Twelve numbers a contestant, its differences, and its AP before the collaboration refined."""
+def _table(report: dict[str, Any], task: str, title: str, *, wide: bool) -> Any:
+    """COCO's numbers a contestant, its differences, and its AP before the collaboration refined."""
     from rich import box
     from rich.table import Table
 
     from comask.evaluate import METRICS
 
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 0, 0, 1))
+    metrics = METRICS if wide else METRICS[:NARROW]
+    caption = None if wide else f"a window of {WIDE} columns, --json or --report shows all twelve"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1))
     table.add_column("backend", no_wrap=True)
-    for metric in (*METRICS, "coarse"):
+    for metric in (*metrics, "coarse"):
         table.add_column(metric, justify="right")
     for name, values in report["backends"].items():
         coarse = values["coarse"][task]["AP"] if values["coarse"] else -1.0
-        cells = (*values[task].values(), coarse)
+        cells = (*(values[task][metric] for metric in metrics), coarse)
         table.add_row(name, *(f"{v:.2f}" if v >= 0 else "-" for v in cells))
         if name in report["comparisons"]:
-            deltas = report["comparisons"][name]["deltas"][task].values()
-            table.add_row("  difference", *(f"{delta:+.3f}" for delta in deltas), style="dim")
+            deltas = report["comparisons"][name]["deltas"][task]
+            changes = [f"{deltas[metric]:+.3f}" for metric in metrics]
+            table.add_row("  difference", *changes, style="dim")
     return table
