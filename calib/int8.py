@@ -19,11 +19,18 @@ from comask.runtime.ort_session import OrtSession, ort_stages
 from comask.runtime.session import Stages
 from numpy.typing import NDArray
 
-from comask.bundle import STAGES, Bundle, Manifest, extend, graph_file, scratch_folder, sha256
+from comask.bundle import (
+    INT8_BASE,
+    STAGES,
+    Bundle,
+    Manifest,
+    extend,
+    graph_file,
+    scratch_folder,
+    sha256,
+)
 from comask.errors import PrecisionError
 from comask.preprocess import prepare
-
-BASE = "fp16"  # what stays float is f16
 
 Report = Callable[[str], None]
 
@@ -63,15 +70,15 @@ def add_int8(
         reasons += candidate.without_range
         candidate.write(float_layers)
         files = {graph_file(stage, "int8"): folder / graph_file(stage, "int8") for stage in STAGES}
-        sizes = {p: candidate.size(p) for p in ("fp32", BASE, "int8")}
-        if sizes["int8"] >= sizes[BASE]:
+        sizes = {p: candidate.size(p) for p in ("fp32", INT8_BASE, "int8")}
+        if sizes["int8"] >= sizes[INT8_BASE]:
             raise PrecisionError(
                 f"nothing gets smaller: so many layers must stay float that the int8 graphs have "
-                f"{sizes['int8']} bytes, the fp16 ones {sizes[BASE]}; use fp16"
+                f"{sizes['int8']} bytes, the fp16 ones {sizes[INT8_BASE]}; use fp16"
             )
         proof = {
             "calibration": dict(calibration),
-            "base": BASE,
+            "base": INT8_BASE,
             "layers": len(candidate.layers) + len(candidate.without_range),
             "float_layers": reasons,
             "budget": validation.budget,
@@ -130,7 +137,7 @@ class _Candidate:
     ) -> None:
         self._bundle, self._folder, self._largest, self._images = bundle, folder, largest, images
         self._scorer, self._report = scorer, report
-        self._graphs = {stage: onnx.load(bundle.graph(stage, BASE)) for stage in STAGES}
+        self._graphs = {stage: onnx.load(bundle.graph(stage, INT8_BASE)) for stage in STAGES}
         self.layers = {
             layer.name: stage for stage, graph in self._graphs.items() for layer in graph_layers(graph)
         }  # fmt: skip

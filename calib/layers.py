@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
+from comask.runtime.parity.graph_layers import layer_of
 
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
-MATRIX = "Gemm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,9 @@ def graph_layers(model: onnx.ModelProto) -> list[Layer]:
     weights = {tensor.name for tensor in model.graph.initializer}
     found: dict[str, Layer] = {}
     for place, node in enumerate(model.graph.node):
-        if node.op_type not in CHANNEL_AXIS or node.input[1] not in weights:
-            continue
-        name = node.input[1].removeprefix("model.").removesuffix(".weight")
-        if ".attention." in name:
+        name = layer_of(node)
+        # one whose weights are no initializer is int8 already
+        if name is None or ".attention." in name or node.input[1] not in weights:
             continue
         nodes = found[name].nodes if name in found else ()
         axis = CHANNEL_AXIS[node.op_type]

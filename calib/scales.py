@@ -12,7 +12,7 @@ from comask.calib.layers import readings
 from comask.calib.qdq import LARGEST
 from onnx import numpy_helper
 
-from comask.bundle import STAGES, Bundle
+from comask.bundle import INT8_BASE, STAGES, Bundle
 
 LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11
 
@@ -34,7 +34,7 @@ def altered_scales(bundle: Bundle) -> list[str]:
     found = []
     for stage in STAGES:
         names = {
-            reading.tensor: reading.name for reading in readings(_graph(bundle, stage, "fp16"))
+            reading.tensor: reading.name for reading in readings(_graph(bundle, stage, INT8_BASE))
         }
         scales = {t.name: t for t in _graph(bundle, stage, "int8").graph.initializer}
         for tensor, name in names.items():

@@ -16,7 +16,7 @@ from comask.cli.int8_options import (
 )
 from comask.cli.options import command, json_option, write_json
 
-from comask.bundle import PRECISIONS
+from comask.bundle import INT8_BASE, PRECISIONS
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from comask.bundle import Bundle
 
-BASE = "fp16"  # of int8 graphs: what they keep float
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 
 
@@ -83,7 +82,7 @@ def main(
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")
     wanted = int8.wanted(precisions, source)
     check_flavor(engine_values)  # not only after the export
-    exported = tuple(dict.fromkeys(BASE if p == "int8" and wanted else p for p in precisions))
+    exported = tuple(dict.fromkeys(INT8_BASE if p == "int8" and wanted else p for p in precisions))
     if source.is_dir():
         _refuse_in_place(output=output, score_threshold=score_threshold, diagnostics=diagnostics)
         bundle, added = _extend(source, exported, val_data, verify_images)

@@ -6,20 +6,20 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from comask.calib.cache import CACHE, Method
 
 if TYPE_CHECKING:
     import numpy as np
-    from comask.calib.cache import Method
     from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
 
     from comask.bundle import Bundle
     from comask.data.source import InstanceSource
 
-METHODS = ("error", "entropy", "percentile", "minmax")
+METHODS = get_args(Method)  # the first is the default
 # images of `shapes` that nothing else sees
 CALIBRATION_SEED, VALIDATION_SEED = 4_000_000, 5_000_000
 DEFAULT_CALIB_IMAGES, MOST_VAL_IMAGES = 64, 500
@@ -102,7 +102,6 @@ def add_int8_graphs(
         DataError: when the data cannot be used.
     """
     import numpy as np
-    from comask.calib.cache import CACHE
     from comask.calib.int8 import add_int8
     from comask.calib.ranges import collect_ranges
     from comask.calib.sampling import choose_images
@@ -126,7 +125,7 @@ def add_int8_graphs(
             f"give {ENOUGH} --val-images or more"
         )
     scorer = Scorer(bundle, validation)  # before the calibration: it may refuse
-    method: Method = options.calib_method or "error"
+    method: Method = options.calib_method or METHODS[0]
     seed = options.calib_seed or 0
     count = options.calib_images or DEFAULT_CALIB_IMAGES
     data: InstanceSource | Path = Path(options.calib_data)

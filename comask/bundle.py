@@ -23,6 +23,7 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference
+INT8_BASE = "fp16"  # of which int8 graphs are made: what they keep float
 STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
 
 

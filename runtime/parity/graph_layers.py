@@ -91,11 +91,18 @@ def run_graph(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> GraphTensor
     )
 
 
+def layer_of(node: onnx.NodeProto) -> str | None:
+    """The module that a node computes, in float or int8; None where it is no layer."""
+    if node.op_type not in LAYERS or not node.input[1].startswith("model."):
+        return None
+    weight: str = node.input[1].removesuffix(".dequantized")
+    return weight.removeprefix("model.").removesuffix(".weight")
+
+
 def _layers(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
     for node in model.graph.node:
-        if node.op_type in LAYERS and node.input[1].startswith("model."):
-            weight = node.input[1].removesuffix(".dequantized")
-            yield weight.removeprefix("model.").removesuffix(".weight"), node
+        if (name := layer_of(node)) is not None:
+            yield name, node
 
 
 def _layer_tensors(model: onnx.ModelProto) -> dict[Key, tuple[str, str, str, str | None]]:
