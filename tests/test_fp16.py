@@ -113,8 +113,10 @@ def test_sums_over_large_maps_do_not_overflow() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(micro_fp16: Path) -> Bundle:
-    return Bundle.open(micro_fp16)
+def bundle(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy, since engines are built in it."""
+    folder = tmp_path_factory.mktemp("fp16") / "bundle"
+    return Bundle.open(Path(shutil.copytree(micro_fp16, folder)))
 
 
 def test_a_precision_is_added_in_place(bundle: Bundle, micro_bundle: Path) -> None:

@@ -149,8 +149,7 @@ def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) 
     done = run("export", folder, "--precision", "int8", "--engine", "tensorrt-rtx",
                "--plugin", plugin, *sizes)  # fmt: skip
     assert done.exit_code == 0, done.output
-    found = find_engines(Bundle.open(Path(folder)))
-    (engines,) = [e for e in found if (e.info.precision, e.info.plugin) == ("int8", plugin)]
+    (engines,) = find_engines(Bundle.open(Path(folder)))
     for stage in STAGES:
         layers = engines.info.layers[stage]
         assert layers["network"]["int8"] > 0.8 * layers["of"]
