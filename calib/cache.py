@@ -14,7 +14,7 @@ from comask.calib.thresholds import entropy_threshold, error_threshold, percenti
 from comask.bundle import Bundle, graph_file
 from comask.config import PreprocessConfig, from_dict
 from comask.errors import CalibrationError, ConfigError
-from comask.training.whole_file import write_whole
+from comask.whole_file import write_whole
 
 FORMAT = 1  # of the file
 CACHE = "calibration.json"

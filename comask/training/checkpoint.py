@@ -15,7 +15,7 @@ from comask.config import Config, from_dict
 from comask.data.source import Category
 from comask.errors import CheckpointError, ConfigError
 from comask.models.comask import CoMask
-from comask.training.whole_file import whole_file
+from comask.whole_file import whole_file
 
 FORMAT = 2
 STORED = ("model", "ema", "optimizer", "scaler", "step", "best_ap", "stale", "data")  # as they are

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from comask.evaluate import TASKS
 from comask.training.record import Evaluation, read_evaluations, read_rows
-from comask.training.whole_file import write_whole
+from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

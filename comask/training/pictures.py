@@ -16,7 +16,7 @@ from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.draw import draw_tile
 from comask.masks import mask_from_segmentation
 from comask.structures import Detections
-from comask.training.whole_file import write_whole
+from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from PIL import ImageFont

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS, CocoMetrics
-from comask.training.whole_file import write_whole
+from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -17,7 +17,7 @@ from comask.evaluate import METRICS, TASKS
 from comask.page import facts, page, picture, table
 from comask.training.curves import COLLABORATION, points_text
 from comask.training.record import Evaluation, read_evaluations, read_rows
-from comask.training.whole_file import write_whole
+from comask.whole_file import write_whole
 
 # By model.collaboration: what turns the unrefined boxes into the refined ones
 _REFINEMENT = {

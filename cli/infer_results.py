@@ -1,0 +1,116 @@
+"""Files that `comask-infer` writes of images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comask.errors import ComaskError
+from comask.whole_file import whole_file, write_whole
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from comask.preprocess import Pixels
+    from comask.structures import Detections
+
+
+class Results:
+    """Writes what `--save` asks for of images.
+
+    Args:
+        folder: of the results, made where it is missing.
+        kinds: of `KINDS`.
+        threshold: lowest score that is drawn.
+
+    Raises:
+        ComaskError: when something cannot be written.
+    """
+
+    def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
+        self._folder, self._kinds, self._threshold = folder, kinds, threshold
+        self._coco: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []
+        self._taken: set[str] = set()
+        self.detections = 0
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: Path, pixels: Pixels, found: Detections) -> None:
+        """The results of one image."""
+        from comask.draw import draw_overlay
+
+        name = self.unique(path.name)
+        with self._writing():
+            if "overlay" in self._kinds:
+                drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
+                self._write_png(f"{name}.overlay.png", drawn)
+            if "masks" in self._kinds:
+                self._write_png(f"{name}.mask.png", _instance_map(found))
+            if "labels" in self._kinds:
+                write_whole(self._folder / f"{name}.labels.txt", _label_lines(found).encode())
+        image_id = len(self._images) + 1
+        entries = found.to_coco(image_id) if "coco" in self._kinds else []
+        height, width = found.image_size
+        # last, so that an interruption leaves images out whole
+        self._coco += entries
+        self._images.append(
+            {"id": image_id, "file_name": str(path), "width": width, "height": height}
+        )
+        self.detections += len(found)
+
+    @property
+    def images(self) -> int:
+        """How many there were."""
+        return len(self._images)
+
+    def finish(self) -> None:
+        """The files that cover all images."""
+        if "coco" in self._kinds:
+            with self._writing():
+                for file, content in (("detections", self._coco), ("images", self._images)):
+                    write_whole(self._folder / f"{file}.json", json.dumps(content).encode())
+
+    def unique(self, name: str) -> str:
+        """`name`, or a numbered one where another folder's file already took it."""
+        unique, number = name, 2
+        while unique in self._taken:
+            unique, number = f"{name}.{number}", number + 1
+        self._taken.add(unique)
+        return unique
+
+    def _write_png(self, name: str, pixels: NDArray[Any]) -> None:
+        from PIL import Image
+
+        with whole_file(self._folder / name) as file:
+            Image.fromarray(pixels).save(file, format="PNG")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ComaskError(
+                f"{self._folder}: results cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def _instance_map(found: Detections) -> Any:
+    """u16 [H, W]: 0 background, else the number (from 1) of the best detection there."""
+    import numpy as np
+
+    instances = np.zeros(found.image_size, dtype=np.uint16)
+    for number in range(len(found), 0, -1):
+        instances[found.masks[number - 1]] = number
+    return instances
+
+
+def _label_lines(found: Detections) -> str:
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
+    return "".join(
+        f"{found.name(label)}\t{score:.4f}\t" + "\t".join(f"{edge:.2f}" for edge in box) + "\n"
+        for label, score, box in rows
+    )
