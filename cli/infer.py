@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from comask.cli.infer_fleet import FleetOptions, fleet_options, run_fleet
 from comask.cli.infer_results import Results
-from comask.cli.infer_video import WHERE, Interruption, VideoOptions, run_video, split_inputs
+from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
+from comask.cli.interruption import Interruption
 from comask.cli.options import command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 
-from comask.errors import ImageError, VideoError
+from comask.errors import ImageError, VideoError, one_line
 
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor
@@ -30,7 +32,7 @@ KINDS = ("overlay", "masks", "coco", "labels")
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of results.")
+@click.option("--output", required=True, metavar="PATH", help="Folder of results.")
 @click.option("--backend", default="auto", metavar="NAME",
               help="tensorrt, tensorrt-rtx, onnxruntime, torch; :fp16 behind it. [auto]")  # fmt: skip
 @click.option("--save", default="overlay,coco", metavar="KINDS",
@@ -45,11 +47,12 @@ KINDS = ("overlay", "masks", "coco", "labels")
               help="Videos: gpu for tensorrt backends. [auto]")  # fmt: skip
 @click.option("--encode", type=click.Choice(WHERE), default="auto",
               help="Videos: overlays by x264 or NVENC. [auto]")  # fmt: skip
+@fleet_options
 @json_option
 def main(
     bundle: Path,
     inputs: tuple[str, ...],
-    output: Path,
+    output: str,
     backend: str,
     save: str,
     threshold: float,
@@ -58,6 +61,7 @@ def main(
     track: bool,
     decode: Where,
     encode: Where,
+    fleet: FleetOptions | None,
     json_file: str | None,
 ) -> None:
     """Run BUNDLE over images, videos, folders and patterns of them, camera:0, or rtsp://… and the like.
@@ -69,15 +73,21 @@ def main(
 
     An input that cannot be read is reported and skipped; the exit code is 1 if there was one.
     """
+    if fleet:
+        run_fleet(bundle, inputs, output, backend, how, fleet, json_file)
+        return
+    if "://" in output:
+        raise click.UsageError(f"--output {output}: addresses go with --runner")
+    folder = Path(output)
     kinds = _kinds(save)
     images, videos = split_inputs(inputs)
     gpu = None if how.device == "cpu" else how.device or 0
     options = VideoOptions(
-        output, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
+        folder, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
     )
     options.check(videos)
     failures: list[dict[str, str]] = []
-    results = Results(output, kinds, threshold)
+    results = Results(folder, kinds, threshold)
     stop = Interruption()
     with how.load(bundle, backend) as predictor:
         click.echo(f"backend {predictor.stages.backend}", err=True)
@@ -92,7 +102,7 @@ def main(
         click.echo(
             f"{'' if whole else 'interrupted after '}{done} of {len(images)} images in "
             f"{seconds:.1f} s ({done / seconds:.1f} images/s), "
-            f"{results.detections} detections in {output}",
+            f"{results.detections} detections in {one_line(output)}",
             err=json_file == "-",
         )
     for report in reports:
@@ -157,13 +167,13 @@ def _run_videos(
         try:
             report, problems = run_video(predictor, address, name, options, stop)
         except VideoError as error:
-            click.echo(f"skipped: {error}", err=True)
-            failures.append({"file": shown, "error": str(error)})
+            click.echo(f"skipped: {one_line(error)}", err=True)
+            failures.append({"file": shown, "error": one_line(error)})
             continue
         interrupted = bool(stop.signal)
         reports.append({"file": shown, **dataclasses.asdict(report), "interrupted": interrupted})
         for problem in problems:
-            click.echo(f"incomplete: {shown}: {problem}", err=True)
+            click.echo(f"incomplete: {one_line(shown)}: {problem}", err=True)
             failures.append({"file": shown, "error": f"{shown}: {problem}"})
         if stop.signal:
             break
@@ -172,7 +182,7 @@ def _run_videos(
 
 def _video_line(report: dict[str, Any]) -> str:
     line = (
-        f"{report['file']}: {'interrupted after ' if report['interrupted'] else ''}"
+        f"{one_line(report['file'])}: {'interrupted after ' if report['interrupted'] else ''}"
         f"{report['frames']} frames in {report['seconds']:.1f} s "
         f"({report['frames'] / report['seconds']:.1f} frames/s), {report['detections']} detections"
     )
@@ -201,7 +211,7 @@ def _decoded(
         try:
             pixels = decode_image(path)
         except ImageError as error:
-            failures.append({"file": str(path), "error": " ".join(str(error).split())})
+            failures.append({"file": str(path), "error": one_line(error)})
             skipped()
             continue
         yield path, pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,6 +64,9 @@ class OrtSession:
         name = graph if isinstance(graph, Path) else "a graph in memory"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; they are raised as well
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch; Ray sets it for its actors
+        if threads.isdecimal():
+            options.intra_op_num_threads = int(threads)
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         providers: list[tuple[str, dict[str, int]]] = [(CPU_PROVIDER, {})]

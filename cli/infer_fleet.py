@@ -1,0 +1,213 @@
+"""`comask-infer --runner`: jobs over more images than one run gets through."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+from comask.cli.interruption import Interruption
+from comask.cli.options import IMAGE_SUFFIXES, write_json
+from comask.cli.predictor_options import PredictorOptions
+
+from comask.progress import Progress
+
+if TYPE_CHECKING:
+    from comask.runtime.fleet.job import Job
+    from comask.runtime.fleet.rows import Format
+    from comask.runtime.fleet.runners import Runner
+
+RUNNERS = ("ray", "local")
+FORMATS = ("parquet", "jsonl")  # as `Format`
+SHARD = 200  # images: what a kill loses a worker, at most
+SHOWN_FAILURES = 20
+NOT_FOR_JOBS = ("save", "threshold", "every", "track", "decode", "encode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetOptions:
+    """What a job takes besides bundle, inputs and output.
+
+    Attributes:
+        runner: of `RUNNERS`.
+        format: of the parts.
+        shard: images a part.
+        actors: of Ray; None for as many as there is room for.
+    """
+
+    runner: str
+    format: Format
+    shard: int
+    actors: int | None
+
+
+def fleet_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options, which reach the command as `fleet`: `FleetOptions`, None without `--runner`."""
+
+    @click.option("--runner", type=click.Choice(RUNNERS),
+                  help="A job that goes on after a kill: docs/fleet.md.")  # fmt: skip
+    @click.option(
+        "--format", "form", type=click.Choice(FORMATS), help="Jobs: of the parts. [parquet]"
+    )
+    @click.option("--shard", type=click.IntRange(1), metavar="N",
+                  help=f"Jobs: images a part. [{SHARD}]")  # fmt: skip
+    @click.option("--actors", type=click.IntRange(1), metavar="N",
+                  help="--runner ray: how many. [all GPUs, else CPUs]")  # fmt: skip
+    @functools.wraps(function)
+    def run(
+        *,
+        runner: str | None,
+        form: Format | None,
+        shard: int | None,
+        actors: int | None,
+        **rest: Any,
+    ) -> None:
+        own = {"--format": form, "--shard": shard, "--actors": actors}
+        if given := [name for name, value in own.items() if value is not None]:
+            if runner is None:
+                raise click.UsageError(f"{given[0]} goes with --runner")
+            if runner == "local" and actors is not None:
+                raise click.UsageError("--actors goes with --runner ray")
+        if runner == "ray" and isinstance(rest["how"].device, int):
+            raise click.UsageError("--device: Ray tells GPUs apart itself; cpu, or leave it out")
+        context = click.get_current_context()
+        for name in NOT_FOR_JOBS if runner else ():
+            if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{name} does not go with --runner")
+        fleet = None
+        if runner:
+            fleet = FleetOptions(
+                runner=runner, format=form or "parquet", shard=shard or SHARD, actors=actors
+            )
+        function(fleet=fleet, **rest)
+
+    return run
+
+
+def run_fleet(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    output: str,
+    backend: str,
+    how: PredictorOptions,
+    fleet: FleetOptions,
+    json_file: str | None,
+) -> None:
+    """Begins the job, or continues it; exits as the command does.
+
+    Raises:
+        ComaskError: when it cannot be begun or ended.
+    """
+    stop = Interruption()
+    try:
+        with stop.on_signal(_leave), ExitStack() as stack:
+            summary = _run(bundle, inputs, output, backend, how, fleet, stack)
+    except _Left:
+        click.echo(f"interrupted; the same command continues the job in {output}", err=True)
+        sys.exit(128 + stop.signal)
+    click.echo(
+        f"{summary['images'] - summary['failed']} of {summary['images']} images, "
+        f"{summary['detections']} detections in {output}/parts",
+        err=json_file == "-",
+    )
+    write_json(json_file, summary)
+    if summary["failed"]:
+        sys.exit(1)
+
+
+class _Left(BaseException):
+    """A signal came: no error, and not to be taken for one on its way up."""
+
+
+def _leave() -> None:
+    raise _Left
+
+
+def _run(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    output: str,
+    backend: str,
+    how: PredictorOptions,
+    fleet: FleetOptions,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    """The summary of the job, which is finished then."""
+    from comask.runtime.fleet.folder import Folder, is_url
+    from comask.runtime.fleet.job import Job, Terms, bundle_digest, full_name
+    from comask.runtime.fleet.listing import write_listing
+    from comask.runtime.fleet.rows import require_format
+    from comask.runtime.fleet.runners import Shard, run_all
+    from comask.runtime.fleet.worker import Model
+
+    require_format(fleet.format)
+    folder = Folder(output if is_url(output) else str(Path(output).absolute()))
+    there = Job.terms_in(folder)
+    model = Model(str(bundle.resolve()), backend, asdict(how))
+    runner: Runner | None = None
+    if backend == "auto":
+        if there:
+            backend = there.backend
+        else:
+            runner = _runner(fleet, how, stack)
+            backend = runner.backend(model)
+    backend = full_name(backend)
+    digest = bundle_digest(bundle, backend)
+    model = replace(model, backend=backend, digest=digest)
+    with TemporaryDirectory(prefix="comask-fleet-") as scratch:
+        file = Path(scratch) / "inputs.jsonl"
+        listing = write_listing(inputs, frozenset(IMAGE_SUFFIXES), file, fleet.shard)
+        terms = Terms(
+            images=listing.images,
+            inputs=listing.sha256,
+            bundle=digest,
+            backend=backend,
+            proposals=how.proposals,
+            short_side=how.short_side,
+            shard=fleet.shard,
+            format=fleet.format,
+        )
+        job = Job.begin(folder, terms, listing)
+    done = {record.shard for record in job.done()}
+    left = [Shard(i, *listing.offsets[i : i + 2]) for i in range(job.shards) if i not in done]
+    if not left and (summary := job.summary()):
+        click.echo(
+            f"the job in {output} is finished already; another one needs another --output", err=True
+        )
+        return summary
+    finished = sum(map(job.images_in, done))
+    if there:
+        click.echo(f"continues: {finished} of {terms.images} images are done", err=True)
+    click.echo(f"backend {backend}", err=True)
+    if left:
+        with Progress("inferring", terms.images, unit="images", done=finished) as progress:
+            run_all(job, model, left, runner or _runner(fleet, how, stack), progress.advance)
+    summary = job.finish()
+    _show_failures(job, summary["failed"])
+    return summary
+
+
+def _show_failures(job: Job, count: int) -> None:
+    failures = (failure["error"] for record in job.done() for failure in record.failures)
+    for error in islice(failures, SHOWN_FAILURES):
+        click.echo(f"skipped: {error}", err=True)
+    if count > SHOWN_FAILURES:
+        where = f"{job.folder.address}/failures.jsonl"
+        click.echo(f"and {count - SHOWN_FAILURES} more, in {where}", err=True)
+
+
+def _runner(fleet: FleetOptions, how: PredictorOptions, stack: ExitStack) -> Runner:
+    from comask.runtime.fleet.runners import LocalRunner
+
+    if fleet.runner == "local":
+        return LocalRunner()
+    from comask.runtime.fleet.ray_runner import RayRunner
+
+    return stack.enter_context(RayRunner(fleet.actors, cpu=how.device == "cpu"))

@@ -1,0 +1,169 @@
+"""`Folder`: where a job lies, on a disk or wherever fsspec reaches, by the same few operations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comask.errors import BackendUnavailableError, ComaskError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+READERS = 16  # requests at once, where each one waits for a network
+
+
+def is_url(address: str) -> bool:
+    """Whether `address` is one for fsspec, rather than a local path."""
+    return "://" in address
+
+
+def file_system(address: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of an address, and its path there.
+
+    Raises:
+        BackendUnavailableError: when its package is not installed.
+        ComaskError: when there is no such file system.
+    """
+    if "::" in address and is_url(address):
+        raise ComaskError(f"{address}: chains of file systems are not read; unpack it first")
+    try:
+        import fsspec
+
+        if not is_url(address):
+            return fsspec.filesystem("file"), os.path.abspath(address)
+        fs, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"{address}: {error}: pip install 'comask[fleet]', and for object storage s3fs, gcsfs, adlfs"
+        ) from error
+    except Exception as error:  # each storage has its own kinds
+        raise ComaskError(f"{address}: cannot be opened: {one_line(error)}") from error
+    return fs, str(path)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder whose files are written whole, each by its own writer however many there are.
+
+    Attributes:
+        address: a local path, or an address that fsspec knows.
+
+    Raises:
+        ComaskError: from each method, when the storage fails.
+    """
+
+    address: str
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The bytes of a file, or those from `start` to before `end`."""
+        with self._doing("read", name):
+            return bytes(self._fs.cat_file(self._path(name), start=start, end=end))
+
+    def read_each(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The bytes of files in order, several of them on their way at once."""
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting = list(names)
+            for i in range(0, len(waiting), READERS):
+                yield from pool.map(self.read, waiting[i : i + READERS])
+
+    def write(self, name: str, content: bytes) -> None:
+        """Makes `content` the content of a file; whoever looks sees all of it or nothing."""
+
+        def fill(path: str) -> None:
+            with open(path, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+        with self._doing("written", name):
+            if self.local:
+                self._replace(name, fill)
+            else:  # object stores show an object when its upload is complete
+                self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
+                self._fs.pipe_file(self._path(name), content)
+
+    def put(self, name: str, source: Path) -> None:
+        """The same with the content of a local file, which need not fit into memory."""
+        with self._doing("written", name):
+            if self.local:
+                self._replace(name, lambda path: shutil.copyfile(source, path))
+            else:
+                self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
+                self._fs.put_file(str(source), self._path(name))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        with self._doing("read", name):
+            self._fs.invalidate_cache()
+            return bool(self._fs.exists(self._path(name)))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each file of a folder in this one; nothing where it is missing."""
+        with self._doing("read", name):
+            self._fs.invalidate_cache()
+            with contextlib.suppress(FileNotFoundError):
+                entries = self._fs.ls(self._path(name), detail=True)
+                return {
+                    entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0)
+                    for entry in entries
+                    if entry["type"] == "file"
+                }
+        return {}
+
+    def sweep(self, name: str) -> None:
+        """Removes what writers that were killed left half-written in a folder in this one."""
+        if self.local:
+            for path in Path(self._path(name)).glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+    @property
+    def local(self) -> bool:
+        """Whether it lies on a disk of this machine."""
+        return "file" in ((p,) if isinstance(p := self._fs.protocol, str) else p)
+
+    @cached_property
+    def _place(self) -> tuple[AbstractFileSystem, str]:
+        return file_system(self.address)
+
+    @property
+    def _fs(self) -> Any:
+        return self._place[0]
+
+    def _path(self, name: str) -> str:
+        return f"{self._place[1].rstrip('/')}/{name}"
+
+    def _replace(self, name: str, fill: Callable[[str], object]) -> None:
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not `whole_file`: the worker of a killed driver may still write the same file.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            fill(str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _doing(self, what: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ComaskError:
+            raise
+        except Exception as error:  # each storage has its own kinds
+            reason = getattr(error, "strerror", None) or one_line(error)
+            where = f"{self.address.rstrip('/')}/{name}"
+            raise ComaskError(f"{where}: cannot be {what}: {reason}") from error

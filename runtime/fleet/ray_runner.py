@@ -1,0 +1,141 @@
+"""`RayRunner`: a job's shards on the GPUs or CPUs of a Ray cluster, by Ray Data."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from comask.runtime.fleet.apart import WorkerApart
+from comask.runtime.fleet.folder import one_line
+from comask.runtime.fleet.job import Job
+from comask.runtime.fleet.runners import Outcome, Shard, attempt
+from comask.runtime.fleet.worker import Model
+
+from comask.errors import BackendUnavailableError, ComaskError
+
+ADDRESS = "RAY_ADDRESS"  # of a cluster; without it one is started here, and ended
+ROUND = 2000  # shards that Ray is told of at once: each is an object in its store
+# It tells nobody that it is used, and says nothing but what is raised anyway.
+SILENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+}
+STORE_BYTES = 100 * 2**20  # results go to the job's folder, and only outcomes through Ray
+
+
+class RayRunner:
+    """Does shards on a Ray cluster, an actor a GPU, or a CPU where there is none.
+
+    Each actor runs its images in a process of its own, see `WorkerApart`. It is a context manager.
+
+    Args:
+        actors: how many; None for as many as there is room for.
+        cpu: whether to leave GPUs alone.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed.
+        ComaskError: it does not start, or has no room.
+    """
+
+    def __init__(self, actors: int | None = None, *, cpu: bool = False) -> None:
+        own = ADDRESS not in os.environ
+        os.environ |= SILENT
+        if own:  # the kernel ends the process that is too large; Ray would end its actor
+            os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        try:
+            self._ray: Any = importlib.import_module("ray")
+            self._data: Any = importlib.import_module("ray.data")
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"--runner ray: {one_line(error)}: pip install 'comask[fleet]'"
+            ) from error
+        start: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
+        if own:
+            start |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        on_sigterm = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+        try:
+            self._ray.init(logging_level="ERROR", log_to_driver=False, **start)
+        except Exception as error:
+            raise ComaskError(f"Ray at {start['address']}: {one_line(error)}") from error
+        signal.signal(signal.SIGTERM, on_sigterm)
+        context = self._data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.max_errored_blocks = -1  # what Ray gives up is done in another round
+        room = self._ray.cluster_resources()
+        gpus, cpus = int(room.get("GPU", 0)), int(room.get("CPU", 0))
+        self._on_gpu = gpus > 0 and not cpu
+        slots = gpus if self._on_gpu else cpus
+        if not slots or (actors or 0) > slots:
+            self._ray.shutdown()
+            kind = "GPUs" if self._on_gpu else "CPUs"
+            raise ComaskError(f"--actors {actors or 1}: the Ray cluster has {slots} {kind}")
+        self._actors = actors or slots
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ray.shutdown()
+
+    def backend(self, model: Model) -> str:
+        """See `Runner`.
+
+        Raises:
+            ComaskError: no backend runs there.
+        """
+        remote = self._ray.remote(**self._needs)(_backend)
+        name, problem = self._ray.get(remote.remote(self._placed(model)))
+        if problem:
+            raise ComaskError(problem)
+        return str(name)
+
+    def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
+        """See `Runner`."""
+        for start in range(0, len(shards), ROUND):
+            rows = [shard._asdict() for shard in shards[start : start + ROUND]]
+            data = self._data.from_items(rows, override_num_blocks=len(rows)).map(
+                _Actor,
+                fn_constructor_args=(job, self._placed(model)),
+                compute=self._data.ActorPoolStrategy(size=min(self._actors, len(rows))),
+                **self._needs,
+            )
+            for row in data.iter_rows():
+                yield Outcome(row["shard"], row["error"])
+
+    @property
+    def _needs(self) -> dict[str, int]:
+        return {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
+
+    def _placed(self, model: Model) -> Model:
+        """On the GPU that Ray gives an actor, the only one that it sees."""
+        return replace(model, settings=model.settings | {"device": None if self._on_gpu else "cpu"})
+
+
+class _Actor:
+    def __init__(self, job: Job, model: Model) -> None:
+        self._job, self._worker = job, WorkerApart(model)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = Shard(**row)
+        return {"shard": shard.number, "error": attempt(self._job, shard, self._worker)}
+
+
+def _backend(model: Model) -> tuple[str, str]:
+    """The backend's name, or what is wrong."""
+    try:
+        with model.load() as predictor:
+            return predictor.stages.backend, ""
+    except Exception as error:
+        return "", one_line(error)
