@@ -15,12 +15,14 @@ from comask.cli.int8_options import (
     print_int8,
 )
 from comask.cli.options import command, json_option, write_json
+from comask.cli.serve_options import serve_bundle, serve_options
 
 from comask.bundle import INT8_BASE, PRECISIONS
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
     import numpy as np
+    from comask.export.triton.repository import ServeRequest
     from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
 
@@ -46,7 +48,7 @@ def precision_list(
               callback=precision_list, metavar=",".join(PRECISIONS),
               help="Of the graphs; fp32 is always there.")  # fmt: skip
 @click.option("--score-threshold", type=click.FloatRange(0, 1, max_open=True), metavar="P",
-              help="Drop detections up to it. [the model's]")  # fmt: skip
+              help="Drop those up to it. [the model's]")  # fmt: skip
 @click.option("--val-data", default="shapes", metavar="DIR|shapes",
               help="To compare graphs with PyTorch on. [shapes]")  # fmt: skip
 @click.option("--verify-images", type=click.IntRange(1), default=3, metavar="N",
@@ -54,6 +56,7 @@ def precision_list(
 @click.option("--diagnostics", is_flag=True, help="Also output what the collaboration changed.")
 @int8_options
 @engine_options
+@serve_options
 @json_option
 def main(
     source: Path,
@@ -64,22 +67,25 @@ def main(
     verify_images: int,
     diagnostics: bool,
     int8: Int8Options,
+    serve: ServeRequest | None,
     json_file: str | None,
     **engine_values: Any,
 ) -> None:
-    """Export CHECKPOINT to a bundle: two ONNX graphs a precision, weights, manifest.
+    """Export CHECKPOINT to a bundle, or add precisions and engines to BUNDLE.
 
-    Graphs whose outputs differ from PyTorch's are not written. An existing BUNDLE takes more
-    precisions and engines in place.
+    Graphs whose outputs differ from PyTorch's are not written.
 
     \b
     comask-export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16
-    comask-export bundle --precision fp16 --engine tensorrt-rtx
     comask-export bundle --precision int8 --calib-data photos --val-data coco --ap-budget 0.3
+    comask-export bundle --serve triton --output repository
     """
     check_usage(engine_values)
     if not source.exists():
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")
+    if serve:
+        serve_bundle(source, output, serve, json_file)
+        return
     wanted = int8.wanted(precisions, source)
     check_flavor(engine_values)  # not only after the export
     exported = tuple(dict.fromkeys(INT8_BASE if p == "int8" and wanted else p for p in precisions))

@@ -68,7 +68,7 @@ def int8_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--calib-images", type=click.IntRange(1), metavar="N",
                      help=f"int8: how many. [{DEFAULT_CALIB_IMAGES}]"),
         click.option("--calib-method", type=click.Choice(METHODS), metavar="METHOD",
-                     help=f"int8: {'|'.join(METHODS)} [{METHODS[0]}]"),
+                     help=f"{'|'.join(METHODS)} [{METHODS[0]}]"),
         click.option("--calib-seed", type=int, metavar="N", help="int8: of their choice. [0]"),
         click.option("--val-images", type=click.IntRange(1), metavar="N",
                      help=f"int8: images for AP. [≤ {MOST_VAL_IMAGES}]"),

@@ -1,0 +1,87 @@
+"""Sends images to a Triton server that runs a repository of `comask-export --serve triton`.
+
+Run it as `python examples/triton_client.py photo.jpg more/*.jpg --url localhost:8000`. It needs
+`pip install 'tritonclient[http]'` and nothing of comask. Requests are on their way side by side, so that
+the server puts them into batches. What the server cannot read is reported, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput, InferResult
+from tritonclient.utils import InferenceServerException
+
+
+def encoded_image(data: bytes) -> InferInput:
+    """The input of a request for one image, as a file has it; more rows would be more images."""
+    tensor = InferInput("image", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[data]], dtype=object))
+    return tensor
+
+
+def instances(result: InferResult, row: int) -> list[dict[str, Any]]:
+    """What a response says of the image in one row of its request, masks as COCO's RLE."""
+    found = {
+        name: result.as_numpy(name)[row]
+        for name in ("boxes", "scores", "category_ids", "class_names", "rle_counts", "image_size")
+    }
+    return [
+        {
+            "class_name": found["class_names"][i].decode(),
+            "category_id": int(found["category_ids"][i]),
+            "score": float(found["scores"][i]),
+            "box_xyxy": found["boxes"][i].tolist(),
+            "segmentation": {
+                "size": found["image_size"].tolist(),
+                "counts": found["rle_counts"][i].decode(),
+            },
+        }
+        for i in range(int(result.as_numpy("num_detections")[row, 0]))
+    ]
+
+
+def main() -> int:
+    """Prints a line for each image; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--url", default="localhost:8000")
+    parser.add_argument("--model", default="comask")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at once")
+    parser.add_argument("--json", type=Path, help="write all instances to this file")
+    arguments = parser.parse_args()
+    found: dict[str, list[dict[str, Any]] | None] = {}
+    with InferenceServerClient(arguments.url, concurrency=arguments.concurrency) as client:
+        settings = client.get_model_config(arguments.model)["parameters"]
+        weights = settings["weights_sha256"]["string_value"]
+        print(f"{arguments.model}: {settings['backend']['string_value']}, weights {weights[:12]}…")
+        # the client is for one thread, which may have many requests on their way
+        requests = [
+            (path, client.async_infer(arguments.model, [encoded_image(path.read_bytes())]))
+            for path in arguments.images
+        ]
+        for path, request in requests:
+            try:
+                of_image = instances(request.get_result(), 0)
+            except InferenceServerException as error:
+                print(f"{path}: {error.message()}", file=sys.stderr)
+                found[str(path)] = None
+                continue
+            best = max((instance["score"] for instance in of_image), default=0.0)
+            print(f"{path}: {len(of_image)} instances, best score {best:.4f}")
+            found[str(path)] = of_image
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return int(None in found.values())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (InferenceServerException, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,165 @@
+"""The model that a Triton server loads, on a stand-in of the server."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import standin_triton as triton
+from comask.runtime import Predictor
+from conftest import run
+from triton_pictures import IMAGES, assert_tells, png
+
+from comask.config import PreprocessConfig
+from comask.preprocess import padded_shape, resized_shape
+
+ALL = (
+    "num_detections", "boxes", "scores", "labels", "category_ids", "class_names", "rle_counts",
+    "image_size", "error",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def repository(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("triton") / "repository"
+    result = run("export", micro_fp16, "--serve", "triton", "--output", output, "--max-batch", 2)
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture(scope="module")
+def predictor(micro_fp16: Path) -> Iterator[Predictor]:
+    with Predictor.load(micro_fp16, "onnxruntime", device="cpu", max_batch=2) as predictor:
+        yield predictor
+
+
+def started(repository: Path, monkeypatch: pytest.MonkeyPatch, largest: int = 10**9) -> Any:
+    """The repository's `model.py`, run and initialised as the server does it."""
+    triton.serve(repository, largest)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    monkeypatch.delitem(sys.modules, "comask.export.triton.server_model", raising=False)
+    folder = repository / "comask"
+    model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    config = {
+        "max_batch_size": 2,
+        "parameters": {"backend": {"string_value": "onnxruntime:fp32"}},
+    }
+    model.initialize(
+        {
+            "model_name": "comask",
+            "model_config": json.dumps(config),
+            "model_repository": str(folder),
+            "model_version": "1",
+        }
+    )
+    return model
+
+
+def request(*wanted: str, **inputs: np.ndarray) -> triton.InferenceRequest:
+    tensors = [triton.Tensor(name, array) for name, array in inputs.items()]
+    return triton.InferenceRequest(inputs=tensors, requested_output_names=list(wanted or ALL))
+
+
+def encoded(*images: bytes) -> np.ndarray:
+    return np.array([[image] for image in images], object)
+
+
+def outputs(response: triton.InferenceResponse) -> dict[str, np.ndarray]:
+    assert not response.has_error()
+    return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+
+
+def test_requests_share_batches_and_get_the_predictors_results(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started(repository, monkeypatch)
+    asked = [
+        request(image=encoded(png(IMAGES[0]), png(IMAGES[2]))),
+        request(pixels=IMAGES[1][None]),
+        request(image=encoded(png(IMAGES[3]))),
+    ]
+    first, second, third = map(outputs, model.execute(asked))
+    expected = predictor([IMAGES[0], IMAGES[2], IMAGES[1], IMAGES[3]])
+    assert min(map(len, expected)) > 0
+    for row in (0, 1):
+        assert_tells(row, first, expected[row])
+    assert_tells(0, second, expected[2])
+    assert_tells(0, third, expected[3])
+    # the first and third image are of one canvas, though of two requests
+    assert triton.batches == [2, 1, 1]
+
+
+def test_only_what_is_asked_for_is_computed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started(repository, monkeypatch)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nobody asked for masks")
+
+    monkeypatch.setattr("comask.structures.rles_from_mask_probs", refuse)
+    (response,) = model.execute([request("scores", "error", image=encoded(png(IMAGES[0])))])
+    assert set(outputs(response)) == {"scores", "error"}
+
+
+def test_a_broken_image_is_its_own_error(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started(repository, monkeypatch)
+    whole = png(IMAGES[0])
+    asked = [
+        request(image=encoded(whole[:500])),
+        request(image=encoded(b"", whole)),
+        request(image=encoded(whole)),
+        request(image=encoded(whole), pixels=IMAGES[0][None]),
+        request(pixels=np.zeros((1, 0, 5, 3), np.uint8)),
+    ]
+    broken, half, good, both, nothing = model.execute(asked)
+    (expected,) = predictor([IMAGES[0]])
+    assert_tells(0, outputs(good), expected)
+    assert_tells(1, outputs(half), expected)
+    assert b"not an image" in outputs(half)["error"][0, 0]
+    assert outputs(half)["num_detections"][0] == 0
+    for response, words in [
+        (broken, "cannot be decoded"),
+        (both, "got both"),
+        (nothing, "[0, 5, 3]"),
+    ]:
+        assert response.error().code() == triton.TritonError.INVALID_ARG
+        assert words in response.error().message()
+
+
+def test_a_canvas_that_the_network_refuses_fails_alone(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pixels(image: np.ndarray) -> int:
+        config: PreprocessConfig = predictor.preprocess
+        height, width = padded_shape(resized_shape(image.shape[:2], config), config)
+        return height * width
+
+    assert pixels(IMAGES[0]) > pixels(IMAGES[2])
+    model = started(repository, monkeypatch, largest=pixels(IMAGES[2]))
+    refused, good = model.execute([request(pixels=IMAGES[i][None]) for i in (0, 2)])
+    assert refused.error().code() == triton.TritonError.INTERNAL
+    assert refused.error().message() == "comask_stage1: unexpected shape for input 'images'"
+    assert_tells(0, outputs(good), predictor([IMAGES[2]])[0])
+
+
+def test_one_stage_runs_alone(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started(repository, monkeypatch)
+    image = predictor.prepare(IMAGES[0])
+    feeds = {"images": image.canvas[None], "image_sizes": np.array([image.size], np.int32)}
+    stage, reference = model._predictor.stages.stage1, predictor.stages.stage1
+    assert [spec.name for spec in stage.inputs] == list(feeds)
+    found, expected = stage.run(feeds), reference.run(feeds)
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
