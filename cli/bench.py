@@ -1,13 +1,13 @@
-"""`comask-bench`: how fast a bundle is on each backend, and which setting is the fastest good one."""
+"""`comask-bench`: how fast a bundle is, which setting is the fastest good one, and whether it lasts."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from comask.cli.bench_soak import Soak, run_soak
 from comask.cli.bench_sweep import run_sweep
 from comask.cli.bench_timing import Timing, run_timing
 from comask.cli.bench_work import Sweep
@@ -15,8 +15,13 @@ from comask.cli.options import command, json_option
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 
 LOSS = 0.5  # AP points
-SWEEP_ONLY = ("data", "limit", "max_loss", "grid")
-TIMING_ONLY = ("images", "size", "warmup", "no_record")
+# Options that are not for every mode, by those that they are for.
+MODES = {
+    "images": ("", "--soak"),
+    "runs": ("", "--sweep"),
+    **dict.fromkeys(("size", "warmup", "no_record"), ("",)),
+    **dict.fromkeys(("data", "limit", "max_loss", "grid"), ("--sweep",)),
+}
 
 
 @command
@@ -40,6 +45,8 @@ TIMING_ONLY = ("images", "size", "warmup", "no_record")
               help=f"--sweep: AP that boxes, masks may lose. [{LOSS}]")  # fmt: skip
 @click.option("--grid", multiple=True, metavar="NAME=A,B",
               help="--sweep: proposals, short-side, batch.")  # fmt: skip
+@click.option("--soak", type=click.FLOAT, metavar="MINUTES",
+              help="Run one backend for long; fail if it grows.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
               help="Draw the result: .png, .svg or .pdf.")  # fmt: skip
 @json_option
@@ -50,6 +57,7 @@ def main(
     runs: int,
     no_record: bool,
     sweep: bool,
+    soak: float | None,
     plot: Path | None,
     json_file: str | None,
     **rest: Any,
@@ -61,10 +69,12 @@ def main(
 
     \b
     comask-bench bundle --images photos
+    comask-bench bundle --soak 30 --images photos --plot soak.png
     comask-bench bundle --sweep --data /data/coco --max-loss 0.3 --plot pareto.png
     comask-bench bundle --sweep --data shapes --grid proposals=100,50 --grid batch=1
     """
-    _check_usage(backends, how, sweep, runs, {"no_record": no_record or None} | rest)
+    mode = "--sweep" if sweep else "--soak" if soak is not None else ""
+    _check_usage(mode, backends, how, {"runs": runs, "soak": soak} | rest)
     if plot is not None:
         from comask.cli.bench_plots import check_plot
 
@@ -75,8 +85,14 @@ def main(
             limit=rest["limit"], grid=rest["grid"],
             max_loss=LOSS if rest["max_loss"] is None else rest["max_loss"],
         )  # fmt: skip
-        if not run_sweep(settings, plot, json_file):
-            sys.exit(130)
+        run_sweep(settings, plot, json_file)
+        return
+    if soak is not None:
+        wanted = Soak(
+            bundle=bundle, backend=backends[0] if backends else "auto", how=how,
+            images=rest["images"], minutes=soak,
+        )  # fmt: skip
+        run_soak(wanted, plot, json_file)
         return
     timing = Timing(
         bundle=bundle, backends=backends, how=how, images=rest["images"], size=rest["size"],
@@ -86,40 +102,46 @@ def main(
 
 
 def _check_usage(
-    backends: tuple[str, ...],
-    how: PredictorOptions,
-    sweep: bool,
-    runs: int,
-    rest: dict[str, Any],
+    mode: str, backends: tuple[str, ...], how: PredictorOptions, values: dict[str, Any]
 ) -> None:
     """Raises `click.UsageError` for numbers and combinations of options that make no sense.
 
     The ranges are here, and not in the options, lest click fill the help with them.
     """
     least = {"runs": 1, "warmup": 0, "limit": 1, "max_loss": 0}
-    for name, value in ({"runs": runs} | rest).items():
-        if name in least and value is not None and not value >= least[name]:
-            raise click.UsageError(f"{_option(name)} {value}: expected at least {least[name]}")
-    if "auto" in backends:
+    for name, minimum in least.items():
+        if (value := values[name]) is not None and not value >= minimum:
+            raise click.UsageError(f"{_option(name)} {value}: expected at least {minimum}")
+    soak = values["soak"]
+    if soak is not None and not 0 < soak < float("inf"):
+        raise click.UsageError(f"--soak {soak:g}: expected minutes above 0")
+    if mode == "--sweep" and soak is not None:
+        raise click.UsageError("--soak does not go with --sweep")
+    if mode == "--soak" and len(backends) > 1:
+        raise click.UsageError("--soak runs one backend, whose memory it measures: name one")
+    if mode != "--soak" and "auto" in backends:
         raise click.UsageError("--backend auto: name the backends that are to be compared")
-    if rest["images"] and rest["size"]:
+    for name, modes in MODES.items():
+        if mode not in modes and _given(name):
+            problem = f"does not go with {mode}" if mode else f"needs {modes[0]}"
+            raise click.UsageError(f"{_option(name)} {problem}")
+    if values["images"] and values["size"]:
         raise click.UsageError("--size is of the noise in place of --images: give one of them")
-    for name in TIMING_ONLY if sweep else SWEEP_ONLY:
-        if rest[name] not in (None, ()):
-            raise click.UsageError(
-                f"{_option(name)} {'does not go with' if sweep else 'needs'} --sweep"
-            )
-    if not sweep:
+    if mode != "--sweep":
         return
-    if rest["data"] is None:
+    if values["data"] is None:
         raise click.UsageError("--sweep needs --data: AP is measured on images with known objects")
-    given = click.get_current_context().get_parameter_source("batch") != ParameterSource.DEFAULT
-    batch = how.max_batch if given else None
+    batch = how.max_batch if _given("batch") else None
     for name, value in (
         ("proposals", how.proposals), ("short-side", how.short_side), ("batch", batch)
     ):  # fmt: skip
         if value is not None:
             raise click.UsageError(f"--{name} does not go with --sweep: --grid {name}={value}")
+
+
+def _given(name: str) -> bool:
+    """Whether an option is on the command line."""
+    return click.get_current_context().get_parameter_source(name) != ParameterSource.DEFAULT
 
 
 def _option(name: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comask.cli.bench_tables import HEADS, machine_line
+from comask.cli.bench_tables import HEADS, MIB, machine_line
+from comask.runtime.bench.growth import LIMITS, PARTS
 
 from comask.errors import ComaskError
+from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +20,15 @@ SUFFIXES = (".png", ".svg", ".pdf")
 COLORS = ("#9ecae1", "#3182bd", "#e6550d", "#bdbdbd", "#a1d99b", "#31a354")  # of the parts
 CHOSEN, LIMIT = "#d62728", "#888888"
 MARKERS = "osD^vP"
+SOAK_PANELS = (  # label, and series by their names in the report
+    ("memory, MiB", ("resident_bytes",)),
+    ("GPU memory, MiB", ("gpu_bytes",)),
+    ("threads and files", ("threads", "files")),
+    ("CPU ms an image", ("cpu_ms",)),
+    ("calls, ms", ("call_p50_ms", "call_p99_ms")),
+    ("stream, ms", ("stream_p50_ms", "stream_p99_ms")),
+    ("clock, MHz", ("clock_mhz",)),
+)
 FAR = 10.0  # losses beyond so many limits are drawn on the edge, lest they squeeze the others
 
 
@@ -67,7 +79,7 @@ def draw_timing(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['subject']}, {machine_line(report['machine'])}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=9, frameon=False)
     _clear(axes)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_sweep(report: dict[str, Any], path: Path) -> None:
@@ -125,7 +137,44 @@ def draw_sweep(report: dict[str, Any], path: Path) -> None:
     axes.set_ylim(top=top)
     figure.legend(loc="outside right upper", fontsize=9, frameon=False, labelspacing=0.8)
     _clear(axes)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def draw_soak(report: dict[str, Any], path: Path) -> None:
+    """Every series over the minutes, and the levels that were compared.
+
+    Args:
+        report: as `comask-bench --soak --json` writes it.
+        path: of the picture.
+    """
+    minutes = [seconds / 60 for seconds in report["times"]]
+    warm_up = report["warm_up_seconds"] / 60
+    part = (minutes[-1] - warm_up) / PARTS
+    spans = {"before": (warm_up, warm_up + part), "after": (minutes[-1] - part, minutes[-1])}
+    series = report["series"]
+    panels = [panel for panel in SOAK_PANELS if any(name in series for name in panel[1])]
+    figure = _figure(9, 0.8 + 1.7 * len(panels))
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, names) in zip(rows, panels, strict=True):
+        scale = MIB if label.endswith("MiB") else 1
+        for name in filter(series.__contains__, names):
+            known = LIMITS[name].name if name in LIMITS else ""
+            axes.plot(minutes, [value / scale for value in series[name]], linewidth=1, label=known)
+            if growth := report["growth"].get(name):
+                color = LIMIT if growth["passed"] else CHOSEN
+                for key, (start, end) in spans.items():
+                    axes.hlines(growth[key] / scale, start, end, color=color, zorder=3)
+        axes.axvspan(0, warm_up, color=LIMIT, alpha=0.15, linewidth=0)
+        axes.set_ylabel(label, fontsize=9)
+        if len(names) > 1:
+            axes.legend(loc="lower right", fontsize=8, frameon=False, ncols=4)
+        _clear(axes)
+    rows[-1].set_xlabel("minutes; gray: warm-up, which is not judged")
+    rows[-1].set_xlim(0, minutes[-1])
+    rows[0].set_title(
+        f"{report['runs_as']}, {report['subject']}, {machine_line(report['machine'])}", fontsize=9
+    )
+    _save(figure, path)
 
 
 def top_of_losses(report: dict[str, Any]) -> float:
@@ -157,3 +206,9 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=120)
+    write_whole(path, content.getvalue())

@@ -23,8 +23,8 @@ SHORT_SIDES = (0.8, 0.6)  # of the bundle's, which comes first
 BATCHES = (1, 4)
 
 
-def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> bool:
-    """Scores, prints and draws; False when it was interrupted, and covers a part of the grid.
+def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> None:
+    """Scores, prints and draws, also what there is when it is interrupted.
 
     Raises:
         ConfigError: the bundle cannot run what the grid names, or nothing of it runs here.
@@ -47,18 +47,19 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> bool:
     own = PredictorOptions(device=sweep.device, max_batch=1, proposals=None, short_side=None)
     names = runnable(opened, sweep.backends, own)
     work = Work(sweep, opened, source, indices)
-    finished = work.run(names, settings, batches)
-    report = sweep_report(work, finished=finished)
+    interruption = work.run(names, settings, batches)
+    report = sweep_report(work, finished=interruption is None)
     print_sweep(report, to_stderr=json_file == "-")
     if plot is not None:
         from comask.cli.bench_plots import draw_sweep
 
         draw_sweep(report, plot)
     write_json(json_file, report)
+    if interruption is not None:
+        raise interruption
     asked = {entry.setting for entry in work.scored if entry.setting.batch in batches}
-    if finished and not any((s.proposals, s.short_side) in settings for s in asked):
+    if not any((s.proposals, s.short_side) in settings for s in asked):
         raise ConfigError(f"nothing of the grid runs here: {work.skipped[0][1]}")
-    return finished
 
 
 def parse_grid(

@@ -117,6 +117,34 @@ def print_sweep(report: dict[str, Any], *, to_stderr: bool) -> None:
     out.print(machine_line(report["machine"]))
 
 
+def print_soak(report: dict[str, Any], *, to_stderr: bool) -> None:
+    """What each series did, and the verdict."""
+    out = console(to_stderr=to_stderr)
+    table = _table("soak", "", "unit", "after\nwarm-up", "at the\nend", "growth", "limit", "")
+    for growth in report["growth"].values():
+        scale = MIB if growth["unit"] == "MiB" else 1
+        relative = growth["relative"]
+        table.add_row(
+            growth["name"], growth["unit"],
+            *(_number(growth[key] / scale) for key in ("before", "after")),
+            f"{growth['grown']:+.2%}" if relative else f"{growth['grown']:+g}",
+            f"{growth['allowed']:.0%}" if relative else f"{growth['allowed']:g}",
+            "" if growth["passed"] else "TOO MUCH",
+        )  # fmt: skip
+    if table.row_count:
+        out.print(table, "")
+    out.print(
+        f"{report['images']} images in {report['rounds']} rounds and {report['seconds'] / 60:.1f} "
+        f"minutes on {report['runs_as']} ({report['device']}): {report['subject']}; "
+        f"{report['detections']} detections, {report['unreadable']} attempts to read a broken image; "
+        f"{machine_line(report['machine'])}"
+    )
+    if not report["detections"]:
+        out.print("warning: nothing was found in these images, so masks were not under load")
+    if report["passed"]:
+        out.print(report["verdict"])
+
+
 def mark(entry: dict[str, Any]) -> str:
     """What a setting of a sweep's report is, in signs."""
     signs = {"chosen": ">", "on_front": "*", "reference": "="}

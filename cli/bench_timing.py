@@ -191,9 +191,9 @@ def _largest(images: list[Pixels], preprocess: PreprocessConfig) -> tuple[int, i
 
 def _record(timing: Timing, report: dict[str, Any]) -> None:
     """Puts the medians into the manifest, in place of older ones of that backend, device and batch."""
-    from comask.bundle import Bundle, write_manifest
+    from comask.bundle import Bundle, update_manifest
 
-    manifest = Bundle.open(timing.bundle).manifest  # as it is by now: others may have written to it
+    manifest = Bundle.open(timing.bundle).manifest
     own = (manifest.model.proposals, manifest.preprocess.short_side)
     how = timing.how
     if (how.proposals or own[0], how.short_side or own[1]) != own:
@@ -202,12 +202,16 @@ def _record(timing: Timing, report: dict[str, Any]) -> None:
     shared = {
         key: report[key] for key in ("when", "machine", "subject", "canvases", "batch", "runs")
     }
-    latency = dict(manifest.latency or {})
+    measured = {}
     for found in report["backends"].values():
         key = f"{found['runs_as']} on {found['device']}, batch {report['batch']}"
         medians = {part: value["p50"] / 1000 for part, value in found["milliseconds"].items()}
-        latency[key] = {"seconds": medians, "device": found["device"], **shared}
+        measured[key] = {"seconds": medians, "device": found["device"], **shared}
+
+    def change(manifest: Manifest) -> Manifest:
+        return dataclasses.replace(manifest, latency=(manifest.latency or {}) | measured)
+
     try:
-        write_manifest(timing.bundle, dataclasses.replace(manifest, latency=latency))
+        update_manifest(timing.bundle, change)
     except OSError as error:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)

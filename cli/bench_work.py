@@ -78,8 +78,10 @@ class Work:
         self._source = source
         self._pictures = [source.image(i) for i in indices[: sweep.runs]]  # the timed ones
 
-    def run(self, names: list[str], pairs: list[tuple[int, int]], batches: list[int]) -> bool:
-        """Goes through the grid, the bundle's own setting first; False when it is interrupted."""
+    def run(
+        self, names: list[str], pairs: list[tuple[int, int]], batches: list[int]
+    ) -> BaseException | None:
+        """Goes through the grid, the bundle's own setting first; what interrupted it, or None."""
         manifest = self.bundle.manifest
         own = Setting(
             backend=names[0], proposals=manifest.model.proposals,
@@ -101,11 +103,11 @@ class Work:
                         )  # one image is what is compared with
                     title = f"{place + 1}/{len(order)} {setting.without_batch}"
                     self._measure(setting, tried, reference, title)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as interruption:  # SIGINT, SIGTERM
             if not self.scored:
                 raise
-            return False
-        return True
+            return interruption
+        return None
 
     def _open(self, setting: Setting) -> Predictor:
         how = self.sweep.options(setting, self.bundle.manifest)

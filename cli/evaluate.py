@@ -14,6 +14,8 @@ from comask.cli.options import command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 from comask.runtime.parity.scores import labels_in_data
 
+from comask.whole_file import write_whole
+
 if TYPE_CHECKING:
     from comask.bundle import Bundle
 
@@ -98,7 +100,7 @@ def main(
     if report_file is not None:
         from comask.runtime.parity.page import parity_page
 
-        Path(report_file).write_text(parity_page(report, pictures), encoding="utf-8")
+        write_whole(Path(report_file), parity_page(report, pictures).encode())
     write_json(json_file, report)
     if not report["passed"]:
         sys.exit(1)

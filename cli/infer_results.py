@@ -51,7 +51,8 @@ class Results:
             if "masks" in self._kinds:
                 self._write_png(f"{name}.mask.png", _instance_map(found))
             if "labels" in self._kinds:
-                write_whole(self._folder / f"{name}.labels.txt", _label_lines(found).encode())
+                lines = _label_lines(found).encode()
+                write_whole(self._folder / f"{name}.labels.txt", lines, durable=False)
         image_id = len(self._images) + 1
         entries = found.to_coco(image_id) if "coco" in self._kinds else []
         height, width = found.image_size
@@ -85,7 +86,8 @@ class Results:
     def _write_png(self, name: str, pixels: NDArray[Any]) -> None:
         from PIL import Image
 
-        with whole_file(self._folder / name) as file:
+        # not durable: waiting for the disk takes as long as a GPU does for the image
+        with whole_file(self._folder / name, durable=False) as file:
             Image.fromarray(pixels).save(file, format="PNG")
 
     @contextlib.contextmanager

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+from comask.cli.interruption import Interruption
 from comask.cli.options import IMAGE_SUFFIXES, find_files
 
 from comask.errors import ComaskError
@@ -104,39 +102,6 @@ class VideoOptions:
             from comask.runtime.video import Tracker
 
             Tracker(self.threshold)
-
-
-class Interruption:
-    """Turns SIGINT and SIGTERM into a request to stop; the second one ends the process as usual.
-
-    Attributes:
-        signal: the number of the one that came, 0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    @contextlib.contextmanager
-    def on_signal(self, stop: Callable[[], None] | None = None) -> Iterator[None]:
-        """In this block, a signal sets `signal`, and calls `stop`."""
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def received(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            restore()
-            if stop is not None:
-                stop()
-
-        for number in before:
-            signal.signal(number, received)
-        try:
-            yield
-        finally:
-            restore()
 
 
 def run_video(

@@ -10,21 +10,44 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` when all is well."""
-    # No number in the name: what a killed process left is overwritten, and a run has one writer.
-    temporary = path.with_name(f".{path.name}.tmp")
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when all is well.
+
+    Args:
+        path: of the file; a link's target is replaced, and a device or pipe is written to as it is.
+        durable: whether it outlives a power failure, too; waiting for the disk takes milliseconds.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    temporary = part_of(path)
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that is known
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Makes `content` the content of `path`."""
-    with whole_file(path) as file:
+def part_of(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    # No number in the name: what a killed process left is overwritten, and a run has one writer.
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Makes `content` the content of `path`; see `whole_file`."""
+    with whole_file(path, durable=durable) as file:
         file.write(content)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from comask.data.source import InstanceSource
 from comask.errors import DataError
+from comask.whole_file import whole_file, write_whole
 
 
 def write_coco(
@@ -27,6 +28,7 @@ def write_coco(
         DataError: when it cannot be written, or holds a data set already.
     """
     annotation_file = folder / "annotations" / "instances.json"
+    formats = Image.registered_extensions()
     if annotation_file.exists():
         raise DataError(f"{folder}: holds a data set already; give another folder")
     try:
@@ -35,7 +37,10 @@ def write_coco(
         images, annotations = [], []
         for index in range(len(source)):
             info = source.info(index)
-            Image.fromarray(source.image(index)).save(folder / "images" / info.file_name)
+            with whole_file(folder / "images" / info.file_name, durable=False) as file:
+                Image.fromarray(source.image(index)).save(
+                    file, formats[Path(info.file_name).suffix]
+                )
             images.append(dataclasses.asdict(info))
             annotations += source.annotations(index)
             advance()
@@ -45,6 +50,6 @@ def write_coco(
             "annotations": annotations,
             "categories": [dataclasses.asdict(category) for category in source.categories],
         }
-        annotation_file.write_text(json.dumps(content))
+        write_whole(annotation_file, json.dumps(content).encode())  # last: then the set is whole
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error

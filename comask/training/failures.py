@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comask.data.training_set import Batch
 from comask.errors import TrainingError
+from comask.whole_file import write_whole
 
 
 def non_finite(
@@ -28,7 +29,7 @@ def non_finite(
             "losses": {name: str(loss) for name, loss in losses.items()},
             "image_ids": image_ids,
         }
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        write_whole(file, (json.dumps(report, indent=2) + "\n").encode())
     parts = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
     return TrainingError(
         f"the loss is not finite at step {step} ({parts}); its images {image_ids} are kept in {file}; "

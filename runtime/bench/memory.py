@@ -71,12 +71,12 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     options = task["options"]
     index = options["device"]
-    free = _free_memory(index or 0) if index != "cpu" else None
+    free = free_gpu_memory(index or 0) if index != "cpu" else None
     image = np.random.default_rng(0).integers(0, 256, (*task["size"], 3), dtype=np.uint8)
 
     def taken() -> int | None:
         # before anything is freed; backends keep what they once took
-        return None if free is None else max(0, free - (_free_memory(index or 0) or 0))
+        return None if free is None else max(0, free - (free_gpu_memory(index or 0) or 0))
 
     with Predictor.load(task["bundle"], task["backend"], **options) as predictor:
         batch = [image] * predictor.max_batch
@@ -100,7 +100,7 @@ def _peak_resident() -> int | None:
     return None
 
 
-def _free_memory(index: int) -> int | None:
+def free_gpu_memory(index: int) -> int | None:
     """Bytes of a GPU that nobody uses, with this process's CUDA context made; None without a GPU."""
     if find_gpu(index) is None:
         return None

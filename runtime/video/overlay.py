@@ -16,6 +16,7 @@ from comask.draw import draw_overlay
 from comask.errors import ComaskError
 from comask.preprocess import Pixels
 from comask.structures import Detections
+from comask.whole_file import part_of
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -44,7 +45,7 @@ class OverlayWriter(Closing):
         gpu: index of the GPU that encodes; None for none.
 
     Attributes:
-        path: what is written.
+        path: what is written, and is there when it is complete.
 
     Raises:
         BackendUnavailableError: when `encode` is `gpu` and that cannot be had.
@@ -66,9 +67,10 @@ class OverlayWriter(Closing):
         audio = source.audio_stream
         as_mp4 = audio is None or audio.codec_context.name in MP4_AUDIO
         self.path = stem.with_name(f"{stem.name}.{'mp4' if as_mp4 else 'mkv'}")
+        self._part = part_of(self.path)  # a file that was not completed plays nowhere
         self._writing = _Writing(self.path)
         with self._writing:
-            self._output = av.open(str(self.path), "w", format="mp4" if as_mp4 else "matroska")
+            self._output = av.open(str(self._part), "w", format="mp4" if as_mp4 else "matroska")
             self._video: VideoStream = self._output.add_stream(
                 encoder.codec, rate=source.rate, options=encoder.options, hwaccel=encoder.hwaccel
             )
@@ -105,13 +107,16 @@ class OverlayWriter(Closing):
 
     def close(self) -> None:
         """Completes the file; without a frame there is none."""
-        with self._writing:
-            if self._size is not None:
-                self._copy_audio()
-                self._output.mux(self._video.encode(None))
-            self._output.close()
-            if self._size is None:
-                self.path.unlink(missing_ok=True)
+        try:
+            with self._writing:
+                if self._size is not None:
+                    self._copy_audio()
+                    self._output.mux(self._video.encode(None))
+                self._output.close()
+                if self._size is not None:
+                    self._part.replace(self.path)
+        finally:
+            self._part.unlink(missing_ok=True)
 
     def _start(self, first: Pixels) -> None:
         """Sets up the encoder, now that the size of upright frames is known."""

@@ -1,0 +1,254 @@
+"""`comask-bench --soak`: planted leaks are named, a clean run passes, a signal ends it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comask.runtime import Predictor
+from comask.runtime.bench import soak as soaking
+from comask.runtime.bench import vitals
+from comask.runtime.ort_session import OrtSession
+from conftest import run
+
+pytestmark = pytest.mark.skipif(
+    not vitals.STATUS.exists(), reason="memory, threads and files are read from /proc"
+)
+SECONDS = 6
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("soak")
+    assert run("shapes", folder, "--images", 1, "--seed", 3).exit_code == 0
+    return folder / "images"
+
+
+def soak(bundle: Path, photos: Path, *more: object, seconds: float = SECONDS) -> Any:
+    return run("bench", bundle, "--backend", "onnxruntime", "--soak", seconds / 60, "--images",
+               photos, "--device", "cpu", *more)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Has something done before each run of a stage, which repeats what it gave for such inputs before:
+    rounds are short, as what is tested is not the network."""
+    original, given = OrtSession.run, dict[Any, Any]()
+
+    def again(self: OrtSession, feeds: Any) -> Any:
+        key = id(self), feeds.get("images", feeds["image_sizes"]).tobytes()
+        if key not in given:
+            given[key] = original(self, feeds)
+        return given[key]
+
+    def planted(before: Callable[[], object]) -> None:
+        def leaking(self: OrtSession, feeds: Any) -> Any:
+            before()
+            return again(self, feeds)
+
+        monkeypatch.setattr(OrtSession, "run", leaking)
+
+    monkeypatch.setattr(OrtSession, "run", again)
+    return planted
+
+
+def test_a_clean_run_passes(micro_bundle: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for path in photos.iterdir():
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"not at all")
+    manifest = (micro_bundle / "manifest.json").read_bytes()
+    done = soak(micro_bundle, tmp_path / "photos", "--json", tmp_path / "r.json", "--plot",
+                tmp_path / "r.png", seconds=5)  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())
+    # other tests in this process leave memory behind, and others on this machine take time
+    growth = {n: g for n, g in report["growth"].items() if n in ("threads", "files", "unreadable")}
+    assert len(growth) == 3
+    assert all(g["passed"] for g in growth.values())
+    assert report["judged"]
+    assert "skipped: " in done.output
+    assert "bad.jpg" in done.output
+    rounds = report["rounds"]
+    assert report["images"] == 2 * rounds
+    assert report["unreadable"] == 2 * 3 * rounds  # the bad file, and those that are always there
+    assert report["detections"] > 0
+    assert len(report["times"]) <= rounds
+    assert all(len(s) == len(report["times"]) for s in report["series"].values())
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert (micro_bundle / "manifest.json").read_bytes() == manifest
+    assert (done.exit_code == 0) == report["passed"], done.output
+
+
+def memory(kept: list[Any]) -> None:
+    kept.append(np.ones(2**17))  # 1 MiB
+
+
+def files(kept: list[Any]) -> None:
+    kept.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def threads(kept: list[Any]) -> None:
+    """One of 20 times, or there would be thousands."""
+    kept.append(threading.Event())
+    if len(kept) % 20 == 0:
+        threading.Thread(target=kept[-1].wait, daemon=True).start()
+
+
+def slower(kept: list[Any]) -> None:
+    time.sleep(delay(kept))
+
+
+def busier(kept: list[Any]) -> None:
+    end = time.thread_time() + delay(kept)
+    while time.thread_time() < end:
+        pass
+
+
+def delay(kept: list[Any]) -> float:
+    """2 ms more each second."""
+    kept.append(time.monotonic())
+    return float(2e-3 * (kept[-1] - kept[0]))
+
+
+@pytest.fixture
+def kept() -> Iterator[list[Any]]:
+    entries: list[Any] = []
+    yield entries
+    for entry in entries:
+        if isinstance(entry, threading.Event):
+            entry.set()
+        elif isinstance(entry, int):
+            os.close(entry)
+    entries.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("leak", "words"),
+    [
+        (memory, "resident memory grew by"),
+        (files, "open files grew by"),
+        (threads, "threads grew by"),
+        (slower, "latency p50 grew by"),
+        (busier, "CPU time an image grew by"),
+    ],
+    ids=lambda leak: getattr(leak, "__name__", ""),
+)
+def test_a_planted_leak_is_named(
+    micro_bundle: Path, photos: Path, plant: Any, kept: list[Any],
+    leak: Callable[[list[Any]], None], words: str,
+) -> None:  # fmt: skip
+    plant(lambda: leak(kept))
+    done = soak(micro_bundle, photos)
+    assert done.exit_code == 1, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert "limit" in line
+    assert "TOO MUCH" in done.output
+
+
+def test_a_run_that_breaks_down_says_when_and_why(
+    micro_bundle: Path, photos: Path, plant: Any, tmp_path: Path
+) -> None:
+    count = itertools.count()
+
+    def fail() -> None:
+        if next(count) > 40:
+            raise OSError(24, "Too many open files")
+
+    plant(fail)
+    done = soak(micro_bundle, photos, "--json", tmp_path / "r.json")
+    assert done.exit_code == 1
+    assert "error: the run broke down after 0." in done.output
+    assert "Too many open files" in done.output
+    assert json.loads((tmp_path / "r.json").read_text())["rounds"] > 0
+
+
+def test_too_short_a_run_is_not_passed(micro_bundle: Path, photos: Path) -> None:
+    done = soak(micro_bundle, photos, seconds=0.05)
+    assert done.exit_code == 1
+    assert "error: too short to judge: 1 samples after" in done.output
+    assert "give --soak" in done.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_what_there_is_is_judged(
+    micro_bundle: Path, photos: Path, plant: Any, tmp_path: Path, number: signal.Signals, code: int
+) -> None:  # fmt: skip
+    count = itertools.count()
+
+    def interrupt() -> None:
+        if next(count) == 30:
+            os.kill(os.getpid(), number)
+
+    plant(interrupt)
+    done = soak(micro_bundle, photos, "--json", tmp_path / "r.json", seconds=3600)
+    assert done.exit_code == code, done.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["interrupted"], report["judged"], report["passed"]) == (True, False, False)
+    assert "interrupted: too short to judge" in done.output
+
+
+def test_noise_comes_in_all_shapes_and_broken_images_are_broken(micro_bundle: Path) -> None:
+    from comask.errors import ImageError
+    from comask.preprocess import decode_image
+
+    with Predictor.load(micro_bundle, "onnxruntime", device="cpu") as predictor:
+        noise = soaking.noise_images(predictor.preprocess)
+        assert len({predictor.prepare(decode_image(i)).canvas.shape for i in noise}) > 2
+        soaked = soaking.soak(predictor, noise[:1], 0.1)
+    assert soaked.problem is None
+    assert soaked.images == 2 * soaked.rounds > 0
+    assert isinstance(noise[0], bytes)
+    for broken in soaking.broken_images(noise[0]):
+        with pytest.raises(ImageError):
+            decode_image(broken)
+
+
+def test_files_that_no_longer_can_be_read_end_it(micro_bundle: Path, photos: Path) -> None:
+    from comask.errors import ImageError
+
+    with Predictor.load(micro_bundle, "onnxruntime", device="cpu") as predictor:
+        soaked = soaking.soak(predictor, [b"no image"], 5)
+    assert soaked.problem is not None
+    assert "no image can be read" in soaked.problem
+    assert issubclass(ImageError, Exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--soak", 0), "expected minutes above 0"),
+        (("--soak", "nan"), "expected minutes above 0"),
+        (("--soak", 1, "--sweep", "--data", "shapes"), "--soak does not go with --sweep"),
+        (("--soak", 1, "--backend", "torch", "--backend", "onnxruntime"), "runs one backend"),
+        (("--soak", 1, "--size", "9x9"), "--size does not go with --soak"),
+        (("--soak", 1, "--runs", 20), "--runs does not go with --soak"),
+        (("--soak", 1, "--warmup", 1), "--warmup does not go with --soak"),
+        (("--soak", 1, "--no-record"), "--no-record does not go with --soak"),
+        (("--soak", 1, "--data", "shapes"), "--data does not go with --soak"),
+    ],
+)
+def test_wrong_use(micro_bundle: Path, arguments: tuple[object, ...], words: str) -> None:
+    done = run("bench", micro_bundle, *arguments)
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.split())
+
+
+def test_without_proc_it_says_so(
+    micro_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vitals, "STATUS", tmp_path / "nowhere")
+    done = run("bench", micro_bundle, "--soak", 1)
+    assert done.exit_code == 1
+    assert "needs Linux" in done.output
