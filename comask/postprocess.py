@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from comask.errors import EngineError
 from comask.preprocess import Prepared
 from comask.structures import Detections
 
@@ -28,10 +29,15 @@ def detections_from_outputs(
         class_names: see `Detections`.
         category_ids: see `Detections`.
         mask_threshold: see `Detections`.
+
+    Raises:
+        EngineError: when what was found is not finite.
     """
     results = []
     for i, image in enumerate(prepared):
-        count = int(outputs["num_detections"][i])
+        count = count_detections(outputs, i)
+        for name in ("boxes", "scores", "masks"):
+            require_finite(f"stage 2's {name}", outputs[name][i, :count])
         scale_y, scale_x = image.scale
         scale = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
         results.append(
@@ -47,3 +53,32 @@ def detections_from_outputs(
             )
         )
     return results
+
+
+def count_detections(outputs: Mapping[str, NDArray[np.generic]], image: int) -> int:
+    """Number of detections of an image of a batch.
+
+    Raises:
+        EngineError: its scores are not finite, which stage 2 says by a count of -1.
+    """
+    count = int(outputs["num_detections"][image])
+    if count < 0:
+        raise _not_finite("stage 2's class scores, or the proposals it was given,")
+    return count
+
+
+def require_finite(name: str, values: NDArray[np.generic]) -> None:
+    """Checks what a backend computed.
+
+    Raises:
+        EngineError: there is a NaN or an infinity; the text begins with `name`.
+    """
+    if not np.isfinite(values).all():
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> EngineError:
+    return EngineError(
+        f"{name} are not finite, so its precision or its weights cannot be trusted: take fp32 if "
+        f"it is a lower one, and compare it with PyTorch by comask-eval"
+    )

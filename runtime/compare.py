@@ -13,6 +13,8 @@ import numpy as np
 from comask.runtime.compare_boxes import Boxes, is_contested, match_boxes
 from comask.runtime.session import Array, Stages
 
+from comask.postprocess import count_detections
+
 SPAN_OF_TIES = 20
 PYRAMID = ("p2", "p3", "p4", "p5")
 
@@ -214,7 +216,7 @@ class _Detections(Boxes):
 
 def _detections(outputs: Mapping[str, Array], image: int) -> _Detections:
     """The sound rows of one image's stage 2 outputs."""
-    count = int(outputs["num_detections"][image])
+    count = count_detections(outputs, image)
     names = ("boxes", "scores", "labels", "masks")
     return _Detections(*(outputs[name][image][:count] for name in names))
 

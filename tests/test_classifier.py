@@ -11,7 +11,12 @@ from torch.nn import functional
 
 from comask.config import CANDIDATES
 from comask.errors import ConfigError
-from comask.models.classifier import Chosen, Classifier, choose_detections
+from comask.models.classifier import (
+    Chosen,
+    Classifier,
+    choose_detections,
+    scores_are_numbers,
+)
 from comask.training.losses import assign_rois, classification_losses
 
 Row = tuple[float, int, tuple[float, ...]]  # score, label, box
@@ -171,3 +176,16 @@ def test_classification_loss_pairs_each_roi_with_its_class() -> None:
     (total, count), regression = classification_losses(model, pyramid, rois, targets)
     torch.testing.assert_close(total / count, expected)
     assert regression is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_whose_scores_are_no_numbers_is_told_from_the_others(
+    dtype: torch.dtype, value: float
+) -> None:
+    logits, scores = torch.zeros(3, 5, 4, dtype=dtype), torch.zeros(3, 5)
+    logits[0] = torch.finfo(dtype).max  # large, but a number
+    logits[1, 4, 2] = value
+    if value < 0:  # a score is a sigmoid
+        scores[2, 0] = float("nan")
+    assert scores_are_numbers(logits, scores).tolist() == [True, False, value > 0 or value != value]

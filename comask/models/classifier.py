@@ -120,3 +120,21 @@ def choose_detections(
         labels=torch.where(found, labels.gather(1, order), 0),
         rows=rows.gather(1, order),
     )
+
+
+def scores_are_numbers(class_logits: Tensor, proposal_scores: Tensor) -> Tensor:
+    """Whether an image's scores say anything.
+
+    A NaN lies above no threshold, so that without this a network that overflowed looks like one that
+    found nothing.
+
+    Args:
+        class_logits: [B, N, K + 1].
+        proposal_scores: [B, N].
+
+    Returns:
+        [B] bool.
+    """
+    largest = torch.finfo(torch.float32).max
+    numbers = (class_logits.float().abs() <= largest).all(-1) & (proposal_scores >= 0)
+    return numbers.all(-1)

@@ -15,7 +15,7 @@ from comask.config import ModelConfig, PreprocessConfig
 from comask.models.backbone import ResNet
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
-from comask.models.classifier import Classifier, choose_detections
+from comask.models.classifier import Classifier, choose_detections, scores_are_numbers
 from comask.models.collaboration import POOL_SIZE as HEAD_POOL
 from comask.models.collaboration import (
     CollaborativeHead,
@@ -167,14 +167,16 @@ class CoMask(FloatTensors):
         Returns:
             `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
             [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows from `num_detections` on are
-            zeros. With `diagnostics`: `first_boxes` [B, D, 4] (the unrefined proposals),
-            `coarse_masks` [B, D, 28, 28] over them, `cell_weights` [B, D, 7, 7].
+            zeros. `num_detections` is -1 where scores are not finite. With `diagnostics`:
+            `first_boxes` [B, D, 4] (the unrefined proposals), `coarse_masks` [B, D, 28, 28] over
+            them, `cell_weights` [B, D, 7, 7].
         """
         config, pyramid = self.config, [p2, p3, p4, p5]
         per_image = proposals.shape[:2]
         class_logits, deltas = self.classifier(self.pool(pyramid, proposals, CLASSIFIER_POOL))
+        class_logits = class_logits.reshape(*per_image, config.num_classes + 1)
         chosen = choose_detections(
-            class_logits.reshape(*per_image, config.num_classes + 1),
+            class_logits,
             proposals,
             proposal_scores,
             score_threshold=config.score_threshold,
@@ -206,7 +208,9 @@ class CoMask(FloatTensors):
             outputs["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
         if config.refined_nms_iou:
             outputs = drop_duplicates(outputs, config.refined_nms_iou)
-        return {"num_detections": (outputs["scores"] > 0).sum(1, dtype=torch.int32), **outputs}
+        count = (outputs["scores"] > 0).sum(1, dtype=torch.int32)
+        count = torch.where(scores_are_numbers(class_logits, proposal_scores), count, -1)
+        return {"num_detections": count, **outputs}
 
     def refine(
         self, pyramid: list[Tensor], rois: Tensor, labels: Tensor
