@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from shapes_runs import TEST_IMAGES, comask, remembered, with_seed
 
-from comask.config import override
+from comask.config_reading import override
 from comask.presets import preset
 
 VARIANTS = {

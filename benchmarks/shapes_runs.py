@@ -21,7 +21,8 @@ from comask.runtime.torch_session import torch_stages
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from comask.config import Config, override
+from comask.config import Config
+from comask.config_reading import override
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
 from comask.evaluate import evaluate

@@ -12,8 +12,10 @@ from comask.calib.histograms import Histogram
 from comask.calib.thresholds import entropy_threshold, error_threshold, percentile_threshold
 
 from comask.bundle import Bundle, graph_file
-from comask.config import PreprocessConfig, from_dict
+from comask.config import PreprocessConfig
+from comask.config_reading import from_dict
 from comask.errors import CalibrationError, ConfigError
+from comask.parse_json import parse_json
 from comask.whole_file import write_whole
 
 FORMAT = 1  # of the file
@@ -118,7 +120,7 @@ class Calibration:
             CalibrationError: when there is no cache that this comask reads.
         """
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if content["format"] != FORMAT:
                 raise CalibrationError(
                     f"{path}: has format {content['format']!r}, this comask reads {FORMAT}; delete "
@@ -137,7 +139,8 @@ class Calibration:
             raise
         except OSError as error:
             raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # OverflowError: of integers that numpy cannot hold
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CalibrationError(
                 f"{path}: is no calibration cache ({error}); name another, or delete it"
             ) from error

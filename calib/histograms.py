@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_VALUES = 2**53  # that f64 counts exactly
 BINS = 2048  # between 1024 and 2048 of them are in use; TensorRT's calibrators use as many
 _SMALLEST_EXPONENT = -100  # of a width: its reciprocal is an f32 still
 _CHUNK = 1 << 16  # values at once, so that what is computed from them stays in the cache
@@ -99,8 +100,13 @@ class Histogram:
             KeyError, TypeError, ValueError: when the entries are not those of a histogram.
         """
         mantissa, exponent = math.frexp(values["bin_width"])
-        found = np.asarray(values["counts"], np.int64)
-        if mantissa != 0.5 or found.ndim != 1 or len(found) > BINS or (found < 0).any():
-            raise ValueError(f"expected a power of two and up to {BINS} counts of 0 or more")
-        counts = np.pad(found, (0, BINS - len(found)))
-        return cls(counts, exponent - 1, float(values["largest"]))
+        found, largest = values["counts"], float(values["largest"])
+        if mantissa != 0.5 or len(found) > BINS or not all(type(count) is int for count in found):
+            raise ValueError(f"expected a power of two and up to {BINS} counts")
+        if any(count < 0 for count in found) or sum(found) > MOST_VALUES:
+            raise ValueError(f"expected counts from 0, of {MOST_VALUES} values at most")
+        used = [i for i, count in enumerate(found) if count]
+        if not (largest // values["bin_width"] == used[-1] if used else largest == 0):
+            raise ValueError(f"the largest value, {largest}, is not in the last bin that has any")
+        counts = np.pad(np.array(found, np.int64), (0, BINS - len(found)))
+        return cls(counts, exponent - 1, largest)

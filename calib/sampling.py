@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from comask.data.check_images import header_size
 from comask.data.coco import LAYOUTS, coco_source
 from comask.data.problems import describe
 from comask.data.source import InstanceSource
-from comask.errors import CalibrationError, ImageError
+from comask.errors import CalibrationError, ImageError, one_line
 from comask.preprocess import FORMATS, Pixels, decode_image
 
 SMALL, LARGE = 32**2, 96**2  # areas of objects in pixels, as COCO has them
@@ -80,7 +79,7 @@ def choose_images(
         try:
             pixels = candidate.decode()
         except ImageError as error:
-            report(f"skipped: {error}")
+            report(f"skipped: {one_line(error)}")
             unreadable += 1
             continue
         digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
@@ -156,16 +155,13 @@ def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
             f"{folder}: no images to calibrate with; expected files of a known format "
             f"({', '.join(FORMATS)}) or a data set ({expected})"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matters of them is an error once it is decoded
-        return [Candidate(p.name, _file_strata(p), partial(decode_image, p)) for p in files]
+    return [Candidate(p.name, _file_strata(p), partial(decode_image, p)) for p in files]
 
 
 def _file_strata(path: Path) -> tuple[str, ...]:
     try:
         return _image_strata(*header_size(path))
-    # Pillow raises many kinds on broken data; decoding it will say what is wrong.
-    except Exception:
+    except ImageError:  # decoding it will say it again
         return ("unreadable header",)
 
 

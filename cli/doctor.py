@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import click
 from comask.cli.options import command, json_option, write_json
 
+from comask.errors import one_line
+
 if TYPE_CHECKING:
     from comask.runtime.diagnosis import Finding
 
@@ -48,9 +50,8 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
     ]
     for finding in findings:
         _print(finding, to_stderr=json_file == "-")
-    verdict = (
-        f"{len(faults)} to mend: {', '.join(f.name for f in faults)}" if faults else "all is well"
-    )
+    named = ", ".join(finding.name for finding in faults)
+    verdict = one_line(f"{len(faults)} to mend: {named}") if faults else "all is well"
     click.echo(verdict, err=json_file == "-")
     write_json(
         json_file,
@@ -61,6 +62,7 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
 
 
 def _print(finding: Finding, *, to_stderr: bool) -> None:
-    click.echo(f"{MARKS[finding.status]}  {finding.name}: {finding.found}", err=to_stderr)
+    line = one_line(f"{finding.name}: {finding.found}")
+    click.echo(f"{MARKS[finding.status]}  {line}", err=to_stderr)
     if finding.mend:
-        click.echo(f"        -> {finding.mend}", err=to_stderr)
+        click.echo(f"        -> {one_line(finding.mend)}", err=to_stderr)

@@ -13,17 +13,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
 from comask import __version__
-from comask.errors import ComaskError
+from comask.errors import ComaskError, one_line
+from comask.whole_file import write_whole
 
 MENDS = {
     errno.EROFS: "; copy the bundle to a folder that can be written",
     errno.EACCES: "; ask for the right to write there, or take another folder",
     errno.ENOSPC: "; free space, or take another disk",
+}
+EXTRAS = {  # that brings a package which a command may find missing
+    **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
@@ -52,14 +58,23 @@ def command(function: Callable[..., None]) -> click.Command:
         except ComaskError as error:
             if verbose:
                 raise
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {one_line(error)}", err=True)
             sys.exit(1)
         except OSError as error:  # a full disk, a folder that may not be written
             if verbose or error.strerror is None:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             mend = MENDS.get(error.errno or 0, "")
-            click.echo(f"error: {where}{error.strerror}{mend}", err=True)
+            click.echo(f"error: {one_line(where + error.strerror + mend)}", err=True)
+            sys.exit(1)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if verbose or package not in EXTRAS:
+                raise
+            extra = "export" if function.__module__ == "comask.cli.export" else EXTRAS[package]
+            click.echo(
+                f"error: {package} is not installed: pip install 'comask[{extra}]'", err=True
+            )
             sys.exit(1)
         except MemoryError as error:
             if verbose:
@@ -69,8 +84,15 @@ def command(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+        except _TerminatedError as error:
+            click.echo("terminated", err=True)
+            sys.exit(error.code)
 
     return run
+
+
+class _TerminatedError(SystemExit):
+    """SIGTERM came. No Exception, which libraries catch."""
 
 
 @contextlib.contextmanager
@@ -79,7 +101,11 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only there may signals be handled
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
@@ -101,11 +127,13 @@ def write_json(target: str | None, content: Any) -> None:
     if target is None:
         return
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # a name that is not UTF-8 holds half characters, which JSON can escape
+    text = text.encode(errors="backslashreplace").decode()
     if target == "-":
         click.echo(text, nl=False)
         return
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        write_whole(Path(target), text.encode())
     except OSError as error:
         raise ComaskError(f"--json {target}: cannot be written: {error.strerror}") from error
 

@@ -14,6 +14,7 @@ from comask.cli.options import command
 
 from comask.errors import CheckpointError, ConfigError
 from comask.presets import PRESETS, preset
+from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from comask.config import Config
@@ -60,7 +61,7 @@ def main(
     comask-train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
     torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --val /data/coco --output r50
     """
-    from comask.config import override
+    from comask.config_reading import override
 
     config = override(preset(preset_name), settings)
     if print_config:
@@ -139,7 +140,8 @@ def _train(
     validator = _validator(val_source, val_indices, config, ranks, output)
 
     if ranks.first:
-        (output / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_whole(output / "config.json", text.encode())
     _say(
         ranks,
         f"{len(train)} training images, {len(val_indices)} for validation, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -15,12 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comask.config import ModelConfig, PreprocessConfig, from_dict
+from comask.config import ModelConfig, PreprocessConfig
+from comask.config_reading import from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
+from comask.parse_json import parse_json
+from comask.whole_file import write_whole
+
+__all__ = ["SCHEMA_VERSION", "Bundle", "Category", "Manifest"]
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # ends the names of folders that something is made in
 WEIGHTS = "weights.safetensors"
 PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference
 INT8_BASE = "fp16"  # of which int8 graphs are made: what they keep float
@@ -83,8 +90,8 @@ class Manifest:
             BundleError: when the text is no manifest that this comask reads.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise BundleError(f"is not a comask manifest: it is no JSON: {error}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version is None:
@@ -106,6 +113,9 @@ class Manifest:
                 f"names {len(manifest.categories)} categories for "
                 f"{manifest.model.num_classes} classes"
             )
+        for name in manifest.files:
+            if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+                raise BundleError(f"lists {name!r:.80}, which cannot be a file of the bundle")
         return manifest
 
 
@@ -130,7 +140,7 @@ class Bundle:
         """
         path = folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
+            text = _inside(folder, MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
                 f"{folder}: no bundle here ({MANIFEST} is missing); comask-export writes one"
@@ -148,13 +158,13 @@ class Bundle:
         Raises:
             BundleError: when it is not listed, missing or altered.
         """
-        path = self.folder / name
         if name not in self.manifest.files:
             raise BundleError(
                 f"{self.folder}: has no {name}; it holds {', '.join(sorted(self.manifest.files))}"
             )
+        path = self.folder / name
         try:
-            found = sha256(path)
+            found = sha256(_inside(self.folder, name))
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
         expected = self.manifest.files[name]
@@ -174,22 +184,55 @@ class Bundle:
         return self.file(graph_file(stage, precision))
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of a bundle, which may come from anywhere.
+
+    Raises:
+        BundleError: it is a link that leads out of the folder, or a pipe, which might never end.
+        OSError: it is missing.
+    """
+    path = folder / name
+    if not path.resolve(strict=True).is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: is a link out of the bundle; put the file itself there")
+    if not path.is_file():
+        raise BundleError(f"{path}: is no file")
+    return path
+
+
 @contextlib.contextmanager
 def scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
     """A folder in `parent`, gone afterwards unless it was renamed; errors name `bundle`.
 
+    Those that killed processes left are removed: the living hold a lock on theirs.
+
     Raises:
         BundleError: when it cannot be made.
     """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.", dir=parent))
-    except OSError as error:
-        raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
-    try:
+    prefix = f".{bundle.name}."
+    with contextlib.ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with _locked(parent):  # a new folder is not without its lock when others look
+                for left in parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
+                    with contextlib.suppress(OSError), _locked(left, wait=False):
+                        shutil.rmtree(left, ignore_errors=True)
+                folder = Path(tempfile.mkdtemp(UNFINISHED, prefix, parent))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                stack.enter_context(_locked(folder))
+        except OSError as error:
+            raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
         yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a folder; BlockingIOError where another one does and nobody is to wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def extend(bundle: Bundle, files: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
@@ -217,24 +260,15 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
         BundleError: when there is no bundle by now.
         OSError: when it cannot be written.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with _locked(folder):
         changed = change(Bundle.open(folder).manifest)
         write_manifest(folder, changed)
-    finally:
-        os.close(descriptor)
     return Bundle(folder, changed)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces the manifest of a bundle, whole or not at all."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(manifest.to_json(), encoding="utf-8")
-        temporary.replace(folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(folder / MANIFEST, manifest.to_json().encode())
 
 
 def sha256(path: Path) -> str:

@@ -8,24 +8,24 @@ Defaults follow the paper, and where it is silent, the authors' configuration (d
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from comask.errors import ConfigError
 
-T = TypeVar("T")
 CANDIDATES = 1000  # (proposal, class) pairs an image that enter the detections' NMS
 # The largest maps have 16 values a pixel of the canvas, and TensorRT's tensors fewer than 2^31 values.
 MOST_PIXELS = 2**27 - 1
 SHOWN = 100  # characters of a wrong value
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """Checks a setting.
+
+    Raises:
+        ConfigError: when `condition` does not hold; the text begins with `name`.
+    """
     if not condition:
         text = repr(got)
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
@@ -40,7 +40,7 @@ def require_count(name: str, value: object, most: int | None = None) -> None:
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     expected = f"a whole number from 1 {'on' if most is None else f'to {most}'}"
-    _require(whole and 1 <= int(value) <= (most or int(value)), name, expected, value)  # type: ignore[call-overload]
+    require(whole and 1 <= int(value) <= (most or int(value)), name, expected, value)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ class ModelConfig:
     box_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
-        _require(
+        require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
+        require(
             1 <= self.msfem_branches <= 4, "model.msfem_branches", "1 to 4", self.msfem_branches
         )
         for name in (
@@ -124,9 +124,9 @@ class ModelConfig:
             "proposals_train", "roi_samples", "classifier_width", "head_rois", "roi_sampling_ratio",
         ):  # fmt: skip
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}", "at least 1", value)
-        _require(self.head_convs >= 0, "model.head_convs", "0 or more", self.head_convs)
-        _require(
+            require(value >= 1, f"model.{name}", "at least 1", value)
+        require(self.head_convs >= 0, "model.head_convs", "0 or more", self.head_convs)
+        require(
             self.roi_canonical_size > 0,
             "model.roi_canonical_size",
             "above 0",
@@ -134,30 +134,30 @@ class ModelConfig:
         )
         for name in ("anchor_sizes", "anchor_ratios"):
             value = getattr(self, name)
-            _require(bool(value) and min(value) > 0, f"model.{name}", "numbers above 0", value)
+            require(bool(value) and min(value) > 0, f"model.{name}", "numbers above 0", value)
         for name in ("channels", "head_channels"):
             value, groups = getattr(self, name), self.norm_groups
             expected = f"a multiple of model.norm_groups = {groups}"
-            _require(value > 0 and value % groups == 0, f"model.{name}", expected, value)
-        _require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
-        _require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
+            require(value > 0 and value % groups == 0, f"model.{name}", expected, value)
+        require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
+        require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
         # TensorRT's TopK ends at 3840.
         for name, most in (("rpn_top_k", 3840), ("proposals", 3840), ("detections", CANDIDATES)):
             value = getattr(self, name)
-            _require(1 <= value <= most, f"model.{name}", f"1 to {most}", value)
+            require(1 <= value <= most, f"model.{name}", f"1 to {most}", value)
         for name in (
             "rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold", "refined_nms_iou",
             "mask_threshold",
         ):  # fmt: skip
             value = getattr(self, name)
-            _require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
-        _require(
+            require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
+        require(
             self.train_refined_masks or not self.separate_fine_head,
             "model.separate_fine_head",
             "model.train_refined_masks=true with it, or nothing trains that head",
             self.separate_fine_head,
         )
-        _require(
+        require(
             self.collaboration != "fc_reg" or not self.train_refined_masks,
             "model.train_refined_masks",
             "false with model.collaboration=fc_reg, which has no dense boxes to refine with",
@@ -169,7 +169,7 @@ class ModelConfig:
                 f"{f.default}: it has no effect with model.collaboration={self.collaboration}"
             )
             value = getattr(self, f.name)
-            _require(value == f.default, f"model.{f.name}", expected, value)
+            require(value == f.default, f"model.{f.name}", expected, value)
 
 
 # What a way of collaborating does not heed.
@@ -194,21 +194,21 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         require_count("preprocess.short_side", self.short_side)
-        _require(
+        require(
             self.short_side <= self.max_side,
             "preprocess.short_side",
             f"1 to max_side = {self.max_side}",
             self.short_side,
         )
         multiple = self.pad_multiple
-        _require(
+        require(
             multiple % 32 == 0 and multiple > 0,
             "preprocess.pad_multiple",
             "a multiple of 32, the stride of P5",
             multiple,
         )
         h, w = (-(-side // multiple) * multiple for side in (self.short_side, self.max_side))
-        _require(
+        require(
             h * w <= MOST_PIXELS,
             "preprocess.short_side",
             f"a canvas of at most {MOST_PIXELS} pixels, as tensors end there, not {h}x{w}",
@@ -237,16 +237,16 @@ class DataConfig:
     shapes_val: int = 200
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.flip_probability <= 1,
             "data.flip_probability",
             "0 to 1",
             self.flip_probability,
         )
-        _require(0 < self.val_fraction < 1, "data.val_fraction", "0 < value < 1", self.val_fraction)
-        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        require(0 < self.val_fraction < 1, "data.val_fraction", "0 < value < 1", self.val_fraction)
+        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
         for name in ("shapes_train", "shapes_val"):
-            _require(getattr(self, name) >= 1, f"data.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"data.{name}", "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,19 +286,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "checkpoint_every", "reference_batch"):
-            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         for name in (
             "micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm", "seed",
             "weight_decay",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
-        _require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
-        _require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
+            require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
+        require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
+        require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
         for name in ("ema_decay", "momentum", "adamw_beta2"):
-            _require(
+            require(
                 0 <= getattr(self, name) < 1, f"train.{name}", "0 ≤ value < 1", getattr(self, name)
             )
-        _require(
+        require(
             not self.patience or self.evaluate_every > 0,
             "train.patience",
             "train.evaluate_every above 0 with it",
@@ -314,87 +314,3 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass from nested plain values, as `dataclasses.asdict` or JSON gives them.
-
-    Raises:
-        ConfigError: for an unknown name (the nearest one is suggested), a missing one, or a value that
-            does not fit.
-    """
-    hints = get_type_hints(kind)
-    _require(isinstance(values, Mapping), prefix.rstrip(".") or "all", "an object", values)
-    for name in values:
-        if name not in hints:
-            raise ConfigError(_unknown(prefix + name, [prefix + known for known in hints]))
-    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
-        default = entry.default, entry.default_factory
-        if default == (dataclasses.MISSING, dataclasses.MISSING) and entry.name not in values:
-            raise ConfigError(f"{prefix}{entry.name}: is missing")
-    return kind(
-        **{name: _converted(prefix + name, value, hints[name]) for name, value in values.items()}
-    )
-
-
-def override(config: Config, assignments: tuple[str, ...]) -> Config:
-    """`config` with `key=value` assignments applied, keys being dotted names.
-
-    Raises:
-        ConfigError: for a malformed assignment, an unknown key or an unfit value.
-    """
-    values = dataclasses.asdict(config)
-    known = [f"{part}.{name}" for part, names in values.items() for name in names]
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(
-                f"--set {assignment}: expected key=value, as in model.msfem_branches=2"
-            )
-        if key not in known:
-            raise ConfigError(_unknown(key, known))
-        part, name = key.split(".")
-        try:
-            values[part][name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[part][name] = {"True": True, "False": False}.get(text, text)
-    return from_dict(Config, values)
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else "")
-
-
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, or a ConfigError; JSON has no tuples and no 1.0."""
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
-    origin = get_origin(hint)
-    if origin is UnionType:  # with None
-        return None if value is None else _converted(name, value, get_args(hint)[0])
-    if origin is dict:
-        _require(isinstance(value, dict), name, "an object", value)
-        return {key: _converted(f"{name}.{key}", v, get_args(hint)[1]) for key, v in value.items()}
-    if origin is list:
-        _require(isinstance(value, list), name, "a list", value)
-        return [_converted(f"{name}[{i}]", v, get_args(hint)[0]) for i, v in enumerate(value)]
-    if origin is Literal:
-        known = ", ".join(map(str, get_args(hint)))
-        _require(
-            value in get_args(hint) and not isinstance(value, bool), name, f"one of {known}", value
-        )
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), name, "a list such as [1, 2]", value)
-        item, *rest = get_args(hint)
-        if rest != [...]:
-            _require(len(value) == 1 + len(rest), name, f"{1 + len(rest)} numbers", value)
-        return tuple(_converted(f"{name}[{i}]", entry, item) for i, entry in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _require(exact, name, f"a value of type {hint.__name__}", value)
-    return value

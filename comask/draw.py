@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+__all__ = ["class_color", "draw_overlay"]
+
 Color = tuple[int, int, int]
 
 _FILL_OPACITY = 0.4

@@ -59,3 +59,12 @@ class KernelError(ComaskError, RuntimeError):
 
 class KernelUnavailableError(KernelError):
     """Kernels cannot be had on this machine: there is no compiler, no driver, or none for the device."""
+
+
+def one_line(message: object) -> str:
+    """What a terminal shows of a message as one line, and does not obey.
+
+    Names of files and entries of JSON may hold line breaks, escape sequences and half characters.
+    """
+    line = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

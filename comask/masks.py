@@ -230,7 +230,7 @@ def _mask_from_rle(rle: dict[str, Any], height: int, width: int) -> NDArray[np.b
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise _malformed(f"an RLE of its image's size {[height, width]}", size)
-    runs: Any = counts.encode() if isinstance(counts, str) else counts
+    runs: Any = counts.encode(errors="replace") if isinstance(counts, str) else counts
     runs = decompress_runs(runs) if isinstance(runs, bytes) else runs
     # Not by pycocotools: it leaves the pixels that too short an RLE lacks uninitialised.
     valid = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)

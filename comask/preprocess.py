@@ -6,7 +6,11 @@ Images are u8 [h, w, 3], RGB. Legend: H and W the padded canvas in pixels.
 from __future__ import annotations
 
 import io
+import re
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +23,14 @@ from comask.errors import ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+    from PIL.ImageFile import ImageFile
+
+__all__ = ["Prepared", "decode_image", "padded_shape", "prepare", "resized_shape", "rgb_from_pil"]
 
 Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+# Decoding takes up to 14 bytes a pixel (of RGBA), so 1.4 GB, whatever a small file says of its size.
+MOST_IMAGE_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +60,94 @@ def decode_image(source: str | Path | bytes) -> Pixels:
     dropped.
 
     Raises:
-        ImageError: when it cannot be read whole: not an image, truncated, or beyond Pillow's limit
-            of pixels.
+        ImageError: when it cannot be read whole: not an image, truncated, of more than
+            `MOST_IMAGE_PIXELS`, or of numbers whose range nobody knows.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    with opened_image(source) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return rgb_from_pil(image)
+
+
+@contextmanager
+def opened_image(source: str | Path | bytes) -> Iterator[ImageFile]:
+    """An encoded image whose header was read, and that can be decoded in the block.
+
+    Raises:
+        ImageError: when that is impossible, or whatever the block raised.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     name = "image data" if isinstance(source, bytes) else str(source)
+    with ExitStack() as stack:
+        try:
+            file = io.BytesIO(source) if isinstance(source, bytes) else _opened_file(Path(source))
+            stack.enter_context(file)
+            # Of oddities that it can read, and of sizes, which are judged here. Filters belong to the
+            # process, so other threads may meet this one: it must not be about more than Pillow.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            image = Image.open(file, formats=FORMATS)
+            if image.width * image.height > MOST_IMAGE_PIXELS:
+                raise _too_large(f"{image.width}x{image.height} pixels")
+            yield image
+        except UnidentifiedImageError as error:
+            known = ", ".join(FORMATS)
+            raise ImageError(f"{name}: not an image of a known format ({known})") from error
+        # By a limit of Pillow's own, which a program may change. Its text alone has the size.
+        except Image.DecompressionBombError as error:
+            sizes = re.findall(r"\d+", str(error)) or ["too many"]
+            raise ImageError(f"{name}: {_too_large(f'{sizes[0]} pixels')}") from error
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error.__cause__
+        # Pillow's decoders raise many kinds on broken data, SyntaxError and struct.error among them.
+        except Exception as error:
+            what = str(error) or type(error).__name__
+            raise ImageError(f"{name}: cannot be decoded: {what}") from error
+
+
+def _opened_file(path: Path) -> io.BufferedReader:
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise ImageError(f"{name}: the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not an image of a known format ({', '.join(FORMATS)})"
-        ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: more than {Image.MAX_IMAGE_PIXELS} pixels: {error}") from error
-    # Pillow's decoders raise many kinds on broken data, SyntaxError and struct.error among them.
-    except Exception as error:
-        raise ImageError(f"{name}: cannot be decoded: {error}") from error
-    return rgb_from_pil(upright)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe might never say anything, a device never end
+            raise ImageError("is no file")
+        if not found.st_size:
+            raise ImageError("the file is empty")
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: of a name with a zero byte
+        if isinstance(error, ImageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot be read: {reason}") from error
+
+
+def _too_large(size: str) -> ImageError:
+    return ImageError(
+        f"{size}, and at most {MOST_IMAGE_PIXELS} are decoded: shrink it, or cut it into parts"
+    )
 
 
 def rgb_from_pil(image: PILImage) -> Pixels:
-    """Any Pillow mode as u8 [h, w, 3] RGB; alpha is dropped."""
+    """Any Pillow mode as u8 [h, w, 3] RGB; alpha is dropped.
+
+    Raises:
+        ImageError: when the pixels are floats or exceed 16 bits, since no range is known of those.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these at 255 instead of scaling. Its 16-bit modes are I;16 or, for older files, I.
-        gray = np.asarray(image, dtype=np.float64)
-        gray8 = np.clip(gray / 257.0 + 0.5, 0, 255).astype(np.uint8)
-        return np.repeat(gray8[:, :, None], 3, axis=2)
+        gray = np.asarray(image)
+        if gray.dtype.kind == "f" or not 0 <= gray.min() <= gray.max() < 2**16:
+            raise ImageError(
+                f"gray values of mode {image.mode} from {gray.min()} to {gray.max()}: expected 8 or 16 "
+                f"bits, since nobody knows which of others is white; convert it"
+            )
+        to_8_bits = ((2 * np.arange(2**16) + 257) // (2 * 257)).astype(np.uint8)
+        return np.repeat(to_8_bits[gray][:, :, None], 3, axis=2)
     # A palette may hold transparency that a direct conversion to RGB warns about.
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def resized_shape(size: tuple[int, int], config: PreprocessConfig) -> tuple[int, int]:

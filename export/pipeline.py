@@ -196,10 +196,14 @@ def _with_graphs(
 
 def _write_weights(model: CoMask, preprocess: PreprocessConfig, path: Path) -> None:
     """With the preprocessing, so that `comask-eval` sees whether the manifest's was altered later."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, path, {"preprocess": json.dumps(dataclasses.asdict(preprocess))})
+    try:
+        save_file(tensors, path, {"preprocess": json.dumps(dataclasses.asdict(preprocess))})
+    except SafetensorError as error:  # in place of an OSError
+        raise BundleError(f"{path.name} cannot be written: {error}") from error
 
 
 def _contract(session: Session) -> dict[str, list[dict[str, object]]]:

@@ -14,6 +14,7 @@ from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig, require_count
+from comask.errors import ImageError
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
 from comask.structures import Detections
@@ -129,18 +130,32 @@ class Predictor(Closing):
 
         Raises:
             ImageError: when one cannot be decoded.
+            EngineError: when there is no memory, or the backend gives what is not finite.
         """
         if isinstance(images, list):
             return self.predict_prepared([self.prepare(image) for image in images])
         return self.predict_prepared([self.prepare(images)])[0]
 
     def prepare(self, image: ImageLike) -> Prepared:
-        """Decodes (where needed), resizes and pads one image."""
+        """Decodes (where needed), resizes and pads one image.
+
+        Raises:
+            ImageError: when it cannot be decoded, or is no image.
+        """
         if isinstance(image, str | Path):
             return prepare(decode_image(image), self.preprocess)
         if isinstance(image, np.ndarray):
             return prepare(image, self.preprocess)
-        return prepare(rgb_from_pil(image), self.preprocess)
+        try:
+            return prepare(rgb_from_pil(image), self.preprocess)
+        except ImageError:
+            raise
+        # whatever Pillow raises where a file is only decoded now, or where this is no image at all
+        except Exception as error:
+            raise ImageError(
+                f"expected a path, a Pillow image or a u8 array [h, w, 3], got "
+                f"{type(image).__name__}: {error}"
+            ) from error
 
     def predict_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
         """Detections in the order of `prepared`."""

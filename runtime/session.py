@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import EngineError
+from comask.postprocess import require_finite
 
 if TYPE_CHECKING:
     from comask.runtime.lanes import Lanes
@@ -110,7 +111,7 @@ class Stages(Closing):
             stage 2's outputs by name; the arrays belong to the caller.
 
         Raises:
-            EngineError: there is not enough memory.
+            EngineError: there is not enough memory, or the proposals are not finite.
         """
         started = time.perf_counter()
         try:
@@ -118,6 +119,9 @@ class Stages(Closing):
             between = time.perf_counter()
             # sorted by falling score
             best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
+            for name, values in best.items():
+                # stage 2 would take these for padding, and find nothing
+                require_finite(f"{self.backend}: stage 1's {name}", values)
             outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
         # PyTorch and ONNX Runtime have no kind of error for it
         except Exception as error:

@@ -61,7 +61,7 @@ UNSOUND = [
     ("masks in RLE that cannot be of the image",
      {"id": 24, "segmentation": {"size": [20, 12], "counts": [5, 235]}}, "[20, 12]"),
     ("masks in RLE that cannot be of the image",
-     {"id": 25, "segmentation": {"size": [12, 20], "counts": "\ud800"}}, "surrogates"),
+     {"id": 25, "segmentation": {"size": [12, 20], "counts": "\ud800"}}, "add up to 12 x 20"),
     ("masks without a pixel",
      {"id": 26, "segmentation": {"size": [12, 20], "counts": [240]}}, "[240]"),
     ("masks without a pixel",
@@ -104,6 +104,7 @@ def unsound_set(folder: Path) -> InstanceSource:
         entry(1, "1.png"), entry(2, "2.tiff"), entry(3, "3.jpg"), entry(4, "turned.tiff"),
         entry(5, "flat.png", height=0), entry(6, "same.png"), entry(6, "other.png"),
         entry(1, "1.png"), entry(7, "absent.png"), entry(8, "text.jpg"), entry(9, "wrong.png"),
+        entry(10, "../images/1.png"), entry(11, str(images / "1.png")),
     ]  # fmt: skip
     strays = [SOUND | {"id": 40, "image_id": 99}, {"id": 41}, SOUND | {"id": 42, "image_id": [1]}]
     annotations = [*SOUND_ANNOTATIONS, *(SOUND | changes for _, changes, _ in UNSOUND), *strays]
@@ -124,6 +125,9 @@ def test_every_kind_is_found_counted_and_exemplified(tmp_path: Path) -> None:
         "images annotated with a side below 1 pixel": ["flat.png: 20x0"],
         "images sharing an id with a different one": ["same.png: id 6", "other.png: id 6"],
         "images listed again": ["1.png: id 1"],
+        "images with a file_name that leads out of their folder": [
+            "../images/1.png", str(tmp_path / "set" / "images" / "1.png"),
+        ],
         "images without a file": ["absent.png"],
         "images with an unreadable header": ["text.jpg"],
         "images of another size than annotated": ["wrong.png: 12x20, annotated 20x12"],

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from comask.config import Config, ModelConfig, from_dict, override
+from comask.config import Config, ModelConfig
+from comask.config_reading import from_dict, override
 from comask.errors import ConfigError
 from comask.presets import PRESETS, preset
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import MICRO, run, settings
 
-from comask.config import Config, TrainConfig, from_dict, override
+from comask.config import Config, TrainConfig
+from comask.config_reading import from_dict, override
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch
 from comask.data.write_coco import write_coco

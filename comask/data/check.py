@@ -16,7 +16,7 @@ from comask.data.check_annotations import Annotations, changed_annotations
 from comask.data.check_images import FileSource, sound_images, with_sound_files
 from comask.data.problems import EXAMPLES, Findings, Kind, Problem, describe
 from comask.data.source import ImageInfo, InstanceSource
-from comask.errors import DataError
+from comask.errors import DataError, one_line
 
 
 def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
@@ -49,7 +49,7 @@ def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
         Problem(
             kind=kind.value[0],
             count=len(found),
-            examples=tuple(" ".join(example.split()) for example in found[:EXAMPLES]),
+            examples=tuple(one_line(example) for example in found[:EXAMPLES]),
             consequence=kind.value[1],
         )
         for kind, found in findings.items()

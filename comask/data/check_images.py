@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 
 from comask.data.problems import Findings, Kind
 from comask.data.source import ImageInfo, InstanceSource
-from comask.preprocess import FORMATS
+from comask.errors import ImageError
+from comask.preprocess import opened_image
 
 _THREADS = 16  # reading headers is waiting for the disk
 _TRANSPOSING = {5, 6, 7, 8}  # values of EXIF's orientation that swap width and height
@@ -20,7 +21,11 @@ class FileSource(InstanceSource, Protocol):
     """A source whose images are files."""
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies."""
+        """Where image `index` lies.
+
+        Raises:
+            ImageError: when it must not be read.
+        """
 
 
 def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
@@ -46,15 +51,16 @@ def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
 
 def with_sound_files(source: FileSource, indices: list[int], findings: Findings) -> list[int]:
     """Those of the images whose file is there and has the annotated size."""
-    from PIL import Image
 
     def look(index: int) -> tuple[Kind, str] | None:
-        return _file_problem(source.path(index), source.info(index))
+        try:
+            path = source.path(index)
+        except ImageError:
+            return Kind.ELSEWHERE, ""
+        return _file_problem(path, source.info(index))
 
-    # Around all threads, since filters belong to the process. Pillow warns of much that it can read.
+    # Around all threads, since filters belong to the process: theirs overlap, and this one ends them.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         problems = list(pool.map(look, indices))
     sound = []
     for index, problem in zip(indices, problems, strict=True):
@@ -69,18 +75,18 @@ def header_size(path: Path) -> tuple[int, int]:
     """(h, w) of the image that `decode_image` would give, from the file's header alone.
 
     Raises:
-        Exception: of many kinds, as Pillow does; FileNotFoundError where there is no file.
+        ImageError: as `decode_image` does, as far as the header tells.
     """
     from PIL import ExifTags, Image
     from PIL.TiffImagePlugin import TiffImageFile
 
-    with Image.open(path, formats=FORMATS) as image:
+    with opened_image(path) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
             width, height = image.tag_v2[256], image.tag_v2[257]
         # The base class's method: that of PNG decodes the image to look for EXIF behind it.
         exif = Image.Image.getexif(image)
-    turned = exif.get(ExifTags.Base.Orientation) in _TRANSPOSING
+        turned = exif.get(ExifTags.Base.Orientation) in _TRANSPOSING
     return (width, height) if turned else (height, width)
 
 
@@ -88,11 +94,10 @@ def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
     """What `decode_image` would find wrong, or a size that differs from the entry's."""
     try:
         height, width = header_size(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return Kind.NO_FILE, ""
-    # Pillow raises many kinds on broken data, SyntaxError and struct.error among them.
-    except Exception as error:
-        return Kind.BAD_HEADER, f": {error}"
+    except ImageError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return Kind.NO_FILE, ""
+        return Kind.BAD_HEADER, str(error).removeprefix(str(path))
     if (width, height) != (info.width, info.height):
         return Kind.OTHER_SIZE, f": {width}x{height}, annotated {info.width}x{info.height}"
     return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.source import Category, ImageInfo
-from comask.errors import DataError
+from comask.errors import DataError, ImageError
+from comask.parse_json import parse_json
 from comask.preprocess import decode_image
 
 T = TypeVar("T", int, str, list[Any])
@@ -50,7 +50,7 @@ class CocoSource:
     def __init__(self, image_folder: Path, annotation_file: Path) -> None:
         self._folder = image_folder
         try:
-            content = json.loads(annotation_file.read_bytes())
+            content = parse_json(annotation_file.read_bytes())
         except FileNotFoundError as error:
             raise DataError(f"{annotation_file}: no such annotation file") from error
         except (OSError, ValueError) as error:
@@ -86,14 +86,21 @@ class CocoSource:
         return self._infos[index]
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies."""
-        return self._folder / self._infos[index].file_name
+        """Where image `index` lies.
+
+        Raises:
+            ImageError: when its entry leads out of the folder, as one from a stranger may.
+        """
+        name = PurePath(self._infos[index].file_name)
+        if name.is_absolute() or ".." in name.parts:
+            raise ImageError(f"{name}: this file_name leads out of {self._folder}, and is not read")
+        return self._folder / name
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """See `InstanceSource`.
 
         Raises:
-            ImageError: when it cannot be decoded.
+            ImageError: when it cannot be decoded, or see `path`.
             DataError: when its size is not the annotated one.
         """
         pixels = decode_image(self.path(index))

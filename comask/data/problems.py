@@ -14,6 +14,7 @@ class Kind(Enum):
     NO_SIZE = "images annotated with a side below 1 pixel", "left out"
     SHARED_ID = "images sharing an id with a different one", "all left out"
     REPEATED_IMAGE = "images listed again", "left out"
+    ELSEWHERE = "images with a file_name that leads out of their folder", "left out"
     NO_FILE = "images without a file", "left out"
     BAD_HEADER = "images with an unreadable header", "left out"
     OTHER_SIZE = "images of another size than annotated", "left out"

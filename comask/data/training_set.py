@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
 from comask.data.target import Target
-from comask.errors import ImageError
+from comask.errors import ImageError, one_line
 from comask.masks import mask_from_segmentation
 from comask.preprocess import prepare
 
@@ -136,7 +136,7 @@ class TrainingSet(Dataset[Item]):
             if len(errors) == len(self.indices):
                 raise errors[0]
             index = self.indices[(self.indices.index(index) + 1) % len(self.indices)]
-        for message in (" ".join(str(error).split()) for error in errors):
+        for message in map(one_line, errors):
             if message not in _reported:
                 _reported.add(message)
                 print(f"warning: {message}; trained without it", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comask.config import Config, from_dict
+from comask.config import Config
+from comask.config_reading import from_dict
 from comask.data.source import Category
-from comask.errors import CheckpointError, ConfigError
+from comask.errors import CheckpointError, ComaskError
 from comask.models.comask import CoMask
+from comask.training.torch_file import read_torch_file
 from comask.whole_file import whole_file
 
 FORMAT = 2
-STORED = ("model", "ema", "optimizer", "scaler", "step", "best_ap", "stale", "data")  # as they are
+STORED: dict[str, Any] = {  # as they are
+    "model": dict, "ema": dict | None, "optimizer": dict, "scaler": dict, "step": int,
+    "best_ap": int | float, "stale": int, "data": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,37 +78,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when the file is missing, is not a comask checkpoint, or holds pickled code.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such checkpoint") from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint (or one with code in it, which is never run): "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
+        content = read_torch_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{path}: not a comask checkpoint; comask-train writes those")
-    if content["format"] != FORMAT:
+    if type(content["format"]) is not int or content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: has checkpoint format {content['format']}, this comask reads {FORMAT}"
+            f"{path}: has checkpoint format {content['format']!r:.80}, this comask reads {FORMAT}"
         )
     try:
+        for name, kinds in STORED.items():
+            if not isinstance(content[name], kinds):
+                raise CheckpointError(f"{name} is of type {type(content[name]).__name__}")
         return Checkpoint(
             config=from_dict(Config, content["config"]),
-            categories=tuple(Category(id=i, name=name) for i, name in content["categories"]),
+            categories=tuple(
+                from_dict(Category, {"id": id_, "name": name}, "categories.")
+                for id_, name in content["categories"]
+            ),
             **{name: content[name] for name in STORED},
         )
-    except (KeyError, TypeError, ValueError) as error:
-        what = str(error) if isinstance(error, ConfigError) else f"{error!r} is missing or wrong"
+    except (ComaskError, KeyError, TypeError, ValueError) as error:
+        known = isinstance(error, ComaskError)
+        what = str(error) if known else f"{error!r} is missing or wrong"
         raise CheckpointError(f"{path}: {what}") from error
 
 
@@ -127,7 +127,7 @@ def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
     """
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter: of what are no tensors
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the weights do not fit the model's configuration: {reason}"

@@ -25,6 +25,7 @@ from torch import Tensor
 from comask.data.source import Category
 from comask.errors import CheckpointError
 from comask.training.checkpoint import load_checkpoint
+from comask.training.torch_file import read_torch_file, why_unreadable
 
 KNOWN = (
     "a comask checkpoint, torchvision's ResNet, Mask R-CNN or Faster R-CNN, or mmdetection's ResNet "
@@ -144,8 +145,8 @@ def read_hub(backbone: str) -> WeightFile:
         )
     except Exception as error:  # of the network, the disk or the unpickler
         raise CheckpointError(
-            f"cannot be loaded ({_reason(error)}); give the path of a torchvision {backbone} state dict, "
-            "or none to start from random weights"
+            f"cannot be loaded ({why_unreadable(error)}); give the path of a torchvision {backbone} "
+            f"state dict, or none to start from random weights"
         ) from error
     return _renamed(RESNET, _tensors(state))
 
@@ -156,18 +157,18 @@ def read_weights(path: Path) -> WeightFile:
     Raises:
         CheckpointError: when it cannot be read, holds pickled code, or has no known layout.
     """
+    known = f"give {KNOWN}, or none to start from random weights"
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError("is no file")
         with path.open("rb") as stream:
             start = stream.read(9)
         # safetensors begins with eight bytes of length and JSON
-        if start[8:] == b"{":
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken stream makes an unpickler fail in any way
-        raise CheckpointError(
-            f"cannot be loaded ({_reason(error)}); give {KNOWN}, or none to start from random weights"
-        ) from error
+        content: object = load_file(path) if start[8:] == b"{" else read_torch_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot be loaded ({error}); {known}") from error
+    except Exception as error:  # safetensors' own among them
+        raise CheckpointError(f"cannot be loaded ({why_unreadable(error)}); {known}") from error
     if isinstance(content, dict) and {"format", "config", "categories"} <= content.keys():
         return _read_checkpoint(path)
     meta: object = None
@@ -252,17 +253,3 @@ def _text(meta: object) -> str:
     """The configuration that mmdetection stores as text among other things."""
     values = meta.values() if isinstance(meta, dict) else ()
     return " ".join(value for value in values if isinstance(value, str))
-
-
-def _reason(error: Exception) -> str:
-    """One line."""
-    text = str(error).strip()
-    blocked = re.search(r"GLOBAL (\S+)", text)
-    if blocked:
-        name = blocked[1]
-        return f"it holds a pickled {name}, and code in files is never run: save its weights alone"
-    if isinstance(error, OSError) and (error.filename or not error.strerror):  # no file, no network
-        return error.strerror or text.splitlines()[0]
-    # where torch's own words advise to load the file unsafely, the error's name must do
-    detail = type(error).__name__ if not text or "weights_only" in text else text.splitlines()[0]
-    return f"neither PyTorch's format nor safetensors, or cut short: {detail}"

@@ -17,7 +17,6 @@ from comask.runtime.parity.forced_network import SIDES, ForcedNetwork, Side
 from comask.runtime.parity.graph_layers import Key, run_graph
 from comask.runtime.parity.normalisation import explain_input
 from comask.runtime.session import Array
-from comask.runtime.torch_session import TorchSession
 
 from comask.bundle import STAGES, Bundle
 
@@ -90,6 +89,7 @@ def trace_graphs(
         BundleError: when a graph is missing or altered.
     """
     import onnx
+    from comask.runtime.torch_session import TorchSession
 
     graphs = {stage: onnx.load(bundle.graph(stage, precision)) for stage in STAGES}
     limit = TOLERANCES["fp16" if precision == "int8" else precision].relative

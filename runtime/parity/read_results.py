@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,9 @@ from comask.runtime.parity.scores import Results
 from comask.data.source import ImageInfo, InstanceSource
 from comask.errors import DataError
 from comask.masks import mask_from_segmentation
+from comask.parse_json import parse_json
 
+LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
 FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
 
 
@@ -27,7 +27,7 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
         DataError: when the file holds no such results, naming entry and field.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"--results {path}: cannot be read: {error}") from error
     if not isinstance(entries, list):
@@ -74,4 +74,6 @@ def _checked(entry: object, infos: dict[int, ImageInfo]) -> dict[str, Any] | Non
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    if type(value) not in (int, float):
+        return False
+    return -LARGEST <= value <= LARGEST  # type: ignore[operator] # false for NaN as well

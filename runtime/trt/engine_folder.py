@@ -6,7 +6,6 @@ that is compared before a plan is deserialised, since TensorRT's own message nam
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any
 from comask.runtime.gpu import Gpu
 
 from comask.bundle import Bundle, graph_file, sha256
-from comask.errors import EngineError
+from comask.config_reading import from_dict
+from comask.errors import ConfigError, EngineError
+from comask.parse_json import parse_json
 
 ENGINES = "engines"  # folder of the bundle
 DESCRIPTION = "engine.json"
@@ -104,7 +105,7 @@ class EngineFolder:
         path = folder / DESCRIPTION
         mend = "comask-export with --rebuild builds the engines again"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_bytes())
         except FileNotFoundError as error:
             raise EngineError(f"{path}: is missing; {mend}") from error
         except (OSError, ValueError) as error:
@@ -115,9 +116,8 @@ class EngineFolder:
                     f"{path}: has schema {values['schema_version']!r}, this comask reads "
                     f"{SCHEMA_VERSION}; {mend}"
                 )
-            values["profile"] = {k: tuple(v) for k, v in values["profile"].items()}
-            return cls(folder, EngineInfo(**values))
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(folder, from_dict(EngineInfo, values))
+        except (KeyError, TypeError, ConfigError) as error:
             raise EngineError(
                 f"{path}: does not describe engines as this comask does; {mend}"
             ) from error

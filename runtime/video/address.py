@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from comask.errors import BackendUnavailableError, ComaskError, VideoError
-from comask.preprocess import FORMATS
+from comask.errors import BackendUnavailableError, ComaskError, ImageError, VideoError
+from comask.preprocess import opened_image
 
 if TYPE_CHECKING:
     from av.codec.hwaccel import HWAccel
@@ -62,9 +62,9 @@ def is_video(path: Path) -> bool:
 
     A file that neither Pillow nor PyAV can open counts as what its suffix says.
     """
-    from PIL import Image
-
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS):
+    if not path.is_file():
+        return False  # a pipe might never say what it is
+    with contextlib.suppress(ImageError), opened_image(path):
         return False  # GIF among them
     try:
         av = import_av()
@@ -112,6 +112,8 @@ def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContain
     """
     av = import_av()
     target, settings = address, dict[str, Any](hwaccel=hwaccel)
+    if int(av.__version__.split(".")[0]) < 19:  # later ones read any bytes as a tag
+        settings["metadata_errors"] = "replace"
     if camera := _CAMERA.fullmatch(address):
         if sys.platform != "linux":
             raise ComaskError(f"{address}: cameras are read by Video4Linux; this is {sys.platform}")
@@ -121,7 +123,7 @@ def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContain
         # RTP over UDP loses packets where a network is busy; over TCP it is late instead.
         settings |= {"timeout": TIMEOUT_SECONDS, "options": {"rtsp_flags": "prefer_tcp"}}
     try:
-        container: InputContainer = av.open(target, metadata_errors="replace", **settings)
+        container: InputContainer = av.open(target, **settings)
     except av.FFmpegError as error:
         raise VideoError(f"{shown_name(address)}: cannot be opened: {reason(error)}") from error
     if video_stream(container) is None:
