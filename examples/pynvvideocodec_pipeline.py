@@ -15,9 +15,8 @@ import sys
 from collections import deque
 from collections.abc import Generator
 
-from comask.runtime import Detections, Predictor
+from comask.runtime import Detections, Future, Predictor
 from comask.runtime.device import open_device
-from comask.runtime.stream import Future
 
 from comask.errors import ComaskError
 
