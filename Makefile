@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo compare ablation gpu-check test lint format types clean
+.PHONY: setup demo compare ablation gpu-check test test-wheel docs api lint format types clean
 
 setup: $(VENV)/ready
 
@@ -41,13 +41,35 @@ GPU_PYTHON := $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),$(or $(
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
-test: setup $(VENV)/pycuda
+test: setup $(VENV)/pycuda $(VENV)/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The whole suite from the unpacked sdist, with the wheel that is made of it, outside this folder.
+RELEASED := /tmp/comask-released
+test-wheel: setup $(VENV)/pycuda
+	rm -rf $(RELEASED)
+	$(BIN)/python tests/install_wheel.py $(RELEASED)
+	cp $(VENV)/pycuda $(RELEASED)/venv
+	cd $(RELEASED) && COMASK_TEST_DATA="$${COMASK_TEST_DATA:-$(CURDIR)/../shared/data}" OMP_NUM_THREADS=1 \
+	  venv/bin/python -m pytest -c source/pyproject.toml --numprocesses auto --maxprocesses 4 --dist loadfile \
+	  source/tests
+
+# Writes tests/api, what is public, anew; docs/compatibility.md says which version a change takes.
+api: setup
+	$(BIN)/python -m pytest tests/test_api.py --write-api --quiet
+
+# The site, in build/site; broken links fail it. tests/test_docs.py runs the pages' code blocks.
+docs: setup
+	$(BIN)/zensical build --clean --strict
 
 # The GPU runtime's host side is tested with pycuda and stand-ins. It compiles for a minute or two, and
 # needs nvcc; where it cannot be built this file says why, and its tests are skipped.
 $(VENV)/pycuda: $(VENV)/ready tests/install_pycuda.py
 	-$(BIN)/python tests/install_pycuda.py $@
+
+# A real Triton Inference Server, in an environment of its own; where it cannot be had this file says why.
+$(VENV)/triton: $(VENV)/ready tests/install_tritonserver.py
+	-$(BIN)/python tests/install_tritonserver.py $@
 
 lint: setup types
 	$(BIN)/ruff check .

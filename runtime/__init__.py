@@ -3,8 +3,23 @@
 Importing this needs numpy alone; each backend imports what it needs when it is opened.
 """
 
+from comask.runtime.dlpack import SharedArray
+from comask.runtime.future import Future
 from comask.runtime.predictor import Predictor
+from comask.runtime.session import Session, Stages, TensorSpec
+from comask.runtime.stream import FrameDroppedError, QueueFullError, StreamSession
 
 from comask.structures import Detections
 
-__all__ = ["Detections", "Predictor"]
+__all__ = [
+    "Detections",
+    "FrameDroppedError",
+    "Future",
+    "Predictor",
+    "QueueFullError",
+    "Session",
+    "SharedArray",
+    "Stages",
+    "StreamSession",
+    "TensorSpec",
+]

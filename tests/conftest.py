@@ -47,6 +47,10 @@ MICRO = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-api", action="store_true", help="Write tests/api anew.")
+
+
 def run(command: str, *arguments: object) -> Result:
     """Runs a command in this process, as a shell would."""
     return CliRunner().invoke(COMMANDS[command], [str(argument) for argument in arguments])

@@ -37,7 +37,7 @@ OPTIONS = {
     },
     "infer": {
         "output", "backend", "save", "threshold", "device", "batch", "proposals", "short-side", "every",
-        "track", "decode", "encode", "json",
+        "track", "decode", "encode", "runner", "format", "shard", "actors", "json",
     },
     "eval": {
         "data", "backend", "results", "images", "tolerance", "trace", "device", "batch", "proposals",
@@ -45,7 +45,7 @@ OPTIONS = {
     },
     "bench": {
         "backend", "device", "batch", "proposals", "short-side", "images", "size", "runs", "warmup",
-        "no-record", "sweep", "data", "limit", "max-loss", "grid", "plot", "json",
+        "no-record", "sweep", "soak", "data", "limit", "max-loss", "grid", "plot", "json",
     },
     "shapes": {"images", "seed"},
     "doctor": {"need", "json"},

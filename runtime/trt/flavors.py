@@ -15,6 +15,8 @@ from typing import Any
 
 from comask.errors import BackendUnavailableError
 
+__all__ = ["load_flavor"]
+
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 OLDEST = 10  # IPluginV3 and strong typing

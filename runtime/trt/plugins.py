@@ -22,6 +22,8 @@ from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 from comask.errors import ComaskError, EngineError
 from comask.kernels import driver
 
+__all__ = ["register_plugins"]
+
 _registering = threading.Lock()
 
 
