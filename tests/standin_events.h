@@ -23,8 +23,10 @@ int cuEventRecord(void *event, void *handle) {
 int cuEventQuery(void *handle) {
     Event event = *(Event *)handle;
     if (!current_context) return INVALID_CONTEXT;
-    if (!event.stream || event.stream->done >= event.position) return SUCCESS;
-    if (!standin_frozen) finish(event.stream, event.stream->done + 1);
+    if (!event.stream) return SUCCESS;
+    const long done = *(volatile long *)&event.stream->done; /* read once: other threads finish tasks too */
+    if (done >= event.position) return SUCCESS;
+    if (!standin_frozen) finish(event.stream, done + 1);
     return event.stream->done >= event.position ? SUCCESS : NOT_READY;
 }
 

@@ -1,7 +1,8 @@
 """A stand-in for the `triton_python_backend_utils` that Triton's Python backend gives to its models.
 
 Its server runs a repository's stages by ONNX Runtime. As on a GPU, what a stage leaves where it was
-computed cannot be read from the host, and an array is no longer good when its tensor is gone.
+computed cannot be read from the host, and an array is no longer good when its tensor is gone. What
+stage 1 gives for a white image is not finite.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from comask.runtime.ort_session import OrtSession
 TRITONSERVER_MEMORY_CPU, TRITONSERVER_MEMORY_GPU = "CPU", "GPU"
 repository: Path  # set by `serve`
 largest_canvas: int  # pixels that stage 1 takes
+has_gpu = True
 sessions: dict[str, OrtSession] = {}
 batches: list[int] = []  # that stage 1 ran
 
@@ -91,7 +93,7 @@ class InferenceRequest:
         preferred_memory: SimpleNamespace | None = None,
     ) -> None:
         self._model, self._wanted, self._inputs = model_name, requested_output_names, inputs
-        self._on_gpu = preferred_memory is None
+        self._on_gpu = has_gpu and preferred_memory is None
 
     def requested_output_names(self) -> set[str]:
         return set(self._wanted)
@@ -108,6 +110,11 @@ class InferenceRequest:
         if self._model not in sessions:
             sessions[self._model] = OrtSession(repository / self._model / "1" / "model.onnx", "cpu")
         found = sessions[self._model].run(feeds)
+        if "images" in feeds:
+            for row, (height, width) in enumerate(feeds["image_sizes"]):
+                if feeds["images"][row, :height, :width].min() == 255:
+                    for name in found.keys() - {"proposals"}:  # a RoIAlign may refuse those
+                        found[name][row] = np.nan
         if "num_detections" in found:  # by the configuration's `reshape`
             found["num_detections"] = found["num_detections"][:, None]
         return InferenceResponse(
