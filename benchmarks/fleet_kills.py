@@ -183,7 +183,10 @@ def main(
             process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
             victim, output = "", b""
             if moment is None:
-                _, output = process.communicate(timeout=LONGEST_RUN)
+                try:
+                    _, output = process.communicate(timeout=LONGEST_RUN)
+                finally:
+                    process.kill()
             else:
                 victim = VICTIMS[run % len(VICTIMS)]
                 while process.poll() is None and done(job) <= moment:

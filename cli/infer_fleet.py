@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,7 @@ from comask.cli.interruption import Interruption
 from comask.cli.options import IMAGE_SUFFIXES, write_json
 from comask.cli.predictor_options import PredictorOptions
 
+from comask.errors import one_line
 from comask.progress import Progress
 
 if TYPE_CHECKING:
@@ -110,11 +111,13 @@ def run_fleet(
         with stop.on_signal(_leave), ExitStack() as stack:
             summary = _run(bundle, inputs, output, backend, how, fleet, stack)
     except _Left:
-        click.echo(f"interrupted; the same command continues the job in {output}", err=True)
+        click.echo(
+            f"interrupted; the same command continues the job in {one_line(output)}", err=True
+        )
         sys.exit(128 + stop.signal)
     click.echo(
         f"{summary['images'] - summary['failed']} of {summary['images']} images, "
-        f"{summary['detections']} detections in {output}/parts",
+        f"{summary['detections']} detections in {one_line(output)}/parts",
         err=json_file == "-",
     )
     write_json(json_file, summary)
@@ -147,7 +150,10 @@ def _run(
     from comask.runtime.fleet.runners import Shard, run_all
     from comask.runtime.fleet.worker import Model
 
+    from comask.bundle import Bundle
+
     require_format(fleet.format)
+    Bundle.open(bundle)  # before Ray is started for it
     folder = Folder(output if is_url(output) else str(Path(output).absolute()))
     there = Job.terms_in(folder)
     model = Model(str(bundle.resolve()), backend, asdict(how))
@@ -161,8 +167,7 @@ def _run(
     backend = full_name(backend)
     digest = bundle_digest(bundle, backend)
     model = replace(model, backend=backend, digest=digest)
-    with TemporaryDirectory(prefix="comask-fleet-") as scratch:
-        file = Path(scratch) / "inputs.jsonl"
+    with TemporaryFile() as file:  # which has no name that a kill would leave
         listing = write_listing(inputs, frozenset(IMAGE_SUFFIXES), file, fleet.shard)
         terms = Terms(
             images=listing.images,
@@ -179,7 +184,8 @@ def _run(
     left = [Shard(i, *listing.offsets[i : i + 2]) for i in range(job.shards) if i not in done]
     if not left and (summary := job.summary()):
         click.echo(
-            f"the job in {output} is finished already; another one needs another --output", err=True
+            f"the job in {one_line(output)} is finished already; another one needs another --output",
+            err=True,
         )
         return summary
     finished = sum(map(job.images_in, done))
@@ -199,7 +205,7 @@ def _show_failures(job: Job, count: int) -> None:
     for error in islice(failures, SHOWN_FAILURES):
         click.echo(f"skipped: {error}", err=True)
     if count > SHOWN_FAILURES:
-        where = f"{job.folder.address}/failures.jsonl"
+        where = one_line(f"{job.folder.address}/failures.jsonl")
         click.echo(f"and {count - SHOWN_FAILURES} more, in {where}", err=True)
 
 

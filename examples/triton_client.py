@@ -2,7 +2,7 @@
 
 Run it as `python examples/triton_client.py photo.jpg more/*.jpg --url localhost:8000`. It needs
 `pip install 'tritonclient[http]'` and nothing of comask. Requests are on their way side by side, so that
-the server puts them into batches. What the server cannot read is reported, and the exit code is 1.
+the server puts them into batches. What cannot be read is reported, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def main() -> int:
         weights = settings["weights_sha256"]["string_value"]
         print(f"{arguments.model}: {settings['backend']['string_value']}, weights {weights[:12]}…")
         # the client is for one thread, which may have many requests on their way
-        requests = [
-            (path, client.async_infer(arguments.model, [encoded_image(path.read_bytes())]))
-            for path in arguments.images
-        ]
-        for path, request in requests:
+        requests = {}
+        for path in arguments.images:
+            try:
+                image = encoded_image(path.read_bytes())
+            except OSError as error:
+                print(f"{path}: {error.strerror}", file=sys.stderr)
+                found[str(path)] = None
+                continue
+            requests[path] = client.async_infer(arguments.model, [image])
+        for path, request in requests.items():
             try:
                 of_image = instances(request.get_result(), 0)
             except InferenceServerException as error:

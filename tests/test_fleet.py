@@ -170,7 +170,7 @@ def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_i
         return predict(self, prepared)
 
     monkeypatch.setattr(Predictor, "predict_prepared", choosy)
-    worker = Worker(Model(str(micro_bundle), "onnxruntime", {}))
+    worker = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
     names = [str(pictures / name) for name in ("0.png", "wide.png", "1.png")]
     first, wide, last = worker(names)
     assert (first["error"], last["error"]) == (None, None)
@@ -181,12 +181,14 @@ def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_i
 
 
 DEADLY = """
-import os, signal
+import os, signal, time
 import comask.runtime.fleet.worker as worker
 decode = worker.decode_image
 def deadly(source):
     if "deadly" in str(source):
         os.kill(os.getpid(), signal.SIGSEGV)
+    if "endless" in str(source):
+        time.sleep(1000)
     return decode(source)
 worker.decode_image = deadly
 """
@@ -197,8 +199,9 @@ def test_images_that_kill_their_process_are_reported_and_the_others_run(
 ) -> None:
     monkeypatch.setattr(apart, "CHILD", DEADLY + apart.CHILD)
     monkeypatch.setattr(apart, "ATTEMPTS", 1)
-    for i in (1, 3):
-        (pictures / f"{i}.png").rename(pictures / f"{i}.deadly.png")
+    monkeypatch.setattr(apart, "LONGEST_IMAGE", 2)
+    for i, fate in ((1, "deadly"), (3, "endless")):
+        (pictures / f"{i}.png").rename(pictures / f"{i}.{fate}.png")
     names = sorted(str(path) for path in pictures.iterdir())
     worker = apart.WorkerApart(Model(str(micro_bundle), "onnxruntime", {}))
     rows = worker(names)
@@ -207,11 +210,13 @@ def test_images_that_kill_their_process_are_reported_and_the_others_run(
     assert child is not None
     assert child._process.returncode is not None
     assert [row["file"] for row in rows] == names
-    died = [row for row in rows if "SIGSEGV" in (row["error"] or "")]
-    assert [Path(row["file"]).name for row in died] == ["1.deadly.png", "3.deadly.png"]
-    alone = Worker(Model(str(micro_bundle), "onnxruntime", {}))
+    died = [row for row in rows if "processes in a row" in (row["error"] or "")]
+    assert [Path(row["file"]).name for row in died] == ["1.deadly.png", "3.endless.png"]
+    assert ["SIGSEGV" in row["error"] for row in died] == [True, False]
+    assert died[1]["error"].endswith("no answer within 2 s")
+    alone = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
     assert [row for row in rows if row not in died] == alone(
-        [name for name in names if "deadly" not in name]
+        [name for name in names if "deadly" not in name and "endless" not in name]
     )
 
 

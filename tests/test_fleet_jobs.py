@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -35,12 +37,13 @@ def job_of(
 ) -> tuple[Job, list[Shard]]:
     """A job over a list of images, begun or continued, with all its shards."""
     (scratch / "list.txt").write_text("".join(f"/{name}\n" for name in images))
-    listing = write_listing([f"@{scratch / 'list.txt'}"], SUFFIXES, scratch / "inputs", shard)
-    terms = Terms(
-        images=listing.images, inputs=listing.sha256, bundle="b", backend="torch:fp32",
-        proposals=None, short_side=None, shard=shard, format=form,
-    )  # fmt: skip
-    job = Job.begin(folder, terms, listing)
+    with TemporaryFile() as file:
+        listing = write_listing([f"@{scratch / 'list.txt'}"], SUFFIXES, file, shard)
+        terms = Terms(
+            images=listing.images, inputs=listing.sha256, bundle="b", backend="torch:fp32",
+            proposals=None, short_side=None, shard=shard, format=form,
+        )  # fmt: skip
+        job = Job.begin(folder, terms, listing)
     return job, [Shard(i, *listing.offsets[i : i + 2]) for i in range(job.shards)]
 
 
@@ -74,8 +77,10 @@ class Stubborn(Pretender):
 
 
 def damage(folder: Folder, chance: random.Random) -> None:
-    """What a kill, a full disk or a hand might do to the parts and records."""
+    """What a kill, a full disk or a hand might do to the parts, the records and the listing."""
     fs, root = folder._place
+    if chance.random() < 0.3:
+        fs.pipe_file(f"{root}/inputs.jsonl", fs.cat_file(f"{root}/inputs.jsonl")[:-3])
     for place in ("parts", "done"):
         for name in folder.sizes(place):
             path = f"{root}/{place}/{name}"
@@ -86,7 +91,9 @@ def damage(folder: Folder, chance: random.Random) -> None:
                     content = fs.cat_file(path)
                     fs.pipe_file(path, content[: chance.randrange(len(content))])
         if folder.local and Path(root, place).is_dir():
-            (Path(root) / place / f".part.{chance.random()}.tmp").write_bytes(b"half")
+            (Path(root) / place / f".part.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+    if folder.local:
+        (Path(root) / f".inputs.jsonl.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
@@ -130,7 +137,37 @@ def test_killed_and_damaged_jobs_end_with_each_image_once(
     failures = folder.read("failures.jsonl").splitlines()
     assert [json.loads(line)["file"] for line in failures] == [row["file"] for row in rows]
     assert set(folder.sizes("parts")) == {f"part-{i:07d}.{form}" for i in range(job.shards)}
+    assert not list(scratch.glob("out/**/.*"))
     shutil.rmtree(scratch)
+
+
+def test_a_job_that_became_another_one_or_lost_a_part_is_not_finished(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "out"))
+    job, shards = job_of(folder, ["a.jpg", "b.jpg"], 1, "jsonl", tmp_path)
+    terms = folder.read("job.json")
+    for shard in shards:
+        job.run(*shard, pretended)
+    folder.write("parts/part-0000001.jsonl", b"")
+    with pytest.raises(JobError, match="of 2 parts 1 are there still"):
+        job.finish()
+    assert job.summary() is None
+    folder.write("inputs.jsonl", b"")  # begun by two commands at the same moment
+    with pytest.raises(JobError, match="damaged"):
+        job.run(*shards[0], pretended)
+    folder.write("job.json", terms.replace(b'"shard": 1', b'"shard": 2'))
+    with pytest.raises(JobError, match="holds another job now"):
+        job.run(*shards[0], pretended)
+
+
+def test_failures_and_parts_are_lists_too(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "out"))
+    job, shards = job_of(folder, ["a.jpg", "b c.jpg"], 2, "jsonl", tmp_path)
+    job.run(*shards[0], pretended)
+    job.finish()
+    for name in ("failures.jsonl", "parts/part-0000000.jsonl", "inputs.jsonl"):
+        assert list(addresses(f"@{tmp_path}/out/{name}", SUFFIXES)) == ["/a.jpg", "/b c.jpg"]
+    (tmp_path / "windows.txt").write_bytes("\ufeff/ä.jpg\r\n\r\n/b.jpg\r\n".encode())
+    assert list(addresses(f"@{tmp_path}/windows.txt", SUFFIXES)) == ["/ä.jpg", "/b.jpg"]
 
 
 def test_a_fault_that_stays_ends_the_job_in_one_line(tmp_path: Path) -> None:
@@ -165,7 +202,9 @@ def test_any_file_name_is_listed_once_and_found_again(
         Path(path).touch()
     (folder / "notes.txt").touch()
     file = folder.parent / f"{folder.name}.jsonl"
-    listing = write_listing([str(folder), expected[0], str(folder)], SUFFIXES, file, shard)
+    inputs = [str(folder), expected[0], f"file://{expected[0]}", str(folder)]
+    with file.open("wb") as output:
+        listing = write_listing(inputs, SUFFIXES, output, shard)
     content = file.read_bytes()
     shards = [
         content[listing.offsets[i] : listing.offsets[i + 1]].splitlines()
@@ -198,4 +237,4 @@ def test_inputs_that_name_nothing_or_videos_are_refused(tmp_path: Path) -> None:
         ("camera:0", "is for images"),
     ]:
         with pytest.raises(ComaskError, match=words):
-            write_listing([text], SUFFIXES, tmp_path / "inputs", 1)
+            write_listing([text], SUFFIXES, io.BytesIO(), 1)

@@ -119,8 +119,9 @@ def test_a_broken_image_is_its_own_error(
         request(image=encoded(whole)),
         request(image=encoded(whole), pixels=IMAGES[0][None]),
         request(pixels=np.zeros((1, 0, 5, 3), np.uint8)),
+        request(),
     ]
-    broken, half, good, both, nothing = model.execute(asked)
+    broken, half, good, both, nothing, neither = model.execute(asked)
     (expected,) = predictor([IMAGES[0]])
     assert_tells(0, outputs(good), expected)
     assert_tells(1, outputs(half), expected)
@@ -129,6 +130,7 @@ def test_a_broken_image_is_its_own_error(
     for response, words in [
         (broken, "cannot be decoded"),
         (both, "got both"),
+        (neither, "got neither"),
         (nothing, "[0, 5, 3]"),
     ]:
         assert response.error().code() == triton.TritonError.INVALID_ARG
@@ -149,6 +151,28 @@ def test_a_canvas_that_the_network_refuses_fails_alone(
     assert refused.error().code() == triton.TritonError.INTERNAL
     assert refused.error().message() == "comask_stage1: unexpected shape for input 'images'"
     assert_tells(0, outputs(good), predictor([IMAGES[2]])[0])
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_what_is_not_finite_is_an_error_of_its_image_alone(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(triton, "has_gpu", has_gpu)
+    model = started(repository, monkeypatch)
+    white = np.full_like(IMAGES[0], 255)
+    asked = [
+        request(pixels=white[None]),
+        request(pixels=IMAGES[0][None]),
+        request(image=encoded(png(white), png(IMAGES[3]))),
+    ]
+    refused, good, half = model.execute(asked)
+    assert triton.batches[0] == 2  # they were on their way together
+    assert refused.error().code() == triton.TritonError.INTERNAL
+    assert "not finite" in refused.error().message()
+    assert_tells(0, outputs(good), predictor([IMAGES[0]])[0])
+    assert b"not finite" in outputs(half)["error"][0, 0]
+    assert outputs(half)["num_detections"][0] == 0
+    assert_tells(1, outputs(half), predictor([IMAGES[3]])[0])
 
 
 def test_one_stage_runs_alone(

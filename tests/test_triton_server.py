@@ -119,9 +119,16 @@ def test_requests_at_once_share_batches(http: Any, client: Any, predictor: Predi
 
 def test_a_broken_image_fails_its_own_request(http: Any, client: Any, predictor: Predictor) -> None:
     whole = png(IMAGES[0])
-    with pytest.raises(Exception, match="not an image of a known format") as caught:
-        client.infer("comask", encoded(http, b"no image"))
-    assert caught.value.status() == "400"
+    pixels = http.InferInput("pixels", [1, *IMAGES[0].shape], "UINT8")
+    pixels.set_data_from_numpy(IMAGES[0][None])
+    for inputs, words in [
+        (encoded(http, b"no image"), "not an image of a known format"),
+        ([*encoded(http, whole), pixels], "got both"),
+        ([], "request has 0 inputs"),  # says Triton
+    ]:
+        with pytest.raises(Exception, match=words) as caught:
+            client.infer("comask", inputs)
+        assert caught.value.status() == "400"
     found = outputs(client.infer("comask", encoded(http, whole[:500], whole)))
     assert b"cannot be decoded" in found["error"][0, 0]
     assert_tells(1, found, predictor([IMAGES[0]])[0])
@@ -138,7 +145,7 @@ def test_a_client_can_tell_which_model_it_is(client: Any, micro_fp16: Path) -> N
 def test_the_example_client(
     installation: Installation, address: str, predictor: Predictor, tmp_path: Path
 ) -> None:
-    paths = [tmp_path / "good.png", tmp_path / "broken.png"]
+    paths = [tmp_path / "good.png", tmp_path / "broken.png", tmp_path / "none.png"]
     paths[0].write_bytes(png(IMAGES[0]))
     paths[1].write_bytes(b"no image")
     done = subprocess.run(
@@ -152,8 +159,9 @@ def test_the_example_client(
     assert f"{paths[0]}: {best}" in done.stdout
     assert f"{paths[1]}: " in done.stderr
     assert "not an image of a known format" in done.stderr
+    assert f"{paths[2]}: No such file or directory" in done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found[str(paths[1])] is None
+    assert (found[str(paths[1])], found[str(paths[2])]) == (None, None)
     coco = expected.to_coco(1)
     assert [i["segmentation"] for i in found[str(paths[0])]] == [e["segmentation"] for e in coco]
     assert [i["category_id"] for i in found[str(paths[0])]] == [e["category_id"] for e in coco]

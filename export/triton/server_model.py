@@ -126,9 +126,11 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response for each request; images of one canvas share batches, whoever sent them."""
         asked = [self._images(request) for request in requests]
-        found = iter(self._predict([image for images in asked for image in images]))
+        found = iter(
+            self._predict([i for images in asked for i in images if isinstance(i, Prepared)])
+        )
         return [
-            self._response(request, [next(found) for _ in images])
+            self._response(request, [next(found) if isinstance(i, Prepared) else i for i in images])
             for request, images in zip(requests, asked, strict=True)
         ]
 
@@ -137,7 +139,8 @@ class TritonPythonModel:
         encoded = pb_utils.get_input_tensor_by_name(request, IMAGE)
         pixels = pb_utils.get_input_tensor_by_name(request, PIXELS)
         if (encoded is None) == (pixels is None):
-            return [ImageError(f"expected one of the inputs {IMAGE} and {PIXELS}, got both")]
+            got = "neither" if encoded is None else "both"
+            return [ImageError(f"expected one of the inputs {IMAGE} and {PIXELS}, got {got}")]
         sources = encoded.as_numpy().ravel() if pixels is None else pixels.as_numpy()
         return [self._prepared(source) for source in sources]
 
@@ -148,22 +151,14 @@ class TritonPythonModel:
         except ImageError as error:
             return error
 
-    def _predict(self, images: Sequence[Prepared | ComaskError]) -> list[Detections | ComaskError]:
-        """What was found in each image; an error in the network is that of its canvas alone."""
-        found: dict[int, Detections | ComaskError] = {}
-        canvases: dict[tuple[int, ...], dict[int, Prepared]] = {}
-        for place, image in enumerate(images):
-            if isinstance(image, Prepared):
-                canvases.setdefault(image.canvas.shape, {})[place] = image
-            else:
-                found[place] = image
-        for same in canvases.values():
-            try:
-                detections = self._predictor.predict_prepared(list(same.values()))
-                found |= zip(same, detections, strict=True)
-            except EngineError as error:
-                found |= dict.fromkeys(same, error)
-        return [found[place] for place in range(len(images))]
+    def _predict(self, images: Sequence[Prepared]) -> list[Detections | ComaskError]:
+        """What was found in each image; if not all can be run together, each one is run alone."""
+        try:
+            return list(self._predictor.predict_prepared(images))
+        except EngineError as error:
+            if len(images) == 1:
+                return [error]
+            return [result for image in images for result in self._predict([image])]
 
     def _response(self, request: Any, results: Sequence[Detections | ComaskError]) -> Any:
         errors = [result for result in results if isinstance(result, ComaskError)]

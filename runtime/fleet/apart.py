@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,13 +11,14 @@ import threading
 import time
 from multiprocessing.connection import Connection, Pipe
 
-from comask.runtime.fleet.folder import one_line
 from comask.runtime.fleet.rows import Row, failed_row
 from comask.runtime.fleet.worker import Model, Worker
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, EngineError, one_line
 
 ATTEMPTS = 3  # of an image alone; others may have taken the machine's memory meanwhile
+LONGEST_LOAD = 1800  # seconds; what takes longer hangs
+LONGEST_IMAGE = 60  # likewise, on the average of a shard
 CHILD = "from comask.runtime.fleet.apart import serve; serve()"
 
 
@@ -45,7 +47,7 @@ class WorkerApart:
         for _ in range(1 if len(addresses) > 1 else ATTEMPTS):
             child = self._child = self._child or self._begun()
             try:
-                return child.ask(addresses)
+                return child.ask(addresses, LONGEST_IMAGE * len(addresses))
             except WorkerDiedError as error:
                 self._child = None
                 died = str(error)
@@ -65,7 +67,7 @@ class WorkerApart:
         """A process that has loaded the model and run an image that cannot be to blame."""
         child = _Child()
         try:
-            child.ask(self._model)
+            child.ask(self._model, LONGEST_LOAD)
         except WorkerDiedError as error:
             raise ComaskError(
                 f"{self._model.bundle}: a process died while it loaded the bundle: {error}"
@@ -88,15 +90,18 @@ class _Child:
         )
         theirs.close()
 
-    def ask(self, question: Model | list[str]) -> list[Row]:
-        """Its answer.
+    def ask(self, question: Model | list[str], longest: float) -> list[Row]:
+        """Its answer, which it has `longest` seconds for.
 
         Raises:
-            WorkerDiedError: instead of answering.
+            WorkerDiedError: instead of answering, or ended since it did not.
             ComaskError: what it says instead.
         """
         try:
             self._connection.send(question)
+            if not self._connection.poll(longest):
+                self.close()
+                raise WorkerDiedError(f"no answer within {longest:.0f} s")
             rows, problem = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
@@ -127,8 +132,9 @@ def serve() -> None:
         problem = None
         try:
             if worker is None:
-                worker = Worker(question)
-                worker.check()
+                worker = Worker(question.load())
+                with contextlib.suppress(EngineError):  # said, not died of
+                    worker.check()
             else:
                 rows = worker(question)
         except Exception as error:

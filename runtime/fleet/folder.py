@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from comask.errors import BackendUnavailableError, ComaskError
+from comask.errors import BackendUnavailableError, ComaskError, one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 READERS = 16  # requests at once, where each one waits for a network
+HEX = "[0-9a-f]" * 32  # of the names that files have until they are whole
 
 
 def is_url(address: str) -> bool:
@@ -50,11 +52,6 @@ def file_system(address: str) -> tuple[AbstractFileSystem, str]:
     return fs, str(path)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @dataclass(frozen=True)
 class Folder:
     """A folder whose files are written whole, each by its own writer however many there are.
@@ -82,28 +79,23 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Makes `content` the content of a file; whoever looks sees all of it or nothing."""
-
-        def fill(path: str) -> None:
-            with open(path, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-
         with self._doing("written", name):
             if self.local:
-                self._replace(name, fill)
+                self._replace(name, io.BytesIO(content))
             else:  # object stores show an object when its upload is complete
                 self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
                 self._fs.pipe_file(self._path(name), content)
 
-    def put(self, name: str, source: Path) -> None:
-        """The same with the content of a local file, which need not fit into memory."""
+    def put(self, name: str, source: BinaryIO) -> None:
+        """The same with the content of an open local file, which need not fit into memory."""
+        source.flush()
+        source.seek(0)
         with self._doing("written", name):
             if self.local:
-                self._replace(name, lambda path: shutil.copyfile(source, path))
-            else:
+                self._replace(name, source)
+            else:  # by the name that a nameless file has, too
                 self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
-                self._fs.put_file(str(source), self._path(name))
+                self._fs.put_file(f"/dev/fd/{source.fileno()}", self._path(name))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -127,7 +119,7 @@ class Folder:
     def sweep(self, name: str) -> None:
         """Removes what writers that were killed left half-written in a folder in this one."""
         if self.local:
-            for path in Path(self._path(name)).glob(".*.tmp"):
+            for path in Path(self._path(name)).glob(f".*.{HEX}.tmp"):
                 path.unlink(missing_ok=True)
 
     @property
@@ -146,13 +138,16 @@ class Folder:
     def _path(self, name: str) -> str:
         return f"{self._place[1].rstrip('/')}/{name}"
 
-    def _replace(self, name: str, fill: Callable[[str], object]) -> None:
+    def _replace(self, name: str, source: BinaryIO) -> None:
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not `whole_file`: the worker of a killed driver may still write the same file.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            fill(str(temporary))
+            with temporary.open("xb") as file:
+                shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -164,6 +159,6 @@ class Folder:
         except ComaskError:
             raise
         except Exception as error:  # each storage has its own kinds
-            reason = getattr(error, "strerror", None) or one_line(error)
+            reason = one_line(getattr(error, "strerror", None) or error)
             where = f"{self.address.rstrip('/')}/{name}"
             raise ComaskError(f"{where}: cannot be {what}: {reason}") from error

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import Any
 
 from comask.runtime.backends import parse_backend
@@ -150,6 +150,8 @@ class Job:
             folder.write(TERMS, _json(dataclasses.asdict(terms)))  # makes it a job
         elif there != terms:
             raise JobError(_difference(folder, there, terms))
+        elif folder.sizes("").get(INPUTS) != listing.offsets[-1]:  # was cut or lost since
+            folder.put(INPUTS, listing.file)
         return cls(folder, terms)
 
     @property
@@ -169,8 +171,15 @@ class Job:
             start: bytes before it in the listing.
             end: bytes of the listing with it.
             work: gives a row for each image.
+
+        Raises:
+            JobError: the folder has become another job's, or its listing is damaged.
         """
+        if self.terms_in(self.folder) != self.terms:  # of two that began at the same moment
+            raise JobError(f"{self.folder.address}: holds another job now: name another --output")
         lines = self.folder.read(INPUTS, start, end).splitlines()
+        if len(lines) != self.images_in(shard):
+            raise JobError(f"{self.folder.address}: its {INPUTS} is damaged")
         rows = work([json.loads(line) for line in lines])
         content = encoded(rows, self.terms.format)
         record = Record(
@@ -201,21 +210,27 @@ class Job:
 
         Returns:
             The summary.
+
+        Raises:
+            JobError: a part was removed or overwritten since it was done.
         """
         summary = {"failed": 0, "detections": 0, "parts": 0}
-        with TemporaryDirectory() as scratch:
-            failures = Path(scratch) / FAILURES
-            with failures.open("wb") as file:
-                for record in self.done():
-                    summary["failed"] += len(record.failures)
-                    summary["detections"] += record.detections
-                    summary["parts"] += 1
-                    for failure in record.failures:
-                        file.write(json.dumps(failure, ensure_ascii=False).encode() + b"\n")
+        with TemporaryFile() as failures:
+            for record in self.done():
+                summary["failed"] += len(record.failures)
+                summary["detections"] += record.detections
+                summary["parts"] += 1
+                for failure in record.failures:
+                    failures.write(json.dumps(failure, ensure_ascii=False).encode() + b"\n")
+            if summary["parts"] != self.shards:
+                raise JobError(
+                    f"{self.folder.address}: of {self.shards} parts {summary['parts']} are there "
+                    f"still; another command may be at work: run the same command again"
+                )
             self.folder.put(FAILURES, failures)
         whole = {**dataclasses.asdict(self.terms), **summary}
         self.folder.write(SUMMARY, _json(whole))
-        for name in (PARTS, DONE):
+        for name in ("", PARTS, DONE):
             self.folder.sweep(name)
         return whole
 
@@ -223,7 +238,10 @@ class Job:
         """That of a finished job."""
         if not self.folder.exists(SUMMARY):
             return None
-        summary: dict[str, Any] = json.loads(self.folder.read(SUMMARY))
+        try:
+            summary: dict[str, Any] = json.loads(self.folder.read(SUMMARY))
+        except ValueError:
+            return None  # as in `done`
         return summary
 
     def _part(self, shard: int) -> str:
@@ -247,6 +265,8 @@ def _difference(folder: Folder, there: Terms, here: Terms) -> str:
         f"{name} {str(a)[:20]} there, {str(b)[:20]} here" for name, a, b in pairs if a != b
     )
     mend = "name another --output"
+    if not folder.sizes(DONE):
+        mend += ", or remove the folder, in which nothing is done yet"
     if there.inputs != here.inputs:
         mend += f", or continue with its own listing, @{folder.address}/{INPUTS}, as the input"
     return f"{folder.address}: holds another job ({differing}): {mend}"

@@ -14,12 +14,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
-from comask.runtime.fleet.folder import file_system, is_url, one_line
+from comask.runtime.fleet.folder import file_system, is_url
 from comask.runtime.video.address import VIDEO_SUFFIXES, is_address
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, one_line
 
 SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
 
@@ -31,27 +31,27 @@ class Listing:
     """A file with an address a line, each a JSON string, so that any file name fits.
 
     Attributes:
-        file: that was written.
+        file: that was written, open.
         images: lines in it.
         sha256: of the file.
         offsets: bytes before each shard, and behind the last one.
     """
 
-    file: Path
+    file: BinaryIO
     images: int
     sha256: str
     offsets: array[int]
 
 
 def write_listing(
-    inputs: Iterable[str], suffixes: frozenset[str], file: Path, shard: int
+    inputs: Iterable[str], suffixes: frozenset[str], file: BinaryIO, shard: int
 ) -> Listing:
     """Lists the images that inputs name, sorted, without having them all in memory.
 
     Args:
         inputs: see `addresses`.
         suffixes: see `addresses`.
-        file: to write.
+        file: to write, empty.
         shard: images a shard.
 
     Raises:
@@ -64,14 +64,13 @@ def write_listing(
             lines = ((json.dumps(address),) for address in addresses(text, suffixes))
             table.executemany("INSERT OR IGNORE INTO images VALUES (?)", lines)
         digest, offsets, images, end = hashlib.sha256(), array("Q"), 0, 0
-        with file.open("wb") as output:
-            for (line,) in table.execute("SELECT line FROM images ORDER BY line"):
-                if images % shard == 0:
-                    offsets.append(end)
-                content = line.encode() + b"\n"
-                digest.update(content)
-                end += output.write(content)
-                images += 1
+        for (line,) in table.execute("SELECT line FROM images ORDER BY line"):
+            if images % shard == 0:
+                offsets.append(end)
+            content = line.encode() + b"\n"
+            digest.update(content)
+            end += file.write(content)
+            images += 1
         offsets.append(end)
     if not images:
         raise ComaskError(f"{', '.join(inputs)}: names no image")
@@ -82,13 +81,15 @@ def addresses(text: str, suffixes: frozenset[str]) -> Iterator[str]:
     """The images that an input names; local paths are made absolute.
 
     Args:
-        text: an image, a folder, a pattern, or `@` and a list with an address a line (in `….jsonl`, a
-            JSON string a line); each local or at an address that fsspec knows.
+        text: an image, a folder, a pattern, or `@` and a list with an address a line (in `….jsonl`,
+            JSON: a string, or an object with `file`, a line); each local or at an address that
+            fsspec knows.
         suffixes: of a folder's files that are images, with their dots.
 
     Raises:
         ComaskError: when it names nothing, a video or stream, or cannot be listed.
     """
+    text = text.removeprefix("file://")  # so that no file has two addresses
     web = text.lower().startswith(("http://", "https://"))
     if os.path.splitext(text)[1].lower() in VIDEO_SUFFIXES or (is_address(text) and not web):
         raise ComaskError(f"{text}: --runner is for images; run videos and streams without it")
@@ -164,13 +165,25 @@ def _listed(file: str) -> Iterator[str]:
     if not fs.isfile(path):
         raise ComaskError(f"@{file}: no such list")
     with fs.open(path, "rb") as content:
-        lines = io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape", newline="\n")
+        # "-sig": without the mark that Windows begins a text with
+        lines = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="\n")
         for number, line in enumerate(lines, 1):
             address = line.rstrip("\r\n")
             if not address:
                 continue
             if file.lower().endswith(".jsonl"):
-                address = json.loads(address)
-                if not isinstance(address, str):
-                    raise ComaskError(f"@{file}: line {number}: expected a JSON string")
+                address = _from_json(address, f"@{file}: line {number}")
+            address = address.removeprefix("file://")
             yield address if is_url(address) else os.path.abspath(address)
+
+
+def _from_json(line: str, place: str) -> str:
+    """An address as a listing has it, or as parts and `failures.jsonl` do."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        content = None
+    address = content.get("file") if isinstance(content, dict) else content
+    if not isinstance(address, str):
+        raise ComaskError(f'{place}: expected a JSON string, or an object with "file"')
+    return address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -11,12 +12,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from comask.runtime.fleet.apart import WorkerApart
-from comask.runtime.fleet.folder import one_line
 from comask.runtime.fleet.job import Job
-from comask.runtime.fleet.runners import Outcome, Shard, attempt
+from comask.runtime.fleet.runners import FleetError, Outcome, Shard, attempt
 from comask.runtime.fleet.worker import Model
 
-from comask.errors import BackendUnavailableError, ComaskError
+from comask.errors import BackendUnavailableError, ComaskError, one_line
 
 ADDRESS = "RAY_ADDRESS"  # of a cluster; without it one is started here, and ended
 ROUND = 2000  # shards that Ray is told of at once: each is an object in its store
@@ -48,6 +48,8 @@ class RayRunner:
         os.environ |= SILENT
         if own:  # the kernel ends the process that is too large; Ray would end its actor
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        else:  # it would try for a quarter of an hour
+            os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         try:
             self._ray: Any = importlib.import_module("ray")
             self._data: Any = importlib.import_module("ray.data")
@@ -96,23 +98,29 @@ class RayRunner:
             ComaskError: no backend runs there.
         """
         remote = self._ray.remote(**self._needs)(_backend)
-        name, problem = self._ray.get(remote.remote(self._placed(model)))
+        with _told():
+            name, problem = self._ray.get(remote.remote(self._placed(model)))
         if problem:
             raise ComaskError(problem)
         return str(name)
 
     def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
-        """See `Runner`."""
+        """See `Runner`.
+
+        Raises:
+            FleetError: Ray gives up.
+        """
         for start in range(0, len(shards), ROUND):
             rows = [shard._asdict() for shard in shards[start : start + ROUND]]
-            data = self._data.from_items(rows, override_num_blocks=len(rows)).map(
-                _Actor,
-                fn_constructor_args=(job, self._placed(model)),
-                compute=self._data.ActorPoolStrategy(size=min(self._actors, len(rows))),
-                **self._needs,
-            )
-            for row in data.iter_rows():
-                yield Outcome(row["shard"], row["error"])
+            with _told():
+                data = self._data.from_items(rows, override_num_blocks=len(rows)).map(
+                    _Actor,
+                    fn_constructor_args=(job, self._placed(model)),
+                    compute=self._data.ActorPoolStrategy(size=min(self._actors, len(rows))),
+                    **self._needs,
+                )
+                for row in data.iter_rows():
+                    yield Outcome(row["shard"], row["error"])
 
     @property
     def _needs(self) -> dict[str, int]:
@@ -130,6 +138,15 @@ class _Actor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         shard = Shard(**row)
         return {"shard": shard.number, "error": attempt(self._job, shard, self._worker)}
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Whatever Ray raises, as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise FleetError(f"Ray: {one_line(error)[-300:]}; its logs are in /tmp/ray") from error
 
 
 def _backend(model: Model) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import io
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from comask.errors import BackendUnavailableError
+from comask.errors import BackendUnavailableError, one_line
 
 if TYPE_CHECKING:
     from comask.structures import Detections
@@ -31,7 +31,7 @@ def found_row(address: str, found: Detections) -> Row:
 
 def failed_row(address: str, error: str) -> Row:
     """The row of an image that could not be run: `error` says why, and nothing was found or not found."""
-    return _row(address, None, None, _text(error), None)
+    return _row(address, None, None, one_line(error), None)
 
 
 def encoded(rows: list[Row], form: Format) -> bytes:

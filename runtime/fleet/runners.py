@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from comask.runtime.fleet.folder import one_line
 from comask.runtime.fleet.job import Job
 from comask.runtime.fleet.rows import Row
 from comask.runtime.fleet.worker import Model, Worker
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, one_line
 
 FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
 
@@ -54,9 +53,10 @@ class LocalRunner:
 
     def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
         """See `Runner`."""
-        worker = Worker(model)
-        for shard in shards:
-            yield Outcome(shard.number, attempt(job, shard, worker))
+        with model.load() as predictor:
+            worker = Worker(predictor)
+            for shard in shards:
+                yield Outcome(shard.number, attempt(job, shard, worker))
 
 
 def attempt(job: Job, shard: Shard, worker: Callable[[list[str]], list[Row]]) -> str:
@@ -98,7 +98,7 @@ def run_all(
                 done(job.images_in(number))
         there = {record.shard for record in job.done()}
         before, left = len(left), [shard for shard in left if shard.number not in there]
-        if len(left) == before or in_a_row == FAILURES_IN_A_ROW:
+        if left and (len(left) == before or in_a_row == FAILURES_IN_A_ROW):
             raise FleetError(
                 f"{len(left)} of {job.shards} parts cannot be written: "
                 f"{last or 'their workers died'}; mend that, and run the same command again"

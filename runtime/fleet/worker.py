@@ -9,16 +9,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from comask.runtime.fleet.folder import READERS, file_system, is_url, one_line
+from comask.runtime.fleet.folder import READERS, file_system, is_url
 from comask.runtime.fleet.job import bundle_digest
 from comask.runtime.fleet.rows import Row, failed_row, found_row
 
-from comask.errors import BundleError, ComaskError, ImageError
+from comask.errors import BundleError, ComaskError, ImageError, one_line
 from comask.preprocess import decode_image
 
 if TYPE_CHECKING:
@@ -62,20 +61,18 @@ class Model:
         return Predictor.load(self.bundle, self.backend, **self.settings)
 
 
-@dataclass
 class Worker:
-    """Runs images in this process; the model is loaded for the first ones.
+    """Runs images in this process.
 
-    Attributes:
-        model: to run.
+    Args:
+        predictor: the loaded model.
     """
 
-    model: Model
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """The loaded model."""
-        return self.model.load()
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        side = predictor.preprocess.short_side
+        # a black image, which only engines of few sizes refuse, until one ran that is none
+        self._sound = predictor.prepare(np.zeros((side, side, 3), dtype=np.uint8))
 
     def __call__(self, addresses: list[str]) -> list[Row]:
         """A row for each image, in order; one that cannot be run has an `error`.
@@ -102,24 +99,26 @@ class Worker:
         return rows
 
     def check(self) -> None:
-        """Runs a black image, which whatever is sound can run.
+        """Runs an image that is not to blame: the last one that could be run, or a black one.
 
         Raises:
             Exception: of whatever kind, when that is impossible.
         """
-        side = self.predictor.preprocess.short_side
-        self.predictor(np.zeros((side, side, 3), dtype=np.uint8))
+        self.predictor.predict_prepared([self._sound])
 
     def _found(self, images: list[tuple[str, Prepared]]) -> list[Detections | str]:
         """Detections of each image, or what is wrong with it."""
         try:
-            return list(self.predictor.predict_prepared([image for _, image in images]))
+            found = self.predictor.predict_prepared([image for _, image in images])
         # Memory, an engine's largest canvas, …: backends have no kind of error in common.
         except Exception as error:
             if len(images) > 1:  # the others of the batch may be sound
                 return [result for image in images for result in self._found([image])]
             self.check()
             return [f"{images[0][0]}: cannot be run: {one_line(error)}"]
+        if images:
+            self._sound = images[-1][1]
+        return list(found)
 
     def _read(self, addresses: list[str]) -> Iterator[list[tuple[str, Future[bytes | None]]]]:
         """Windows of images with the bytes of those that are not local, the next one on its way."""
@@ -139,16 +138,17 @@ def _content(address: str) -> bytes | None:
     """The bytes of an image; None for a local one, which is read when it is decoded."""
     if not is_url(address):
         return None
-    for wait in (*READ_AGAIN_AFTER, None):
+    waits = iter(READ_AGAIN_AFTER)
+    while True:
         try:
             fs, path = file_system(address)
             return bytes(fs.cat_file(path))
         except Exception as error:  # each storage has its own kinds
             lasting = isinstance(error, ComaskError | FileNotFoundError | PermissionError)
-            if wait is None or lasting:
+            wait = None if lasting else next(waits, None)
+            if wait is None:
                 raise ImageError(f"{address}: cannot be read: {_reason(error)}") from error
             time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _reason(error: Exception) -> str:
