@@ -11,7 +11,7 @@ from comask.cli.bench_soak import Soak, run_soak
 from comask.cli.bench_sweep import run_sweep
 from comask.cli.bench_timing import Timing, run_timing
 from comask.cli.bench_work import Sweep
-from comask.cli.options import command, json_option
+from comask.cli.options import check_folders, command, json_option
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 
 LOSS = 0.5  # AP points
@@ -75,6 +75,7 @@ def main(
     """
     mode = "--sweep" if sweep else "--soak" if soak is not None else ""
     _check_usage(mode, backends, how, {"runs": runs, "soak": soak} | rest)
+    check_folders(plot=plot, json=json_file)
     if plot is not None:
         from comask.cli.bench_plots import check_plot
 

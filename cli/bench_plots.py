@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comask.cli.bench_tables import HEADS, MIB, machine_line
-from comask.runtime.bench.growth import LIMITS, PARTS
+from comask.cli.bench_tables import HEADS, machine_line
+from comask.runtime.bench.growth import LIMITS, MIB, PARTS
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, one_line
 from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ SOAK_PANELS = (  # label, and series by their names in the report
     ("CPU ms an image", ("cpu_ms",)),
     ("calls, ms", ("call_p50_ms", "call_p99_ms")),
     ("stream, ms", ("stream_p50_ms", "stream_p99_ms")),
+    ("share waited", ("waited",)),
     ("clock, MHz", ("clock_mhz",)),
 )
 FAR = 10.0  # losses beyond so many limits are drawn on the edge, lest they squeeze the others
@@ -36,12 +37,10 @@ def check_plot(path: Path) -> None:
     """Whether a picture can be drawn, before anything is measured.
 
     Raises:
-        ComaskError: it is of another kind, has no folder, or matplotlib is missing.
+        ComaskError: it is of another kind, or matplotlib is missing.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ComaskError(f"--plot {path}: expected a name that ends in {', '.join(SUFFIXES)}")
-    if not path.resolve().parent.is_dir():
-        raise ComaskError(f"--plot {path}: its folder does not exist; make it first")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -76,7 +75,7 @@ def draw_timing(report: dict[str, Any], path: Path) -> None:
     batch = report["batch"]
     what = "an image" if batch == 1 else f"a batch of {batch}"
     axes.set_xlabel(f"median milliseconds of {what}, divided as the medians of its parts")
-    axes.set_title(f"{report['subject']}, {machine_line(report['machine'])}", fontsize=9)
+    _title(axes, report["subject"], report["machine"])
     figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=9, frameon=False)
     _clear(axes)
     _save(figure, path)
@@ -131,8 +130,7 @@ def draw_sweep(report: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     axes.set_xlabel("milliseconds an image")
     axes.set_ylabel("AP points lost, boxes or masks, whichever more")
-    what = f"{report['images']} images of {report['data']}"
-    axes.set_title(f"{what}, {machine_line(report['machine'])}", fontsize=9, pad=12)
+    _title(axes, f"{report['images']} images of {report['data']}", report["machine"])
     axes.grid(alpha=0.3)
     axes.set_ylim(top=top)
     figure.legend(loc="outside right upper", fontsize=9, frameon=False, labelspacing=0.8)
@@ -171,9 +169,7 @@ def draw_soak(report: dict[str, Any], path: Path) -> None:
         _clear(axes)
     rows[-1].set_xlabel("minutes; gray: warm-up, which is not judged")
     rows[-1].set_xlim(0, minutes[-1])
-    rows[0].set_title(
-        f"{report['runs_as']}, {report['subject']}, {machine_line(report['machine'])}", fontsize=9
-    )
+    _title(rows[0], f"{report['runs_as']}, {report['subject']}", report["machine"])
     _save(figure, path)
 
 
@@ -195,6 +191,12 @@ def _named(entry: dict[str, Any]) -> str:
         f"{entry['backend']}, {entry['proposals']} proposals, {entry['short_side']} px,\n"
         f"batch {entry['batch']}: {entry['ms_per_image']:.3g} ms, {entry['loss']:+.2f} points{own}"
     )
+
+
+def _title(axes: Axes, subject: str, machine: dict[str, Any]) -> None:
+    # no formulas: a file's name may hold dollars
+    text = one_line(f"{subject}, {machine_line(machine)}")
+    axes.set_title(text, fontsize=9, pad=12, parse_math=False)
 
 
 def _clear(axes: Axes) -> None:

@@ -133,8 +133,10 @@ def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], s
 
 def _judged(soaked: Soaked) -> dict[str, Any]:
     """The report's part on what was run, and what grew."""
+    import numpy as np
     from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths, warmed_up
 
+    waited = soaked.series.get("waited", np.empty(0))
     judged = {name: series for name, series in soaked.series.items() if name in LIMITS}
     found = growths(soaked.times, judged)
     grown = [str(growth) for growth in found.values() if not growth.passed]
@@ -153,6 +155,7 @@ def _judged(soaked: Soaked) -> dict[str, Any]:
         verdict = f"nothing grew beyond its limit in {minutes:.3g} minutes"
     return {
         "seconds": soaked.seconds,
+        "waited": float(np.median(waited)) if len(waited) else None,
         "rounds": soaked.rounds,
         "images": soaked.images,
         "detections": soaked.detections,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from comask.runtime.bench.growth import MIB
+
+from comask.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MIB = 2**20
 HEADS = {
     "prepare": "prepare", "stage1": "stage 1", "stage2": "stage 2", "other": "other",
     "results": "results", "encode": "paste+RLE", "sum": "sum",
@@ -24,6 +27,7 @@ def console(*, to_stderr: bool) -> Console:
         stderr=to_stderr,
         width=None if sys.stdout.isatty() else 130,
         highlight=False,
+        markup=False,  # names of files may look like it
         soft_wrap=True,
     )
 
@@ -76,8 +80,8 @@ def print_timing(report: dict[str, Any], *, to_stderr: bool) -> None:
             out.print(table, "")
     canvases = ", ".join(f"{height}x{width}" for height, width in report["canvases"])
     out.print(
-        f"{report['subject']} on canvases of {canvases}; {report['runs']} runs of each in turn; "
-        f"{machine_line(report['machine'])}"
+        f"{one_line(report['subject'])} on canvases of {canvases}; {report['runs']} runs of each in "
+        f"turn; {machine_line(report['machine'])}"
     )
 
 
@@ -135,10 +139,15 @@ def print_soak(report: dict[str, Any], *, to_stderr: bool) -> None:
         out.print(table, "")
     out.print(
         f"{report['images']} images in {report['rounds']} rounds and {report['seconds'] / 60:.1f} "
-        f"minutes on {report['runs_as']} ({report['device']}): {report['subject']}; "
+        f"minutes on {report['runs_as']} ({report['device']}): {one_line(report['subject'])}; "
         f"{report['detections']} detections, {report['unreadable']} attempts to read a broken image; "
         f"{machine_line(report['machine'])}"
     )
+    if report["waited"]:
+        out.print(
+            f"others had the processor for {report['waited']:.0%} of a call's time, which latencies are "
+            f"without"
+        )
     if not report["detections"]:
         out.print("warning: nothing was found in these images, so masks were not under load")
     if report["passed"]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from comask.cli.bench_front import Scored, Setting
 from comask.cli.predictor_options import PredictorOptions
 
-from comask.errors import ComaskError, ConfigError, DataError, EngineError
+from comask.errors import ComaskError, ConfigError, DataError, EngineError, one_line
 from comask.progress import Progress
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Work:
                     if setting == own:
                         tried = list(
                             dict.fromkeys([1, *tried])
-                        )  # one image is what is compared with
+                        )  # what the others are compared with
                     title = f"{place + 1}/{len(order)} {setting.without_batch}"
                     self._measure(setting, tried, reference, title)
         except (KeyboardInterrupt, SystemExit) as interruption:  # SIGINT, SIGTERM
@@ -178,7 +178,7 @@ class Work:
                 yield timed, self._own_ms * found["tried"].median / found["own"].median
 
     def _skip(self, setting: Setting, error: ComaskError) -> None:
-        self.skipped.append((setting, " ".join(str(error).split())))
+        self.skipped.append((setting, one_line(error)))
 
 
 def _check_reference(metrics: CocoMetrics) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from comask.cli.options import command, json_option, write_json
+from comask.cli.options import check_folders, command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 from comask.runtime.parity.scores import labels_in_data
 
@@ -69,6 +69,7 @@ def main(
     from comask.bundle import Bundle
     from comask.data.open_source import open_source
 
+    check_folders(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
     if "auto" in backends:
         raise click.UsageError("--backend auto: name the backends that are to be compared")

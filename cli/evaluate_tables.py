@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from comask.errors import one_line
+
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
 
 
@@ -12,13 +14,15 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     """AP tables, then a verdict on each contestant with its reasons."""
     from rich.console import Console
 
-    console = Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 140)
+    # no markup: names of files may look like it
+    width = None if sys.stdout.isatty() else 140
+    console = Console(stderr=to_stderr, width=width, markup=False, highlight=False)
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
         heading = f"{title}, AP points on {report['images']} images"
         console.print(_table(report, task, heading, wide=console.width >= WIDE))
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(text), soft_wrap=True)
 
     for name, reason in report["skipped"].items():
         say(f"skipped {name}: {reason}")

@@ -220,13 +220,16 @@ def _decoded(
 def _detected(
     predictor: Predictor, images: Iterator[tuple[Path, Pixels]], window: int, stop: Interruption
 ) -> Iterator[tuple[Path, Pixels, Detections]]:
-    """Images with their detections, few of them in memory at a time, until `stop`."""
+    """Images with their detections, until `stop`; those in memory are few, and fewer of large ones."""
+    from comask.preprocess import MOST_IMAGE_PIXELS
+
     waiting: list[tuple[Path, Pixels]] = []
     for entry in images:
         if stop.signal:
             return
         waiting.append(entry)
-        if len(waiting) == window:
+        values = sum(pixels.size for _, pixels in waiting)
+        if len(waiting) == window or values > 3 * MOST_IMAGE_PIXELS:
             yield from _flush(predictor, waiting)
             waiting = []
     yield from _flush(predictor, waiting)

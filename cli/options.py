@@ -19,12 +19,12 @@ from typing import Any
 import click
 
 from comask import __version__
-from comask.errors import ComaskError, one_line
+from comask.errors import ComaskError, is_out_of_memory, one_line
 from comask.whole_file import write_whole
 
 MENDS = {
-    errno.EROFS: "; copy the bundle to a folder that can be written",
-    errno.EACCES: "; ask for the right to write there, or take another folder",
+    errno.EROFS: "; take a folder that can be written, and copy a bundle there",
+    errno.EACCES: "; ask for the right to read or write there, or take another folder",
     errno.ENOSPC: "; free space, or take another disk",
 }
 EXTRAS = {  # that brings a package which a command may find missing
@@ -76,10 +76,10 @@ def command(function: Callable[..., None]) -> click.Command:
                 f"error: {package} is not installed: pip install 'comask[{extra}]'", err=True
             )
             sys.exit(1)
-        except MemoryError as error:
-            if verbose:
+        except (MemoryError, RuntimeError) as error:
+            if verbose or not is_out_of_memory(error):
                 raise
-            click.echo(f"error: not enough memory ({error}): take less at once", err=True)
+            click.echo(f"error: not enough memory: take less at once ({one_line(error)})", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -118,6 +118,17 @@ def json_option(function: Callable[..., None]) -> Callable[..., None]:
     return option(function)
 
 
+def check_folders(**files: str | Path | None) -> None:
+    """Whether there are folders for what long work will end with, by the names of its options.
+
+    Raises:
+        ComaskError: there is one missing.
+    """
+    for option, file in files.items():
+        if file is not None and file != "-" and not Path(file).resolve().parent.is_dir():
+            raise ComaskError(f"--{option} {file}: its folder does not exist; make it first")
+
+
 def write_json(target: str | None, content: Any) -> None:
     """Writes `content` where `--json` points; nothing without it.
 
@@ -126,7 +137,8 @@ def write_json(target: str | None, content: Any) -> None:
     """
     if target is None:
         return
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
+    text = json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
     # a name that is not UTF-8 holds half characters, which JSON can escape
     text = text.encode(errors="backslashreplace").decode()
     if target == "-":

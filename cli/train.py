@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
+from comask.cli.interruption import Interruption
 from comask.cli.options import command
 
 from comask.errors import CheckpointError, ConfigError
@@ -147,6 +149,7 @@ def _train(
         f"{len(train)} training images, {len(val_indices)} for validation, "
         f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}",
     )
+    stop = Interruption()
     trainer = Trainer(
         model,
         config,
@@ -157,10 +160,17 @@ def _train(
         ranks=ranks,
         evaluate=validator if config.train.evaluate_every else None,
         resume=checkpoint,
+        signal=lambda: stop.signal,
     )
     if checkpoint and trainer.step == trainer.total_steps:
         _say(ranks, f"nothing left to do: the run ended at step {trainer.step}")
-    trainer.train()
+    with stop.on_signal():
+        trainer.train()
+    if trainer.ended_by:
+        place = f"step {trainer.step} of {trainer.total_steps}"
+        if ranks.first:
+            click.echo(f"interrupted after {place}: --resume goes on there", err=True)
+        sys.exit(128 + trainer.ended_by)
     if not ranks.first:
         return
     if trainer.out_of_patience:

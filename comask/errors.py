@@ -1,5 +1,8 @@
 """Everything comask raises on purpose. A command prints the message as one line and exits with 1."""
 
+# In what allocators say: a CPU's, a GPU's, and PyTorch's of sizes beyond all memory.
+_NO_MEMORY = ("llocate memory", "out of memory", "Storage size calculation overflowed")
+
 
 class ComaskError(Exception):
     """A mistake that its reader can mend: the text says what was found, expected, and what to do."""
@@ -53,6 +56,10 @@ class EngineError(ComaskError, RuntimeError):
     """A TensorRT engine that cannot be built, loaded or trusted."""
 
 
+class NotFiniteError(EngineError):
+    """A backend that computes NaN or infinities."""
+
+
 class KernelError(ComaskError, RuntimeError):
     """A kernel that cannot be compiled, loaded or launched."""
 
@@ -61,10 +68,18 @@ class KernelUnavailableError(KernelError):
     """Kernels cannot be had on this machine: there is no compiler, no driver, or none for the device."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was not to be had, for which PyTorch and ONNX Runtime have no kind of error."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
 def one_line(message: object) -> str:
     """What a terminal shows of a message as one line, and does not obey.
 
-    Names of files and entries of JSON may hold line breaks, escape sequences and half characters.
+    Names of files and entries of JSON may hold line breaks, escape sequences and half characters. An
+    error that says nothing is shown by its kind.
     """
     line = " ".join(str(message).split())
+    if not line and isinstance(message, BaseException):
+        line = type(message).__name__
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

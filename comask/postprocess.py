@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.errors import EngineError
+from comask.errors import NotFiniteError
 from comask.preprocess import Prepared
 from comask.structures import Detections
 
@@ -31,7 +31,7 @@ def detections_from_outputs(
         mask_threshold: see `Detections`.
 
     Raises:
-        EngineError: when what was found is not finite.
+        NotFiniteError: when what was found is not finite.
     """
     results = []
     for i, image in enumerate(prepared):
@@ -59,7 +59,7 @@ def count_detections(outputs: Mapping[str, NDArray[np.generic]], image: int) -> 
     """Number of detections of an image of a batch.
 
     Raises:
-        EngineError: its scores are not finite, which stage 2 says by a count of -1.
+        NotFiniteError: its scores are not finite, which stage 2 says by a count of -1.
     """
     count = int(outputs["num_detections"][image])
     if count < 0:
@@ -71,14 +71,14 @@ def require_finite(name: str, values: NDArray[np.generic]) -> None:
     """Checks what a backend computed.
 
     Raises:
-        EngineError: there is a NaN or an infinity; the text begins with `name`.
+        NotFiniteError: there is a NaN or an infinity; the text begins with `name`.
     """
     if not np.isfinite(values).all():
         raise _not_finite(name)
 
 
-def _not_finite(name: str) -> EngineError:
-    return EngineError(
+def _not_finite(name: str) -> NotFiniteError:
+    return NotFiniteError(
         f"{name} are not finite, so its precision or its weights cannot be trusted: take fp32 if "
-        f"it is a lower one, and compare it with PyTorch by comask-eval"
+        f"it is a lower one; comask-eval names the layer that it begins in"
     )

@@ -130,7 +130,8 @@ class Predictor(Closing):
 
         Raises:
             ImageError: when one cannot be decoded.
-            EngineError: when there is no memory, or the backend gives what is not finite.
+            EngineError: when there is no memory.
+            NotFiniteError: when the backend gives NaN or infinities.
         """
         if isinstance(images, list):
             return self.predict_prepared([self.prepare(image) for image in images])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.errors import EngineError
+from comask.errors import EngineError, is_out_of_memory
 from comask.postprocess import require_finite
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-NO_MEMORY = ("llocate memory", "out of memory")  # in what a CPU's or a GPU's allocator says
 PROPOSALS = ("proposals", "proposal_scores")  # what stage 1 tells stage 2 besides the pyramid
 
 
@@ -111,7 +110,8 @@ class Stages(Closing):
             stage 2's outputs by name; the arrays belong to the caller.
 
         Raises:
-            EngineError: there is not enough memory, or the proposals are not finite.
+            EngineError: there is not enough memory.
+            NotFiniteError: the proposals are not finite.
         """
         started = time.perf_counter()
         try:
@@ -123,9 +123,8 @@ class Stages(Closing):
                 # stage 2 would take these for padding, and find nothing
                 require_finite(f"{self.backend}: stage 1's {name}", values)
             outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
-        # PyTorch and ONNX Runtime have no kind of error for it
         except Exception as error:
-            if not any(words in str(error) for words in NO_MEMORY):
+            if not is_out_of_memory(error):
                 raise
             batch, height, width, _ = images.shape
             raise EngineError(

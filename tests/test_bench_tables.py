@@ -71,6 +71,16 @@ def test_tables_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert "stream" not in capsys.readouterr().out
 
 
+def test_names_of_files_are_no_markup_and_no_formulas(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = timing(stream=False) | {"subject": "noise of [/x]\n$\\oops$"}
+    print_timing(report, to_stderr=False)
+    assert "noise of [/x] $\\oops$ on canvases" in capsys.readouterr().out
+    draw_timing(report, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Those that are drawn."""
@@ -79,8 +89,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return drawn
 
 
-def test_bars_end_where_their_labels_say(figures: list[Figure]) -> None:
-    draw_timing(timing(stream=True), Path("a.png"))
+def test_bars_end_where_their_labels_say(figures: list[Figure], tmp_path: Path) -> None:
+    draw_timing(timing(stream=True), tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert len(axes.containers) == len(HEADS) - 1
     for place, label in enumerate(axes.texts):
@@ -90,9 +100,11 @@ def test_bars_end_where_their_labels_say(figures: list[Figure]) -> None:
         assert widths[1] / widths[2] == pytest.approx(2 / 3)
 
 
-def test_settings_beyond_the_axis_keep_their_number_and_the_front(figures: list[Figure]) -> None:
+def test_settings_beyond_the_axis_keep_their_number_and_the_front(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     report = sweep(40.0, 30.0, 0.3, 0.0)
-    draw_sweep(report, Path("a.png"))
+    draw_sweep(report, tmp_path / "a.png")
     (axes,) = figures[0].axes
     (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
     top = top_of_losses(report)

@@ -236,6 +236,23 @@ def test_what_rounds_may_gain_and_int8_may_lose_its_budget(
     assert found["deltas"]["segm"]["AP"] == pytest.approx(points)
 
 
+def test_what_computes_nan_is_traced_to_its_layer(micro_bundle: Path, tmp_path: Path) -> None:
+    graph = "stage1_proposals.onnx"
+    bundle = broken(
+        micro_bundle, tmp_path / "bundle", graph, scale("model.rpn.conv.weight", np.nan)
+    )
+    code, report, page = evaluate(
+        bundle, tmp_path, "--backend", "torch", "--backend", "onnxruntime"
+    )
+    assert code == 1
+    first, *_ = failures = report["comparisons"]["onnxruntime"]["failures"]
+    assert "rpn.conv" in first
+    assert any("are not finite" in failure for failure in failures)
+    assert report["backends"]["onnxruntime"]["detections"] == 0
+    assert "NaN" not in (tmp_path / "report.json").read_text()  # which is no JSON
+    assert "are not finite" in page
+
+
 def test_one_backend_alone_is_scored_only(micro_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
     code, report, page = evaluate(bundle, tmp_path, "--backend", "onnxruntime")

@@ -7,17 +7,23 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comask.cli.bench_work import Work
+from comask.export import pipeline
 from comask.runtime.ort_session import OrtSession
 from conftest import MICRO, run, settings
 
-from comask.training.loop import Trainer
+from comask.training.checkpoint import load_checkpoint
+from comask.training.loop import LAST, Trainer
+from comask.training.record import read_rows
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 LAST_WORDS = {INT: "interrupted", TERM: "terminated"}
@@ -42,40 +48,106 @@ def signal_at(
     return at
 
 
-def check(done: Any, number: signal.Signals) -> None:
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A shell that runs the tests in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def check(done: Any, number: signal.Signals, words: str = "") -> None:
     assert done.exit_code == 128 + number, done.output
-    assert done.stderr.splitlines()[-1] == LAST_WORDS[number]
+    assert done.stderr.splitlines()[-1] == (words or LAST_WORDS[number])
     assert "Traceback" not in done.output
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("number", [TERM])
-def test_train_goes_on_after_it(tmp_path: Path, signal_at: Any, number: signal.Signals) -> None:
-    arguments = ("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path,
-                 *settings(*MICRO), "--set", "train.checkpoint_every=1")  # fmt: skip
-    signal_at(torch, "save", 2)  # into the file of the second checkpoint
-    check(run(*arguments), number)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert "checkpoint-last.pt" in names
-    assert not [name for name in names if name.endswith(".tmp")]
-    again = run(*arguments, "--resume")
+TRAIN = ("train", "--data", "shapes", "--preset", "shapes-tiny", *settings(*MICRO),
+         *settings("train.epochs=2", "data.shapes_train=12"), "--output")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    assert run(*TRAIN, output).exit_code == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("number", "owner", "name", "call", "step"),
+    [
+        (INT, Trainer, "train_step", 2, 2),
+        (TERM, torch, "save", 2, 4),  # of the first epoch, into `LAST`
+        (TERM, Trainer, "run_evaluation", 1, 3),
+    ],
+    ids=["step", "save", "evaluation"],
+)
+def test_train_keeps_what_it_did(
+    undisturbed: Path, tmp_path: Path, signal_at: Any, number: signal.Signals, owner: Any, name: str,
+    call: int, step: int,
+) -> None:  # fmt: skip
+    signal_at(owner, name, call)
+    done = run(*TRAIN, tmp_path)
+    check(done, number, f"interrupted after step {step} of 6: --resume goes on there")
+    assert load_checkpoint(tmp_path / LAST).step == step
+    assert not list(tmp_path.glob(".*.tmp"))
+    again = run(*TRAIN, tmp_path, "--resume")
     assert again.exit_code == 0, again.output
+    ours, whole = (load_checkpoint(folder / LAST) for folder in (tmp_path, undisturbed))
+    assert ours.model.keys() == whole.model.keys()
+    assert all(torch.equal(ours.model[key], whole.model[key]) for key in whole.model)
+    assert read_rows(tmp_path / "eval.csv") == read_rows(undisturbed / "eval.csv")
 
 
-@pytest.mark.parametrize("number", [INT])
-def test_train_is_ended_in_a_step(tmp_path: Path, signal_at: Any, number: signal.Signals) -> None:
-    signal_at(Trainer, "train_step", 2)
-    done = run("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path,
-               *settings(*MICRO))  # fmt: skip
-    check(done, number)
+def test_a_signal_to_the_whole_group_takes_no_loader_away(tmp_path: Path) -> None:
+    """As a terminal's Ctrl-C and a scheduler's SIGTERM come: to the loading processes as well."""
+    longer = settings("data.workers=1", "train.epochs=1000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "comask.cli.train", *TRAIN[1:], str(tmp_path), *longer],
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            if process.poll() is not None or (tmp_path / "metrics.csv").exists():
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, TERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + TERM, said
+    assert "interrupted after step" in said
+    assert load_checkpoint(tmp_path / LAST).step > 0
+
+
+def test_a_second_signal_ends_training_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: Trainer, *arguments: Any) -> None:
+        os.kill(os.getpid(), TERM)
+        os.kill(os.getpid(), TERM)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    check(run(*TRAIN, tmp_path), TERM)
+    assert not (tmp_path / LAST).exists()
+
+
+@pytest.mark.parametrize("number", [TERM])
+def test_a_signal_after_the_last_step_changes_nothing(
+    tmp_path: Path, signal_at: Any, number: signal.Signals
+) -> None:
+    signal_at(Trainer, "run_evaluation", 2)
+    done = run(*TRAIN, tmp_path)
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("number", [INT])
 def test_an_export_leaves_nothing(
     micro_run: Path, tmp_path: Path, signal_at: Any, number: signal.Signals
 ) -> None:
-    signal_at(OrtSession, "run", 1)  # the graphs are written and compared
+    signal_at(pipeline, "export_stage1", 1)  # the weights are written
     done = run("export", micro_run / "checkpoint-last.pt", "--output", tmp_path / "bundle",
                "--verify-images", 1)  # fmt: skip
     check(done, number)
@@ -83,25 +155,29 @@ def test_an_export_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("number", "call", "arguments"),
+    ("number", "owner", "name", "call", "arguments"),
     [
-        (TERM, 1, ("export", "{}", "--precision", "fp16", "--verify-images", 1)),
-        (INT, 5, ("eval", "{}", "--data", "shapes", "--images", 4, "--backend", "onnxruntime",
-                  "--backend", "torch", "--json", "{}.json", "--report", "{}.html")),
-        (TERM, 5, ("bench", "{}", "--backend", "onnxruntime", "--size", "64x64", "--json", "{}.json",
-                   "--plot", "{}.png")),
-        (INT, 2, ("bench", "{}", "--backend", "onnxruntime", "--sweep", "--data", "shapes", "--limit",
-                  2, "--json", "{}.json")),
+        (TERM, pipeline, "export_stage1", 1,
+         ("export", "{}", "--precision", "fp16", "--verify-images", 1)),
+        (INT, OrtSession, "run", 5,
+         ("eval", "{}", "--data", "shapes", "--images", 4, "--backend", "onnxruntime", "--backend",
+          "torch", "--json", "{}.json", "--report", "{}.html")),
+        (TERM, OrtSession, "run", 5,
+         ("bench", "{}", "--backend", "onnxruntime", "--size", "64x64", "--json", "{}.json", "--plot",
+          "{}.png")),
+        (INT, OrtSession, "run", 2,
+         ("bench", "{}", "--backend", "onnxruntime", "--sweep", "--data", "shapes", "--limit", 2,
+          "--json", "{}.json")),
     ],
     ids=["export", "eval", "bench", "sweep"],
 )  # fmt: skip
 def test_a_bundle_is_as_it_was(
     micro_bundle: Path, tmp_path: Path, signal_at: Any, number: signal.Signals,
-    arguments: tuple[Any, ...], call: int,
+    arguments: tuple[Any, ...], owner: Any, name: str, call: int,
 ) -> None:  # fmt: skip
     bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    signal_at(OrtSession, "run", call)
+    signal_at(owner, name, call)
     done = run(*(str(argument).format(bundle) for argument in arguments))
     check(done, number)
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before

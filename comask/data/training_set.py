@@ -6,6 +6,7 @@ images are loaded, so a resumed run sees what an undisturbed one would have seen
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,8 +188,15 @@ def load_batches(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     yield from loader
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent still needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items: list[Item]) -> Batch:

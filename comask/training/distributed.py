@@ -86,6 +86,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def largest_over_ranks(value: int, ranks: Ranks) -> int:
+    """The largest of all processes' values, on each of them."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, device=ranks.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather(value: T) -> list[T]:
     """Every process's `value`, by rank, on the first process; nothing on the others."""
     if not dist.is_initialized():

@@ -27,7 +27,14 @@ from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
 from comask.training.curves import draw_curves
-from comask.training.distributed import Ranks, gather, mean_over_ranks, require_agreement
+from comask.training.distributed import (
+    Ranks,
+    gather,
+    largest_over_ranks,
+    mean_over_ranks,
+    require_agreement,
+    share_from_first,
+)
 from comask.training.failures import non_finite, out_of_memory
 from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
@@ -52,6 +59,10 @@ class Trainer:
         ranks: this process among its kind.
         evaluate: scores a model on the validation images; None leaves the last checkpoint the best.
         resume: where to go on.
+        signal: the number of one that asks to end, 0 for none; looked at after each step.
+
+    Attributes:
+        ended_by: the signal that ended `train` before its last step, on whichever process; 0 for none.
     """
 
     def __init__(
@@ -66,11 +77,12 @@ class Trainer:
         ranks: Ranks,
         evaluate: Evaluator | None,
         resume: Checkpoint | None = None,
+        signal: Callable[[], int] = lambda: 0,
     ) -> None:
         train = config.train
         self.model, self.config, self.dataset, self.ranks = model, config, dataset, ranks
         self.categories, self.output, self.data = categories, output, data
-        self.evaluate = evaluate
+        self.evaluate, self._signal, self.ended_by = evaluate, signal, 0
         self.optimizer = build_optimizer(model, train)
         self.ema = average_weights(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
@@ -101,7 +113,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, train.max_steps)
 
     def train(self) -> None:
-        """Runs to the last step, or out of patience; evaluates every `evaluate_every` epochs.
+        """Runs to the last step, out of patience, or to a signal; evaluates every so many epochs.
 
         Raises:
             TrainingError: when a loss is not finite, or memory does not suffice.
@@ -120,12 +132,18 @@ class Trainer:
                     bar.advance(note=note)
                     # The last step of an epoch is saved below, after its evaluation.
                     ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
-                    if self.step % train.checkpoint_every == 0 and not ends:
+                    if ends:
+                        continue
+                    if self._is_to_end():
+                        return
+                    if self.step % train.checkpoint_every == 0:
                         self.save(LAST)
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
                     self.run_evaluation(epoch)
-                # After the evaluation, so that a run killed during it evaluates when it goes on.
+                # Saved after the evaluation, so that a run killed during it evaluates when it goes on.
+                if not last and self._is_to_end():
+                    return
                 self.save(LAST)
         if self.total_steps == 0:
             self.save(LAST)
@@ -135,6 +153,14 @@ class Trainer:
             if self.validation is None:  # else the last evaluation has reported all there is
                 self._report()
             self.record.close()
+
+    def _is_to_end(self) -> bool:
+        """Whether a signal asks for it; then `LAST` is of this step, and goes on with the same bits."""
+        self.ended_by = largest_over_ranks(self._signal(), self.ranks)
+        if self.ended_by:
+            self.save(LAST)
+            share_from_first(None)  # where one process ends, torchrun ends those that still write
+        return self.ended_by != 0
 
     @property
     def out_of_patience(self) -> bool:

@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 from comask.runtime.bench.growth import MIB, Series
 from comask.runtime.bench.memory import free_gpu_memory
-from comask.runtime.bench.vitals import clock_mhz, open_files, resident_bytes, thread_count
+from comask.runtime.bench.vitals import (
+    clock_mhz,
+    open_files,
+    resident_bytes,
+    thread_count,
+    waited_seconds,
+)
 from comask.runtime.future import Future
 from comask.runtime.gpu import find_gpu
 from comask.runtime.predictor import Predictor
@@ -41,7 +47,9 @@ class Soaked:
         detections: in them.
         unreadable: attempts to read an image that failed.
         times: [N] f64, seconds since the start, of each sample.
-        series: [N] f64 each, by the names of `growth.LIMITS`, and `clock_mhz` where it is known.
+        series: [N] f64 each, by the names of `growth.LIMITS`; `waited`, the share of a call's time in
+            which other processes had the processor, which latencies are without; and `clock_mhz` where
+            it is known.
         problem: what ended it early, or None.
     """
 
@@ -128,17 +136,19 @@ class _Load(Closing):
         self.rounds = self.images = self.detections = self.unreadable = 0
         self._calls: list[float] = []  # seconds, since the last sample
         self._frames: list[float] = []
+        self._waited = 0.0  # seconds of `_calls` in which others had the processor
         self._last = time.process_time(), 0, 0, 0  # CPU seconds, images, unreadable, rounds
 
     def round(self) -> None:
         """Every image by a call, from its file to RLEs, and then as a frame of a stream."""
         for group in self._groups:
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), waited_seconds()
             pixels = list(self._readable(group))
             if pixels:
                 for found in self._predictor(list(pixels)):
                     self.detections += len(found.to_rle())
                 self._calls.append(time.perf_counter() - started)
+                self._waited += waited_seconds() - waited
                 self.images += len(pixels)
         waiting: deque[tuple[float, Future]] = deque()
         frame: Pixels | None = None
@@ -163,6 +173,8 @@ class _Load(Closing):
         cpu, images, unreadable, rounds = (a - b for a, b in zip(self._last, last, strict=True))
         if not self._calls:
             raise ImageError("no image can be read any more, though one could before")
+        # Frames are worked on by another thread, which waits no less.
+        waited, self._waited = min(1.0, self._waited / sum(self._calls)), 0.0
         values: dict[str, float | None] = {
             "resident_bytes": resident_bytes(),
             "gpu_bytes": self._gpu_bytes(),
@@ -170,11 +182,13 @@ class _Load(Closing):
             "files": open_files(),
             "unreadable": unreadable / rounds,
             "cpu_ms": 1000 * cpu / images,
+            "waited": waited,
             "clock_mhz": clock_mhz(),
         }
         for name, seconds in (("call", self._calls), ("stream", self._frames)):
             for rank in (50, 99):
-                values[f"{name}_p{rank}_ms"] = 1000 * float(np.percentile(seconds, rank))
+                own = (1 - waited) * float(np.percentile(seconds, rank))
+                values[f"{name}_p{rank}_ms"] = 1000 * own
             seconds.clear()
         return {name: float(value) for name, value in values.items() if value is not None}
 

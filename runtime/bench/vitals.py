@@ -9,6 +9,7 @@ from pathlib import Path
 from comask.errors import ComaskError
 
 STATUS, TASKS, FILES = Path("/proc/self/status"), Path("/proc/self/task"), Path("/proc/self/fd")
+SCHEDULE = Path("/proc/thread-self/schedstat")
 CPU_FACTS = Path("/proc/cpuinfo")
 _RESIDENT = re.compile(r"^VmRSS:\s*(\d+) kB$", re.MULTILINE)
 _CLOCK = re.compile(r"^cpu MHz\s*:\s*([\d.]+)$", re.MULTILINE)
@@ -39,6 +40,11 @@ def thread_count() -> int:
 def open_files() -> int:
     """File descriptors: files, sockets, pipes, devices."""
     return len(os.listdir(FILES)) - 1  # one is of the listing
+
+
+def waited_seconds() -> float:
+    """For how long this thread was ready and others had the processor; 0 where that is not counted."""
+    return int(SCHEDULE.read_text().split()[1]) / 1e9 if SCHEDULE.exists() else 0.0
 
 
 def clock_mhz() -> float | None:

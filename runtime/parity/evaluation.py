@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from comask.bundle import Bundle
 from comask.data.source import InstanceSource
-from comask.errors import BackendUnavailableError
+from comask.errors import BackendUnavailableError, NotFiniteError
 from comask.preprocess import prepare
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class Evaluation:
         if first.startswith("onnxruntime"):
             self._check_graphs(first, base, [], report)
         for name, predictor in others:
-            scores = self._score(name, predictor)
-            found = self._compare(name, scores, base, reference, predictor)
+            scores, found = self._judge(name, predictor, base, reference)
             if name.startswith("onnxruntime"):
                 self._check_graphs(name, base, found["failures"], report)
             self._add(name, scores, found, base, report, pictures)
@@ -120,6 +119,22 @@ class Evaluation:
         return score_backend(
             predictor, self.source, self.indices, self.labels, f"evaluating {name}"
         )
+
+    def _judge(
+        self, name: str, predictor: Predictor, base: Scores, reference: Predictor
+    ) -> tuple[Scores, dict[str, Any]]:
+        """One backend's scores and comparison; what computes NaN counts as finding nothing."""
+        try:
+            scores = self._score(name, predictor)
+            return scores, self._compare(name, scores, base, reference, predictor)
+        except NotFiniteError as error:
+            nothing: Results = [[] for _ in self.indices]
+            fine = score_results(self.source, self.indices, nothing)
+            precision = precision_of(name)
+            found = compare_ap(fine, base.fine, precision, self._tolerance(precision))
+            found["failures"].insert(0, str(error))
+            scores = Scores(fine=fine, coarse=None, results=nothing)
+            return scores, found | self._agreement(base.results, nothing)
 
     def _compare(
         self, name: str, scores: Scores, base: Scores, reference: Predictor, predictor: Predictor
