@@ -15,7 +15,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# Train, export, run and prove, on two CPU cores in minutes.
+# Train, export, run and prove, on two idle CPU cores in minutes; first removes what an earlier one left.
 demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/comask-train --data shapes --preset shapes-tiny --output $(DEMO)/run
@@ -61,6 +61,8 @@ api: setup
 # The site, in build/site; broken links fail it. tests/test_docs.py runs the pages' code blocks.
 docs: setup
 	$(BIN)/zensical build --clean --strict
+	@echo build/site/index.html
+	@echo "site: build/site/index.html"
 
 # The GPU runtime's host side is tested with pycuda and stand-ins. It compiles for a minute or two, and
 # needs nvcc; where it cannot be built this file says why, and its tests are skipped.

@@ -44,7 +44,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ComaskError("--plot needs matplotlib: pip install matplotlib") from error
+        raise ComaskError("--plot needs matplotlib: pip install 'comask[train]'") from error
 
 
 def draw_timing(report: dict[str, Any], path: Path) -> None:
@@ -150,7 +150,8 @@ def draw_soak(report: dict[str, Any], path: Path) -> None:
     part = (minutes[-1] - warm_up) / PARTS
     spans = {"before": (warm_up, warm_up + part), "after": (minutes[-1] - part, minutes[-1])}
     series = report["series"]
-    panels = [panel for panel in SOAK_PANELS if any(name in series for name in panel[1])]
+    panels = [panel for panel in SOAK_PANELS if any(_worth(series, name) for name in panel[1])]
+    judged = [minute > warm_up for minute in minutes]
     figure = _figure(9, 0.8 + 1.7 * len(panels))
     rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, names) in zip(rows, panels, strict=True):
@@ -162,15 +163,52 @@ def draw_soak(report: dict[str, Any], path: Path) -> None:
                 color = LIMIT if growth["passed"] else CHOSEN
                 for key, (start, end) in spans.items():
                     axes.hlines(growth[key] / scale, start, end, color=color, zorder=3)
+        _scale(
+            axes, label, [_behind(series[name], judged, scale) for name in names if name in series]
+        )
         axes.axvspan(0, warm_up, color=LIMIT, alpha=0.15, linewidth=0)
         axes.set_ylabel(label, fontsize=9)
         if len(names) > 1:
-            axes.legend(loc="lower right", fontsize=8, frameon=False, ncols=4)
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1, 0.95), fontsize=8, frameon=False, ncols=4
+            )
         _clear(axes)
     rows[-1].set_xlabel("minutes; gray: warm-up, which is not judged")
     rows[-1].set_xlim(0, minutes[-1])
     _title(rows[0], f"{report['runs_as']}, {report['subject']}", report["machine"])
     _save(figure, path)
+
+
+def _worth(series: dict[str, list[float]], name: str) -> bool:
+    """Whether a series shows something: a clock that never changes does not."""
+    values = series.get(name, [])
+    return bool(values) and (name != "clock_mhz" or min(values) < max(values))
+
+
+def _behind(values: list[float], judged: list[bool], scale: float) -> list[float]:
+    """What lies behind the warm-up."""
+    return [value / scale for value, counts in zip(values, judged, strict=True) if counts]
+
+
+def _scale(axes: Axes, label: str, parts: list[list[float]]) -> None:
+    """An axis for what is judged, whatever the warm-up was like.
+
+    Memory spans at least 1 % either way, which is the limit; threads and files are whole numbers.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    values = [value for part in parts for value in part]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    if label.endswith("MiB"):
+        middle = (low + high) / 2
+        low, high = min(low, 0.99 * middle), max(high, 1.01 * middle)
+    elif label.startswith("threads"):
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        low, high = low - 1, high + 1
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
 
 
 def top_of_losses(report: dict[str, Any]) -> float:

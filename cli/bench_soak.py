@@ -61,10 +61,13 @@ def run_soak(wanted: Soak, plot: Path | None, json_file: str | None) -> None:
         images, subject = _images(wanted.images, predictor)
         total = max(1, round(60 * wanted.minutes))
         with stop.on_signal(), Progress("soaking", total, unit="seconds") as progress:
-            shown = 0
+            shown, samples = 0, [0.0]
 
             def tell(seconds: float, note: str) -> None:
                 nonlocal shown
+                samples.append(seconds)
+                if len(samples) == 3:  # the first round is slower
+                    _warn_if_short(samples[2] - samples[1], 60 * wanted.minutes)
                 whole = min(int(seconds), total)
                 progress.advance(whole - shown, note)
                 shown = whole
@@ -97,6 +100,24 @@ def run_soak(wanted: Soak, plot: Path | None, json_file: str | None) -> None:
         sys.exit(128 + stop.signal)
     if not report["passed"]:
         raise ComaskError(report["verdict"])
+
+
+def _warn_if_short(interval: float, total: float) -> None:
+    """Says after two rounds already that there will be too few samples to judge.
+
+    Args:
+        interval: seconds between two samples.
+        total: seconds of the run.
+    """
+    from comask.runtime.bench.growth import LEAST, PARTS, WARM_UP
+
+    needed = interval * LEAST * PARTS / (1 - WARM_UP)
+    if total < needed:
+        click.echo(
+            f"warning: a round takes {interval:.2g} s, so this run will be too short to judge; give "
+            f"--soak {1.2 * needed / 60:.2g} or more",
+            err=True,
+        )
 
 
 def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], str]:

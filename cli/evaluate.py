@@ -92,9 +92,8 @@ def main(
         report, pictures = evaluation.run(predictors, results)
     report = _head(opened, data, how, skipped) | report
     report["failures"] += _failures(opened, report)
-    report["passed"] = not report["failures"] and all(
-        found["passed"] for found in report["comparisons"].values()
-    )
+    report["not_judged"] = _not_judged(report)
+    report["passed"] = _passed(report)
     print_report(report, to_stderr=json_file == "-")
     if not no_record:
         _record(opened.folder, report, results.name if results else None)
@@ -146,17 +145,26 @@ def _failures(bundle: Bundle, report: dict[str, Any]) -> list[str]:
     first = report["reference"]
     trace = report["traces"].get(first, {})
     causes = [trace["cause"]] if trace.get("first") else []
-    failures = [
+    return [
         *altered_preprocessing(bundle),
         *(f"{first}: {sentence}" for sentence in causes + report["weights"].get(first, [])[:1]),
     ]
-    if not report["backends"][first]["detections"]:
-        failures.append(f"{first}: no detections at all, so nothing was compared")
-    if not report["comparisons"]:
-        failures.append(
-            f"{first} was scored only: nothing was compared with it; name another --backend"
+
+
+def _not_judged(report: dict[str, Any]) -> str:
+    """Why a comparison without failures shows nothing; empty where it does."""
+    if not report["backends"][report["reference"]]["detections"]:
+        return (
+            "the reference found nothing in these images: train longer, or export again with a lower "
+            "--score-threshold"
         )
-    return failures
+    return "" if report["comparisons"] else "nothing to compare it with; name another --backend"
+
+
+def _passed(report: dict[str, Any]) -> bool:
+    return not (report["failures"] or report["not_judged"]) and all(
+        found["passed"] for found in report["comparisons"].values()
+    )
 
 
 def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
@@ -178,9 +186,7 @@ def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
         entry[key] = {name: value for name, value in report[key].items() if name != foreign}
     if not entry["comparisons"]:
         return
-    entry["passed"] = not entry["failures"] and all(
-        found["passed"] for found in entry["comparisons"].values()
-    )
+    entry["passed"] = _passed(entry)
 
     def change(manifest: Manifest) -> Manifest:
         kept = [old for old in manifest.parity if subject(old) != subject(entry)]

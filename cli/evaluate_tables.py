@@ -28,7 +28,12 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
         say(f"skipped {name}: {reason}")
     for sentence in report["failures"]:
         say(f"FAIL {sentence}")
+    if report["not_judged"]:
+        word = "NOT JUDGED" if report["comparisons"] else "SCORED"
+        say(f"{word} {report['reference']}: {report['not_judged']}")
     for name, found in report["comparisons"].items():
+        if found["passed"] and report["not_judged"]:
+            continue
         off = "below" if found["may_gain"] else "off"
         say(
             f"{'PASS' if found['passed'] else 'FAIL'} {name}: at most {found['largest']:.4f} points "

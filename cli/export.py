@@ -17,7 +17,7 @@ from comask.cli.int8_options import (
 from comask.cli.options import command, json_option, write_json
 from comask.cli.serve_options import serve_bundle, serve_options
 
-from comask.bundle import INT8_BASE, PRECISIONS
+from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def main(
     json_file: str | None,
     **engine_values: Any,
 ) -> None:
-    """Export CHECKPOINT to a bundle, or add precisions and engines to BUNDLE.
-
-    Graphs whose outputs differ from PyTorch's are not written.
+    """Export CHECKPOINT to a bundle that equals PyTorch, or add precisions and engines to BUNDLE.
 
     \b
     comask-export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16
@@ -86,6 +84,8 @@ def main(
     if serve:
         serve_bundle(source, output, serve, json_file)
         return
+    if source.is_dir():
+        _refuse_other_folders(source)
     wanted = int8.wanted(precisions, source)
     check_flavor(engine_values)  # not only after the export
     exported = tuple(dict.fromkeys(INT8_BASE if p == "int8" and wanted else p for p in precisions))
@@ -127,6 +127,15 @@ def _as_json(bundle: Bundle, engines: list[EngineFolder]) -> dict[str, Any]:
     found = {str(folder.folder): dataclasses.asdict(folder.info) for folder in engines}
     content: dict[str, Any] = json.loads(bundle.manifest.to_json())
     return content | {"engines": found}
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Raises ComaskError where a folder is no bundle."""
+    if (folder / MANIFEST).exists():
+        return
+    if (folder / BEST).is_file():
+        raise ComaskError(f"{folder} is a training run: give {folder / BEST}")
+    raise ComaskError(f"{folder}: neither a checkpoint nor a bundle (no {MANIFEST})")
 
 
 def _refuse_in_place(**options: Any) -> None:

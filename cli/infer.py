@@ -67,11 +67,13 @@ def main(
     """Run BUNDLE over images, videos, folders and patterns of them, camera:0, or rtsp://… and the like.
 
     Results keep the name and extension of their source: photo.jpg.overlay.png, photo.jpg.mask.png
-    (u16, pixel = instance number from 1, best score on top), photo.jpg.labels.txt (class score x1 y1
-    x2 y2), and detections.json (COCO results) with images.json (its image ids) for all images. Videos
-    give clip.mp4.overlay.mp4 with the audio, and clip.mp4.jsonl with a line of COCO results a frame.
+    (u16, pixel = instance number from 1, best score on top), photo.jpg.labels.txt (class, score, x1,
+    y1, x2, y2 with tabs between), and detections.json (COCO results) with images.json (its image ids)
+    for all images; videos give clip.mp4.overlay.mp4, and clip.mp4.jsonl with a line a frame. Results of
+    the same names are replaced. Inputs that cannot be read are skipped; the exit code is then 1.
 
-    An input that cannot be read is reported and skipped; the exit code is 1 if there was one.
+    \b
+    comask-infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
     """
     if fleet:
         run_fleet(bundle, inputs, output, backend, how, fleet, json_file)
@@ -105,6 +107,11 @@ def main(
             f"{results.detections} detections in {one_line(output)}",
             err=json_file == "-",
         )
+        if whole and done and not results.detections:
+            click.echo(
+                "nothing was found: train longer, or export again with a lower --score-threshold",
+                err=True,
+            )
     for report in reports:
         click.echo(_video_line(report), err=json_file == "-")
     write_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from comask.cli.interruption import Interruption
 from comask.cli.options import IMAGE_SUFFIXES, write_json
 from comask.cli.predictor_options import PredictorOptions
 
-from comask.errors import one_line
+from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def run_fleet(
     try:
         with stop.on_signal(_leave), ExitStack() as stack:
             summary = _run(bundle, inputs, output, backend, how, fleet, stack)
-    except _Left:
+    except _Left as left:
         click.echo(
-            f"interrupted; the same command continues the job in {one_line(output)}", err=True
+            f"interrupted{left}; the same command continues the job in {one_line(output)}", err=True
         )
         sys.exit(128 + stop.signal)
     click.echo(
@@ -122,11 +123,12 @@ def run_fleet(
     )
     write_json(json_file, summary)
     if summary["failed"]:
+        click.echo(f"failures: {one_line(output)}/failures.jsonl", err=True)
         sys.exit(1)
 
 
 class _Left(BaseException):
-    """A signal came: no error, and not to be taken for one on its way up."""
+    """A signal came: no error, and not to be taken for one on its way up; says how far it was."""
 
 
 def _leave() -> None:
@@ -143,16 +145,15 @@ def _run(
     stack: ExitStack,
 ) -> dict[str, Any]:
     """The summary of the job, which is finished then."""
+    _require_packages(fleet)
     from comask.runtime.fleet.folder import Folder, is_url
     from comask.runtime.fleet.job import Job, Terms, bundle_digest, full_name
     from comask.runtime.fleet.listing import write_listing
-    from comask.runtime.fleet.rows import require_format
     from comask.runtime.fleet.runners import Shard, run_all
     from comask.runtime.fleet.worker import Model
 
     from comask.bundle import Bundle
 
-    require_format(fleet.format)
     Bundle.open(bundle)  # before Ray is started for it
     folder = Folder(output if is_url(output) else str(Path(output).absolute()))
     there = Job.terms_in(folder)
@@ -194,10 +195,38 @@ def _run(
     click.echo(f"backend {backend}", err=True)
     if left:
         with Progress("inferring", terms.images, unit="images", done=finished) as progress:
-            run_all(job, model, left, runner or _runner(fleet, how, stack), progress.advance)
+
+            def advance(images: int) -> None:
+                nonlocal finished
+                finished += images
+                progress.advance(images)
+
+            try:
+                run_all(job, model, left, runner or _runner(fleet, how, stack), advance)
+            except _Left:
+                raise _Left(f": {finished} of {terms.images} images are done") from None
     summary = job.finish()
     _show_failures(job, summary["failed"])
     return summary
+
+
+def _require_packages(fleet: FleetOptions) -> None:
+    """Refuses to begin where a package is missing.
+
+    Raises:
+        BackendUnavailableError: naming all that are.
+    """
+    needed = ["fsspec"]
+    if fleet.runner == "ray":
+        needed += ["pyarrow", "ray"]  # Ray Data takes it whatever the parts' format
+    elif fleet.format == "parquet":
+        needed.append("pyarrow")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"--runner {fleet.runner} --format {fleet.format} needs {', '.join(needed)}; not "
+            f"installed: {', '.join(missing)}: pip install 'comask[fleet]'"
+        )
 
 
 def _show_failures(job: Job, count: int) -> None:
@@ -205,8 +234,7 @@ def _show_failures(job: Job, count: int) -> None:
     for error in islice(failures, SHOWN_FAILURES):
         click.echo(f"skipped: {error}", err=True)
     if count > SHOWN_FAILURES:
-        where = one_line(f"{job.folder.address}/failures.jsonl")
-        click.echo(f"and {count - SHOWN_FAILURES} more, in {where}", err=True)
+        click.echo(f"and {count - SHOWN_FAILURES} more", err=True)
 
 
 def _runner(fleet: FleetOptions, how: PredictorOptions, stack: ExitStack) -> Runner:

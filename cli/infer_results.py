@@ -27,7 +27,7 @@ class Results:
         threshold: lowest score that is drawn.
 
     Raises:
-        ComaskError: when something cannot be written.
+        ComaskError: when something cannot be written, or the folder is a job's.
     """
 
     def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
@@ -36,6 +36,10 @@ class Results:
         self._images: list[dict[str, Any]] = []
         self._taken: set[str] = set()
         self.detections = 0
+        if folder.is_file():
+            raise ComaskError(f"--output {folder}: is a file; --output is a folder")
+        if (folder / "job.json").exists():
+            raise ComaskError(f"--output {folder}: holds a job; give another folder")
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
 

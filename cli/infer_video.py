@@ -35,21 +35,31 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     """The images that inputs name, and the videos, cameras and streams, each in its order.
 
     Raises:
-        ComaskError: when an input names nothing.
+        ComaskError: when inputs name nothing; all of them are named.
     """
     from comask.runtime.video.address import VIDEO_SUFFIXES, is_address, is_video
 
     images: list[Path] = []
     videos: dict[str, None] = {}
+    problems: list[str] = []
     for text in inputs:
         if is_address(text):
             videos[text] = None
             continue
-        for path in find_files((text,), IMAGE_SUFFIXES | VIDEO_SUFFIXES):
+        if "://" in text:
+            raise ComaskError(f"{text}: addresses of object storage need --runner")
+        try:
+            paths = find_files((text,), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        except ComaskError as error:
+            problems.append(str(error))
+            continue
+        for path in paths:
             if is_video(path):
                 videos[str(path)] = None
             else:
                 images.append(path)
+    if problems:
+        raise ComaskError("; ".join(problems))
     return list(dict.fromkeys(images)), list(videos)
 
 

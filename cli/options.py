@@ -165,7 +165,11 @@ def find_files(inputs: tuple[str, ...], suffixes: set[str]) -> list[Path]:
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
             if not files:
-                raise ComaskError(f"{text}: holds no such files: {', '.join(sorted(suffixes))}")
+                kinds = "image" if suffixes <= IMAGE_SUFFIXES else "image or video"
+                raise ComaskError(
+                    f"{text}: no {kinds} lies directly in it; subfolders are not searched: "
+                    f"'{path / '**/*.jpg'}'"
+                )
         elif path.exists():
             files = [path]
         else:

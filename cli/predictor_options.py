@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from comask.errors import ConfigError
+
 if TYPE_CHECKING:
     from comask.runtime import Predictor
 
@@ -27,7 +29,10 @@ class PredictorOptions:
         """See `Predictor.load`."""
         from comask.runtime import Predictor
 
-        return Predictor.load(bundle, backend, **asdict(self))
+        try:
+            return Predictor.load(bundle, backend, **asdict(self))
+        except ConfigError as error:  # which names the argument
+            raise ConfigError(str(error).replace("short_side", "--short-side", 1)) from error
 
 
 class DeviceType(click.ParamType[int | Literal["cpu"]]):

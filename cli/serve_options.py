@@ -20,7 +20,7 @@ def serve_options(function: Callable[..., None]) -> Callable[..., None]:
     """`--serve` and what only it uses; they reach the command as `serve`, None where not wanted."""
     options = [
         click.option("--serve", type=click.Choice(SERVERS), metavar="triton",
-                     help="Write a model repository from BUNDLE."),
+                     help="Write BUNDLE into a model repository."),
         click.option("--backend", default="onnxruntime", metavar="NAME[:PRECISION]",
                      help="--serve: tensorrt, … [onnxruntime]"),
         click.option("--engines", metavar="NAME",

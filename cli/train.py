@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,24 @@ FIXED = {
 }  # fmt: skip
 
 
+def _assignments(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """`--set` of `key value` is wrong here, before click wonders at the value alone."""
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value}: --set takes key=value, as in train.epochs=12")
+    return values
+
+
 @command
 @click.option("--data", metavar="DIR|shapes", help="COCO-format folder, or shapes made on the fly.")
 @click.option("--val", metavar="DIR", help="Validation data; else a seeded share of --data.")
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
               show_default=True)  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_assignments,
+              help="Change a setting.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @click.option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
 @click.option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
@@ -87,10 +99,22 @@ def main(
                 )
             _evaluate(data, val, output, settings, ranks)
         else:
-            output.mkdir(parents=True, exist_ok=True)
-            with lock_run(output) if ranks.first else nullcontext():
+            with _folder(output), lock_run(output) if ranks.first else nullcontext():
                 share_from_first(None)  # the others look into the folder when it is locked
                 _train(config, data, val, settings, output, resume, ranks)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those above it; what is still empty in the end goes again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # one that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _train(
@@ -129,6 +153,13 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
+        backbone = config.model.backbone
+        if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
+            _say(
+                ranks,
+                f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
+                f"--preset coco-slim minutes",
+            )
         weights = import_weights(model, config.train.weights, train_source.categories)
         if config.train.weights != "none":
             _say(ranks, *weights.lines())
@@ -162,8 +193,13 @@ def _train(
         resume=checkpoint,
         signal=lambda: stop.signal,
     )
-    if checkpoint and trainer.step == trainer.total_steps:
-        _say(ranks, f"nothing left to do: the run ended at step {trainer.step}")
+    finished = False
+    if checkpoint:
+        finished = trainer.step >= trainer.total_steps or trainer.out_of_patience
+        if finished:
+            _say(ranks, f"finished already at step {trainer.step}; nothing to do")
+        else:
+            _say(ranks, f"going on from step {trainer.step} of {trainer.total_steps}")
     with stop.on_signal():
         trainer.train()
     if trainer.ended_by:
@@ -171,7 +207,7 @@ def _train(
         if ranks.first:
             click.echo(f"interrupted after {place}: --resume goes on there", err=True)
         sys.exit(128 + trainer.ended_by)
-    if not ranks.first:
+    if finished or not ranks.first:
         return
     if trainer.out_of_patience:
         click.echo(
@@ -276,14 +312,14 @@ def _checkpoint_to_resume(
         return None
     checkpoint = load_checkpoint(output / LAST)
     before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
-    changed = [
-        f"{part}.{name}"
+    changed = {
+        f"{part}.{name}": f"{part}.{name} {json.dumps(before[part][name])} -> {json.dumps(value)}"
         for part, values in now.items()
         for name, value in values.items()
         if value != before[part][name]
-    ]
+    }
     free = ("train.", "data.workers")
-    fixed = [name for name in changed if not name.startswith(free) or name in FIXED]
+    fixed = [text for name, text in changed.items() if not name.startswith(free) or name in FIXED]
     if fixed:
         raise ConfigError(
             f"--resume: settings differ from the run's ({', '.join(fixed)}); give the same "
@@ -295,7 +331,7 @@ def _checkpoint_to_resume(
             "same --data and --val"
         )
     if changed:
-        _say(ranks, f"going on with other settings than before: {', '.join(changed)}")
+        _say(ranks, f"going on with other settings than before: {', '.join(changed.values())}")
     return checkpoint
 
 

@@ -27,6 +27,7 @@ __all__ = ["SCHEMA_VERSION", "Bundle", "Category", "Manifest"]
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+BEST = "checkpoint-best.pt"  # of a training run, as `comask.training.loop` names it
 UNFINISHED = ".unfinished"  # ends the names of folders that something is made in
 WEIGHTS = "weights.safetensors"
 PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference
@@ -142,9 +143,7 @@ class Bundle:
         try:
             text = _inside(folder, MANIFEST).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise BundleError(
-                f"{folder}: no bundle here ({MANIFEST} is missing); comask-export writes one"
-            ) from error
+            raise BundleError(f"{folder}: no bundle here{_instead(folder)}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: cannot be read: {error}") from error
         try:
@@ -182,6 +181,20 @@ class Bundle:
             BundleError: see `file`.
         """
         return self.file(graph_file(stage, precision))
+
+
+def _instead(folder: Path) -> str:
+    """What lies where a bundle was expected, and what to do about it."""
+    if folder.is_file():
+        mend = (
+            f"; comask-export {folder} --output bundle makes one" if folder.suffix == ".pt" else ""
+        )
+        return f": it is a file, and a bundle is a folder{mend}"
+    if not folder.exists():
+        return ": no such folder"
+    if (folder / BEST).is_file():
+        return f": it is a training run; comask-export {folder / BEST} --output bundle makes one"
+    return f" ({MANIFEST} is missing); comask-export writes one"
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -223,7 +223,13 @@ class PreprocessConfig:
         """
         require_count("short_side", short_side)
         max_side = round(short_side * self.max_side / self.short_side)
-        return dataclasses.replace(self, short_side=short_side, max_side=max_side)
+        try:
+            return dataclasses.replace(self, short_side=short_side, max_side=max_side)
+        except ConfigError as error:
+            raise ConfigError(
+                f"short_side: expected a canvas of at most {MOST_PIXELS // 10**6} megapixels, got "
+                f"{short_side}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

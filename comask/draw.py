@@ -22,7 +22,7 @@ __all__ = ["class_color", "draw_overlay"]
 
 Color = tuple[int, int, int]
 
-_FILL_OPACITY = 0.4
+_FILL_OPACITY = 0.25  # objects keep their colours
 _SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
 _LARGEST_COVER = 0.3  # no tag hides more of any box
 # Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
@@ -42,6 +42,8 @@ def draw_overlay(
     image: NDArray[np.uint8],
     detections: Detections,
     track_ids: NDArray[np.int64] | None = None,
+    *,
+    show_scores: bool = True,
 ) -> NDArray[np.uint8]:
     """Draw each detection's mask, contour, box and a tag with its name and score.
 
@@ -53,6 +55,7 @@ def draw_overlay(
         detections: found in this image; higher scores are drawn over lower ones.
         track_ids: [N] i64; each id has its colour and stands in the tag, and what has none (-1) is gray.
             Without them a class has its colour.
+        show_scores: in the tags; ground truth has none to show.
 
     Returns:
         [H, W, 3] u8, RGB.
@@ -87,7 +90,9 @@ def draw_overlay(
     font = ImageFont.load_default(size=font_size)
     tags = np.empty((0, 4), np.int64)
     for index in order[::-1]:  # the best scores have the first choice of a place
-        text = f"{detections.name(int(detections.labels[index]))} {detections.scores[index]:.2f}"
+        text = detections.name(int(detections.labels[index]))
+        if show_scores:
+            text += f" {detections.scores[index]:.2f}"
         if track_ids is not None and track_ids[index] >= 0:
             text = f"#{track_ids[index]} {text}"
         place = _tag_place(_tag_size(font, text), boxes[index], boxes, tags, (height, width))
@@ -97,7 +102,9 @@ def draw_overlay(
     return np.array(picture)
 
 
-def draw_tile(image: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
+def draw_tile(
+    image: NDArray[np.uint8], found: Detections, *, show_scores: bool = True
+) -> NDArray[np.uint8]:
     """`draw_overlay` at a size to be looked at: small images are enlarged, large ones scaled down.
 
     Drawn after scaling: lines and tags keep their size, masks follow their boxes.
@@ -110,9 +117,8 @@ def draw_tile(image: NDArray[np.uint8], found: Detections) -> NDArray[np.uint8]:
     how = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
     scaled = np.asarray(cv2.resize(image, new[::-1], interpolation=how), np.uint8)
     factors = np.array([new[1] / width, new[0] / height] * 2, np.float32)
-    return draw_overlay(
-        scaled, dataclasses.replace(found, boxes_xyxy=found.boxes_xyxy * factors, image_size=new)
-    )
+    enlarged = dataclasses.replace(found, boxes_xyxy=found.boxes_xyxy * factors, image_size=new)
+    return draw_overlay(scaled, enlarged, show_scores=show_scores)
 
 
 def _scale(height: int, width: int) -> float:

@@ -56,6 +56,14 @@ class EngineError(ComaskError, RuntimeError):
     """A TensorRT engine that cannot be built, loaded or trusted."""
 
 
+class JobError(ComaskError, ValueError):
+    """A job's folder that holds another job, or cannot be continued."""
+
+
+class FleetError(ComaskError, RuntimeError):
+    """A job whose parts cannot all be written."""
+
+
 class NotFiniteError(EngineError):
     """A backend that computes NaN or infinities."""
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 LINE_SECONDS = 15.0  # between lines where there is no terminal
+FIRST_STEPS = 5  # of the job; what remains is not estimated from fewer
 
 
 class Progress:
@@ -75,9 +76,11 @@ class Progress:
             )
         elif now - self._last_line >= LINE_SECONDS or self._done == self._total:
             self._last_line = now
-            left = (self._total - self._done) / max(rate, 1e-9)
-            end = f"{left:.0f} s left" if left else f"{now - self._start:.0f} s"
-            line = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {end}"
+            line = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s"
+            if self._done == self._total:
+                line += f", {duration(now - self._start)}"
+            elif self._done - self._done_before >= FIRST_STEPS:
+                line += f", {duration((self._total - self._done) / max(rate, 1e-9))} left"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(
@@ -88,3 +91,11 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Like `40 s`, `12 min` or `2 h 35 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

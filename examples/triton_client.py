@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tritonclient.http import InferenceServerClient, InferInput, InferResult
-from tritonclient.utils import InferenceServerException
+try:
+    import numpy as np
+    from tritonclient.http import InferenceServerClient, InferInput, InferResult
+    from tritonclient.utils import InferenceServerException
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install 'tritonclient[http]'")
 
 
 def encoded_image(data: bytes) -> InferInput:

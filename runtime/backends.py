@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from comask.runtime.gpu import find_gpu
 from comask.runtime.session import Stages
 
-from comask.bundle import Bundle
+from comask.bundle import PRECISIONS, Bundle
 from comask.config import require_count
 from comask.errors import (
     BackendUnavailableError,
@@ -40,6 +42,22 @@ def parse_backend(text: str) -> tuple[str, str]:
             f"bundle behind a colon where it has several (onnxruntime:fp32)"
         )
     return name, precision or "fp32"
+
+
+def require_precision(bundle: Bundle, precision: str) -> None:
+    """Refuses a precision that a bundle has no graphs of.
+
+    Raises:
+        BundleError: saying how to add them.
+    """
+    if precision not in (there := bundle.manifest.precisions):
+        mend = (
+            f"; comask-export {shlex.quote(str(bundle.folder))} --precision {precision} adds them"
+        )
+        raise BundleError(
+            f"{bundle.folder}: holds no {precision} graphs, only {', '.join(there)}"
+            f"{mend if precision in PRECISIONS else ''}"
+        )
 
 
 def open_stages(
@@ -77,11 +95,7 @@ def open_stages(
     if backend == "auto":
         return _open_best(bundle, how)
     name, precision = parse_backend(backend)
-    if precision not in bundle.manifest.precisions:
-        raise BundleError(
-            f"{bundle.folder}: holds no {precision} graphs, only "
-            f"{', '.join(bundle.manifest.precisions)}"
-        )
+    require_precision(bundle, precision)
     return _open(bundle, name, precision, how)
 
 
@@ -134,6 +148,8 @@ def _open_best(bundle: Bundle, how: Opening) -> Stages:
         else:
             logger.info("backend auto: taking %s, the fastest that runs here", stages.backend)
             return stages
+    if isinstance(how.device, int) and find_gpu(how.device) is None:
+        raise BackendUnavailableError(f"there is no GPU {how.device} here; leave the device out")
     raise BackendUnavailableError(f"no backend runs here; {'; '.join(reasons)}")
 
 

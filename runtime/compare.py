@@ -13,8 +13,6 @@ import numpy as np
 from comask.runtime.compare_boxes import Boxes, is_contested, match_boxes
 from comask.runtime.session import Array, Stages
 
-from comask.postprocess import count_detections
-
 SPAN_OF_TIES = 20
 PYRAMID = ("p2", "p3", "p4", "p5")
 
@@ -151,10 +149,18 @@ def compare_stages(
     feeds = {**expected, "image_sizes": image_sizes}
     expected, found = reference.stage2.run(feeds), other.stage2.run(feeds)
     for i in range(len(images)):
+        place = f"image {i} of {where}"
+        counts = [int(outputs["num_detections"][i]) for outputs in (expected, found)]
+        if min(counts) < 0:
+            into.failures.append(
+                f"num_detections: {counts[1]} where {counts[0]} is expected, and -1 says that scores are "
+                f"not finite ({place})"
+            )
+            continue
         _compare_detections(
             _detections(expected, i),
             _detections(found, i),
-            f"image {i} of {where}",
+            place,
             (nms_iou, score_threshold, expected["scores"].shape[1], shares[i][1]),
             tolerance,
             into,
@@ -216,7 +222,7 @@ class _Detections(Boxes):
 
 def _detections(outputs: Mapping[str, Array], image: int) -> _Detections:
     """The sound rows of one image's stage 2 outputs."""
-    count = count_detections(outputs, image)
+    count = int(outputs["num_detections"][image])
     names = ("boxes", "scores", "labels", "masks")
     return _Detections(*(outputs[name][image][:count] for name in names))
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from comask.runtime.gpu import find_gpu_or_reason
 from comask.runtime.trt.flavors import MODULES, PACKAGES, load_flavor
@@ -19,6 +20,9 @@ from comask.errors import BackendUnavailableError, KernelError, KernelUnavailabl
 
 NEWEST_PYTHON = (3, 13)
 KERNELS = ("pyramid_roi_align", "sorted_nms", "frame_to_canvas", "paste_masks")
+EXTRAS = {  # of packages that nothing but one kind of work needs
+    "av": "video", "trackers": "track", **dict.fromkeys(("ray", "pyarrow", "fsspec"), "fleet"),
+}  # fmt: skip
 FALLBACK_CAPABILITY = 80  # compiled for where there is no GPU
 
 
@@ -44,7 +48,7 @@ def diagnose() -> list[Finding]:
     looks: list[Callable[[], Finding]] = [
         _python, _comask, _gpu, _torch, _torchvision, _onnxruntime,
         lambda: _flavor("tensorrt"), lambda: _flavor("tensorrt-rtx"), _rtx_wheel, _pycuda,
-        _host_kernels, _cuda_kernels,
+        _host_kernels, _cuda_kernels, *(partial(_package, name) for name in EXTRAS),
     ]  # fmt: skip
     return [look() for look in looks]
 
@@ -66,7 +70,11 @@ def _gpu() -> Finding:
     gpu, reason = find_gpu_or_reason()
     if gpu is None:
         has_driver = shutil.which("nvidia-smi") is not None
-        mend = "nvidia-smi tells more" if has_driver else "install NVIDIA's driver"
+        mend = (
+            "nvidia-smi tells more"
+            if has_driver
+            else "if there is an NVIDIA GPU, install its driver"
+        )
         return Finding(name="gpu", status="absent", found=reason, mend=mend)
     found = (
         f"{gpu.name}, sm{gpu.capability}, {gpu.memory / 2**30:.0f} GiB, driver for CUDA "
@@ -152,11 +160,10 @@ def _rtx_wheel() -> Finding:
     if library is None:
         return Finding(name=name, status="ok", found="nothing in their way")
     found = (
-        f"the wheel lacks {LIBRARY}; comask's builds make up for it, other programs abort when they "
-        f"parse a plugin"
+        f"comask's builds make up for {LIBRARY}, which the wheel lacks; for other programs: "
+        f"ln -s {library.name} {library.parent / LIBRARY}"
     )
-    mend = f"for other programs: ln -s {library.name} {library.parent / LIBRARY}"
-    return Finding(name=name, status="ok", found=found, mend=mend)
+    return Finding(name=name, status="ok", found=found)
 
 
 def _pycuda() -> Finding:
@@ -207,6 +214,16 @@ def _cuda_kernels() -> Finding:
         return Finding(name=name, status="broken" if gpu else "absent", found=found, mend=mend)
     where = "" if gpu else ", as a trial: there is no GPU"
     return Finding(name=name, status="ok", found=f"compile for sm{capability}{where}")
+
+
+def _package(name: str) -> Finding:
+    """Whether a package is there; those that take seconds to import are not."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        mend = f"pip install 'comask[{EXTRAS[name]}]'"
+        return Finding(name=name, status="absent", found="not installed", mend=mend)
+    return Finding(name=name, status="ok", found=version)
 
 
 def _broken(name: str, error: Exception, mend: str) -> Finding:

@@ -77,6 +77,16 @@ def _parity(bundle: Bundle) -> list[Finding]:
         knobs = "".join(
             f", {knob} {entry[knob]}" for knob in ("proposals", "short_side") if entry.get(knob)
         )
+        failed = entry.get("failures") or not all(
+            other["passed"] for other in entry["comparisons"].values()
+        )
+        if entry.get("not_judged") and not failed:  # unknown to older entries
+            name = f"parity on {entry['data']}{knobs}"
+            found = "nothing was found, so nothing was compared"
+            latest[name] = Finding(
+                name=name, status="absent", found=found, mend=entry["not_judged"]
+            )
+            continue
         for backend, values in entry["backends"].items():
             name = f"parity of {backend} on {entry['data']}{knobs}"
             compared = entry["comparisons"].get(backend)

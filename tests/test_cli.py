@@ -33,7 +33,8 @@ OPTIONS = {
         "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics",
         "calib-data", "calib-images", "calib-method", "calib-seed", "val-images", "ap-budget", "engine",
         "plugin", "profile", "workspace", "optimization-level", "hardware-compatibility",
-        "version-compatible", "compute-capability", "rebuild", "json",
+        "version-compatible", "compute-capability", "rebuild", "serve", "backend", "engines",
+        "model-name", "max-batch", "json",
     },
     "infer": {
         "output", "backend", "save", "threshold", "device", "batch", "proposals", "short-side", "every",
@@ -191,20 +192,33 @@ def test_backends_agree_through_the_command(
         assert a["score"] == pytest.approx(b["score"], abs=1e-4)
 
 
-def test_infer_refuses_in_one_line(micro_bundle: Path, pictures: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_infer_refuses_in_one_line(
+    micro_run: Path, micro_bundle: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output, job = tmp_path / "out", tmp_path / "job"
+    job.mkdir()
+    (job / "job.json").write_text("{}")
     for arguments, code, words in [
         ((micro_bundle, tmp_path / "none.jpg", "--output", output), 1, "no file matches"),
+        ((micro_bundle, "none", pictures, "nor*", "--output", output), 1, "it; nor*: no such file"),
+        ((micro_bundle, pictures.parent, "--output", output), 1, "subfolders are not searched"),
+        ((tmp_path / "none", pictures, "--output", output), 1, "no bundle here: no such folder"),
+        ((micro_bundle / "manifest.json", pictures, "--output", output), 1, "a bundle is a folder"),
+        ((micro_run, pictures, "--output", output), 1, "checkpoint-best.pt --output bundle makes"),
+        ((micro_bundle, pictures, "--output", job), 1, "holds a job"),
         ((tmp_path, pictures, "--output", output), 1, "manifest.json is missing"),
         ((micro_bundle, pictures, "--output", output, "--backend", "tpu"), 1, "unknown backend"),
         ((micro_bundle, pictures, "--output", output, "--backend", "onnxruntime:int8"), 1, "fp32"),
         ((micro_bundle, pictures, "--output", output, "--save", "video"), 2, "choose from"),
         ((micro_bundle, pictures), 2, "--output"),
-        ((micro_bundle, pictures, "--output", pictures / "0.png"), 1, "cannot be written"),
+        ((micro_bundle, pictures, "--output", pictures / "0.png"), 1, "is a file; --output is a"),
     ]:
         result = run("infer", *arguments)
         assert (result.exit_code, words in result.output) == (code, True), result.output
         assert "Traceback" not in result.output
+    refused = run("export", micro_run, "--output", output)
+    assert refused.exit_code == 1
+    assert "is a training run: give " in refused.output
 
 
 @pytest.mark.parametrize("name", ["stage2_roi_head.onnx", "weights.safetensors"])
@@ -345,8 +359,19 @@ def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
 
 
 def test_train_refuses_in_one_line(tmp_path: Path) -> None:
+    listed = tmp_path / "set" / "annotations" / "instances.json"
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    listed.parent.mkdir()
+    listed.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
     for arguments, code, words in [
         (("--data", tmp_path, "--output", tmp_path / "r"), 1, "no data set found"),
+        (("--data", tmp_path / "no", "--output", tmp_path / "r"), 1, "no: no such folder"),
+        (("--data", tmp_path / "set" / "images", "--output", tmp_path / "r"), 1,
+         f"data set {tmp_path / 'set'}: give that"),
+        (("--data", listed, "--output", tmp_path / "r"), 1, f"data set {tmp_path / 'set'}: give"),
+        (("--data", tmp_path / "set", "--output", tmp_path / "r"), 1, "set: no image of the"),
+        (("--data", "shapes", "--output", tmp_path / "r", "--set", "train.epochs", "1"), 2,
+         "--set takes key=value"),
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.channel=3"), 1,
          "did you mean model.channels"),
         (("--data", "shapes", "--output", tmp_path / "r", "--preset", "big"), 2, "comask-r50"),
@@ -361,6 +386,7 @@ def test_train_refuses_in_one_line(tmp_path: Path) -> None:
         result = run("train", *arguments)
         assert (result.exit_code, words in result.output) == (code, True), result.output
         assert "Traceback" not in result.output
+        assert not (tmp_path / "r").exists()  # nothing empty is left
 
 
 def test_real_images_odd_files_included(

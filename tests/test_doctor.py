@@ -43,7 +43,7 @@ def test_this_machine_is_well() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
     assert "all is well" in result.output
-    for name in ("python", "torch", "onnxruntime", "tensorrt-rtx", "kernels for the CPU"):
+    for name in ("python", "torch", "onnxruntime", "tensorrt-rtx", "kernels for the CPU", "av"):
         assert f"{name}: " in result.output
 
 

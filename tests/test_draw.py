@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,7 @@ def test_mask_is_tinted_and_the_rest_is_left() -> None:
     image = np.full((300, 400, 3), 128, np.uint8)
     overlay = draw_overlay(image, found([[100, 120, 200, 220]], (300, 400), [7]))
     inside = overlay[130:210, 110:190].reshape(-1, 3)
-    expected = 0.6 * 128 + 0.4 * np.array(class_color(7))
+    expected = 0.75 * 128 + 0.25 * np.array(class_color(7))
     np.testing.assert_allclose(inside.mean(axis=0), expected, atol=1)
     np.testing.assert_array_equal(overlay[225:], image[225:])
     np.testing.assert_array_equal(overlay[:, 210:], image[:, 210:])
@@ -79,11 +81,21 @@ def test_higher_score_is_on_top() -> None:
     assert red > green  # label 0 is red
 
 
+def test_tags_without_scores_hold_names_alone() -> None:
+    image = np.zeros((300, 300, 3), np.uint8)
+    one = found([[50.0, 50.0, 250.0, 250.0]], (300, 300))
+    other = dataclasses.replace(one, scores=one.scores / 2)
+    bare = draw_overlay(image, one, show_scores=False)
+    np.testing.assert_array_equal(bare, draw_overlay(image, other, show_scores=False))
+    assert (draw_overlay(image, one) != draw_overlay(image, other)).any()
+    assert (bare != draw_overlay(image, one)).any()
+
+
 def test_tag_does_not_hide_a_small_object() -> None:
     image = np.zeros((300, 300, 3), np.uint8)
     small = [[140.0, 0.0, 150.0, 10.0], [0.0, 290.0, 10.0, 300.0]]
     overlay = draw_overlay(image, found(small, (300, 300)))
-    tint = 0.4 * np.array(class_color(0))
+    tint = 0.25 * np.array(class_color(0))
     np.testing.assert_allclose(overlay[4:6, 144:146].astype(float).mean((0, 1)), tint, atol=1)
     np.testing.assert_allclose(overlay[294:296, 4:6].astype(float).mean((0, 1)), tint, atol=1)
 

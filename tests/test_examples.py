@@ -184,7 +184,7 @@ def test_help_needs_no_package_of_others(
 def test_errors_are_one_line(name: str, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_example(name, "nobundle", *arguments)
-    assert str(ended.value.code).startswith("error: nobundle: no bundle here (manifest.json is")
+    assert str(ended.value.code).startswith("error: nobundle: no bundle here: no such folder")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,7 @@ def test_errors_are_one_line(name: str, arguments: list[str]) -> None:
     [
         ("dali_pipeline.py", "nvidia.dali", "nvidia-dali-cuda130"),
         ("pynvvideocodec_pipeline.py", "PyNvVideoCodec", "pynvvideocodec"),
+        ("triton_client.py", "tritonclient", "'tritonclient[http]'"),
     ],
 )
 def test_missing_packages_are_named(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ def test_a_job_gives_what_the_command_gives_whatever_the_format_shard_and_storag
         assert by_file(rows) == expected
         again = run(*arguments)
         assert (again.exit_code, "finished already" in again.output) == (1, True), again.output
+        assert f"failures: {output}/failures.jsonl" in again.output
+    mixed = run(
+        "infer", micro_bundle, pictures, "--output", tmp_path / "plain", "--runner", "local"
+    )
+    assert (mixed.exit_code, "of a run without --runner" in mixed.output) == (1, True), mixed.output
 
 
 def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
@@ -117,16 +123,16 @@ def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
     )
     result = run(*arguments)
     assert result.exit_code == 143, result.output
-    assert "the same command continues the job" in result.output
+    assert "interrupted: 3 of 8 images are done; the same command continues" in result.output
     before = {path: path.stat().st_mtime_ns for path in (output / "parts").iterdir()}
     assert len(before) == 1
 
     for other, words in [
-        (("--shard", 2), "shard 3 there, 2 here"),
-        (("--short-side", 32), "short_side None there, 32 here"),
-        (("--backend", "torch"), "backend onnxruntime:fp32 there, torch:fp32 here"),
-        (("--format", "jsonl"), "format parquet there, jsonl here"),
-        ((tmp_path / "new.png",), "images 8 there, 9 here"),
+        (("--shard", 2), "holds another job (--shard 3 there, 2 here): "),
+        (("--short-side", 32), "--short-side not given there, 32 here"),
+        (("--backend", "torch"), "--backend onnxruntime:fp32 there, torch:fp32 here"),
+        (("--format", "jsonl"), "--format parquet there, jsonl here"),
+        ((tmp_path / "new.png",), "(other images, 8 there, 9 here): "),
     ]:
         shutil.copy(pictures / "0.png", tmp_path / "new.png")
         refused = run(*arguments, *other)
@@ -156,6 +162,27 @@ def test_options_that_do_not_go_together_are_refused(
     ]:
         result = run("infer", micro_bundle, pictures, "--output", tmp_path / "out", *arguments)
         assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_missing_packages_are_named_at_once(
+    micro_bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ("infer", micro_bundle, pictures, "--output", tmp_path / "out", "--runner")
+    with monkeypatch.context() as patch:
+        for package in ("pyarrow", "ray"):
+            patch.setitem(sys.modules, package, None)
+        result = run(*job, "ray")
+        assert result.exit_code == 1
+        assert "needs fsspec, pyarrow, ray; not installed: pyarrow, ray: pip " in result.output
+        assert "not installed: pyarrow: pip install" in run(*job, "local").output
+        assert run(*job, "local", "--format", "jsonl").exit_code == 1  # for the broken images
+        assert (tmp_path / "out" / "summary.json").exists()
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    address = "s3://bucket/*.jpg"
+    result = run("infer", micro_bundle, address, *job[3:], "local", "--format", "jsonl")
+    assert (result.exit_code, ": pip install s3fs" in result.output) == (1, True), result.output
+    result = run("infer", micro_bundle, address, "--output", tmp_path / "plain")
+    assert "addresses of object storage need --runner" in result.output
 
 
 def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_is_not(
@@ -199,12 +226,13 @@ def test_images_that_kill_their_process_are_reported_and_the_others_run(
 ) -> None:
     monkeypatch.setattr(apart, "CHILD", DEADLY + apart.CHILD)
     monkeypatch.setattr(apart, "ATTEMPTS", 1)
-    monkeypatch.setattr(apart, "LONGEST_IMAGE", 2)
+    monkeypatch.setattr(apart, "LONGEST_IMAGE", 6)  # of a sound one on a busy machine
     for i, fate in ((1, "deadly"), (3, "endless")):
         (pictures / f"{i}.png").rename(pictures / f"{i}.{fate}.png")
-    names = sorted(str(path) for path in pictures.iterdir())
+    names = sorted(str(path) for path in pictures.iterdir())[:4]
     worker = apart.WorkerApart(Model(str(micro_bundle), "onnxruntime", {}))
     rows = worker(names)
+    assert worker(names[:1]) == rows[:1]  # by yet another process
     child = worker._child
     worker.close()
     assert child is not None
@@ -213,7 +241,7 @@ def test_images_that_kill_their_process_are_reported_and_the_others_run(
     died = [row for row in rows if "processes in a row" in (row["error"] or "")]
     assert [Path(row["file"]).name for row in died] == ["1.deadly.png", "3.endless.png"]
     assert ["SIGSEGV" in row["error"] for row in died] == [True, False]
-    assert died[1]["error"].endswith("no answer within 2 s")
+    assert died[1]["error"].endswith("no answer within 6 s")
     alone = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
     assert [row for row in rows if row not in died] == alone(
         [name for name in names if "deadly" not in name and "endless" not in name]

@@ -288,7 +288,7 @@ def test_wrong_usage(bundle: Bundle, micro_run: Path, tmp_path: Path) -> None:
         assert words in result.output
     result = run("export", tmp_path, "--precision", "fp16")
     assert result.exit_code == 1
-    assert "no bundle here" in result.output
+    assert "neither a checkpoint nor a bundle (no manifest.json)" in result.output
     assert not list(tmp_path.iterdir())
     old = json.loads((bundle.folder / "manifest.json").read_text()) | {"schema_version": 1}
     (tmp_path / "manifest.json").write_text(json.dumps(old))

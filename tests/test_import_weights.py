@@ -110,7 +110,11 @@ def test_imagenet_without_a_network_is_one_line(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    with pytest.raises(CheckpointError, match=r"Name or service not known.*resnet18 state dict"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"imagenet: download.pytorch.org cannot be reached \(Name or service not known\); "
+        "give.*resnet18 state dict",
+    ):
         import_weights(network(), "imagenet", TWO)
 
 

@@ -74,13 +74,17 @@ def test_resolution_keeps_the_ratio_of_its_limits(micro_bundle: Path) -> None:
             ConfigError,
             "short_side: expected a whole number from 1 on, got 96",
         ),
-        ({"short_side": 10**5}, ConfigError, "short_side: expected a canvas of at most 134217727"),
+        ({"short_side": 10**5}, ConfigError, "short_side: expected a canvas of at most 134 megap"),
         ({"device": -1}, ConfigError, "device: expected the index of a GPU.*, got -1"),
         ({"device": "gpu"}, ConfigError, "device: expected the index of a GPU.*, got 'gpu'"),
         ({"device": "cpu", "backend": "tensorrt"}, BackendUnavailableError, "runs on a GPU, and"),
         ({"device": 7}, BackendUnavailableError, "GPU 7 was asked for"),
         ({"device": 7, "backend": "torch"}, BackendUnavailableError, "number 7 was asked for"),
-        ({"device": 7, "backend": "auto"}, BackendUnavailableError, "no backend runs here"),
+        (
+            {"device": 7, "backend": "auto"},
+            BackendUnavailableError,
+            "there is no GPU 7 here; leave the device out",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(

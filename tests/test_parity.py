@@ -257,9 +257,29 @@ def test_one_backend_alone_is_scored_only(micro_bundle: Path, tmp_path: Path) ->
     bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
     code, report, page = evaluate(bundle, tmp_path, "--backend", "onnxruntime")
     assert code == 1
-    assert "scored only" in report["failures"][0]
-    assert "Scored only: nothing was compared." in page
+    assert report["failures"] == []
+    assert report["not_judged"].startswith("nothing to compare it with")
+    assert "SCORED" in page
+    assert "FAIL" not in page
+    assert "onnxruntime: nothing to compare it with" in page
     assert Bundle.open(bundle).manifest.parity == []
+
+
+def test_a_network_that_finds_nothing_is_not_judged(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comask.runtime.parity.scores.coco_results", lambda *_: [])
+    bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
+    done = run("eval", bundle, "--data", "shapes", "--images", 2, "--report", tmp_path / "r.html")
+    assert done.exit_code == 1
+    assert "NOT JUDGED torch: the reference found nothing in these images: train" in done.output
+    assert "FAIL" not in done.output
+    page = (tmp_path / "r.html").read_text()
+    assert "NOT JUDGED" in page
+    assert "FAIL" not in page
+    told = run("doctor", bundle)
+    assert told.exit_code == 0, told.output
+    assert "absent  parity on shapes: nothing was found, so nothing was compared" in told.output
 
 
 def test_what_others_wrote_meanwhile_stays(

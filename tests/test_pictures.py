@@ -94,7 +94,7 @@ def test_grid_of_shapes(tmp_path: Path) -> None:
     assert sheet.shape[1] == 2 * (2 * (384 + 8) + 8)  # two pairs of 96 or 128 pixels, enlarged
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
 
-    # The same objects on both sides look the same; weak predictions are not drawn.
+    # The same objects look the same but for the scores; weak predictions are not drawn.
     def pair(scores: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         again = dataclasses.replace(found[1], scores=np.full_like(found[1].scores, scores))
         picture_grid(source, [1], [again], path, threshold=0.5)
@@ -102,9 +102,10 @@ def test_grid_of_shapes(tmp_path: Path) -> None:
         return sides[:, 8 : 8 + 384], sides[:, 400 : 400 + 384]
 
     true, predicted = pair(1.0)
-    assert (true == predicted).all()
+    same = (true == predicted).all(axis=2).mean()
+    assert 0.95 < same < 1
     true, predicted = pair(0.49)
-    assert (true != predicted).any()
+    assert (true == predicted).all(axis=2).mean() < 0.9
 
 
 @pytest.mark.parametrize(

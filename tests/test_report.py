@@ -90,6 +90,14 @@ def test_report_is_honest(tmp_path: Path, box_gain: float, mask_gain: float, ver
     assert verdict in report(tmp_path).text
 
 
+def test_report_of_a_run_that_found_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path, 1)
+    RunRecord(tmp_path, keep_until=20).add_metrics(20, 1, metrics(0, 0), metrics(0, 0))
+    text = report(tmp_path).text
+    assert "Nothing was found yet." in text
+    assert "difference." not in text
+
+
 def test_report_names_what_refines(tmp_path: Path) -> None:
     write_run(tmp_path, 1)
     assert (

@@ -176,9 +176,22 @@ def test_a_run_that_breaks_down_says_when_and_why(
     assert json.loads((tmp_path / "r.json").read_text())["rounds"] > 0
 
 
-def test_too_short_a_run_is_not_passed(micro_bundle: Path, photos: Path) -> None:
+def test_too_short_a_run_is_not_passed(
+    micro_bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = soaking.soak
+
+    def after_two_slow_rounds(
+        *arguments: Any, tell: Callable[[float, str], None], **rest: Any
+    ) -> soaking.Soaked:
+        tell(1.0, "")
+        tell(2.0, "")
+        return plain(*arguments, **rest)
+
+    monkeypatch.setattr(soaking, "soak", after_two_slow_rounds)
     done = soak(micro_bundle, photos, seconds=0.05)
     assert done.exit_code == 1
+    assert "warning: a round takes 1 s, so this run will be too short" in done.output
     assert "error: too short to judge: 1 samples after" in done.output
     assert "give --soak" in done.output
 
@@ -244,8 +257,11 @@ def test_waiting_is_counted_while_another_process_has_the_core() -> None:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        busy = "print(flush=True)\nwhile True: pass"
+        with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as other:
             try:
+                assert other.stdout is not None
+                other.stdout.readline()  # started, which takes a while where the disk is busy
                 started, before = time.perf_counter(), vitals.waited_seconds()
                 while (seconds := time.perf_counter() - started) < 1:
                     pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import MICRO, run, settings
 
+from comask import progress
 from comask.config import Config, TrainConfig
 from comask.config_reading import from_dict, override
 from comask.data.shapes import ShapesSource
@@ -73,6 +75,7 @@ def test_resumed_run_equals_an_undisturbed_one(
         file.write("4,1,train,0,0,0,0,0,0,0,0,0\n")
     result = run(*train(stopped, *longer, "--resume"))
     assert result.exit_code == 0, result.output
+    assert "going on from step 3 of 4\n" in result.output
     a, b = (load_checkpoint(folder / "checkpoint-last.pt") for folder in (whole, stopped))
     assert a.step == b.step == 4
     for name, weight in a.model.items():
@@ -82,6 +85,22 @@ def test_resumed_run_equals_an_undisturbed_one(
         assert 0 <= float(row.pop("data_seconds")) <= float(row.pop("seconds"))
     assert rows[0] == rows[1]
     assert [int(row["step"]) for row in rows[0]] == [1, 2, 3, 4]
+
+
+def test_progress_says_what_is_left_once_it_can_tell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    now = iter(range(0, 10**6, 1000))  # seconds
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with progress.Progress("training", 10, done=1) as bar:
+        for _ in range(9):
+            bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert all("left" not in line for line in lines[:4])
+    assert lines[4] == "training: 6/10 steps, 0.0/s, 1 h 7 min left"
+    assert lines[-1] == "training: 10/10 steps, 0.0/s, 2 h 30 min"
+    assert [progress.duration(s) for s in (40, 725, 9287)] == ["40 s", "12 min", "2 h 35 min"]
 
 
 def test_no_steps_write_the_untrained_network(tmp_path: Path) -> None:
@@ -339,8 +358,12 @@ def test_resume_heeds_what_it_can_and_refuses_the_rest(micro_run: Path, tmp_path
     assert "not those that the run was started with" in result.output
     result = run(*train(folder, "--resume", *settings("train.learning_rate=1e-4")))
     assert result.exit_code == 0, result.output
-    assert "other settings than before: train.learning_rate" in result.output
-    assert "nothing left to do" in result.output
+    assert re.search(
+        r"before: train.learning_rate [\d.]+ -> 0.0001, train.evaluate_every 1 -> 0\n",
+        result.output,
+    )
+    assert "; nothing to do" in result.output
+    assert "wrote" not in result.output
 
 
 def test_eval_only_scores_the_best_checkpoint(micro_run: Path) -> None:

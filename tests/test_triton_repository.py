@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import shutil
@@ -166,7 +167,7 @@ def test_one_of_several_engines_can_be_named(bundle: Path, tmp_path: Path) -> No
     [
         (("--backend", "tensorrt-rtx"), 1, "does not load TensorRT-RTX's plans"),
         (("--backend", "torch"), 1, "take onnxruntime or tensorrt"),
-        (("--backend", "onnxruntime:fp16"), 1, "holds no fp16 graphs, only fp32"),
+        (("--backend", "onnxruntime:fp16"), 1, "only fp32; comask-export "),
         (("--engines", "x"), 1, "engines x: are for tensorrt"),
         (("--model-name", "a/b"), 1, "model name 'a/b'"),
         (("--precision", "fp16"), 2, "--precision changes a bundle"),
@@ -194,11 +195,43 @@ def test_usage_and_occupied_folders(micro_bundle: Path, micro_run: Path, tmp_pat
         (micro_bundle, ("--serve", "triton"), 2, "--output is missing"),
         (checkpoint, ("--serve", "triton", "--output", full), 2, "--serve takes a bundle"),
         (micro_bundle, ("--model-name", "a"), 2, "--model-name needs --serve"),
-        (micro_bundle, ("--serve", "triton", "--output", full), 1, "is there already"),
+        (micro_bundle, ("--serve", "triton", "--output", full), 1, "and no model repository"),
     ]:
         result = run("export", source, *arguments)
         assert (result.exit_code, words in result.output) == (code, True), result.output
     assert [path.name for path in full.iterdir()] == ["other"]
+
+
+def test_a_repository_holds_several_bundles_and_a_name_once(
+    micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    serve = ("export", micro_bundle, "--serve", "triton", "--output", repository)
+    assert run(*serve).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in repository.rglob("*")}
+    for name in ("comask", "comask_stage1"):
+        result = run(*serve, "--model-name", name)
+        refused = f"error: {repository / name} is there already; give another --model-name"
+        assert (result.exit_code, refused in result.output) == (1, True), result.output
+
+    rename = Path.rename
+
+    def full_disk(self: Path, target: Path) -> Path:
+        if target.name == "second":  # the last one
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full_disk)
+        assert "No space left" in run(*serve, "--model-name", "second").output
+    assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"repository"}
+    assert len(list(repository.iterdir())) == 3
+
+    assert run(*serve, "--model-name", "second").exit_code == 0
+    assert {path.name for path in repository.iterdir()} == {
+        f"{name}{end}" for name in ("comask", "second") for end in ("", "_stage1", "_stage2")
+    }
 
 
 def test_a_damaged_bundle_leaves_nothing(bundle: Path, tmp_path: Path) -> None:

@@ -97,6 +97,6 @@ def test_a_track_has_its_colour_whatever_its_class() -> None:
     by_track = draw_overlay(image, boxes, np.array([3, -1]))
     assert (by_class[60, 40] == by_class[60, 140]).all()
     ratio = by_track[60, 40] / np.array(class_color(3)).clip(1)
-    assert ratio == pytest.approx([0.4] * 3, abs=0.05)
+    assert ratio == pytest.approx([0.25] * 3, abs=0.05)
     assert len(set(by_track[60, 140].tolist())) == 1  # gray
     assert by_track[60, 140].min() > 0

@@ -127,10 +127,16 @@ def coco_source(folder: Path, split: str) -> CocoSource:
     Raises:
         DataError: when neither layout is there.
     """
+    files = [annotation_file for _, annotation_file in LAYOUTS[split]]
     for images, annotation_file in LAYOUTS[split]:
         if (folder / annotation_file).is_file():
             return CocoSource(folder / images, folder / annotation_file)
     expected = " or ".join(f"{i}/ with {a}" for i, a in LAYOUTS[split])
+    if not folder.exists():
+        raise DataError(f"{folder}: no such folder; expected one with {expected}")
+    for above in folder.parents[:2]:
+        if any((above / file).is_file() for file in files):
+            raise DataError(f"{folder}: is a part of the data set {above}: give that")
     raise DataError(f"{folder}: no data set found; expected {expected}")
 
 

@@ -93,7 +93,10 @@ def _checked(
     source = open_source(data, split, shapes_images=shapes_images, shapes_seed=shapes_seed)
     if data == SHAPES:  # sound by construction, and rendered when asked for
         return source, []
-    return sound_part(source)
+    try:
+        return sound_part(source)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from error
 
 
 @functools.cache  # once for all the sets that a command opens

@@ -59,7 +59,8 @@ def picture_grid(
     for index, found in zip(indices, detections, strict=True):
         image, info = source.image(index), source.info(index)
         shown = dataclasses.replace(found[found.scores >= threshold], class_names=names)
-        tiles = [draw_tile(image, true_detections(source, index)), draw_tile(image, shown)]
+        truth = draw_tile(image, true_detections(source, index), show_scores=False)
+        tiles = [truth, draw_tile(image, shown)]
         rows.append((info.file_name or str(info.id), tiles))
     if not rows:
         return

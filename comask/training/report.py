@@ -16,7 +16,7 @@ from comask.data.source import Category
 from comask.evaluate import METRICS, TASKS
 from comask.page import facts, page, picture, table
 from comask.training.curves import COLLABORATION, points_text
-from comask.training.record import Evaluation, read_evaluations, read_rows
+from comask.training.record import STAGES, Evaluation, read_evaluations, read_rows
 from comask.whole_file import write_whole
 
 # By model.collaboration: what turns the unrefined boxes into the refined ones
@@ -110,7 +110,10 @@ def _collaboration(folder: Path, evaluations: list[Evaluation], config: dict[str
             f"{after} {_PLURAL[task]} were better in {better} of {len(every)} evaluations"
         )
     text = " ".join([_verdict(gains), *sentences])
-    if len(evaluations) > 1 and counts:
+    points = [last.points(stage, task) for stage in STAGES for task in TASKS]
+    if gains and not any(value >= _NO_CHANGE for value in points):
+        text = "Nothing was found yet."
+    elif len(evaluations) > 1 and counts:
         text += f" Over the run, {', '.join(counts)}."
     gained = table((f"step {last.step:,}", "before", "after", "difference"), rows)
     note = "Small differences may be chance; runs with another train.seed tell."

@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlsplit
 
 import torch
 import torchvision
@@ -144,9 +146,13 @@ def read_hub(backbone: str) -> WeightFile:
             progress=False, map_location="cpu", check_hash=True, weights_only=True
         )
     except Exception as error:  # of the network, the disk or the unpickler
+        why = f"cannot be loaded ({why_unreadable(error)})"
+        if isinstance(error, URLError | TimeoutError | ConnectionError):
+            host, reason = urlsplit(weights.url).hostname, getattr(error, "reason", error)
+            why = f"{host} cannot be reached ({reason})"
         raise CheckpointError(
-            f"cannot be loaded ({why_unreadable(error)}); give the path of a torchvision {backbone} "
-            f"state dict, or none to start from random weights"
+            f"{why}; give the path of a torchvision {backbone} state dict, or none to start from "
+            f"random weights"
         ) from error
     return _renamed(RESNET, _tensors(state))
 

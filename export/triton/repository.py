@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from comask.export.triton.model_config import client_config, stage_config, to_pbtxt
-from comask.runtime.backends import parse_backend
+from comask.runtime.backends import parse_backend, require_precision
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines
 from comask.runtime.trt.rebuild import rebuild_command
 
@@ -70,7 +71,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
 
     Args:
         bundle: to serve.
-        output: folder of the repository; must not exist, or be empty.
+        output: folder of the repository, to which the models are added; made where it is missing.
         request: what is to be served.
 
     Returns:
@@ -78,24 +79,21 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
         have: of engines `tensorrt_version`, `target` and `gpu`.
 
     Raises:
-        BundleError: when `output` is in use, or the bundle lacks the graphs or has altered files.
+        BundleError: when `output` holds models of these names, or is no repository; when the bundle
+            lacks the graphs or has altered files.
         ConfigError: for a backend, name or batch that cannot be.
         EngineError: when there are no engines that Triton can load, or several.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise BundleError(f"{output}: is there already; give a folder that is new or empty")
     name, manifest = request.model_name, bundle.manifest
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ConfigError(
             f"model name {name!r}: it names folders and is part of an address; expected letters, "
             f"digits, _, - and ."
         )
+    _check_room(output, name)
     library, precision = _parse_served(request.backend)
     backend = f"{library}:{precision}"
-    if precision not in manifest.precisions:
-        raise BundleError(
-            f"{bundle.folder}: holds no {precision} graphs, only {', '.join(manifest.precisions)}"
-        )
+    require_precision(bundle, precision)
     if library == "tensorrt":
         files = _plans(bundle, precision, request.engines)
     elif request.engines:
@@ -106,7 +104,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
         require_count("max_batch", request.max_batch, files.largest_batch)
     max_batch = request.max_batch or files.largest_batch
     preferred = sorted({min(files.best_batch, max_batch), max_batch} - {1}) or [1]
-    # beside the output, so that the finished repository appears by a rename
+    # beside the output, so that what is finished appears by a rename
     with scratch_folder(output, output.parent) as folder:
         for stage, path in files.paths.items():
             digest = {"sha256": sha256(path)}
@@ -117,10 +115,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
         version = _add_model(folder, client_config(name, manifest, backend, max_batch, preferred))
         (version / "model.py").write_text(CLIENT_MODEL, encoding="utf-8")
         (version / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        folder.chmod(0o755)  # mkdtemp's is private
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        _move(folder, output, _models(name))
     return {
         "repository": str(output),
         "model": name,
@@ -129,6 +124,47 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
         "weights_sha256": manifest.files[WEIGHTS],
         **files.needs,
     }
+
+
+def _models(name: str) -> list[str]:
+    """The folders of a bundle in a repository; last the one that clients ask."""
+    return [*(f"{name}_{stage}" for stage in STAGES), name]
+
+
+def _check_room(output: Path, name: str) -> None:
+    """Refuses a folder that the models cannot be added to.
+
+    Raises:
+        BundleError: see `write_repository`.
+    """
+    if not output.exists():
+        return
+    for model in reversed(_models(name)):
+        if (output / model).exists():
+            raise BundleError(f"{output / model} is there already; give another --model-name")
+    used = not output.is_dir() or any(output.iterdir())
+    if used and not any(output.glob("*/config.pbtxt")):
+        raise BundleError(
+            f"{output}: is there already and no model repository; give one, or a folder that is new "
+            f"or empty"
+        )
+
+
+def _move(folder: Path, output: Path, models: list[str]) -> None:
+    """Moves all models of a folder into the repository, or none.
+
+    Raises:
+        OSError: when that fails.
+    """
+    if not output.exists() or not any(output.iterdir()):
+        folder.chmod(0o755)  # mkdtemp's is private
+        folder.rename(output)  # an empty one is replaced
+        return
+    with ExitStack() as undo:
+        for model in models:
+            (folder / model).rename(output / model)
+            undo.callback((output / model).rename, folder / model)
+        undo.pop_all()
 
 
 def _add_model(repository: Path, config: dict[str, Any]) -> Path:

@@ -22,7 +22,7 @@ LONGEST_IMAGE = 60  # likewise, on the average of a shard
 CHILD = "from comask.runtime.fleet.apart import serve; serve()"
 
 
-class WorkerDiedError(ComaskError, RuntimeError):
+class _DiedError(Exception):
     """The process that ran images is gone."""
 
 
@@ -48,7 +48,7 @@ class WorkerApart:
             child = self._child = self._child or self._begun()
             try:
                 return child.ask(addresses, LONGEST_IMAGE * len(addresses))
-            except WorkerDiedError as error:
+            except _DiedError as error:
                 self._child = None
                 died = str(error)
         if len(addresses) == 1:
@@ -68,7 +68,7 @@ class WorkerApart:
         child = _Child()
         try:
             child.ask(self._model, LONGEST_LOAD)
-        except WorkerDiedError as error:
+        except _DiedError as error:
             raise ComaskError(
                 f"{self._model.bundle}: a process died while it loaded the bundle: {error}"
             ) from error
@@ -94,18 +94,18 @@ class _Child:
         """Its answer, which it has `longest` seconds for.
 
         Raises:
-            WorkerDiedError: instead of answering, or ended since it did not.
+            _DiedError: instead of answering, or ended since it did not.
             ComaskError: what it says instead.
         """
         try:
             self._connection.send(question)
             if not self._connection.poll(longest):
                 self.close()
-                raise WorkerDiedError(f"no answer within {longest:.0f} s")
+                raise _DiedError(f"no answer within {longest:.0f} s")
             rows, problem = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
-            raise WorkerDiedError(_ending(self._process.returncode)) from error
+            raise _DiedError(_ending(self._process.returncode)) from error
         if problem:
             raise ComaskError(problem)
         return list(rows)

@@ -37,16 +37,16 @@ def file_system(address: str) -> tuple[AbstractFileSystem, str]:
     """
     if "::" in address and is_url(address):
         raise ComaskError(f"{address}: chains of file systems are not read; unpack it first")
-    try:
-        import fsspec
+    import fsspec
 
+    try:
         if not is_url(address):
             return fsspec.filesystem("file"), os.path.abspath(address)
         fs, path = fsspec.core.url_to_fs(address)
     except ImportError as error:
-        raise BackendUnavailableError(
-            f"{address}: {error}: pip install 'comask[fleet]', and for object storage s3fs, gcsfs, adlfs"
-        ) from error
+        package = getattr(error.__cause__, "name", None)  # s3fs, gcsfs, …
+        mend = f": pip install {package}" if package else ""
+        raise BackendUnavailableError(f"{address}: {one_line(error)}{mend}") from error
     except Exception as error:  # each storage has its own kinds
         raise ComaskError(f"{address}: cannot be opened: {one_line(error)}") from error
     return fs, str(path)

@@ -18,14 +18,11 @@ from comask.runtime.fleet.rows import Format, Row, encoded
 
 from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
-from comask.errors import ComaskError
+from comask.errors import JobError
 
 TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
 PARTS, DONE = "parts", "done"
-
-
-class JobError(ComaskError, ValueError):
-    """A folder that holds another job, or none that can be continued."""
+PLAIN = frozenset({"detections.json", "images.json"})  # what runs without --runner write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +125,11 @@ class Job:
             if folder.sizes(PARTS) or folder.sizes(DONE):
                 raise JobError(
                     f"{folder.address}: holds parts but no {TERMS}: name another --output"
+                )
+            if plain := sorted(PLAIN & folder.sizes("").keys()):
+                raise JobError(
+                    f"{folder.address}: holds {plain[0]} of a run without --runner: name another "
+                    f"--output"
                 )
             return None
         try:
@@ -257,16 +259,21 @@ def _json(content: Any) -> bytes:
 
 
 def _difference(folder: Folder, there: Terms, here: Terms) -> str:
-    pairs = [
-        (field.name, getattr(there, field.name), getattr(here, field.name))
-        for field in dataclasses.fields(Terms)
-    ]
-    differing = ", ".join(
-        f"{name} {str(a)[:20]} there, {str(b)[:20]} here" for name, a, b in pairs if a != b
-    )
+    differing = []
+    if (there.images, there.inputs) != (here.images, here.inputs):
+        differing.append(f"other images, {there.images} there, {here.images} here")
+    if there.bundle != here.bundle:
+        differing.append("another network, preprocessing or classes in the bundle")
+    for name in ("backend", "proposals", "short_side", "shard", "format"):
+        values = [getattr(terms, name) or "not given" for terms in (there, here)]
+        if values[0] != values[1]:
+            option = name.replace("_", "-")
+            differing.append(f"--{option} {values[0]} there, {values[1]} here")
+    if there.comask != here.comask:
+        differing.append(f"comask {there.comask} there, {here.comask} here")
     mend = "name another --output"
     if not folder.sizes(DONE):
         mend += ", or remove the folder, in which nothing is done yet"
     if there.inputs != here.inputs:
         mend += f", or continue with its own listing, @{folder.address}/{INPUTS}, as the input"
-    return f"{folder.address}: holds another job ({differing}): {mend}"
+    return f"{folder.address}: holds another job ({'; '.join(differing)}): {mend}"

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 from comask.runtime.fleet.apart import WorkerApart
 from comask.runtime.fleet.job import Job
-from comask.runtime.fleet.runners import FleetError, Outcome, Shard, attempt
+from comask.runtime.fleet.runners import Outcome, Shard, attempt
 from comask.runtime.fleet.worker import Model
 
-from comask.errors import BackendUnavailableError, ComaskError, one_line
+from comask.errors import BackendUnavailableError, ComaskError, FleetError, one_line
 
 ADDRESS = "RAY_ADDRESS"  # of a cluster; without it one is started here, and ended
 ROUND = 2000  # shards that Ray is told of at once: each is an object in its store
@@ -55,7 +55,7 @@ class RayRunner:
             self._data: Any = importlib.import_module("ray.data")
         except ImportError as error:
             raise BackendUnavailableError(
-                f"--runner ray: {one_line(error)}: pip install 'comask[fleet]'"
+                f"--runner ray: Ray cannot be imported ({one_line(error)}): pip install 'comask[fleet]'"
             ) from error
         start: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
         if own:

@@ -6,7 +6,7 @@ import io
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from comask.errors import BackendUnavailableError, one_line
+from comask.errors import one_line
 
 if TYPE_CHECKING:
     from comask.structures import Detections
@@ -37,12 +37,10 @@ def failed_row(address: str, error: str) -> Row:
 def encoded(rows: list[Row], form: Format) -> bytes:
     """Rows as a file.
 
-    Raises:
-        BackendUnavailableError: when Parquet is asked for and pyarrow is not installed.
+    Parquet needs pyarrow.
     """
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    require_format(form)
     import pyarrow
     import pyarrow.parquet
 
@@ -50,22 +48,6 @@ def encoded(rows: list[Row], form: Format) -> bytes:
     table = pyarrow.Table.from_pylist(rows, schema=_schema())
     pyarrow.parquet.write_table(table, file, compression="zstd")
     return file.getvalue()
-
-
-def require_format(form: Format) -> None:
-    """Refuses a format whose package is missing.
-
-    Raises:
-        BackendUnavailableError: see `encoded`.
-    """
-    if form == "parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise BackendUnavailableError(
-                "Parquet needs pyarrow, which is not installed: pip install 'comask[fleet]', "
-                "or take --format jsonl"
-            ) from error
 
 
 def _row(

@@ -9,13 +9,9 @@ from comask.runtime.fleet.job import Job
 from comask.runtime.fleet.rows import Row
 from comask.runtime.fleet.worker import Model, Worker
 
-from comask.errors import ComaskError, one_line
+from comask.errors import FleetError, one_line
 
 FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
-
-
-class FleetError(ComaskError, RuntimeError):
-    """Shards that cannot be done."""
 
 
 class Shard(NamedTuple):

@@ -45,12 +45,16 @@ def parity_page(
 def _verdict(report: Mapping[str, Any]) -> str:
     word, kind = ("PASS", "pass") if report["passed"] else ("FAIL", "fail")
     others = len(report["comparisons"])
+    failed = report["failures"] or not all(
+        found["passed"] for found in report["comparisons"].values()
+    )
     if report["passed"]:
         text = f"{others} of {others} compute what {report['reference']} does."
-    elif others:
+    elif failed:
         text = "Not everything computes what the reference does."
     else:
-        text = "Scored only: nothing was compared."
+        word = "NOT JUDGED" if others else "SCORED"
+        text = f"{report['reference']}: {report['not_judged']}."
     parts = [f'<p class="verdict {kind}">{word}</p><p>{escape(text)}</p>']
     items = [f"<li>{escape(sentence)}</li>" for sentence in report["failures"]]
     for name, found in report["comparisons"].items():
@@ -88,7 +92,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
             cells.append(f"{found['deltas'][task]['AP']:+.3f}" if found else "")
         judged = (f"{found['largest']:.3f}", f"{found['tolerance']:g}") if found else ("", "")
         agreement = f"{found['agreement']:.4f}" if found else ""
-        word = "reference" if not found else "PASS" if found["passed"] else "FAIL"
+        word = _word(found, report["not_judged"])
         rows.append((name, *cells, *judged, f"{values['detections']:,}", agreement, word))
     head = ("AP points", "box AP", "difference", "mask AP", "difference", "largest difference",
             "allowed", "detections", "agreement", "verdict")  # fmt: skip
@@ -98,6 +102,15 @@ def _accuracy(report: Mapping[str, Any]) -> str:
         "with the same scores, boxes and masks, whatever the ground truth says."
     )
     return f'<h2>Accuracy</h2>{table(head, rows)}<p class="note">{note}</p>'
+
+
+def _word(found: Mapping[str, Any] | None, not_judged: str) -> str:
+    """The verdict on one backend."""
+    if not found:
+        return "reference"
+    if not found["passed"]:
+        return "FAIL"
+    return "not judged" if not_judged else "PASS"
 
 
 def _refinement(report: Mapping[str, Any]) -> str:

@@ -48,10 +48,17 @@ def labels_in_data(manifest: Manifest, source: InstanceSource) -> NDArray[np.int
     if set(theirs) != set(ours):
         missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
         raise DataError(
-            f"the data's categories are not the bundle's: not in the data {missing[:5]}, "
-            f"not in the bundle {surplus[:5]}; evaluate on data with the classes that were trained"
+            f"the data's categories are not the bundle's: of the bundle's {len(ours)} the data lack "
+            f"{_first(missing)}, of the data's {len(theirs)} the bundle lacks {_first(surplus)}; "
+            "evaluate on data with the classes that were trained"
         )
     return np.array([theirs[name] for name in ours], dtype=np.int64)
+
+
+def _first(names: list[str]) -> str:
+    """How many, and some of them."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} ({shown})" if names else "none"
 
 
 def score_backend(
