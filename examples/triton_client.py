@@ -11,18 +11,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    import numpy as np
-    from tritonclient.http import InferenceServerClient, InferInput, InferResult
-    from tritonclient.utils import InferenceServerException
-except ImportError as error:
-    sys.exit(f"error: {error}: pip install 'tritonclient[http]'")
+if TYPE_CHECKING:
+    from tritonclient.http import InferInput, InferResult
 
 
 def encoded_image(data: bytes) -> InferInput:
     """The input of a request for one image, as a file has it; more rows would be more images."""
+    import numpy as np
+    from tritonclient.http import InferInput
+
     tensor = InferInput("image", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[data]], dtype=object))
     return tensor
@@ -49,15 +48,11 @@ def instances(result: InferResult, row: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> int:
+def ask(arguments: argparse.Namespace) -> int:
     """Prints a line for each image; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--url", default="localhost:8000")
-    parser.add_argument("--model", default="comask")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at once")
-    parser.add_argument("--json", type=Path, help="write all instances to this file")
-    arguments = parser.parse_args()
+    from tritonclient.http import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
     found: dict[str, list[dict[str, Any]] | None] = {}
     with InferenceServerClient(arguments.url, concurrency=arguments.concurrency) as client:
         settings = client.get_model_config(arguments.model)["parameters"]
@@ -88,8 +83,21 @@ def main() -> int:
     return int(None in found.values())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Reads the command line, and ends with the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--url", default="localhost:8000")
+    parser.add_argument("--model", default="comask")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at once")
+    parser.add_argument("--json", type=Path, help="write all instances to this file")
     try:
-        sys.exit(main())
-    except (InferenceServerException, OSError) as error:
+        sys.exit(ask(parser.parse_args()))
+    except ImportError as error:
+        sys.exit(f"error: {error}: pip install 'tritonclient[http]'")
+    except Exception as error:  # of the server, of the network, of a file
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

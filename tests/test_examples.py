@@ -188,19 +188,24 @@ def test_errors_are_one_line(name: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "wheel"),
+    ("name", "package", "wheel", "options"),
     [
-        ("dali_pipeline.py", "nvidia.dali", "nvidia-dali-cuda130"),
-        ("pynvvideocodec_pipeline.py", "PyNvVideoCodec", "pynvvideocodec"),
-        ("triton_client.py", "tritonclient", "'tritonclient[http]'"),
+        ("dali_pipeline.py", "nvidia.dali", "nvidia-dali-cuda130", ["--backend", "onnxruntime"]),
+        (
+            "pynvvideocodec_pipeline.py",
+            "PyNvVideoCodec",
+            "pynvvideocodec",
+            ["--backend", "onnxruntime"],
+        ),
+        ("triton_client.py", "tritonclient", "'tritonclient[http]'", []),
     ],
 )
 def test_missing_packages_are_named(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, package: str, wheel: str,
+    name: str, package: str, wheel: str, options: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as ended:
-        run_example(name, micro_bundle, tmp_path, "--backend", "onnxruntime")
+        run_example(name, micro_bundle, tmp_path, *options)
     assert str(ended.value.code).startswith("error: ")
     assert str(ended.value.code).endswith(f": pip install {wheel}")

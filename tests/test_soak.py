@@ -192,7 +192,7 @@ def test_too_short_a_run_is_not_passed(
     done = soak(micro_bundle, photos, seconds=0.05)
     assert done.exit_code == 1
     assert "warning: a round takes 1 s, so this run will be too short" in done.output
-    assert "error: too short to judge: 1 samples after" in done.output
+    assert "error: too short to judge: " in done.output
     assert "give --soak" in done.output
 
 

@@ -85,6 +85,8 @@ def serving(installation: Installation, repositories: Sequence[Path], log: Path)
         installation.program, *(f"--model-repository={folder}" for folder in repositories),
         "--backend-directory", installation.backends,
         "--http-address", "127.0.0.1", "--http-port", str(port),
+        # loading at once, its Python backend may end with boost::interprocess::lock_exception
+        "--model-load-thread-count", "1",
         "--allow-grpc", "false", "--allow-metrics", "false", "--exit-timeout-secs", "5",
     ]  # fmt: skip
     with (
