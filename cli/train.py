@@ -22,8 +22,10 @@ from comask.whole_file import write_whole
 if TYPE_CHECKING:
     from comask.config import Config
     from comask.data.source import InstanceSource
+    from comask.models.comask import CoMask
     from comask.training.checkpoint import Checkpoint
     from comask.training.distributed import Ranks
+    from comask.training.loop import Trainer
     from comask.training.validation import Validation, Validator
 
 # A run that goes on may change how it trains, but not what its steps and state mean.
@@ -131,8 +133,7 @@ def _train(
     from comask.data.open_source import data_digest
     from comask.data.training_set import TrainingSet
     from comask.models.comask import CoMask
-    from comask.training.import_weights import import_weights
-    from comask.training.loop import BEST, LAST, Trainer
+    from comask.training.loop import LAST, Trainer
     from comask.training.machine import fit_to_machine
 
     if not resume and (output / LAST).exists():
@@ -153,22 +154,7 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
-        backbone = config.model.backbone
-        if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
-            _say(
-                ranks,
-                f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
-                f"--preset coco-slim minutes",
-            )
-        weights = import_weights(model, config.train.weights, train_source.categories)
-        if config.train.weights != "none":
-            _say(ranks, *weights.lines())
-        elif config.model.frozen_stages:
-            _say(
-                ranks,
-                f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
-                f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group",
-            )
+        _import_weights(model, config, train_source, ranks)
     model = fit_to_machine(model, config, ranks)
     validator = _validator(val_source, val_indices, config, ranks, output)
 
@@ -202,6 +188,42 @@ def _train(
             _say(ranks, f"going on from step {trainer.step} of {trainer.total_steps}")
     with stop.on_signal():
         trainer.train()
+    _end(trainer, output, ranks, finished=finished)
+
+
+def _import_weights(model: CoMask, config: Config, source: InstanceSource, ranks: Ranks) -> None:
+    """Gives a new run its weights, and says what it should know of them."""
+    from comask.training.import_weights import import_weights
+
+    backbone = config.model.backbone
+    if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
+        _say(
+            ranks,
+            f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
+            f"--preset coco-slim minutes",
+        )
+    weights = import_weights(model, config.train.weights, source.categories)
+    if config.train.weights != "none":
+        _say(ranks, *weights.lines())
+    elif config.model.frozen_stages:
+        _say(
+            ranks,
+            f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
+            f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group",
+        )
+
+
+def _end(trainer: Trainer, output: Path, ranks: Ranks, *, finished: bool) -> None:
+    """Says how the training ended; exits where a signal ended it.
+
+    Args:
+        trainer: that has trained.
+        output: the run's folder.
+        ranks: of which the first one speaks.
+        finished: whether there was nothing to do.
+    """
+    from comask.training.loop import BEST, LAST
+
     if trainer.ended_by:
         place = f"step {trainer.step} of {trainer.total_steps}"
         if ranks.first:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from comask.runtime import Predictor
 from comask.runtime.parity.scores import Scores
-from conftest import COMMANDS, MICRO, run, settings
+from conftest import COMMANDS, run
 from PIL import Image
 from pycocotools import mask as coco_mask
 from video_clips import make_clip
@@ -346,49 +346,6 @@ def test_eval_matches_categories_by_name(micro_bundle: Path, tmp_path: Path) -> 
     assert "dodecahedron" in result.output
 
 
-def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    assert run("shapes", folder, "--images", "12", "--seed", "5").exit_code == 0
-    assert run("shapes", folder, "--images", "12").exit_code == 1
-    result = run(
-        "train", "--data", folder, "--preset", "shapes-tiny", "--output", tmp_path / "run",
-        *settings(*MICRO, "train.max_steps=1"),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "11 training images, 1 for validation, 8 classes" in result.output
-
-
-def test_train_refuses_in_one_line(tmp_path: Path) -> None:
-    listed = tmp_path / "set" / "annotations" / "instances.json"
-    (tmp_path / "set" / "images").mkdir(parents=True)
-    listed.parent.mkdir()
-    listed.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
-    for arguments, code, words in [
-        (("--data", tmp_path, "--output", tmp_path / "r"), 1, "no data set found"),
-        (("--data", tmp_path / "no", "--output", tmp_path / "r"), 1, "no: no such folder"),
-        (("--data", tmp_path / "set" / "images", "--output", tmp_path / "r"), 1,
-         f"data set {tmp_path / 'set'}: give that"),
-        (("--data", listed, "--output", tmp_path / "r"), 1, f"data set {tmp_path / 'set'}: give"),
-        (("--data", tmp_path / "set", "--output", tmp_path / "r"), 1, "set: no image of the"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--set", "train.epochs", "1"), 2,
-         "--set takes key=value"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.channel=3"), 1,
-         "did you mean model.channels"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--preset", "big"), 2, "comask-r50"),
-        (("--data", "shapes"), 2, "missing option --output"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--resume", "--eval-only"), 2, "one of"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--eval-only"), 1, "no such checkpoint"),
-        (("--data", "shapes", "--output", tmp_path / "r",
-          "--set", "train.weights=/none.pth"), 1, "cannot be loaded"),
-        (("--data", "shapes", "--output", tmp_path / "r", "--set", "model.num_classes=3"), 1,
-         "8 categories"),
-    ]:  # fmt: skip
-        result = run("train", *arguments)
-        assert (result.exit_code, words in result.output) == (code, True), result.output
-        assert "Traceback" not in result.output
-        assert not (tmp_path / "r").exists()  # nothing empty is left
-
-
 def test_real_images_odd_files_included(
     shared_data: Path, micro_bundle: Path, tmp_path: Path
 ) -> None:
@@ -396,23 +353,3 @@ def test_real_images_odd_files_included(
     assert result.exit_code == 1
     assert "19 of 23 images" in result.output
     assert result.output.count("skipped:") == 4
-
-
-def test_train_reports_unsound_data_and_trains_on_the_rest(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    write_coco(ShapesSource(num_images=12, seed=5), folder)
-    file = folder / "annotations" / "instances.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["category_id"] = 77
-    content["annotations"][1]["bbox"][2] = 0
-    file.write_text(json.dumps(content))
-    next((folder / "images").iterdir()).unlink()
-    result = run(
-        "train", "--data", folder, "--preset", "shapes-tiny", "--output", tmp_path / "run",
-        *settings(*MICRO, "train.max_steps=1", "train.evaluate_every=0"),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "data: 1 image without a file (left out)" in result.output
-    assert "10 training images, 1 for validation" in result.output
-    for words in ("unknown categor", "without area"):
-        assert words in result.output

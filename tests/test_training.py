@@ -1,4 +1,4 @@
-"""The loop: resuming, schedules, checkpoints and what a run writes."""
+"""The loop: resuming, checkpoints and what a run writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from conftest import MICRO, run, settings
 
 from comask import progress
-from comask.config import Config, TrainConfig
+from comask.config import Config
 from comask.config_reading import from_dict, override
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Batch
@@ -27,7 +27,6 @@ from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, s
 from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
 from comask.training.machine import fit_to_machine
-from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord, read_rows
 
 
@@ -139,38 +138,6 @@ def test_non_finite_loss_stops_and_names_the_images(
     assert "Traceback" not in result.output
 
 
-def test_paper_schedule() -> None:
-    config = preset("comask-r50").train
-    steps = 1000  # an epoch
-    rate = [learning_rate(config, s, steps, 24 * steps) for s in range(0, 24 * steps, 500)]
-    assert rate[0] == pytest.approx(0.01 / 80)
-    assert rate[1] == pytest.approx(0.01 * (1 / 80 + (79 / 80) * 0.5))
-    assert rate[2] == rate[39] == 0.01
-    assert rate[40] == pytest.approx(0.001)
-    assert rate[46] == pytest.approx(0.0001)
-    double = TrainConfig(batch_size=16)
-    assert learning_rate(double, 5000, steps, 24 * steps) == pytest.approx(0.02)
-
-
-def test_one_cycle_rises_and_falls_to_zero() -> None:
-    config = TrainConfig(schedule="one_cycle", warmup_steps=10, learning_rate=1.0)
-    rates = [learning_rate(config, step, 100, 100) for step in range(101)]
-    assert max(rates) == rates[10] == 1.0
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == 0
-
-
-def test_optimizers_take_what_has_a_gradient() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    sgd = build_optimizer(model, TrainConfig())
-    assert sgd.defaults["momentum"] == 0.9
-    assert [p.shape for p in sgd.param_groups[0]["params"]] == [(2, 2), (2,)]
-    adamw = build_optimizer(model, TrainConfig(optimizer="adamw"))
-    assert [group["weight_decay"] for group in adamw.param_groups] == [1e-4, 0.0]
-
-
 class Malicious:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("executed",))
@@ -230,26 +197,6 @@ def test_record_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert float(rows[0]["loss_mask"]) == 1 / 3
-
-
-def test_averaged_weights_follow_the_formula() -> None:
-    torch.manual_seed(0)
-    layer = torch.nn.BatchNorm1d(3)
-    average = average_weights(layer, 0.6)
-    assert average is not None
-    mine = layer.weight.detach().clone()
-    for step in range(6):
-        with torch.no_grad():
-            layer.weight.normal_()
-            layer.running_mean.normal_()
-            layer.num_batches_tracked += 1
-        average.update_parameters(layer)
-        # the first update copies
-        decay = min(0.6, (1 + step) / (10 + step)) if step else 0.0
-        mine = decay * mine + (1 - decay) * layer.weight.detach()
-        torch.testing.assert_close(average.module.weight.detach(), mine)
-        assert average.module.num_batches_tracked == layer.num_batches_tracked
-    assert average_weights(layer, 0.0) is None
 
 
 def test_accumulated_parts_give_the_gradient_of_their_mean(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from comask.runtime.fleet.apart import WorkerApart
 from comask.runtime.fleet.job import Job
 from comask.runtime.fleet.runners import Outcome, Shard, attempt
 from comask.runtime.fleet.worker import Model
+from comask.runtime.session import Closing
 
 from comask.errors import BackendUnavailableError, ComaskError, FleetError, one_line
 
@@ -29,10 +29,10 @@ SILENT = {
 STORE_BYTES = 100 * 2**20  # results go to the job's folder, and only outcomes through Ray
 
 
-class RayRunner:
+class RayRunner(Closing):
     """Does shards on a Ray cluster, an actor a GPU, or a CPU where there is none.
 
-    Each actor runs its images in a process of its own, see `WorkerApart`. It is a context manager.
+    Each actor runs its images in a process of its own, see `WorkerApart`.
 
     Args:
         actors: how many; None for as many as there is room for.
@@ -75,20 +75,13 @@ class RayRunner:
         self._on_gpu = gpus > 0 and not cpu
         slots = gpus if self._on_gpu else cpus
         if not slots or (actors or 0) > slots:
-            self._ray.shutdown()
+            self.close()
             kind = "GPUs" if self._on_gpu else "CPUs"
             raise ComaskError(f"--actors {actors or 1}: the Ray cluster has {slots} {kind}")
         self._actors = actors or slots
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leaves the cluster, or ends the one that was started here."""
         self._ray.shutdown()
 
     def backend(self, model: Model) -> str:
