@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from comask.runtime import Predictor
-from comask.runtime.bench.memory import _peak_resident
+from comask.runtime.bench.memory import peak_resident
 from comask.runtime.ort_session import OrtSession
 from numpy.typing import NDArray
 
@@ -284,7 +284,7 @@ def _run_alone(name: str, work: dict[str, Any], short_side: int, threshold: floa
         contestant.thresholds[prepared.canvas.shape, count] = threshold
     for _ in range(RUNS):
         contestant.network(prepared, count)
-    print(_peak_resident())
+    print(peak_resident())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from comask.cli.interruption import Interruption
 from comask.cli.options import command
 
+from comask.bundle import BEST
 from comask.errors import CheckpointError, ConfigError
 from comask.presets import PRESETS, preset
 from comask.whole_file import write_whole
@@ -222,7 +223,7 @@ def _end(trainer: Trainer, output: Path, ranks: Ranks, *, finished: bool) -> Non
         ranks: of which the first one speaks.
         finished: whether there was nothing to do.
     """
-    from comask.training.loop import BEST, LAST
+    from comask.training.loop import LAST
 
     if trainer.ended_by:
         place = f"step {trainer.step} of {trainer.total_steps}"
@@ -245,7 +246,6 @@ def _evaluate(
 ) -> None:
     """Scores a finished run; its own settings hold."""
     from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
-    from comask.training.loop import BEST
 
     if settings:
         raise ConfigError(f"--set {settings[0]}: --eval-only takes the settings of the checkpoint")

@@ -27,7 +27,7 @@ __all__ = ["SCHEMA_VERSION", "Bundle", "Category", "Manifest"]
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
-BEST = "checkpoint-best.pt"  # of a training run, as `comask.training.loop` names it
+BEST = "checkpoint-best.pt"  # of a training run, what a bundle is made of
 UNFINISHED = ".unfinished"  # ends the names of folders that something is made in
 WEIGHTS = "weights.safetensors"
 PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference

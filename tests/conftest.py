@@ -19,9 +19,12 @@ import pytest
 from click.testing import CliRunner, Result
 from comask.runtime import Predictor
 
-# Examples take long where a network runs; the machine's speed is not what is tested.
-hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
+# Examples take long where a network runs; the machine's speed is not what is tested. They are the
+# same in every run, so that a change is judged by what it changed; `--hypothesis-profile search`
+# draws new ones and more of them, and what it finds is kept as an `@example`.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("search", deadline=None, max_examples=300, derandomize=False)
 
 COMMANDS = {
     "train": comask.cli.train.main,

@@ -21,7 +21,7 @@ from comask.runtime.fleet.rows import FORMATS, Row, encoded, failed_row
 from comask.runtime.fleet.runners import Outcome, Shard, attempt, run_all
 from comask.runtime.fleet.worker import Model
 from fleet_rows import rows_in
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from comask.errors import ComaskError, FleetError, JobError
@@ -193,6 +193,7 @@ def test_parts_without_their_job_and_a_spoilt_job_are_refused(tmp_path: Path) ->
     ),
     shard=st.integers(1, 5),
 )  # fmt: skip
+@example(names=[b"."], shard=1)  # "..jpg" is a JPEG to pathlib, and has no suffix to os.path
 def test_any_file_name_is_listed_once_and_found_again(
     tmp_path_factory: pytest.TempPathFactory, names: list[bytes], shard: int
 ) -> None:
@@ -211,8 +212,10 @@ def test_any_file_name_is_listed_once_and_found_again(
         for i in range(len(listing.offsets) - 1)
     ]
     assert {len(lines) for lines in shards[:-1]} <= {shard}
-    assert sorted(json.loads(line) for lines in shards for line in lines) == sorted(expected)
-    assert sorted(addresses(f"@{file}", SUFFIXES)) == sorted(expected)
+    # from Python 3.14 on pathlib agrees with os.path about "..jpg"
+    expected = sorted(path for path in expected if Path(path).suffix == ".jpg")
+    assert sorted(json.loads(line) for lines in shards for line in lines) == expected
+    assert sorted(addresses(f"@{file}", SUFFIXES)) == expected
     for form in FORMATS:  # whatever the name is, it can be written
         encoded([failed_row(path, path) for path in expected], form)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from comask.bundle import BEST
 from comask.config import Config
 from comask.data.source import Category
 from comask.data.training_set import (
@@ -42,7 +43,7 @@ from comask.training.record import RunRecord
 from comask.training.report import write_report
 from comask.training.validation import Validation
 
-LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
+LAST = "checkpoint-last.pt"
 Evaluator = Callable[[CoMask, int], Validation]  # of a model after so many steps
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         batch = [image] * predictor.max_batch
         for _ in range(RUNS):
             predictor(list(batch))
-        found = {"resident": _peak_resident(), "gpu": taken(), "stream": None}
+        found = {"resident": peak_resident(), "gpu": taken(), "stream": None}
         if predictor.stages.gpu is not None:
             with predictor.stream(slots=SLOTS) as session:
                 fill_slots(session, batch, CAPTURED)
@@ -90,7 +90,8 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def _peak_resident() -> int | None:
+def peak_resident() -> int | None:
+    """The most bytes that this process ever held; None where the system does not tell."""
     # Not getrusage's: on Linux a process inherits that from the one which started it.
     if not STATUS.exists():
         return None

@@ -19,6 +19,7 @@ from comask.runtime.fleet.rows import Format, Row, encoded
 from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
 from comask.errors import JobError
+from comask.parse_json import parse_json
 
 TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
 PARTS, DONE = "parts", "done"
@@ -133,7 +134,7 @@ class Job:
                 )
             return None
         try:
-            return Terms(**json.loads(folder.read(TERMS)))
+            return Terms(**parse_json(folder.read(TERMS)))
         except (TypeError, ValueError) as error:
             raise JobError(
                 f"{folder.address}: its {TERMS} is not this comask's: name another --output"
@@ -201,7 +202,7 @@ class Job:
         names = [f"{DONE}/{name}" for name in sorted(there) if name.endswith(".json")]
         for content in self.folder.read_each(names):
             try:
-                record = Record(**json.loads(content))
+                record = Record(**parse_json(content))
             except (TypeError, ValueError):
                 continue  # truncated, where the storage does not write whole files
             if record.job == self.terms.id and sizes.get(self._part(record.shard)) == record.bytes:
@@ -241,7 +242,7 @@ class Job:
         if not self.folder.exists(SUMMARY):
             return None
         try:
-            summary: dict[str, Any] = json.loads(self.folder.read(SUMMARY))
+            summary: dict[str, Any] = parse_json(self.folder.read(SUMMARY))
         except ValueError:
             return None  # as in `done`
         return summary

@@ -14,12 +14,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import BinaryIO
 
 from comask.runtime.fleet.folder import file_system, is_url
 from comask.runtime.video.address import VIDEO_SUFFIXES, is_address
 
 from comask.errors import ComaskError, one_line
+from comask.parse_json import parse_json
 
 SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
 
@@ -91,7 +93,7 @@ def addresses(text: str, suffixes: frozenset[str]) -> Iterator[str]:
     """
     text = text.removeprefix("file://")  # so that no file has two addresses
     web = text.lower().startswith(("http://", "https://"))
-    if os.path.splitext(text)[1].lower() in VIDEO_SUFFIXES or (is_address(text) and not web):
+    if PurePath(text).suffix.lower() in VIDEO_SUFFIXES or (is_address(text) and not web):
         raise ComaskError(f"{text}: --runner is for images; run videos and streams without it")
     try:
         if text.startswith("@"):
@@ -145,7 +147,7 @@ def _images(folder: str, files: Iterable[str], suffixes: frozenset[str]) -> Iter
     """Of a folder's files those that are images."""
     seen: Counter[str] = Counter()
     for file in files:
-        suffix = os.path.splitext(file)[1].lower()
+        suffix = PurePath(file).suffix.lower()  # as `comask-infer` without --runner reads it
         seen["images"] += suffix in suffixes
         seen["videos"] += suffix in VIDEO_SUFFIXES
         if suffix in suffixes:
@@ -180,7 +182,7 @@ def _listed(file: str) -> Iterator[str]:
 def _from_json(line: str, place: str) -> str:
     """An address as a listing has it, or as parts and `failures.jsonl` do."""
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         content = None
     address = content.get("file") if isinstance(content, dict) else content
