@@ -214,7 +214,7 @@ def _mask_from_polygons(polygons: list[Any], height: int, width: int) -> NDArray
     for polygon in polygons:
         try:
             points = np.asarray(polygon, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # of integers beyond f64
             points = np.full(1, np.nan)
         if points.ndim != 1 or points.size % 2 or not (abs(points) <= _LARGEST_COORDINATE).all():
             raise _malformed("polygons that are lists [x, y, x, y, ...] of pixels", polygon)

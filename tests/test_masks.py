@@ -147,6 +147,7 @@ def test_rles_are_decoded(size: tuple[int, int], seed: int, density: float) -> N
         ([["a", 2, 3, 4, 5, 6]], "polygons that are lists"),
         ([[float("nan"), 2, 3, 4, 5, 6]], "polygons that are lists"),
         ([[1e12, 2, 3, 4, 5, 6]], "polygons that are lists"),
+        ([[10**400, 2, 3, 4, 5, 6]], "polygons that are lists"),
         ({"counts": [80]}, r"size \[8, 10\], got None"),
         ({"size": [10, 8], "counts": [80]}, r"size \[8, 10\], got \[10, 8\]"),
         ({"size": [8, 10]}, "8 x 10 pixels, got None"),
