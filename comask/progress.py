@@ -69,14 +69,15 @@ class Progress:
             return
         now = time.monotonic()
         rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
+        timed = self._unit == "seconds"  # a second takes a second
         if self._bar:
             task = self._bar.task_ids[0]
-            self._bar.update(
-                task, completed=self._done, rate=f"{rate:.1f} {self._unit}/s", note=note
-            )
+            shown = "" if timed else f"{rate:.1f} {self._unit}/s"
+            self._bar.update(task, completed=self._done, rate=shown, note=note)
         elif now - self._last_line >= LINE_SECONDS or self._done == self._total:
             self._last_line = now
-            line = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s"
+            line = f"{self._title}: {self._done}/{self._total} {self._unit}"
+            line += "" if timed else f", {rate:.1f}/s"
             if self._done == self._total:
                 line += f", {duration(now - self._start)}"
             elif self._done - self._done_before >= FIRST_STEPS:
