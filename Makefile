@@ -61,7 +61,6 @@ api: setup
 # The site, in build/site; broken links fail it. tests/test_docs.py runs the pages' code blocks.
 docs: setup
 	$(BIN)/zensical build --clean --strict
-	@echo build/site/index.html
 	@echo "site: build/site/index.html"
 
 # The GPU runtime's host side is tested with pycuda and stand-ins. It compiles for a minute or two, and

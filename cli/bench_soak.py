@@ -111,13 +111,20 @@ def _warn_if_short(interval: float, total: float) -> None:
     """
     from comask.runtime.bench.growth import LEAST, PARTS, WARM_UP
 
-    needed = interval * LEAST * PARTS / (1 - WARM_UP)
-    if total < needed:
+    samples = total * (1 - WARM_UP) / interval
+    if samples < LEAST * PARTS:
         click.echo(
             f"warning: a round takes {interval:.2g} s, so this run will be too short to judge; give "
-            f"--soak {1.2 * needed / 60:.2g} or more",
+            f"{_longer(total / 60, samples)}",
             err=True,
         )
+
+
+def _longer(minutes: float, samples: float) -> str:
+    """The option for a run that can be judged, where so many minutes give too few samples."""
+    from comask.runtime.bench.growth import LEAST, PARTS
+
+    return f"--soak {1.2 * minutes * LEAST * PARTS / samples:.2g} or more"
 
 
 def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], str]:
@@ -167,10 +174,10 @@ def _judged(soaked: Soaked) -> dict[str, Any]:
     if grown:
         verdict = "; ".join(grown)
     elif not found:
-        count, needed = int(warmed_up(soaked.times).sum()), LEAST * PARTS
+        count = int(warmed_up(soaked.times).sum())
         verdict = (
             f"too short to judge: {count} samples after the warm-up in {minutes:.2g} minutes, expected "
-            f"{needed}; give --soak {1.2 * minutes * needed / max(1, count):.2g} or more"
+            f"{LEAST * PARTS}; give {_longer(minutes, max(1, count))}"
         )
     else:
         verdict = f"nothing grew beyond its limit in {minutes:.3g} minutes"

@@ -162,9 +162,9 @@ def _not_judged(report: dict[str, Any]) -> str:
 
 
 def _passed(report: dict[str, Any]) -> bool:
-    return not (report["failures"] or report["not_judged"]) and all(
-        found["passed"] for found in report["comparisons"].values()
-    )
+    from comask.runtime.parity.verdict import has_failed
+
+    return not (has_failed(report) or report["not_judged"])
 
 
 def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:

@@ -195,16 +195,10 @@ def _run(
     click.echo(f"backend {backend}", err=True)
     if left:
         with Progress("inferring", terms.images, unit="images", done=finished) as progress:
-
-            def advance(images: int) -> None:
-                nonlocal finished
-                finished += images
-                progress.advance(images)
-
             try:
-                run_all(job, model, left, runner or _runner(fleet, how, stack), advance)
+                run_all(job, model, left, runner or _runner(fleet, how, stack), progress.advance)
             except _Left:
-                raise _Left(f": {finished} of {terms.images} images are done") from None
+                raise _Left(f": {progress.done} of {terms.images} images are done") from None
     summary = job.finish()
     _show_failures(job, summary["failed"])
     return summary

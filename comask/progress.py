@@ -23,6 +23,9 @@ class Progress:
         unit: what a step is, in the plural.
         done: steps that lie behind already, as after a resume.
         quiet: show nothing, as all but the first of several processes do.
+
+    Attributes:
+        done: steps so far.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class Progress:
     ) -> None:
         self._quiet = quiet
         self._title, self._total, self._unit = title, total, unit
-        self._done = self._done_before = done
+        self.done = self._done_before = done
         self._start = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
 
@@ -57,31 +60,31 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.add_task(
-                self._title, total=self._total, completed=self._done, rate="", note=""
+                self._title, total=self._total, completed=self.done, rate="", note=""
             )
             self._bar.start()
         return self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Counts `steps` more; `note` is shown behind the bar."""
-        self._done += steps
+        self.done += steps
         if self._quiet:
             return
         now = time.monotonic()
-        rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
+        rate = (self.done - self._done_before) / max(now - self._start, 1e-9)
         timed = self._unit == "seconds"  # a second takes a second
         if self._bar:
             task = self._bar.task_ids[0]
             shown = "" if timed else f"{rate:.1f} {self._unit}/s"
-            self._bar.update(task, completed=self._done, rate=shown, note=note)
-        elif now - self._last_line >= LINE_SECONDS or self._done == self._total:
+            self._bar.update(task, completed=self.done, rate=shown, note=note)
+        elif now - self._last_line >= LINE_SECONDS or self.done == self._total:
             self._last_line = now
-            line = f"{self._title}: {self._done}/{self._total} {self._unit}"
+            line = f"{self._title}: {self.done}/{self._total} {self._unit}"
             line += "" if timed else f", {rate:.1f}/s"
-            if self._done == self._total:
+            if self.done == self._total:
                 line += f", {duration(now - self._start)}"
-            elif self._done - self._done_before >= FIRST_STEPS:
-                line += f", {duration((self._total - self._done) / max(rate, 1e-9))} left"
+            elif self.done - self._done_before >= FIRST_STEPS:
+                line += f", {duration((self._total - self.done) / max(rate, 1e-9))} left"
             print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from comask.runtime.diagnosis import Finding
 from comask.runtime.gpu import find_gpu
+from comask.runtime.parity.verdict import has_failed
 from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder, why_not_on
 from comask.runtime.trt.flavors import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
@@ -77,10 +78,7 @@ def _parity(bundle: Bundle) -> list[Finding]:
         knobs = "".join(
             f", {knob} {entry[knob]}" for knob in ("proposals", "short_side") if entry.get(knob)
         )
-        failed = entry.get("failures") or not all(
-            other["passed"] for other in entry["comparisons"].values()
-        )
-        if entry.get("not_judged") and not failed:  # unknown to older entries
+        if entry.get("not_judged") and not has_failed(entry):  # unknown to older entries
             name = f"parity on {entry['data']}{knobs}"
             found = "nothing was found, so nothing was compared"
             latest[name] = Finding(

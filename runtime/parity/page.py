@@ -9,6 +9,7 @@ from typing import Any
 from comask.runtime.compare import PYRAMID, TOLERANCES
 from comask.runtime.parity.contestants import precision_of
 from comask.runtime.parity.page_precisions import precision_sections
+from comask.runtime.parity.verdict import has_failed
 
 from comask.evaluate import METRICS, TASKS
 from comask.page import facts, page, picture, table
@@ -45,12 +46,9 @@ def parity_page(
 def _verdict(report: Mapping[str, Any]) -> str:
     word, kind = ("PASS", "pass") if report["passed"] else ("FAIL", "fail")
     others = len(report["comparisons"])
-    failed = report["failures"] or not all(
-        found["passed"] for found in report["comparisons"].values()
-    )
     if report["passed"]:
         text = f"{others} of {others} compute what {report['reference']} does."
-    elif failed:
+    elif has_failed(report):
         text = "Not everything computes what the reference does."
     else:
         word = "NOT JUDGED" if others else "SCORED"
