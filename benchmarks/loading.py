@@ -9,8 +9,9 @@ import time
 
 import click
 
+from comask.data.loading import epoch_batches, load_batches
 from comask.data.open_source import open_source
-from comask.data.training_set import TrainingSet, epoch_batches, load_batches
+from comask.data.training_set import TrainingSet
 from comask.presets import PRESETS, preset
 
 
@@ -19,13 +20,14 @@ def rate(dataset: TrainingSet, batch_size: int, workers: int, seconds: float) ->
     delivered, epoch, started = 0, 0, None
     while True:
         batches = epoch_batches(dataset, batch_size, seed=0, epoch=epoch)
-        for batch in load_batches(dataset, batches * 8, workers=workers):
-            if started is None:
-                started = time.perf_counter()
-                continue
-            delivered += len(batch.targets)
-            if time.perf_counter() - started > seconds:
-                return delivered / (time.perf_counter() - started)
+        with load_batches(dataset, batches * 8, workers=workers) as loaded:
+            for batch in loaded:
+                if started is None:
+                    started = time.perf_counter()
+                    continue
+                delivered += len(batch.targets)
+                if time.perf_counter() - started > seconds:
+                    return delivered / (time.perf_counter() - started)
         epoch += 1
 
 

@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comask.config import Config
 from comask.config_reading import override
+from comask.data.loading import Batch, epoch_batches, load_batches
 from comask.data.shapes import ShapesSource
-from comask.data.training_set import Batch, TrainingSet, epoch_batches, load_batches
+from comask.data.training_set import TrainingSet
 from comask.evaluate import evaluate
 from comask.models.comask import CoMask
 from comask.presets import preset
@@ -66,12 +67,18 @@ def _train(
     epochs = range(config.train.epochs)
     batches = [batch for epoch in epochs for batch in epoch_batches(dataset, size, seed, epoch)]
     per_epoch = len(batches) // len(epochs)
-    with FlopCounterMode(display=False) as counter:
-        losses(next(iter(load_batches(dataset, batches[:1], workers=0))))
+    with (
+        FlopCounterMode(display=False) as counter,
+        load_batches(dataset, batches[:1], workers=0) as loaded,
+    ):
+        losses(next(loaded))
     torch.manual_seed(config.train.seed)
     started = time.perf_counter()
-    with Progress(title, len(batches)) as progress:
-        for step, batch in enumerate(load_batches(dataset, batches, workers=0)):
+    with (
+        Progress(title, len(batches)) as progress,
+        load_batches(dataset, batches, workers=0) as loaded,
+    ):
+        for step, batch in enumerate(loaded):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.train, step, per_epoch, len(batches))
             total = torch.stack(list(losses(batch).values())).sum()

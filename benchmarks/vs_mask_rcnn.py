@@ -35,7 +35,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from comask.config import Config
-from comask.data.training_set import Batch
+from comask.data.loading import Batch
 from comask.models.backbone import build_resnet
 from comask.structures import Detections
 
@@ -85,7 +85,10 @@ def reference_model(config: Config) -> MaskRCNN:
 def reference_losses(model: MaskRCNN, batch: Batch) -> dict[str, Tensor]:
     """Torchvision's losses for one of our batches (whose images need no padding)."""
     images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
-    targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in batch.targets]
+    targets = [
+        {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.bitmaps()}
+        for t in batch.targets
+    ]
     return model(images, targets)
 
 

@@ -19,6 +19,7 @@ from comask.data.coco import LAYOUTS, coco_source
 from comask.data.problems import describe
 from comask.data.source import InstanceSource
 from comask.errors import CalibrationError, ImageError, one_line
+from comask.media_files import kind_of_file
 from comask.preprocess import FORMATS, Pixels, decode_image
 
 SMALL, LARGE = 32**2, 96**2  # areas of objects in pixels, as COCO has them
@@ -141,11 +142,8 @@ def _of_source(source: InstanceSource) -> list[Candidate]:
 
 
 def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
-    from PIL import Image
-
-    known = Image.registered_extensions()
     try:
-        files = sorted(p for p in folder.iterdir() if known.get(p.suffix.lower()) in FORMATS)
+        files = sorted(entry for entry in folder.iterdir() if kind_of_file(entry) == "image")
     except OSError as error:
         raise CalibrationError(f"{folder}: cannot be listed: {error.strerror}") from error
     if not files:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.interruption import Interruption
-from comask.cli.options import IMAGE_SUFFIXES, find_files, write_json
+from comask.cli.options import find_files, write_json
 from comask.cli.predictor_options import PredictorOptions
 
 from comask.errors import ComaskError, ImageError, one_line
@@ -141,7 +141,7 @@ def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], s
         images = noise_images(predictor.preprocess)
         subject = f"noise in {len(images)} sizes"
     else:
-        files = find_files((str(source),), IMAGE_SUFFIXES)
+        files = find_files(str(source), "image")
         images = list(files[:: -(-len(files) // MOST_IMAGES)])
         subject = f"{len(images)} images of {source}"
     readable: Encoded | None = None

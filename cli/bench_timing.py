@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.bench_backends import runnable
-from comask.cli.options import IMAGE_SUFFIXES, find_files, write_json
+from comask.cli.options import find_files, write_json
 from comask.cli.predictor_options import PredictorOptions
+
+from comask.errors import ImageError, one_line
 
 if TYPE_CHECKING:
     from comask.runtime.bench.memory import PeakMemory
@@ -88,9 +90,17 @@ def _pictures(timing: Timing, manifest: Manifest) -> tuple[list[Pixels], str]:
     from comask.preprocess import decode_image
 
     if timing.images is not None:
-        files = find_files((str(timing.images),), IMAGE_SUFFIXES)
-        files = files[: timing.runs * timing.how.max_batch]
-        return [decode_image(file) for file in files], f"{len(files)} images of {timing.images}"
+        pictures: list[Pixels] = []
+        for file in find_files(str(timing.images), "image"):
+            try:
+                pictures.append(decode_image(file))
+            except ImageError as error:
+                click.echo(f"skipped: {one_line(error)}", err=True)
+            if len(pictures) == timing.runs * timing.how.max_batch:
+                break
+        if not pictures:
+            raise ImageError(f"--images {timing.images}: none of them can be read")
+        return pictures, f"{len(pictures)} images of {timing.images}"
     height, width = manifest.preprocess.short_side, manifest.preprocess.max_side
     if timing.size is not None:
         parts = timing.size.lower().split("x")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from comask.cli.infer_fleet import FleetOptions, fleet_options, run_fleet
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from comask.runtime.video import Where
 
     from comask.preprocess import Pixels
-    from comask.structures import Detections
 
 KINDS = ("overlay", "masks", "coco", "labels")
 
@@ -88,39 +88,42 @@ def main(
         folder, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
     )
     options.check(videos)
-    failures: list[dict[str, str]] = []
     results = Results(folder, kinds, threshold)
+    failures = Failures()
     stop = Interruption()
-    with how.load(bundle, backend) as predictor:
-        click.echo(f"backend {predictor.stages.backend}", err=True)
-        seconds, whole = 0.0, True
-        if images:
-            window = 2 * how.max_batch
-            seconds = _run_images(predictor, images, results, failures, window, stop)
+    seconds, reports = 0.0, list[dict[str, Any]]()
+    try:
+        with how.load(bundle, backend) as predictor:
+            click.echo(f"backend {predictor.stages.backend}", err=True)
+            if images:
+                seconds = _run_images(predictor, images, results, failures, stop)
             whole = not stop.signal  # which one later does not change
-        reports = _run_videos(predictor, videos, results, failures, options, stop)
-    done = results.images
-    if images:
-        click.echo(
-            f"{'' if whole else 'interrupted after '}{done} of {len(images)} images in "
-            f"{seconds:.1f} s ({done / seconds:.1f} images/s), "
-            f"{results.detections} detections in {one_line(output)}",
-            err=json_file == "-",
-        )
-        if whole and done and not results.detections:
+            reports = _run_videos(predictor, videos, results, failures, options, stop)
+        to_stderr = json_file == "-"
+        if images:
+            begin = "" if whole else "interrupted after "
+            click.echo(
+                f"{begin}{results.images} of {len(images)} images in {seconds:.1f} s "
+                f"({results.images / seconds:.1f} images/s), {results.detections} detections in "
+                f"{one_line(output)}",
+                err=to_stderr,
+            )
+        for report in reports:
+            click.echo(_video_line(report), err=to_stderr)
+        if whole and results.images and not results.detections:
             click.echo(
                 "nothing was found: train longer, or export again with a lower --score-threshold",
                 err=True,
             )
-    for report in reports:
-        click.echo(_video_line(report), err=json_file == "-")
+    finally:
+        failures.tell()  # also of what was done before an error
     write_json(
         json_file,
         {
-            "images": done,
+            "images": results.images,
             "detections": results.detections,
             "videos": reports,
-            "failures": failures,
+            "failures": failures.entries,
             "seconds": seconds,
             "backend": predictor.stages.backend,
             "interrupted": bool(stop.signal),
@@ -128,32 +131,67 @@ def main(
     )
     if stop.signal:
         sys.exit(128 + stop.signal)
-    if failures:
+    if failures.entries:
         sys.exit(1)
+
+
+class Failures:
+    """Inputs that were skipped or whose results are incomplete.
+
+    Attributes:
+        entries: `file` and `error` of each.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, str]] = []
+        self._lines: list[str] = []
+
+    def add(self, kind: Literal["skipped", "incomplete"], file: str, error: str) -> None:
+        """Notes one input; `error` is made to name the file where it does not."""
+        text = one_line(error if error.startswith(file) else f"{file}: {error}")
+        self.entries.append({"file": file, "error": text})
+        self._lines.append(f"{kind}: {text}")
+
+    def tell(self) -> None:
+        """Prints a line each, behind everything else, where they are seen."""
+        for line in self._lines:
+            click.echo(line, err=True)
 
 
 def _run_images(
     predictor: Predictor,
     files: list[Path],
     results: Results,
-    failures: list[dict[str, str]],
-    window: int,
+    failures: Failures,
     stop: Interruption,
 ) -> float:
-    """Runs the images until `stop`, `window` of them in memory; the seconds it took."""
+    """Runs the images until `stop`; the seconds it took."""
+    from comask.runtime.images import ImageRunner
+
+    from comask.preprocess import decode_image
     from comask.progress import Progress
+
+    def until_stop() -> Iterator[tuple[Path, Callable[[], Pixels]]]:
+        for path in files:
+            if stop.signal:
+                return
+            yield path, functools.partial(decode_image, path)
 
     started = time.perf_counter()
     try:
         with stop.on_signal(), Progress("inferring", len(files), unit="images") as progress:
-            images = _decoded(files, failures, progress.advance)
-            for path, pixels, found in _detected(predictor, images, window, stop):
-                results.add(path, pixels, found)
+            for result in ImageRunner[Path](predictor)(until_stop()):
+                error = result.error
+                if result.found is not None and result.pixels is not None:
+                    try:
+                        results.add(result.key, result.pixels, result.found)
+                    except ImageError as problem:
+                        error = one_line(problem)
+                if error:
+                    failures.add("skipped", str(result.key), error)
                 progress.advance()
     finally:
         results.finish()  # also of what was done before an error
-    for failure in failures:
-        click.echo(f"skipped: {failure['error']}", err=True)
     return time.perf_counter() - started
 
 
@@ -161,7 +199,7 @@ def _run_videos(
     predictor: Predictor,
     videos: list[str],
     results: Results,
-    failures: list[dict[str, str]],
+    failures: Failures,
     options: VideoOptions,
     stop: Interruption,
 ) -> list[dict[str, Any]]:
@@ -174,14 +212,12 @@ def _run_videos(
         try:
             report, problems = run_video(predictor, address, name, options, stop)
         except VideoError as error:
-            click.echo(f"skipped: {one_line(error)}", err=True)
-            failures.append({"file": shown, "error": one_line(error)})
+            failures.add("skipped", shown, str(error))
             continue
         interrupted = bool(stop.signal)
         reports.append({"file": shown, **dataclasses.asdict(report), "interrupted": interrupted})
         for problem in problems:
-            click.echo(f"incomplete: {one_line(shown)}: {problem}", err=True)
-            failures.append({"file": shown, "error": f"{shown}: {problem}"})
+            failures.add("incomplete", shown, problem)
         if stop.signal:
             break
     return reports
@@ -193,6 +229,8 @@ def _video_line(report: dict[str, Any]) -> str:
         f"{report['frames']} frames in {report['seconds']:.1f} s "
         f"({report['frames'] / report['seconds']:.1f} frames/s), {report['detections']} detections"
     )
+    if report["left_out"]:
+        line += f", the overlay is without {', '.join(report['left_out'])}"
     for count in ("dropped", "damaged", "reconnects"):
         if report[count]:
             line += f", {report[count]} {count}"
@@ -206,45 +244,3 @@ def _kinds(save: str) -> set[str]:
             f"--save {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}"
         )
     return kinds
-
-
-def _decoded(
-    files: list[Path], failures: list[dict[str, str]], skipped: Any
-) -> Iterator[tuple[Path, Pixels]]:
-    """The images that can be read; the others go to `failures`."""
-    from comask.preprocess import decode_image
-
-    for path in files:
-        try:
-            pixels = decode_image(path)
-        except ImageError as error:
-            failures.append({"file": str(path), "error": one_line(error)})
-            skipped()
-            continue
-        yield path, pixels
-
-
-def _detected(
-    predictor: Predictor, images: Iterator[tuple[Path, Pixels]], window: int, stop: Interruption
-) -> Iterator[tuple[Path, Pixels, Detections]]:
-    """Images with their detections, until `stop`; those in memory are few, and fewer of large ones."""
-    from comask.preprocess import MOST_IMAGE_PIXELS
-
-    waiting: list[tuple[Path, Pixels]] = []
-    for entry in images:
-        if stop.signal:
-            return
-        waiting.append(entry)
-        values = sum(pixels.size for _, pixels in waiting)
-        if len(waiting) == window or values > 3 * MOST_IMAGE_PIXELS:
-            yield from _flush(predictor, waiting)
-            waiting = []
-    yield from _flush(predictor, waiting)
-
-
-def _flush(
-    predictor: Predictor, waiting: list[tuple[Path, Pixels]]
-) -> Iterator[tuple[Path, Pixels, Detections]]:
-    found = predictor([pixels for _, pixels in waiting])
-    for (path, pixels), detections in zip(waiting, found, strict=True):
-        yield path, pixels, detections

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.interruption import Interruption
-from comask.cli.options import IMAGE_SUFFIXES, write_json
+from comask.cli.options import write_json
 from comask.cli.predictor_options import PredictorOptions
 
 from comask.errors import BackendUnavailableError, one_line
@@ -169,7 +169,7 @@ def _run(
     digest = bundle_digest(bundle, backend)
     model = replace(model, backend=backend, digest=digest)
     with TemporaryFile() as file:  # which has no name that a kill would leave
-        listing = write_listing(inputs, frozenset(IMAGE_SUFFIXES), file, fleet.shard)
+        listing = write_listing(inputs, file, fleet.shard)
         terms = Terms(
             images=listing.images,
             inputs=listing.sha256,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comask.errors import ComaskError
-from comask.whole_file import whole_file, write_whole
+from comask.errors import ComaskError, ImageError
+from comask.whole_file import is_folder_fault, whole_file, write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Results:
         threshold: lowest score that is drawn.
 
     Raises:
-        ComaskError: when something cannot be written, or the folder is a job's.
+        ComaskError: when nothing can be written there, as on a full disk, or the folder is a job's.
     """
 
     def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
@@ -40,15 +40,22 @@ class Results:
             raise ComaskError(f"--output {folder}: is a file; --output is a folder")
         if (folder / "job.json").exists():
             raise ComaskError(f"--output {folder}: holds a job; give another folder")
-        with self._writing():
+        for name in ("detections.json", "images.json"):  # before an hour's work, not after
+            if (folder / name).is_dir():
+                raise ComaskError(f"--output {folder}: {name} in it is a folder; remove it")
+        with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: Path, pixels: Pixels, found: Detections) -> None:
-        """The results of one image."""
+        """The results of one image.
+
+        Raises:
+            ImageError: when those of this image cannot be written, as under too long a name.
+        """
         from comask.draw import draw_overlay
 
         name = self.unique(path.name)
-        with self._writing():
+        with self._writing(path):
             if "overlay" in self._kinds:
                 drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
                 self._write_png(f"{name}.overlay.png", drawn)
@@ -75,7 +82,7 @@ class Results:
     def finish(self) -> None:
         """The files that cover all images."""
         if "coco" in self._kinds:
-            with self._writing():
+            with self._writing(self._folder):
                 for file, content in (("detections", self._coco), ("images", self._images)):
                     write_whole(self._folder / f"{file}.json", json.dumps(content).encode())
 
@@ -95,13 +102,16 @@ class Results:
             Image.fromarray(pixels).save(file, format="PNG")
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, source: Path) -> Iterator[None]:
+        """Names what cannot be written: all results, or those of one source."""
         try:
             yield
         except OSError as error:
-            raise ComaskError(
-                f"{self._folder}: results cannot be written: {error.strerror or error}"
-            ) from error
+            reason = error.strerror or str(error)
+            if is_folder_fault(error) or source == self._folder:
+                raise ComaskError(f"{self._folder}: results cannot be written: {reason}") from error
+            where = f"{error.filename or self._folder}: {reason}"
+            raise ImageError(f"{source}: its results cannot be written: {where}") from error
 
 
 def _instance_map(found: Detections) -> Any:
@@ -110,7 +120,8 @@ def _instance_map(found: Detections) -> Any:
 
     instances = np.zeros(found.image_size, dtype=np.uint16)
     for number in range(len(found), 0, -1):
-        instances[found.masks[number - 1]] = number
+        x, y, crop = found.crop(number - 1)
+        instances[y : y + crop.shape[0], x : x + crop.shape[1]][crop] = number
     return instances
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from comask.cli.interruption import Interruption
-from comask.cli.options import IMAGE_SUFFIXES, find_files
+from comask.cli.options import find_files
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, EngineError, ImageError, VideoError, one_line
 from comask.progress import LINE_SECONDS, Progress
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from comask.runtime.video import (
         Sink,
         SourceFrame,
+        Tracker,
+        VideoPipeline,
         VideoReport,
         VideoSource,
         Where,
@@ -37,7 +39,8 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     Raises:
         ComaskError: when inputs name nothing; all of them are named.
     """
-    from comask.runtime.video.address import VIDEO_SUFFIXES, is_address, is_video
+    from comask.runtime.video import is_address, is_video
+    from comask.runtime.video.address import address_of_file
 
     images: list[Path] = []
     videos: dict[str, None] = {}
@@ -46,16 +49,16 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
         if is_address(text):
             videos[text] = None
             continue
-        if "://" in text:
-            raise ComaskError(f"{text}: addresses of object storage need --runner")
         try:
-            paths = find_files((text,), IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+            if "://" in text and not Path(text).exists():
+                raise ComaskError(f"{text}: addresses of object storage need --runner")
+            paths = find_files(text, "image", "video")
         except ComaskError as error:
             problems.append(str(error))
             continue
         for path in paths:
             if is_video(path):
-                videos[str(path)] = None
+                videos[address_of_file(path)] = None
             else:
                 images.append(path)
     if problems:
@@ -123,38 +126,68 @@ def run_video(
         The report, and what went wrong with the video.
 
     Raises:
-        VideoError: when it cannot be opened.
-        ComaskError: when results cannot be written.
+        VideoError: when it cannot be opened, or no frame of it can be run.
+        ComaskError: when results cannot be written, or the backend fails.
     """
-    from comask.runtime.video import JsonLines, OverlayWriter, Tracker, VideoPipeline, VideoSource
+    from comask.runtime.images import ImageRunner
+    from comask.runtime.video import VideoPipeline, VideoSource
 
-    overlay = "overlay" in options.kinds
     source = VideoSource(
         address,
         every=options.every,
-        audio=overlay,
+        audio="overlay" in options.kinds,
         decode=options.decode,
         gpu=predictor.stages.gpu,
     )
-    with contextlib.ExitStack() as stack:
-        sinks: list[Sink] = []
-        if overlay:
-            stem = options.folder / f"{name}.overlay"
-            overlay_writer = OverlayWriter(
-                stem, source, options.threshold, encode=options.encode, gpu=options.gpu
-            )
-            sinks.append(stack.enter_context(overlay_writer))
-        if "coco" in options.kinds:
-            sinks.append(stack.enter_context(JsonLines(options.folder / f"{name}.jsonl")))
-        tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None
-        sinks.append(stack.enter_context(_Shown(source, options.every)))
-        pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
-        stack.enter_context(stop.on_signal(pipeline.stop))
-        report = pipeline.run()
-    problems = [report.problem] if report.problem else []
+    problems: list[str] = []
+    pipeline: VideoPipeline | None = None
+    try:
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(contextlib.ExitStack())
+            opened.enter_context(source)
+            sinks, tracker = _open_sinks(source, name, options, stack)
+            pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
+            opened.pop_all()  # the pipeline closes the source
+            stack.enter_context(stop.on_signal(pipeline.stop))
+            try:
+                pipeline.run()
+            except (EngineError, ImageError) as error:
+                ImageRunner[str](predictor).check()  # raises where the backend is to blame
+                raise VideoError(f"{source.name}: cannot be run: {one_line(error)}") from error
+    except VideoError as error:
+        if pipeline is None or not pipeline.frames:
+            raise
+        problems.append(one_line(error).removeprefix(f"{source.name}: "))
+    assert pipeline is not None
+    report = pipeline.report()
+    if report.problem:
+        problems.append(report.problem)
     if report.damaged and not source.live:
         problems.append(f"{report.damaged} damaged frames or packets were skipped")
     return report, problems
+
+
+def _open_sinks(
+    source: VideoSource, name: str, options: VideoOptions, stack: contextlib.ExitStack
+) -> tuple[list[Sink], Tracker | None]:
+    """What takes a video's results, closed by `stack`."""
+    from comask.runtime.video import JsonLines, OverlayWriter, Tracker
+
+    sinks: list[Sink] = []
+    if "overlay" in options.kinds:
+        overlay = OverlayWriter(
+            options.folder / f"{name}.overlay",
+            source,
+            options.threshold,
+            encode=options.encode,
+            gpu=options.gpu,
+        )
+        sinks.append(stack.enter_context(overlay))
+    if "coco" in options.kinds:
+        sinks.append(stack.enter_context(JsonLines(options.folder / f"{name}.jsonl")))
+    sinks.append(stack.enter_context(_Shown(source, options.every)))
+    tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None
+    return sinks, tracker
 
 
 class _Shown(contextlib.ExitStack):
@@ -162,12 +195,12 @@ class _Shown(contextlib.ExitStack):
 
     def __init__(self, source: VideoSource, every: int) -> None:
         super().__init__()
-        self._name, self._every, self._count = source.name, every, 0
+        self._name, self._every, self._count = one_line(source.name), every, 0
         self._last_line = time.monotonic()
         self._progress: Progress | None = None
         if source.frames:
             total = -(-source.frames // every)
-            self._progress = self.enter_context(Progress(source.name, total, unit="frames"))
+            self._progress = self.enter_context(Progress(self._name, total, unit="frames"))
 
     def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
         """Counts one frame."""

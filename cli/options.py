@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import functools
-import glob
+import io
 import json
 import logging
 import signal
@@ -20,6 +21,7 @@ import click
 
 from comask import __version__
 from comask.errors import ComaskError, is_out_of_memory, one_line
+from comask.media_files import Kind, PassedOver, find_media
 from comask.whole_file import write_whole
 
 MENDS = {
@@ -27,11 +29,14 @@ MENDS = {
     errno.EACCES: "; ask for the right to read or write there, or take another folder",
     errno.ENOSPC: "; free space, or take another disk",
 }
+IN_ASCII = {
+    "…": "...", "–": "-", "—": "-", "→": "->", "×": "x", "·": "*", "±": "+-", "≤": "<=",  # noqa: RUF001
+    "≥": ">=", "²": "^2", "°": " degrees", "“": '"', "”": '"', "‘": "'", "’": "'",  # noqa: RUF001
+}  # fmt: skip
 EXTRAS = {  # that brings a package which a command may find missing
     **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
 
 def command(function: Callable[..., None]) -> click.Command:
@@ -41,6 +46,7 @@ def command(function: Callable[..., None]) -> click.Command:
     """
 
     @click.command(
+        cls=_Command,
         name=function.__module__.rsplit(".", 1)[-1],
         help=function.__doc__,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -91,6 +97,37 @@ def command(function: Callable[..., None]) -> click.Command:
     return run
 
 
+class _Command(click.Command):
+    """A command for any terminal, and for files of any name."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Runs the command; what the terminal's encoding lacks is written in other characters."""
+        codecs.register_error("comask", _in_other_characters)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="comask")
+        return super().main(*arguments, **settings)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Takes `-clip.mp4` for a file where there is one, as a pattern of the shell gives it."""
+        options = {name for parameter in self.params for name in parameter.opts}
+        named = (
+            f"./{arg}"
+            if arg.startswith("-") and arg not in options and Path(arg).is_file()
+            else arg
+            for arg in args
+        )
+        return super().parse_args(ctx, list(named))
+
+
+def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
+    """Handles an encoding error: the typographic characters of our texts in ASCII, others by number."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    plain = (IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(plain), error.end
+
+
 class _TerminatedError(SystemExit):
     """SIGTERM came. No Exception, which libraries catch."""
 
@@ -138,7 +175,8 @@ def write_json(target: str | None, content: Any) -> None:
     if target is None:
         return
     finite = json.loads(json.dumps(content), parse_constant=lambda name: None)  # JSON has no NaN
-    text = json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
+    ascii_only = target == "-" and (sys.stdout.encoding or "ascii").lower() != "utf-8"
+    text = json.dumps(finite, indent=2, ensure_ascii=ascii_only) + "\n"
     # a name that is not UTF-8 holds half characters, which JSON can escape
     text = text.encode(errors="backslashreplace").decode()
     if target == "-":
@@ -150,31 +188,19 @@ def write_json(target: str | None, content: Any) -> None:
         raise ComaskError(f"--json {target}: cannot be written: {error.strerror}") from error
 
 
-def find_files(inputs: tuple[str, ...], suffixes: set[str]) -> list[Path]:
-    """The files that inputs name: a file as it is, a folder's files, what a pattern matches.
+def find_files(text: str, *kinds: Kind) -> list[Path]:
+    """The files that one input names, see `find_media`; says which are passed over.
 
-    A folder gives the files that have one of `suffixes`, in order of name; a file or pattern gives
-    whatever it names, since images and videos are known by their content.
+    Args:
+        text: a file, a folder or a pattern.
+        kinds: of the files that a folder gives: `image`, `video`.
 
     Raises:
-        ComaskError: when an input names nothing.
+        ComaskError: when it names nothing.
     """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
-            if not files:
-                kinds = "image" if suffixes <= IMAGE_SUFFIXES else "image or video"
-                raise ComaskError(
-                    f"{text}: no {kinds} lies directly in it; subfolders are not searched: "
-                    f"'{path / '**/*.jpg'}'"
-                )
-        elif path.exists():
-            files = [path]
-        else:
-            files = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file()]
-            if not files:
-                raise ComaskError(f"{text}: no such file or folder, and no file matches it")
-        found.update(dict.fromkeys(files))
-    return list(found)
+    passed_over = PassedOver()
+    try:
+        return find_media(text, frozenset(kinds), passed_over)
+    finally:
+        for line in passed_over.lines(text):
+            click.echo(line, err=True)

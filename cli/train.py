@@ -16,7 +16,8 @@ from comask.cli.interruption import Interruption
 from comask.cli.options import command
 
 from comask.bundle import BEST
-from comask.errors import CheckpointError, ConfigError
+from comask.errors import CheckpointError, ConfigError, TrainingError
+from comask.locks import locked
 from comask.presets import PRESETS, preset
 from comask.whole_file import write_whole
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from comask.training.loop import Trainer
     from comask.training.validation import Validation, Validator
 
+LOCK_SECONDS = 20.0  # loading processes of a killed run hold its lock for up to five
 # A run that goes on may change how it trains, but not what its steps and state mean.
 FIXED = {
     "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
@@ -91,7 +93,6 @@ def main(
         raise click.UsageError("--resume trains and --eval-only does not: give one of them")
 
     from comask.training.distributed import join, share_from_first
-    from comask.training.run_lock import lock_run
 
     with join() as ranks:
         if eval_only:
@@ -102,7 +103,7 @@ def main(
                 )
             _evaluate(data, val, output, settings, ranks)
         else:
-            with _folder(output), lock_run(output) if ranks.first else nullcontext():
+            with _folder(output), _lock(output) if ranks.first else nullcontext():
                 share_from_first(None)  # the others look into the folder when it is locked
                 _train(config, data, val, settings, output, resume, ranks)
 
@@ -118,6 +119,22 @@ def _folder(path: Path) -> Iterator[None]:
         with suppress(OSError):  # one that is not empty
             for folder in made:
                 folder.rmdir()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in the run's folder.
+
+    Raises:
+        TrainingError: when another process trains there.
+    """
+    try:
+        with locked(folder, patience=LOCK_SECONDS):
+            yield
+    except BlockingIOError as error:
+        raise TrainingError(
+            f"{folder}: another process trains there; wait for it, end it, or give another --output"
+        ) from error
 
 
 def _train(

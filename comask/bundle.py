@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from comask.config import ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
+from comask.locks import locked
 from comask.parse_json import parse_json
 from comask.whole_file import write_whole
 
@@ -225,27 +224,17 @@ def scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with _locked(parent):  # a new folder is not without its lock when others look
+            with locked(parent):  # a new folder is not without its lock when others look
                 for left in parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
-                    with contextlib.suppress(OSError), _locked(left, wait=False):
-                        shutil.rmtree(left, ignore_errors=True)
+                    with contextlib.suppress(OSError), locked(left, patience=0) as nobodys:
+                        if nobodys:  # without locks it may be somebody's
+                            shutil.rmtree(left, ignore_errors=True)
                 folder = Path(tempfile.mkdtemp(UNFINISHED, prefix, parent))
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
-                stack.enter_context(_locked(folder))
+                stack.enter_context(locked(folder))
         except OSError as error:
             raise BundleError(f"{bundle}: cannot be written: {error.strerror or error}") from error
         yield folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a folder; BlockingIOError where another one does and nobody is to wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def extend(bundle: Bundle, files: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
@@ -273,7 +262,7 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
         BundleError: when there is no bundle by now.
         OSError: when it cannot be written.
     """
-    with _locked(folder):
+    with locked(folder):
         changed = change(Bundle.open(folder).manifest)
         write_manifest(folder, changed)
     return Bundle(folder, changed)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import logging
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.masks import paste_mask
+from comask.errors import one_line
+from comask.fonts import font_for
 from comask.structures import Detections
 
 if TYPE_CHECKING:
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw
 
-    _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+    from comask.fonts import Font
+
+logger = logging.getLogger(__name__)
+_names_without_font: list[str] = []  # for which a warning was given
 
 __all__ = ["class_color", "draw_overlay"]
 
 Color = tuple[int, int, int]
 
+_TAG_CHARACTERS = "#0123456789. Ag|class"  # what stands in tags besides names
 _FILL_OPACITY = 0.25  # objects keep their colours
 _SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
 _LARGEST_COVER = 0.3  # no tag hides more of any box
@@ -63,7 +69,7 @@ def draw_overlay(
     Raises:
         ValueError: when the image is not u8 RGB of the detections' size.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     height, width = detections.image_size
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
@@ -87,10 +93,9 @@ def draw_overlay(
 
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=font_size)
     tags = np.empty((0, 4), np.int64)
     for index in order[::-1]:  # the best scores have the first choice of a place
-        text = detections.name(int(detections.labels[index]))
+        text, font = _name_and_font(detections, int(detections.labels[index]), font_size)
         if show_scores:
             text += f" {detections.scores[index]:.2f}"
         if track_ids is not None and track_ids[index] >= 0:
@@ -139,12 +144,7 @@ def _draw_instance(
     """Draw one instance's fill, contour and box into `canvas`."""
     import cv2
 
-    x0, y0, crop = paste_mask(
-        detections.mask_probs[index],
-        detections.boxes_xyxy[index].tolist(),
-        detections.image_size,
-        detections.mask_threshold,
-    )
+    x0, y0, crop = detections.crop(int(index))
     if not crop.size:
         return
     region = canvas[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]]
@@ -159,10 +159,33 @@ def _draw_instance(
         cv2.drawContours(canvas, outline, -1, edge, thickness, cv2.LINE_AA, offset=(x0, y0))
 
 
-def _tag_size(font: _Font, text: str) -> tuple[int, int]:
-    """(width, height) in pixels of a tag, as high for every text, with room around it."""
+def _name_and_font(detections: Detections, label: int, size: int) -> tuple[str, Font]:
+    """What a tag calls a class: its name, or its number where no font can show the name."""
+    name = one_line(detections.name(label))
+    font = font_for(name + _TAG_CHARACTERS, size)
+    if font is None:
+        _warn_without_font(name)
+        name, font = f"class {label}", font_for(_TAG_CHARACTERS, size)
+        assert font is not None  # Pillow's own has ASCII
+    return name, font
+
+
+def _warn_without_font(name: str) -> None:
+    """Warns once a process, with the first such name."""
+    if _names_without_font:
+        return
+    _names_without_font.append(name)
+    logger.warning(
+        "warning: no font here can show the class name %s: overlays show class numbers in place of such "
+        "names; install fontconfig and a font that has them, such as Noto's",
+        name,
+    )
+
+
+def _tag_size(font: Font, text: str) -> tuple[int, int]:
+    """(width, height) in pixels of a tag, as high for every text of a font, with room around it."""
     left, _, right, _ = font.getbbox(text)
-    _, top, _, bottom = font.getbbox("Ag|")
+    _, top, _, bottom = font.getbbox(f"{text}Ag|")
     return round(right - left) + 5, round(bottom - top) + 2
 
 
@@ -196,14 +219,14 @@ def _cover(tag: NDArray[np.int64], boxes: NDArray[np.int64]) -> NDArray[np.float
 
 def _draw_tag(
     pen: ImageDraw.ImageDraw,
-    font: _Font,
+    font: Font,
     text: str,
     color: Color,
     place: NDArray[np.int64],
 ) -> None:
     x1, y1, x2, y2 = place.tolist()
     pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
-    left, top, _, _ = font.getbbox("Ag|")
+    left, top, _, _ = font.getbbox(f"{text}Ag|")
     pen.text((x1 + 2 - left, y1 + 1 - top), text, fill=_ink(color), font=font)
 
 

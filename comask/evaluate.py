@@ -15,7 +15,7 @@ import numpy as np
 
 from comask.data.source import InstanceSource
 from comask.errors import DataError
-from comask.masks import mask_from_segmentation
+from comask.segmentation import read_segmentation
 from comask.structures import Detections
 
 TASKS = ("bbox", "segm")
@@ -109,25 +109,22 @@ def ground_truth(source: InstanceSource, indices: list[int]) -> dict[str, Any]:
 
     Annotation ids are counted anew from 1: pycocotools takes an id of 0 for "not matched".
     """
-    from pycocotools import mask as coco_mask
-
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in indices:
         info = source.info(index)
         images.append({"id": info.id, "height": info.height, "width": info.width})
         for annotation in source.annotations(index):
-            bitmap = mask_from_segmentation(annotation["segmentation"], info.height, info.width)
-            rle = coco_mask.encode(np.asfortranarray(bitmap, dtype=np.uint8))
+            mask = read_segmentation(annotation["segmentation"], info.height, info.width)
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": info.id,
                     "category_id": annotation["category_id"],
                     "bbox": annotation["bbox"],
-                    "area": annotation.get("area", float(bitmap.sum())),
+                    "area": annotation.get("area", float(mask.area)),
                     "iscrowd": int(annotation.get("iscrowd", 0)),
-                    "segmentation": rle,
+                    "segmentation": mask.to_coco(),
                 }
             )
     categories = [{"id": c.id, "name": c.name} for c in source.categories]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.errors import DataError, KernelUnavailableError
+from comask.errors import KernelUnavailableError
 from comask.kernels import compile, host
 from comask.kernels.launch_masks import (
     MASKS,
@@ -25,12 +25,9 @@ from comask.kernels.launch_masks import (
     mask_edge_counts_launch,
     mask_edges_launch,
 )
-from comask.rle import Integers, decompress_runs, rles_from_edges
+from comask.rle import Integers, rles_from_edges
 
 logger = logging.getLogger(__name__)
-
-# A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
-_LARGEST_COORDINATE = 1e6
 
 
 def paste_mask(
@@ -182,63 +179,3 @@ def _edges_of_crop(
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), max(stride, 1))
     edges = (x0 + column) * height + y0 + row
     return edges[edges < height * width]  # the image's end is none
-
-
-def mask_from_segmentation(segmentation: object, height: int, width: int) -> NDArray[np.bool_]:
-    """Rasterise a COCO annotation's `segmentation` (https://cocodataset.org/#format-data).
-
-    Args:
-        segmentation: polygons (a list of [x, y, x, y, ...] in pixels; those with fewer than
-            3 points are ignored), or an RLE dict of `size` and `counts`, which is a list of run
-            lengths or, compressed, a str or bytes.
-        height: the image's, in pixels.
-        width: the image's, in pixels.
-
-    Returns:
-        [height, width] bool, the polygons' union or the RLE's foreground.
-
-    Raises:
-        DataError: when the segmentation is none of these.
-    """
-    if isinstance(segmentation, dict):
-        return _mask_from_rle(segmentation, height, width)
-    if isinstance(segmentation, list):
-        return _mask_from_polygons(segmentation, height, width)
-    raise _malformed("a list of polygons or an RLE dict", segmentation)
-
-
-def _mask_from_polygons(polygons: list[Any], height: int, width: int) -> NDArray[np.bool_]:
-    from pycocotools import mask as coco
-
-    drawable = []
-    for polygon in polygons:
-        try:
-            points = np.asarray(polygon, np.float64)
-        except (TypeError, ValueError, OverflowError):  # of integers beyond f64
-            points = np.full(1, np.nan)
-        if points.ndim != 1 or points.size % 2 or not (abs(points) <= _LARGEST_COORDINATE).all():
-            raise _malformed("polygons that are lists [x, y, x, y, ...] of pixels", polygon)
-        if points.size >= 6:
-            drawable.append(points.tolist())
-    if not drawable:
-        return np.zeros((height, width), np.bool_)
-    union = coco.decode(coco.merge(coco.frPyObjects(drawable, height, width)))
-    return np.ascontiguousarray(union, np.bool_)
-
-
-def _mask_from_rle(rle: dict[str, Any], height: int, width: int) -> NDArray[np.bool_]:
-    size, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(size, list | tuple) or list(size) != [height, width]:
-        raise _malformed(f"an RLE of its image's size {[height, width]}", size)
-    runs: Any = counts.encode(errors="replace") if isinstance(counts, str) else counts
-    runs = decompress_runs(runs) if isinstance(runs, bytes) else runs
-    # Not by pycocotools: it leaves the pixels that too short an RLE lacks uninitialised.
-    valid = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
-    if not valid or sum(runs) != height * width:
-        raise _malformed(f"RLE counts that add up to {height} x {width} pixels", counts)
-    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return np.ascontiguousarray(pixels.reshape(width, height).T)
-
-
-def _malformed(expected: str, found: object) -> DataError:
-    return DataError(f"segmentation: expected {expected}, got {found!r:.80}")

@@ -10,10 +10,11 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "decode_image", "padded_shape", "prepare", "resized_shape", "rgb_from_pil"]
 
 Pixels = NDArray[np.uint8]
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+# As Pillow names them; the last two where it can: HEIF by pillow-heif, AVIF from Pillow 11.3 on.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "AVIF", "HEIF")
+_HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 # Decoding takes up to 14 bytes a pixel (of RGBA), so 1.4 GB, whatever a small file says of its size.
 MOST_IMAGE_PIXELS = 100_000_000
 
@@ -88,13 +91,12 @@ def opened_image(source: str | Path | bytes) -> Iterator[ImageFile]:
             # process, so other threads may meet this one: it must not be about more than Pillow.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=_readable_formats())
             if image.width * image.height > MOST_IMAGE_PIXELS:
                 raise _too_large(f"{image.width}x{image.height} pixels")
             yield image
         except UnidentifiedImageError as error:
-            known = ", ".join(FORMATS)
-            raise ImageError(f"{name}: not an image of a known format ({known})") from error
+            raise ImageError(f"{name}: {_unidentified(file)}") from error
         # By a limit of Pillow's own, which a program may change. Its text alone has the size.
         except Image.DecompressionBombError as error:
             sizes = re.findall(r"\d+", str(error)) or ["too many"]
@@ -120,6 +122,32 @@ def _opened_file(path: Path) -> io.BufferedReader:
             raise
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"cannot be read: {reason}") from error
+
+
+@cache
+def _readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads."""
+    from PIL import Image
+
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _unidentified(file: BinaryIO) -> str:
+    """Why Pillow knows no image in `file`."""
+    file.seek(0)
+    head = file.read(12)
+    known = _readable_formats()
+    if head[4:8] == b"ftyp" and (brand := head[8:12]) in _HEIF_BRANDS:
+        if brand.startswith(b"avi") and "AVIF" not in known:
+            return "AVIF images need Pillow 11.3 or newer: pip install --upgrade pillow"
+        if not brand.startswith(b"avi") and "HEIF" not in known:
+            return "HEIC images need the package pillow-heif: pip install 'comask[heif]'"
+    return f"not an image of a known format ({', '.join(known)})"
 
 
 def _too_large(size: str) -> ImageError:

@@ -6,12 +6,15 @@ may be 0. Edges are the places, column · height + row, at which a run of other 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.signedinteger[Any]]
+
+LONGEST_NUMBER = 12  # characters; 60 bits, of which no image needs as many
 
 
 def rles_from_edges(
@@ -75,17 +78,94 @@ def compress_runs(runs: Integers, run_counts: Integers) -> list[str]:
     return [string[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def decompress_runs(counts: bytes) -> list[int]:
-    """Runs from COCO's string; nonsense for a malformed one, but no error."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:  # negative: two's complement
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+def decompress_runs(counts: bytes) -> Integers:
+    """Runs from COCO's string; for a malformed one some of them are negative, or do not add up."""
+    characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(~characters & 32) + 1  # behind the last character of each number
+    if not len(ends):
+        return np.zeros(0, np.int64)
+    starts = np.concatenate(([0], ends[:-1]))
+    place = np.arange(ends[-1]) - np.repeat(starts, ends - starts)
+    if place.max() >= LONGEST_NUMBER:
+        return np.full(1, -1)
+    values = np.add.reduceat((characters[: ends[-1]] & 31) << (5 * place), starts)
+    negative = characters[ends - 1] & 16 != 0
+    values -= np.where(negative, np.int64(1) << (5 * (ends - starts)), 0)
+    # from the fourth on, a number is the difference to the run two before
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    return values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunLengthMask:
+    """A mask of a whole image that takes memory by its outline, not by its image.
+
+    Attributes:
+        runs: [R] i64, lengths of 0, 1, 0, … in turn, column by column; they add up to the image.
+        size: (height, width) of the image in pixels.
+    """
+
+    runs: Integers
+    size: tuple[int, int]
+
+    @property
+    def area(self) -> int:
+        """Pixels of the foreground."""
+        return int(self.runs[1::2].sum())
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """(x1, y1, x2, y2) of the foreground: x1 ≤ x < x2 in pixels; all zero without any."""
+        height, starts, ends = self.size[0], *self._foreground()
+        if not len(starts):
+            return 0, 0, 0, 0
+        left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
+        across = starts // height != (ends - 1) // height  # such a run reaches top and bottom
+        if across.any():
+            return left, 0, right, height
+        top, bottom = (starts % height).min(), ((ends - 1) % height).max() + 1
+        return left, int(top), right, int(bottom)
+
+    def crop(self) -> tuple[int, int, NDArray[np.bool_]]:
+        """The foreground within its `bounds`.
+
+        Returns:
+            (x, y, crop): `crop` is [h, w] bool, its top left pixel lies at (x, y) of the image.
+        """
+        x1, y1, x2, y2 = self.bounds
+        height = self.size[0]
+        edges = np.stack(self._foreground(), axis=1).reshape(-1)
+        lengths = np.diff(edges, prepend=x1 * height, append=x2 * height)
+        columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(x2 - x1, height)
+        return x1, y1, np.ascontiguousarray(columns[:, y1:y2].T)
+
+    def part(self, x1: int, y1: int, x2: int, y2: int) -> NDArray[np.bool_]:
+        """[y2 - y1, x2 - x1] bool: the mask inside a box of whole pixels within the image."""
+        x, y, crop = self.crop()
+        part = np.zeros((y2 - y1, x2 - x1), np.bool_)
+        left, top = max(x, x1), max(y, y1)
+        right, bottom = min(x + crop.shape[1], x2), min(y + crop.shape[0], y2)
+        if left < right and top < bottom:
+            inside = crop[top - y : bottom - y, left - x : right - x]
+            part[top - y1 : bottom - y1, left - x1 : right - x1] = inside
+        return part
+
+    def bitmap(self) -> NDArray[np.bool_]:
+        """[height, width] bool."""
+        height, width = self.size
+        pixels = np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
+        return np.ascontiguousarray(pixels.reshape(width, height).T)
+
+    def to_coco(self) -> dict[str, Any]:
+        """COCO's compressed RLE: `size` and `counts` (str)."""
+        (counts,) = compress_runs(self.runs, np.array([len(self.runs)]))
+        return {"size": list(self.size), "counts": counts}
+
+    def _foreground(self) -> tuple[Integers, Integers]:
+        """Where each run of the foreground begins and ends, column · height + row."""
+        edges = np.cumsum(self.runs)
+        last = len(edges) - len(edges) % 2
+        starts, ends = edges[0:last:2], edges[1:last:2]
+        there = starts < ends
+        return starts[there], ends[there]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.masks import paste_masks, rles_from_mask_probs
+from comask.masks import paste_mask, paste_masks, rles_from_mask_probs
 
 if TYPE_CHECKING:
     import supervision
@@ -91,6 +91,15 @@ class Detections:
     def masks(self) -> NDArray[np.bool_]:
         """[N, H, W] bool, pasted into the original image when first asked for."""
         return paste_masks(self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold)
+
+    def crop(self, index: int) -> tuple[int, int, NDArray[np.bool_]]:
+        """One mask, cut to the part of the image that it can touch; `masks` holds whole images.
+
+        Returns:
+            (x, y, mask): `mask` is [h, w] bool, its top left pixel lies at (x, y) of the image.
+        """
+        box = self.boxes_xyxy[index].tolist()
+        return paste_mask(self.mask_probs[index], box, self.image_size, self.mask_threshold)
 
     def name(self, label: int) -> str:
         """What to call class `label`: its name, or its number where names are unknown."""

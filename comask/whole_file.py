@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+# A full disk, a folder that may not be written, too many open files, …
+_FOLDER_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE,
+}  # fmt: skip
+
+
+def is_folder_fault(error: BaseException) -> bool:
+    """Whether an error in writing a file would meet every other file of its folder as well."""
+    return getattr(error, "errno", None) in _FOLDER_FAULTS
 
 
 @contextmanager

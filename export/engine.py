@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 from comask import __version__
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.errors import EngineError
+from comask.locks import locked
 
 # folders beside the finished ones; a dot keeps them from being taken for engines
 BUILDING, REPLACED = ".building-", ".replaced-"
@@ -108,11 +108,11 @@ def build_engines(
                 finished = _build_both(Path(work), folder, bundle, info, report, progress)
                 info = _proved(bundle, finished, images, gpu, report)
                 _write_description(finished.folder, info)
+                aside = folder.with_name(f"{REPLACED}{Path(work).name.removeprefix(BUILDING)}")
                 if folder.exists():
-                    aside = f"{REPLACED}{Path(work).name.removeprefix(BUILDING)}"
-                    folder.rename(folder.with_name(aside))
+                    folder.rename(aside)
                 finished.folder.rename(folder)
-            _clear(folder.parent)
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return EngineFolder.open(folder)
@@ -121,13 +121,12 @@ def build_engines(
 @contextmanager
 def _lock(engines: Path, report: Report) -> Iterator[None]:
     """Keeps other builds of the bundle waiting, and clears away what a killed one left."""
-    with (engines / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"{engines}: another build is running; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        _clear(engines)
+    lock = engines / ".lock"
+    lock.touch()
+    said = f"{engines}: another build is running; waiting for it"
+    with locked(lock, waiting=lambda: report(said)) as held:
+        if held:  # without a lock, what seems left may be another build's work
+            _clear(engines)
         yield
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from comask.config import ModelConfig
-from comask.data.target import Target
+from comask.data.target import MaskCrops, Target
 from comask.models.comask import CoMask
 from comask.presets import PRESETS
 from comask.training.rois import Rois
@@ -103,6 +103,19 @@ def noise_images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
 
 
+def cropped(bitmaps: Tensor) -> MaskCrops:
+    """[G, h, w] bitmaps of whole images, as a training set packs them."""
+    crops = []
+    for bitmap in bitmaps.numpy().astype(bool):
+        rows, columns = np.flatnonzero(bitmap.any(axis=1)), np.flatnonzero(bitmap.any(axis=0))
+        if not len(rows):
+            crops.append((0, 0, np.zeros((0, 0), bool)))
+            continue
+        (y1, y2), (x1, x2) = rows[[0, -1]].tolist(), columns[[0, -1]].tolist()
+        crops.append((x1, y1, np.ascontiguousarray(bitmap[y1 : y2 + 1, x1 : x2 + 1])))
+    return MaskCrops.of(crops, (bitmaps.shape[1], bitmaps.shape[2]))
+
+
 def target(boxes: list[list[float]], labels: list[int]) -> Target:
     """Ellipses in boxes; bitmaps have twice the pixels in x."""
     x, y = torch.meshgrid(torch.arange(256) / 2, torch.arange(96.0), indexing="xy")
@@ -113,7 +126,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     return Target(
         boxes=torch.tensor(boxes).reshape(-1, 4),
         labels=torch.tensor(labels, dtype=torch.int64),
-        masks=torch.stack([*masks, torch.zeros(96, 256)])[:-1].to(torch.uint8),
+        masks=cropped(torch.stack([*masks, torch.zeros(96, 256)])[:-1].to(torch.uint8)),
         mask_scale=torch.tensor([2.0, 1.0, 2.0, 1.0]),
     )
 

@@ -337,7 +337,7 @@ def test_the_sound_part_is_sound_and_can_be_used(source: MemorySource) -> None:
         target = dataset[(0, index)][2]
         assert target.boxes.isfinite().all()
         assert (target.boxes[:, 2:] > target.boxes[:, :2]).all()
-        assert target.masks.flatten(1).any(dim=1).all()
+        assert target.masks.bitmaps().flatten(1).any(dim=1).all()
         objects = [a for a in part.annotations(index) if not a.get("iscrowd")]
         assert len(objects) == len(target.labels)
     assert len(ground_truth(part, indices)["annotations"]) == len(ids)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from comask.config import PreprocessConfig
 from comask.data.coco import coco_source
+from comask.data.loading import Batch, epoch_batches, load_batches
 from comask.data.shapes import ShapesSource
-from comask.data.training_set import TrainingSet, epoch_batches, load_batches
+from comask.data.training_set import Key, TrainingSet
 from comask.data.write_coco import write_coco
 from comask.errors import DataError, ImageError
-from comask.masks import mask_from_segmentation
+from comask.segmentation import read_segmentation
 
 SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 8.0, 2.0, 8.0]]
 
@@ -53,6 +54,11 @@ def training_set(source: Any, flip: float = 0.0) -> TrainingSet:
     return TrainingSet(source, list(range(len(source))), size, flip_probability=flip, seed=0)
 
 
+def loaded(data: TrainingSet, batches: list[list[Key]], workers: int) -> list[Batch]:
+    with load_batches(data, batches, workers=workers) as found:
+        return list(found)
+
+
 def test_labels_follow_category_ids_and_crowds_do_not_train(tmp_path: Path) -> None:
     source = coco_source(dataset(tmp_path / "set"), "train")
     assert [c.name for c in source.categories] == ["car", "toothbrush"]
@@ -61,10 +67,10 @@ def test_labels_follow_category_ids_and_crowds_do_not_train(tmp_path: Path) -> N
     assert (image_id, size) == (7, (24, 40))
     assert target.labels.tolist() == [0, 1]
     torch.testing.assert_close(target.boxes, torch.tensor([[4.0, 4, 20, 16]]).expand(2, 4))
-    assert target.masks.shape == (2, 12, 20)
+    assert target.masks.bitmaps().shape == (2, 12, 20)
     _, _, empty, _ = training_set(source)[(0, 1)]
     assert empty.boxes.shape == (0, 4)
-    assert empty.masks.shape == (0, 20, 12)
+    assert empty.masks.bitmaps().shape == (0, 20, 12)
 
 
 def test_flip_mirrors_image_boxes_and_masks_together() -> None:
@@ -76,7 +82,7 @@ def test_flip_mirrors_image_boxes_and_masks_together() -> None:
         # bilinear sampling is symmetric up to OpenCV's fixed point
         difference = canvas[:h, :w].flip(1).int() - mirrored[:h, :w].int()
         assert difference.abs().max() <= 2
-        torch.testing.assert_close(target.masks.flip(2), other.masks)
+        torch.testing.assert_close(target.masks.bitmaps().flip(2), other.masks.bitmaps())
         expected = target.boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1.0])
         expected += torch.tensor([w, 0, w, 0.0])
         torch.testing.assert_close(expected, other.boxes)
@@ -102,7 +108,7 @@ def test_batches_hold_each_image_once_and_one_orientation() -> None:
 def test_loading_does_not_depend_on_workers() -> None:
     data = training_set(ShapesSource(num_images=6, seed=2), flip=0.5)
     batches = epoch_batches(data, 3, seed=0, epoch=0)
-    alone, helped = (list(load_batches(data, batches, workers=n)) for n in (0, 2))
+    alone, helped = (loaded(data, batches, workers=n) for n in (0, 2))
     for a, b in zip(alone, helped, strict=True):
         torch.testing.assert_close(a.images, b.images)
         assert a.image_ids == b.image_ids
@@ -132,7 +138,7 @@ def test_real_coco_masks_have_the_annotated_area(shared_data: Path) -> None:
     for index in range(len(source)):
         info = source.info(index)
         for annotation in source.annotations(index):
-            mask = mask_from_segmentation(annotation["segmentation"], info.height, info.width)
+            mask = read_segmentation(annotation["segmentation"], info.height, info.width).bitmap()
             ratios.append(mask.sum() / annotation["area"])
     assert len(ratios) == 526
     assert 0.98 < np.median(ratios) < 1.02
@@ -146,7 +152,7 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"1\.png"):
         coco_source(folder, "train").image(0)
     Image.new("RGB", (5, 5)).save(folder / "images" / "2.png")
-    with pytest.raises(DataError, match="its annotation says 12x20"):
+    with pytest.raises(ImageError, match="its annotation says 12x20"):
         coco_source(folder, "train").image(1)
     for text, words in [("{", "not a readable JSON"), ("{}", "not COCO instances"), ("[]", "COCO")]:
         (folder / "annotations" / "instances.json").write_text(text)
@@ -213,7 +219,7 @@ def test_a_truncated_image_is_replaced_by_the_next_and_reported_once(
             assert (size, image_id, target.seed) == (*expected[1::2], expected[2].seed)
             torch.testing.assert_close(canvas, expected[0])
             torch.testing.assert_close(target.boxes, expected[2].boxes)
-            torch.testing.assert_close(target.masks, expected[2].masks)
+            torch.testing.assert_close(target.masks.bitmaps(), expected[2].masks.bitmaps())
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     for line, name in zip(lines, ["000003.png", "000005.png"], strict=True):
@@ -226,7 +232,7 @@ def test_a_truncated_image_does_not_end_a_worker(
 ) -> None:
     data = broken_training_set(tmp_path / "set", {2})
     batches = [[(0, 1), (0, 2)], [(1, 2), (1, 3)]]
-    ids = [batch.image_ids for batch in load_batches(data, batches, workers=1)]
+    ids = [batch.image_ids for batch in loaded(data, batches, workers=1)]
     assert ids == [[2, 4], [4, 4]]
     assert capfd.readouterr().err.count("trained without it") == 1
 

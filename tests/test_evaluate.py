@@ -11,7 +11,7 @@ import pytest
 from comask.data.shapes import ShapesSource
 from comask.errors import DataError
 from comask.evaluate import METRICS, evaluate, ground_truth
-from comask.masks import mask_from_segmentation
+from comask.segmentation import read_segmentation
 from comask.structures import Detections
 
 
@@ -29,7 +29,7 @@ def predictions(source: ShapesSource, indices: list[int], noise: float) -> list[
             if annotation["iscrowd"]:
                 continue
             x, y, w, h = (int(v) for v in annotation["bbox"])
-            bitmap = mask_from_segmentation(annotation["segmentation"], info.height, info.width)
+            bitmap = read_segmentation(annotation["segmentation"], info.height, info.width).bitmap()
             crop = bitmap[y : y + h, x : x + w].astype(np.float32)
             masks.append(cv2.resize(crop, (28, 28), interpolation=cv2.INTER_LINEAR))
             boxes.append(np.array([x, y, x + w, y + h]) + rng.normal(0, noise, 4))
@@ -64,8 +64,6 @@ def test_equals_pycocotools_on_files(tmp_path: Path) -> None:
     metrics = evaluate(source, indices, found)
 
     truth = ground_truth(source, indices)
-    for annotation in truth["annotations"]:
-        annotation["segmentation"]["counts"] = annotation["segmentation"]["counts"].decode()
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     rows = [row for i, d in zip(indices, found, strict=True) for row in d.to_coco(i + 1)]
     coco = COCO(str(tmp_path / "truth.json"))

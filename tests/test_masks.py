@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from comask.errors import DataError
-from comask.masks import mask_from_segmentation, paste_mask, paste_masks, rles_from_mask_probs
+from comask.masks import paste_mask, paste_masks, rles_from_mask_probs
+from comask.segmentation import read_segmentation
 
 THRESHOLDS = st.sampled_from([0.3, 0.5, 0.7])
 SIZES = st.tuples(st.integers(1, 50), st.integers(1, 50))
@@ -74,7 +75,7 @@ def test_rle_is_that_of_pycocotools(case: Any) -> None:
     (rle,) = rles_from_mask_probs(*case)
     expected = coco.encode(np.asfortranarray(masks[0], np.uint8))
     assert rle == {"size": list(case[2]), "counts": expected["counts"].decode()}
-    np.testing.assert_array_equal(mask_from_segmentation(rle, *case[2]), masks[0])
+    np.testing.assert_array_equal(read_segmentation(rle, *case[2]).bitmap(), masks[0])
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0])
@@ -116,13 +117,13 @@ def test_no_instances() -> None:
 
 def test_polygons_are_united_and_degenerate_ones_ignored() -> None:
     squares = [[1, 1, 4, 1, 4, 4, 1, 4], [6, 2, 9, 2, 9, 5, 6, 5]]
-    mask = mask_from_segmentation([*squares, [0, 0, 9, 9], []], 8, 10)
+    mask = read_segmentation([*squares, [0, 0, 9, 9], []], 8, 10).bitmap()
     assert mask.dtype == np.bool_
     expected = np.zeros((8, 10), bool)
     expected[1:4, 1:4] = expected[2:5, 6:9] = True
     np.testing.assert_array_equal(mask, expected)
-    assert not mask_from_segmentation([[0, 0, 9, 9]], 8, 10).any()
-    assert not mask_from_segmentation([], 8, 10).any()
+    assert not read_segmentation([[0, 0, 9, 9]], 8, 10).bitmap().any()
+    assert not read_segmentation([], 8, 10).bitmap().any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,7 +135,7 @@ def test_rles_are_decoded(size: tuple[int, int], seed: int, density: float) -> N
     runs = np.diff(edges, prepend=0, append=flat.size).tolist()
     compressed = coco.encode(np.asfortranarray(mask, np.uint8))["counts"]
     for counts in (runs, compressed, compressed.decode()):
-        decoded = mask_from_segmentation({"size": list(size), "counts": counts}, *size)
+        decoded = read_segmentation({"size": list(size), "counts": counts}, *size).bitmap()
         np.testing.assert_array_equal(decoded, mask)
 
 
@@ -160,4 +161,4 @@ def test_rles_are_decoded(size: tuple[int, int], seed: int, density: float) -> N
 )
 def test_malformed_segmentation(segmentation: object, expected: str) -> None:
     with pytest.raises(DataError, match=f"segmentation: expected .*{expected}"):
-        mask_from_segmentation(segmentation, 8, 10)
+        read_segmentation(segmentation, 8, 10).bitmap()

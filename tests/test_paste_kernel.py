@@ -207,7 +207,7 @@ def test_long_runs_take_seven_characters() -> None:
     (rle,) = rles_from_edges(np.array([5]), edges, (2**20, 2**11 - 1))
     assert rle == {"size": [2**20, 2**11 - 1], "counts": rle["counts"]}
     runs = np.diff(edges, prepend=0, append=2**20 * (2**11 - 1)).tolist()
-    assert decompress_runs(rle["counts"].encode()) == runs
+    assert decompress_runs(rle["counts"].encode()).tolist() == runs
     theirs = coco.frPyObjects({"size": rle["size"], "counts": runs}, *rle["size"])
     assert rle["counts"] == theirs["counts"].decode()
 

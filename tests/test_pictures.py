@@ -14,7 +14,7 @@ from PIL import Image
 
 from comask.data.shapes import ShapesSource
 from comask.data.source import ImageInfo
-from comask.masks import mask_from_segmentation
+from comask.segmentation import read_segmentation
 from comask.structures import Detections
 from comask.training.pictures import picture_grid, true_detections
 
@@ -61,7 +61,7 @@ def test_true_masks_are_the_annotated_ones() -> None:
             a["category_id"] for a in objects
         ]
         for entry, mask in zip(objects, found.masks, strict=True):
-            truth = mask_from_segmentation(entry["segmentation"], info.height, info.width)
+            truth = read_segmentation(entry["segmentation"], info.height, info.width).bitmap()
             iou = (mask & truth).sum() / (mask | truth).sum()
             if max(entry["bbox"][2:]) > 20:
                 large += 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategies import random_boxes, tiny_config
+from strategies import cropped, random_boxes, tiny_config
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -169,7 +169,7 @@ def test_losses_equal_torchvisions_when_every_anchor_is_sampled(objects: int) ->
         Target(
             boxes=boxes,
             labels=torch.zeros(len(boxes), dtype=torch.int64),
-            masks=torch.zeros(len(boxes), 1, 1, dtype=torch.uint8),
+            masks=cropped(torch.zeros(len(boxes), 1, 1, dtype=torch.uint8)),
             mask_scale=torch.ones(4),
         )
         for boxes in truths

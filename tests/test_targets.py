@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FEW, boxes, random_boxes, seeds
+from strategies import FEW, boxes, cropped, random_boxes, seeds
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.ops import roi_align
 
 from comask.data.target import Target
 from comask.models.boxes import clip_boxes, decode_boxes, encode_boxes, paired_iou
@@ -22,7 +23,7 @@ def target(masks: Tensor, scale: tuple[float, float] = (1.0, 1.0)) -> Target:
     return Target(
         boxes=torch.zeros(count, 4),
         labels=torch.zeros(count, dtype=torch.int64),
-        masks=masks,
+        masks=cropped(masks),
         mask_scale=torch.tensor(scale * 2),
     )
 
@@ -142,6 +143,30 @@ def test_a_target_pixel_is_set_where_half_of_its_area_is() -> None:
     share = bitmap[4:60, 8:92].reshape(28, 2, 28, 3).mean(axis=(1, 3))
     assert (share == 0.5).any()
     assert np.array_equal(cut[0].numpy() == 1, share >= 0.5)
+
+
+@FEW
+@given(seed=seeds, objects=st.integers(1, 12))
+def test_mask_targets_equal_roi_align_on_whole_bitmaps(seed: int, objects: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(4, 60, 2))
+    bitmaps = np.zeros((objects, height, width), np.uint8)
+    for bitmap in bitmaps:  # objects of very different sizes, some of them at the image's ends
+        y1, x1 = rng.integers(0, [height, width])
+        y2, x2 = rng.integers([y1, x1], [height, width]) + 1
+        bitmap[y1:y2, x1:x2] = rng.random((y2 - y1, x2 - x1)) < 0.8
+    count = 30
+    corners = np.sort(rng.uniform(0, [[width], [height]], (count, 2, 2)), axis=2)
+    rois = torch.from_numpy(corners.transpose(0, 2, 1).reshape(count, 4)).float()
+    chosen = torch.from_numpy(rng.integers(0, objects, count))
+    whole = torch.from_numpy(bitmaps)
+    indexed = torch.cat((chosen[:, None].float(), rois), dim=1)
+    theirs = roi_align(whole[:, None].float(), indexed, (28, 28), 1.0, -1, aligned=True)[:, 0]
+    ours = mask_targets(target(whole), rois, chosen, 28)
+    # where the mean is close to a half, adding a crop's place rounds it to the other side
+    clear = (theirs - 0.5).abs() > 1e-5
+    assert torch.equal(ours[clear], (theirs >= 0.5).float()[clear])
+    assert clear.float().mean() > 0.5
 
 
 def test_no_rois_have_no_mask_targets() -> None:

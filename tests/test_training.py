@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from comask.cli import train as train_command
 from conftest import MICRO, run, settings
 
 from comask import progress
 from comask.config import Config
 from comask.config_reading import from_dict, override
+from comask.data.loading import Batch
 from comask.data.shapes import ShapesSource
-from comask.data.training_set import Batch
 from comask.data.write_coco import write_coco
 from comask.errors import CheckpointError, ConfigError
+from comask.locks import locked
 from comask.models.comask import CoMask
 from comask.presets import preset
-from comask.training import losses, run_lock
+from comask.training import losses
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
@@ -277,9 +279,9 @@ def test_patience_ends_training(tmp_path: Path) -> None:
 
 
 def test_one_process_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "PATIENCE", 0.3)
+    monkeypatch.setattr(train_command, "LOCK_SECONDS", 0.3)
     (tmp_path / "run").mkdir()
-    with run_lock.lock_run(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         result = run(*train(tmp_path / "run"))
     assert result.exit_code == 1
     assert "another process trains there" in result.output

@@ -34,6 +34,7 @@ from comask.runtime.video import (
 from comask.runtime.video import source as video_source
 from comask.runtime.video.hardware import MATRICES, Nv12Picture, nv12_problem
 from comask.runtime.video.inference import Inference
+from comask.runtime.video.orientation import UPRIGHT, Orientation
 from conftest import run
 from PIL import Image
 from standin import live, run_on_standin, skip_without_pycuda
@@ -121,12 +122,15 @@ def test_nv12_of_real_clips(shared_data: Path, micro_bundle: Path, name: str) ->
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({}, None), ({"format": "yuv420p"}, "so that h264 decodes on the processor"),
-     ({"sw_format": "p010le"}, "8 bits"), ({"rotation": -90}, "turned by -90 degrees"),
+     ({"sw_format": "p010le"}, "8 bits"),
+     ({"orientation": Orientation(mirror_x=True)}, "turned or mirrored"),
      ({"colorspace": 4}, "colour matrix 4")],
 )  # fmt: skip
 def test_what_cannot_stay_on_the_gpu_is_told(changes: dict[str, Any], words: str | None) -> None:
     codec: Any = SimpleNamespace(name="h264", is_hwaccel=True)
-    problem = nv12_problem(decoded_like(**changes), codec)
+    rest = {name: value for name, value in changes.items() if name != "orientation"}
+    orientation = changes.get("orientation", UPRIGHT)
+    problem = nv12_problem(decoded_like(**rest), codec, orientation)
     assert problem is None if words is None else words in str(problem)
 
 
@@ -160,7 +164,7 @@ def test_av1_says_which_decoder_is_taken_and_may_use_every_core(
     with VideoSource(clip, gpu=0, decode="gpu") as source:
         with pytest.raises(VideoError, match="PyAV takes libdav1d for this codec, which uses no G"):
             next(iter(source))
-        assert source._stream().thread_type.name == "AUTO"
+        assert source._video.thread_type.name == "AUTO"
 
 
 # Through the network.

@@ -119,7 +119,7 @@ def test_broken_videos_are_reported_and_the_batch_goes_on(
                  "--json", tmp_path / "r.json")  # fmt: skip
     assert result.exit_code == 1, result.output
     assert "b.mp4: cannot be opened" in result.output
-    assert "c.mkv: its data ends at" in result.output
+    assert "c.mkv: it ends after " in result.output
     assert "d.mkv: " in result.output
     report = json.loads((tmp_path / "r.json").read_text())
     count = {Path(video["file"]).name: video["frames"] for video in report["videos"]}

@@ -44,12 +44,13 @@ def make_clip(
     aspect: Fraction = Fraction(1),
 ) -> Path:
     """Writes frames at `times` in milliseconds (25 a second without), with a tone as long as they."""
+    fixed = times is None and path.suffix in (".avi", ".mpg")  # whose rates are few or fixed
     times = times or [40 * i for i in range(len(frames))]
     with av.open(str(path), "w") as output:
         video = output.add_stream(codec, rate=25)
         video.height, video.width = frames[0].shape[:2]
         video.pix_fmt = "yuv420p"
-        video.codec_context.time_base = TIME_BASE
+        video.codec_context.time_base = Fraction(1, 25) if fixed else TIME_BASE
         video.codec_context.sample_aspect_ratio = aspect
         if codec == "libx264":
             video.options = {"g": "10"}
@@ -62,6 +63,8 @@ def make_clip(
         for pixels, time in zip(frames, times, strict=True):
             picture = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
             picture.pts, picture.time_base = time, TIME_BASE
+            if fixed:
+                picture.pts, picture.time_base = time // 40, Fraction(1, 25)
             output.mux(video.encode(picture))
         output.mux(video.encode(None))
     return path

@@ -15,7 +15,7 @@ import numpy as np
 from comask.runtime.device import open_device
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.video import VideoSource, source
-from comask.runtime.video.address import open_container
+from comask.runtime.video.container import open_container
 from comask.runtime.video.hardware import FFMPEG_STREAM
 
 
@@ -74,9 +74,10 @@ def gpu_decoding(place: Any = GpuDecoded) -> Iterator[None]:
     """In this block sources take it that there is a GPU, which gives frames as `place` makes them."""
     decoded = VideoSource._decoded
 
-    def placed(self: VideoSource) -> Iterator[tuple[int, Any]]:
-        for index, frame in decoded(self):
-            yield index, place(frame) if self._hwaccel is not None else frame
+    def placed(self: VideoSource) -> Iterator[tuple[int, int | None, Fraction, Any]]:
+        for index, stamp, moment, (frame, orientation) in decoded(self):
+            here = place(frame) if self._hwaccel is not None else frame
+            yield index, stamp, moment, (here, orientation)
 
     with ExitStack() as stack:
         for name, value in {
@@ -92,7 +93,7 @@ def decoded_like(**changes: Any) -> Any:
     """What can be asked of a decoded frame, of one that the network can read but for `changes`."""
     names = {key: SimpleNamespace(name=changes.pop(key, default))
              for key, default in (("format", "cuda"), ("sw_format", "nv12"))}  # fmt: skip
-    return SimpleNamespace(**names, **{"rotation": 0, "colorspace": 1, "color_range": 1} | changes)
+    return SimpleNamespace(**names, **{"colorspace": 1, "color_range": 1} | changes)
 
 
 def noise(colorspace: int, color_range: int) -> av.VideoFrame:

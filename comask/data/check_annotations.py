@@ -1,6 +1,6 @@
 """Which annotations of a data set are sound, and those that can be mended.
 
-Masks are judged by `mask_from_segmentation`, which will read them again in training.
+Masks are judged by `read_segmentation`, which will read them again in training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from comask.data.problems import Findings, Kind, UnsoundError
 from comask.data.source import ImageInfo, InstanceSource
 from comask.errors import DataError
-from comask.masks import mask_from_segmentation
+from comask.segmentation import read_segmentation
 
 Annotation = dict[str, Any]
 Annotations = list[Annotation]
@@ -142,11 +142,11 @@ def _has_pixels(segmentation: Any, info: ImageInfo) -> bool:
         # The same rasteriser as training's, but only as far as run lengths, which it makes of the
         # outline alone: no time and memory go into pixels. A union is empty if all its parts are.
         return bool(coco.area(coco.frPyObjects(segmentation, info.height, info.width)).any())
-    return bool(mask_from_segmentation(segmentation, info.height, info.width).any())
+    return read_segmentation(segmentation, info.height, info.width).area > 0
 
 
 def _is_plain_polygon(polygon: object) -> bool:
-    """Whether a polygon is surely well-formed; if not, `mask_from_segmentation` judges it."""
+    """Whether a polygon is surely well-formed; if not, `read_segmentation` judges it."""
     if not isinstance(polygon, list) or len(polygon) % 2 or not {*map(type, polygon)} <= _NUMBERS:
         return False
     return all(-1e5 <= number <= 1e5 for number in polygon)  # false for NaN as well

@@ -100,13 +100,12 @@ class CocoSource:
         """See `InstanceSource`.
 
         Raises:
-            ImageError: when it cannot be decoded, or see `path`.
-            DataError: when its size is not the annotated one.
+            ImageError: when it cannot be decoded, its size is not the annotated one, or see `path`.
         """
         pixels = decode_image(self.path(index))
         info = self._infos[index]
         if pixels.shape[:2] != (info.height, info.width):
-            raise DataError(
+            raise ImageError(
                 f"{self.path(index)}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation "
                 f"says {info.width}x{info.height}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from comask.data.training_set import Batch
+from comask.data.loading import Batch
 from comask.errors import TrainingError
 from comask.whole_file import write_whole
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comask.bundle import BEST
 from comask.config import Config
+from comask.data.loading import Batch, epoch_batches, load_batches, micro_batches
 from comask.data.source import Category
-from comask.data.training_set import (
-    Batch,
-    TrainingSet,
-    epoch_batches,
-    load_batches,
-    micro_batches,
-)
+from comask.data.training_set import TrainingSet
 from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
@@ -125,20 +120,20 @@ class Trainer:
             while self.step < self.total_steps and not self.out_of_patience:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 self.model.train()
-                for batches, seconds in self._batches(epoch, done):
-                    try:
-                        note = self.train_step(batches, epoch, seconds)
-                    except torch.OutOfMemoryError as error:
-                        raise out_of_memory(batches[0]) from error
-                    bar.advance(note=note)
-                    # The last step of an epoch is saved below, after its evaluation.
-                    ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
-                    if ends:
-                        continue
-                    if self._is_to_end():
-                        return
-                    if self.step % train.checkpoint_every == 0:
-                        self.save(LAST)
+                with self._batches(epoch, done) as steps:
+                    for batches, seconds in steps:
+                        try:
+                            note = self.train_step(batches, epoch, seconds)
+                        except torch.OutOfMemoryError as error:
+                            raise out_of_memory(batches[0]) from error
+                        bar.advance(note=note)
+                        # The last step of an epoch is saved below, after its evaluation.
+                        if self.step in (self.total_steps, (epoch + 1) * self.steps_per_epoch):
+                            continue
+                        if self._is_to_end():
+                            return
+                        if self.step % train.checkpoint_every == 0:
+                            self.save(LAST)
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
                     self.run_evaluation(epoch)
@@ -168,7 +163,8 @@ class Trainer:
         """Whether mask AP has not improved for `train.patience` evaluations."""
         return 0 < self.config.train.patience <= self.stale
 
-    def _batches(self, epoch: int, done: int) -> Iterator[tuple[list[Batch], float]]:
+    @contextmanager
+    def _batches(self, epoch: int, done: int) -> Iterator[Iterator[tuple[list[Batch], float]]]:
         """This process's micro-batches of each optimiser step, and the seconds it waited for them."""
         train, ranks = self.config.train, self.ranks
         batches = epoch_batches(
@@ -179,11 +175,8 @@ class Trainer:
             for batch in batches[done : done + self.total_steps - self.step]
         ]
         flat = [micro for step in steps for micro in step]
-        loader = load_batches(self.dataset, flat, workers=self.config.data.workers)
-        for step in steps:
-            started = time.perf_counter()
-            loaded = list(islice(loader, len(step)))
-            yield loaded, time.perf_counter() - started
+        with load_batches(self.dataset, flat, workers=self.config.data.workers) as loaded:
+            yield _timed(loaded, [len(step) for step in steps])
 
     def train_step(self, batches: list[Batch], epoch: int, data_seconds: float) -> str:
         """One optimiser step; returns a note for the progress display."""
@@ -292,3 +285,11 @@ class Trainer:
         if resume.scaler:
             self.scaler.load_state_dict(resume.scaler)
         self.step, self.best_ap, self.stale = resume.step, resume.best_ap, resume.stale
+
+
+def _timed(loaded: Iterator[Batch], sizes: list[int]) -> Iterator[tuple[list[Batch], float]]:
+    """Batches in groups of these sizes, with the seconds that each group was waited for."""
+    for size in sizes:
+        started = time.perf_counter()
+        group = list(islice(loaded, size))
+        yield group, time.perf_counter() - started

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.draw import draw_tile
-from comask.masks import mask_from_segmentation
+from comask.fonts import font_for
+from comask.segmentation import read_segmentation
 from comask.structures import Detections
 from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from PIL import ImageFont
-
-    _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+    from comask.fonts import Font
 
 TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
 _GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
@@ -71,18 +70,19 @@ def picture_grid(
     heights = [max(tiles[0].shape[0] for _, tiles in line) for line in lines]
     size = (columns * (pair + _GAP), _LINE + sum(heights) + len(lines) * (_LINE + _GAP))
     sheet = Image.new("RGB", size, _PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
+    pen, own_font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
     for column in range(columns):
         # ASCII: Pillow's own font has no ≥ and no ellipsis.
         for side, caption in enumerate(
             ("ground truth", f"predictions of score >= {threshold:.2f}")
         ):
             x = _GAP + column * (pair + _GAP) + side * (width + _GAP)
-            pen.text((x, 3), caption, _INK, font)
+            pen.text((x, 3), caption, _INK, own_font)
     y = _LINE
     for line, height in zip(lines, heights, strict=True):
         for column, (name, tiles) in enumerate(line):
             x = _GAP + column * (pair + _GAP)
+            font = font_for(f"{name}...", _FONT_SIZE) or own_font
             pen.text((x, y + 3), _shortened(name, font, pair - _GAP), _INK, font)
             for side, tile in enumerate(tiles):
                 sheet.paste(Image.fromarray(tile), (x + side * (width + _GAP), y + _LINE))
@@ -123,8 +123,8 @@ def detections_from_coco(
         x2, y2 = min(info.width, math.ceil(x + w)), min(info.height, math.ceil(y + h))
         if annotation.get("iscrowd") or w <= 0 or h <= 0 or x2 <= x1 or y2 <= y1:
             continue
-        bitmap = mask_from_segmentation(annotation["segmentation"], info.height, info.width)
-        crop = bitmap[y1:y2, x1:x2].astype(np.float32)
+        mask = read_segmentation(annotation["segmentation"], info.height, info.width)
+        crop = mask.part(x1, y1, x2, y2).astype(np.float32)
         # Means of pixels where it shrinks; where it grows, it only repeats them.
         masks.append(cv2.resize(crop, (TRUE_MASK_SIZE,) * 2, interpolation=cv2.INTER_AREA))
         boxes.append((x1, y1, x2, y2))
@@ -140,7 +140,7 @@ def detections_from_coco(
     )
 
 
-def _shortened(text: str, font: _Font, width: int) -> str:
+def _shortened(text: str, font: Font, width: int) -> str:
     """`text` on one line, its end cut off where it is wider than `width` pixels."""
     line = " ".join(text.split())
     if font.getlength(line) <= width:

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.data.target import Target
+from comask.data.target import MaskCrops, Target
 
 BACKGROUND = -1
 IGNORE = -2
@@ -91,18 +91,72 @@ def mask_targets(target: Target, rois: Tensor, objects: Tensor, size: int) -> Te
 
     Args:
         target: of one image.
-        rois: [R, 4].
+        rois: [R, 4], within the image.
         objects: [R] i64, index into `target.masks`.
         size: of the square result.
 
     Returns:
         [R, size, size] f32, 0 or 1.
     """
+    cuts = rois.new_zeros((len(rois), size, size))
     if len(rois) == 0:
-        return rois.new_zeros((0, size, size))
-    used, place = objects.unique(return_inverse=True)
-    indexed = torch.cat((place[:, None].to(rois.dtype), rois * target.mask_scale), dim=1)
-    maps = target.masks[used][:, None].to(rois.dtype)
-    cut = torchvision.ops.roi_align(maps, indexed, (size, size), 1.0, -1, aligned=True)
-    inside: Tensor = cut[:, 0] >= 0.5
-    return inside.to(rois.dtype)
+        return cuts
+    places, corners = target.masks.places, rois * target.mask_scale
+    wanted = objects.cpu()
+    for group in _of_like_size(places, wanted.unique()):
+        maps, origins = _padded_crops(target.masks, group)
+        place_of = torch.full((len(places),), -1)
+        place_of[group] = torch.arange(len(group))
+        chosen = torch.where(place_of[wanted] >= 0)[0]
+        place = place_of[wanted[chosen]].to(rois.device)
+        chosen = chosen.to(rois.device)
+        local = corners[chosen] - origins.to(rois)[place].repeat(1, 2)
+        indexed = torch.cat((place[:, None].to(rois), local), dim=1)
+        aligned = torchvision.ops.roi_align(
+            maps.to(rois), indexed, (size, size), 1.0, -1, aligned=True
+        )
+        cuts[chosen] = (aligned[:, 0] >= 0.5).to(rois)
+    return cuts
+
+
+def _of_like_size(places: Tensor, objects: Tensor) -> list[Tensor]:
+    """`objects` in groups of crops whose height and width differ by less than a factor of two each.
+
+    So a group's crops, padded to one size, take at most four times the memory of the objects.
+    """
+    octaves = places[objects, 2:].clamp(min=1).log2().floor()
+    _, group_of = octaves.unique(dim=0, return_inverse=True)
+    return [objects[group_of == group] for group in range(int(group_of.max()) + 1)]
+
+
+def _padded_crops(masks: MaskCrops, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Crops as maps of one size, with what RoIAlign would meet around them in the image.
+
+    Around a crop are zeros. Where the image ends, RoIAlign repeats its last row and column, so they are
+    repeated here, too.
+
+    Args:
+        masks: of one image.
+        objects: [N] i64, which of them.
+
+    Returns:
+        [N, 1, h, w] u8, and [N, 2] i64, (x, y) of each map's top left pixel in the image.
+    """
+    sizes = masks.places[:, 2:].prod(dim=1)
+    x, y, crop_h, crop_w = (side[:, None] for side in masks.places[objects].unbind(dim=1))
+    left, top = (x - 1).clamp(min=0), (y - 1).clamp(min=0)
+    columns = left + torch.arange(int((x + crop_w + 1 - left).max()))  # [N, w] in the image
+    rows = top + torch.arange(int((y + crop_h + 1 - top).max()))
+    height, width = masks.image_size
+    columns = torch.where(columns == width, width - 1, columns) - x  # in the crop
+    rows = torch.where(rows == height, height - 1, rows) - y
+    inside = ((rows >= 0) & (rows < crop_h))[:, :, None]
+    inside = inside & ((columns >= 0) & (columns < crop_w))[:, None]
+    starts = (sizes.cumsum(dim=0) - sizes)[objects]
+    flat = starts[:, None, None] + rows[:, :, None] * crop_w[:, :, None] + columns[:, None]
+    device = masks.pixels.device
+    inside = inside.to(device)
+    if not len(masks.pixels):
+        return inside[:, None].to(torch.uint8), torch.cat((left, top), dim=1)
+    maps = masks.pixels[torch.where(inside, flat.to(device), 0)] * inside
+    return maps[:, None], torch.cat((left, top), dim=1)

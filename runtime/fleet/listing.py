@@ -11,16 +11,23 @@ import logging
 import os
 import sqlite3
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from comask.runtime.fleet.folder import file_system, is_url
-from comask.runtime.video.address import VIDEO_SUFFIXES, is_address
+from comask.runtime.video.address import is_address
 
 from comask.errors import ComaskError, one_line
+from comask.media_files import (
+    VIDEO_SUFFIXES,
+    Kind,
+    PassedOver,
+    kind_from_name,
+    kind_of_file,
+    match_pattern,
+)
 from comask.parse_json import parse_json
 
 SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
@@ -45,14 +52,11 @@ class Listing:
     offsets: array[int]
 
 
-def write_listing(
-    inputs: Iterable[str], suffixes: frozenset[str], file: BinaryIO, shard: int
-) -> Listing:
+def write_listing(inputs: Iterable[str], file: BinaryIO, shard: int) -> Listing:
     """Lists the images that inputs name, sorted, without having them all in memory.
 
     Args:
         inputs: see `addresses`.
-        suffixes: see `addresses`.
         file: to write, empty.
         shard: images a shard.
 
@@ -63,7 +67,7 @@ def write_listing(
         table.execute(f"PRAGMA cache_size = -{SORT_MEMORY}")
         table.execute("CREATE TABLE images (line TEXT PRIMARY KEY) WITHOUT ROWID")
         for text in inputs:
-            lines = ((json.dumps(address),) for address in addresses(text, suffixes))
+            lines = ((json.dumps(address),) for address in addresses(text))
             table.executemany("INSERT OR IGNORE INTO images VALUES (?)", lines)
         digest, offsets, images, end = hashlib.sha256(), array("Q"), 0, 0
         for (line,) in table.execute("SELECT line FROM images ORDER BY line"):
@@ -79,14 +83,16 @@ def write_listing(
     return Listing(file, images, digest.hexdigest(), offsets)
 
 
-def addresses(text: str, suffixes: frozenset[str]) -> Iterator[str]:
+def addresses(text: str) -> Iterator[str]:
     """The images that an input names; local paths are made absolute.
+
+    A local folder gives the files that are images by their suffix or content, one at an address of fsspec
+    those that are by their suffix. How many files are passed over is logged.
 
     Args:
         text: an image, a folder, a pattern, or `@` and a list with an address a line (in `….jsonl`,
             JSON: a string, or an object with `file`, a line); each local or at an address that
             fsspec knows.
-        suffixes: of a folder's files that are images, with their dots.
 
     Raises:
         ComaskError: when it names nothing, a video or stream, or cannot be listed.
@@ -101,64 +107,69 @@ def addresses(text: str, suffixes: frozenset[str]) -> Iterator[str]:
         elif web:
             yield text  # which has no folders
         elif is_url(text):
-            yield from _remote(text, suffixes)
+            yield from _remote(text)
         else:
-            yield from _local(text, suffixes)
+            yield from _local(text)
     except ComaskError:
         raise
     except Exception as error:  # each storage has its own kinds
         raise ComaskError(f"{text}: cannot be listed: {one_line(error)}") from error
 
 
-def _local(text: str, suffixes: frozenset[str]) -> Iterator[str]:
+def _local(text: str) -> Iterator[str]:
     path = os.path.abspath(text)
     if os.path.isdir(path):
         with os.scandir(path) as entries:
-            yield from _images(text, (entry.path for entry in entries), suffixes)
+            files = ((entry.path, entry.name) for entry in entries if not entry.is_dir())
+            yield from _images(text, files, lambda file: kind_of_file(Path(file)))
     elif os.path.exists(path):
         yield path
     else:
-        found = 0
-        for match in glob.iglob(text, recursive=True):
-            if os.path.isfile(match):
-                found += 1
-                yield os.path.abspath(match)
-        if not found:
-            raise ComaskError(f"{text}: no such file or folder, and no file matches it")
+        matches = ((os.path.abspath(match), match.name) for match in match_pattern(text))
+        yield from _images(text, matches, lambda file: _named(PurePath(file).name))
 
 
-def _remote(text: str, suffixes: frozenset[str]) -> Iterator[str]:
+def _remote(text: str) -> Iterator[str]:
     fs, path = file_system(text)
     if glob.has_magic(path) and not fs.exists(path):
-        found = [str(match) for match in fs.glob(path) if not fs.isdir(match)]
-        if not found:
-            raise ComaskError(f"{text}: no file matches it")
-        yield from map(fs.unstrip_protocol, found)
+        matches = (str(match) for match in fs.glob(path) if not fs.isdir(match))
+        files = ((fs.unstrip_protocol(match), PurePath(match).name) for match in matches)
+        yield from _images(text, files, lambda file: _named(PurePath(file).name))
     elif fs.isdir(path):
-        entries = (fs.unstrip_protocol(name) for name in fs.ls(path, detail=False))
-        yield from _images(text, entries, suffixes)
+        names = fs.ls(path, detail=False)
+        entries = ((fs.unstrip_protocol(name), PurePath(name).name) for name in names)
+        yield from _images(text, entries, lambda file: kind_from_name(PurePath(file).name))
     elif fs.exists(path):
         yield fs.unstrip_protocol(path)
     else:
         raise ComaskError(f"{text}: no such file or folder")
 
 
-def _images(folder: str, files: Iterable[str], suffixes: frozenset[str]) -> Iterator[str]:
-    """Of a folder's files those that are images."""
-    seen: Counter[str] = Counter()
-    for file in files:
-        suffix = PurePath(file).suffix.lower()  # as `comask-infer` without --runner reads it
-        seen["images"] += suffix in suffixes
-        seen["videos"] += suffix in VIDEO_SUFFIXES
-        if suffix in suffixes:
-            yield file
-    if not seen["images"]:
+def _named(name: str) -> Kind:
+    """What a file is that a pattern names: an image, whatever its suffix, unless comask wrote it."""
+    return "result" if kind_from_name(name) == "result" else "image"
+
+
+def _images(
+    text: str, files: Iterable[tuple[str, str]], kind_of: Callable[[str], Kind]
+) -> Iterator[str]:
+    """Those of an input's files, (address, name), that are images."""
+    passed_over, found = PassedOver(), 0
+    for address, name in files:
+        kind = kind_of(address)
+        if kind == "image":
+            found += 1
+            yield address
+        else:
+            passed_over.add(kind, name)
+    for line in passed_over.lines(text):
+        logger.warning("%s", line)
+    if not found and glob.has_magic(text):
+        raise ComaskError(f"{text}: no such file or folder, and no file matches it")
+    if not found:
         raise ComaskError(
-            f"{folder}: holds no such files: {', '.join(sorted(suffixes))}; "
-            f"a pattern with /**/ finds those in folders below"
+            f"{text}: no image lies directly in it; a pattern with /**/ finds those in folders below"
         )
-    if seen["videos"]:
-        logger.warning("%s: left out %d videos; run them without --runner", folder, seen["videos"])
 
 
 def _listed(file: str) -> Iterator[str]:

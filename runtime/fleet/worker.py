@@ -6,16 +6,17 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from comask.runtime.fleet.folder import READERS, file_system, is_url
 from comask.runtime.fleet.job import bundle_digest
 from comask.runtime.fleet.rows import Row, failed_row, found_row
+from comask.runtime.images import ImageRunner
 
 from comask.errors import BundleError, ComaskError, ImageError, one_line
 from comask.preprocess import decode_image
@@ -23,8 +24,7 @@ from comask.preprocess import decode_image
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor
 
-    from comask.preprocess import Pixels, Prepared
-    from comask.structures import Detections
+    from comask.preprocess import Pixels
 
 READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; a network may fail where the image is sound
 
@@ -70,9 +70,7 @@ class Worker:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
-        side = predictor.preprocess.short_side
-        # a black image, which only engines of few sizes refuse, until one ran that is none
-        self._sound = predictor.prepare(np.zeros((side, side, 3), dtype=np.uint8))
+        self._runner = ImageRunner[str](predictor)
 
     def __call__(self, addresses: list[str]) -> list[Row]:
         """A row for each image, in order; one that cannot be run has an `error`.
@@ -80,58 +78,33 @@ class Worker:
         Raises:
             Exception: of whatever kind, when it is not the images that are to blame.
         """
-        rows = []
-        for window in self._read(addresses):
-            prepared: dict[str, Prepared] = {}
-            failed: dict[str, str] = {}
-            for address, content in window:
-                try:
-                    prepared[address] = self.predictor.prepare(_decoded(address, content))
-                except ImageError as error:
-                    failed[address] = one_line(error)
-            found = dict(zip(prepared, self._found(list(prepared.items())), strict=True))
-            for address, _ in window:
-                result = failed.get(address) or found[address]
-                if isinstance(result, str):
-                    rows.append(failed_row(address, result))
-                else:
-                    rows.append(found_row(address, result))
-        return rows
+        with ThreadPoolExecutor(READERS) as pool:
+            return [
+                failed_row(result.key, result.error)
+                if result.found is None
+                else found_row(result.key, result.found)
+                for result in self._runner(self._read(addresses, pool))
+            ]
 
     def check(self) -> None:
-        """Runs an image that is not to blame: the last one that could be run, or a black one.
+        """See `ImageRunner.check`."""
+        self._runner.check()
 
-        Raises:
-            Exception: of whatever kind, when that is impossible.
-        """
-        self.predictor.predict_prepared([self._sound])
+    def _read(
+        self, addresses: list[str], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[str, Callable[[], Pixels]]]:
+        """The images, the bytes of those that are not local on their way before they are asked for."""
+        coming: deque[tuple[str, Future[bytes | None]]] = deque()
+        for address in addresses:
+            coming.append((address, pool.submit(_content, address)))
+            if len(coming) > 2 * self.predictor.max_batch:
+                yield _opened(*coming.popleft())
+        while coming:
+            yield _opened(*coming.popleft())
 
-    def _found(self, images: list[tuple[str, Prepared]]) -> list[Detections | str]:
-        """Detections of each image, or what is wrong with it."""
-        try:
-            found = self.predictor.predict_prepared([image for _, image in images])
-        # Memory, an engine's largest canvas, …: backends have no kind of error in common.
-        except Exception as error:
-            if len(images) > 1:  # the others of the batch may be sound
-                return [result for image in images for result in self._found([image])]
-            self.check()
-            return [f"{images[0][0]}: cannot be run: {one_line(error)}"]
-        if images:
-            self._sound = images[-1][1]
-        return list(found)
 
-    def _read(self, addresses: list[str]) -> Iterator[list[tuple[str, Future[bytes | None]]]]:
-        """Windows of images with the bytes of those that are not local, the next one on its way."""
-        size = 2 * self.predictor.max_batch
-        with ThreadPoolExecutor(READERS) as pool:
-            here: list[tuple[str, Future[bytes | None]]] = []
-            for start in range(0, len(addresses), size):
-                window = addresses[start : start + size]
-                coming = [(address, pool.submit(_content, address)) for address in window]
-                if here:
-                    yield here
-                here = coming
-            yield here
+def _opened(address: str, content: Future[bytes | None]) -> tuple[str, Callable[[], Pixels]]:
+    return address, lambda: _decoded(address, content)
 
 
 def _content(address: str) -> bytes | None:

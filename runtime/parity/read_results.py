@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from comask.runtime.parity.scores import Results
 
 from comask.data.source import ImageInfo, InstanceSource
 from comask.errors import DataError
-from comask.masks import mask_from_segmentation
 from comask.parse_json import parse_json
+from comask.segmentation import read_segmentation
 
 LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
 FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
@@ -48,8 +47,6 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
 
 def _checked(entry: object, infos: dict[int, ImageInfo]) -> dict[str, Any] | None:
     """An entry with its mask as compressed RLE; None where it is of another image."""
-    from pycocotools import mask as coco_mask
-
     if not isinstance(entry, dict):
         raise DataError(f"expected an object, got {entry!r:.80}")
     if missing := [name for name in FIELDS if name not in entry]:
@@ -65,12 +62,8 @@ def _checked(entry: object, infos: dict[int, ImageInfo]) -> dict[str, Any] | Non
     if entry["image_id"] not in infos:
         return None
     info = infos[entry["image_id"]]
-    mask = mask_from_segmentation(entry["segmentation"], info.height, info.width)
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {
-        **{name: entry[name] for name in FIELDS},
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-    }
+    mask = read_segmentation(entry["segmentation"], info.height, info.width)
+    return {**{name: entry[name] for name in FIELDS}, "segmentation": mask.to_coco()}
 
 
 def _is_number(value: object) -> bool:

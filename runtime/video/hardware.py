@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from comask.runtime.gpu import find_gpu_or_reason
-from comask.runtime.video.address import import_av, reason
+from comask.runtime.video.container import import_av, reason
+from comask.runtime.video.orientation import UPRIGHT, Orientation
 
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
@@ -132,12 +133,15 @@ def _fall_back(what: str, asked: Where, problem: str) -> None:
     logger.info("%s on the processor: %s", what, problem)
 
 
-def nv12_problem(decoded: VideoFrame, codec: VideoCodecContext) -> str | None:
+def nv12_problem(
+    decoded: VideoFrame, codec: VideoCodecContext, orientation: Orientation
+) -> str | None:
     """Why the network cannot read a decoded frame on the GPU; None where it can.
 
     Args:
         decoded: the frame.
         codec: what decoded it.
+        orientation: the frame's.
     """
     if decoded.format.name != "cuda":
         found = f"frames come as {decoded.format.name} in the host's memory"
@@ -150,8 +154,8 @@ def nv12_problem(decoded: VideoFrame, codec: VideoCodecContext) -> str | None:
     layout = decoded.sw_format.name if decoded.sw_format else "unknown"
     if layout != "nv12":
         return f"frames are {layout}, and the network reads nv12, which has 8 bits"
-    if decoded.rotation:
-        return f"frames are turned by {decoded.rotation} degrees"
+    if orientation != UPRIGHT:
+        return "frames are to be turned or mirrored, which is done on the host"
     if decoded.colorspace not in MATRICES:
         return f"there is no conversion on the GPU for colour matrix {decoded.colorspace} of H.273"
     return None
@@ -161,7 +165,7 @@ class Nv12Picture:
     """A decoded frame where FFmpeg has it, as `StreamSession.submit` takes it.
 
     Args:
-        decoded: of 8-bit NV12, not to be turned.
+        decoded: of 8-bit NV12, upright as it is.
 
     Attributes:
         planes: Y and UV.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from comask.runtime.session import Closing
-from comask.runtime.video.address import import_av, reason
+from comask.runtime.video.container import file_url, import_av, reason
 from comask.runtime.video.hardware import Where, choose_encoder
 from comask.runtime.video.source import SourceFrame, VideoSource
 from numpy.typing import NDArray
 
 from comask.draw import draw_overlay
-from comask.errors import ComaskError
+from comask.errors import ComaskError, VideoError
 from comask.preprocess import Pixels
 from comask.structures import Detections
-from comask.whole_file import part_of
+from comask.whole_file import is_folder_fault, part_of
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -39,7 +40,7 @@ class OverlayWriter(Closing):
     Args:
         stem: path to write, to which `.mp4` or `.mkv` is appended.
         source: what the frames come from, not iterated yet; its `audio_packets` are written where it
-            collects them.
+            collects them. Audio that neither container takes is added to its `left_out`.
         threshold: lowest score that is drawn.
         encode: `gpu` is NVENC, `cpu` x264, `auto` NVENC where it opens.
         gpu: index of the GPU that encodes; None for none.
@@ -49,7 +50,8 @@ class OverlayWriter(Closing):
 
     Raises:
         BackendUnavailableError: when `encode` is `gpu` and that cannot be had.
-        ComaskError: when it cannot be written, here and in `add` and `close`.
+        VideoError: when this video cannot be written, here and in `add` and `close`.
+        ComaskError: when nothing can be written there, as on a full disk; likewise.
     """
 
     def __init__(
@@ -66,11 +68,18 @@ class OverlayWriter(Closing):
         self._source, self._threshold = source, threshold
         audio = source.audio_stream
         as_mp4 = audio is None or audio.codec_context.name in MP4_AUDIO
+        if audio is not None and not _takes("mp4" if as_mp4 else "matroska", audio):
+            source.left_out.append(f"1 audio track in {audio.codec_context.name}")
+            audio, as_mp4 = None, True
         self.path = stem.with_name(f"{stem.name}.{'mp4' if as_mp4 else 'mkv'}")
         self._part = part_of(self.path)  # a file that was not completed plays nowhere
         self._writing = _Writing(self.path)
         with self._writing:
-            self._output = av.open(str(self._part), "w", format="mp4" if as_mp4 else "matroska")
+            if self.path.is_dir():  # known now, and not when the whole video is drawn
+                raise VideoError(f"{self.path}: cannot be written: it is a folder")
+            self._output = av.open(
+                file_url(self._part), "w", format="mp4" if as_mp4 else "matroska"
+            )
             self._video: VideoStream = self._output.add_stream(
                 encoder.codec, rate=source.rate, options=encoder.options, hwaccel=encoder.hwaccel
             )
@@ -163,8 +172,20 @@ class OverlayWriter(Closing):
                 self._output.mux_one(packet)
 
 
+def _takes(container: str, audio: AudioStream) -> bool:
+    """Whether a container takes an audio track, by trial: FFmpeg's lists of codecs are not complete."""
+    av = import_av()
+    try:
+        with av.open(io.BytesIO(), "w", format=container) as trial:
+            trial.add_stream_from_template(audio)
+            trial.start_encoding()
+    except Exception:  # of PyAV, which raises more than FFmpegError
+        return False
+    return True
+
+
 class _Writing:
-    """Turns what goes wrong in its block into a ComaskError that names the file."""
+    """Turns whatever goes wrong in its block into a ComaskError that names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -173,5 +194,7 @@ class _Writing:
         """Nothing to do."""
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError | import_av().FFmpegError):
-            raise ComaskError(f"{self._path}: cannot be written: {reason(error)}") from error
+        if isinstance(error, Exception) and not isinstance(error, ComaskError):
+            raise (ComaskError if is_folder_fault(error) else VideoError)(
+                f"{self._path}: cannot be written: {reason(error)}"
+            ) from error

@@ -12,14 +12,12 @@ from typing import Protocol
 import numpy as np
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS
-from comask.runtime.video.address import import_av, reason
 from comask.runtime.video.channel import Channel
 from comask.runtime.video.inference import Inference
 from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.runtime.video.track import Tracker
 from numpy.typing import NDArray
 
-from comask.errors import VideoError
 from comask.structures import Detections
 
 LIVE_FRAMES = 2  # of a live source that wait; more would only be older
@@ -50,6 +48,7 @@ class VideoReport:
         damaged: packets and frames that could not be decoded whole.
         reconnects: how often a lost source was found again.
         seconds: that it took.
+        left_out: tracks of the video that its overlay is without, in words.
         problem: why the frames ended before the video did, or None.
     """
 
@@ -59,6 +58,7 @@ class VideoReport:
     damaged: int
     reconnects: int
     seconds: float
+    left_out: tuple[str, ...]
     problem: str | None
 
 
@@ -96,6 +96,7 @@ class VideoPipeline:
         self._found = Channel[tuple[SourceFrame, Detections, NDArray[np.int64] | None]](self._batch)
         self._write_error: BaseException | None = None
         self.frames = self.detections = 0
+        self._seconds = 0.0
 
     @property
     def dropped(self) -> int:
@@ -124,15 +125,21 @@ class VideoPipeline:
             self.stop()
             self._found.close()
             writer.join()
+            self._seconds = time.perf_counter() - started
         if self._write_error is not None:
             raise self._write_error
+        return self.report()
+
+    def report(self) -> VideoReport:
+        """What was done; also after `run` raised, of the frames before that."""
         return VideoReport(
             frames=self.frames,
             detections=self.detections,
             dropped=self.dropped,
             damaged=self._source.damaged,
             reconnects=self._source.reconnects,
-            seconds=time.perf_counter() - started,
+            seconds=self._seconds,
+            left_out=tuple(self._source.left_out),
             problem=self._source.problem,
         )
 
@@ -168,8 +175,6 @@ class VideoPipeline:
                     if not self._frames.put(frame):
                         break
             self._frames.close()
-        except import_av().FFmpegError as error:
-            self._frames.close(VideoError(f"{self._source.name}: cannot be read: {reason(error)}"))
         except BaseException as error:
             self._frames.close(error)
 

@@ -13,8 +13,9 @@ from comask.runtime.session import Closing
 from comask.runtime.video.source import SourceFrame
 from numpy.typing import NDArray
 
-from comask.errors import ComaskError
+from comask.errors import ComaskError, VideoError
 from comask.structures import Detections
+from comask.whole_file import is_folder_fault
 
 
 class JsonLines(Closing):
@@ -28,6 +29,7 @@ class JsonLines(Closing):
         path: of the file, replaced where it exists.
 
     Raises:
+        VideoError: when there can be no file of that name.
         ComaskError: when it cannot be written, here and in `add`.
     """
 
@@ -58,7 +60,8 @@ class JsonLines(Closing):
         self._file.close()
 
     def _unwritable(self, error: OSError) -> ComaskError:
-        return ComaskError(f"{self._path}: cannot be written: {error.strerror or error}")
+        kind = ComaskError if is_folder_fault(error) else VideoError
+        return kind(f"{self._path}: cannot be written: {error.strerror or error}")
 
 
 def frame_results(

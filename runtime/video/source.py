@@ -10,19 +10,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from comask.runtime.session import Closing
-from comask.runtime.video.address import (
-    is_address,
-    is_camera,
+from comask.runtime.video.address import is_address, is_camera, shown_name
+from comask.runtime.video.container import (
+    MICROSECONDS,
+    Completeness,
+    audio_stream,
+    left_out,
     open_container,
     reason,
-    shown_name,
+    video_errors,
     video_stream,
 )
 from comask.runtime.video.hardware import Nv12Picture, Where, gpu_decoder, nv12_problem
+from comask.runtime.video.orientation import Orientation, frame_orientation
+from comask.runtime.video.times import FrameTimes
 
 from comask.errors import VideoError
 from comask.preprocess import Pixels
@@ -31,12 +36,10 @@ if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.audio.stream import AudioStream
     from av.video.codeccontext import VideoCodecContext
-    from av.video.stream import VideoStream
+
+Oriented: TypeAlias = "tuple[VideoFrame, Orientation]"
 
 LONGEST_WAIT = 30.0  # seconds between two attempts to connect again
-CLOCK_SECONDS = 60.0  # by which a live source's time stamps may differ from our clock
-MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
-MISSING_SECONDS = 1.0  # by which a file's data may end before the end it states
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class SourceFrame:
 
     Attributes:
         index: its number in the video from 0, counted over all that the decoder gave.
-        pts: its time stamp as it was decoded, in the stream's time base; None where it has none.
+        pts: the time stamp that `time` was taken from, in the stream's time base; None where it has none.
         time: seconds since the start of the video, or of a live source's first frame; exact, and greater
             with every frame.
         picture: `pixels` on the host, or the frame where a GPU decoded it.
@@ -98,8 +101,8 @@ class VideoSource(Closing):
     Args:
         address: path of a file, `camera:0`, `/dev/video0`, or rtsp://, http(s)://, udp:// and the like.
         every: give each n-th frame alone.
-        audio: collect the packets of the best audio stream in `audio_packets`; otherwise they are
-            discarded.
+        audio: collect the packets of the best audio track that can be decoded in `audio_packets`;
+            otherwise they are discarded.
         patience: seconds without a frame after which a lost live source is given up.
         decode: `gpu` decodes on the GPU and fails where a frame cannot be left there for the network;
             `auto` decodes there if there is one, and brings such frames to the host; `cpu` does not.
@@ -109,13 +112,14 @@ class VideoSource(Closing):
         name: the address without user and password.
         size: (h, w) as the stream states it, before it is turned.
         live: whether frames come at their own pace.
-        time_base: seconds a unit of `SourceFrame.pts`, of which `SourceFrame.time` is a multiple.
-        rate: frames a second as stated, 25 where nothing is.
+        time_base: seconds per unit of `SourceFrame.pts`, of which `SourceFrame.time` is a multiple.
+        rate: frames per second as stated, 25 where nothing is.
         frames: how many there are by what the file states, None where unknown.
         aspect: width of a pixel by its height, upright from the first frame on.
         color: how YUV is meant.
-        audio_stream: the stream whose packets are collected.
+        audio_stream: the track whose packets are collected.
         audio_packets: packets as (packet, seconds to add to its times), oldest first.
+        left_out: the tracks of which nothing is kept, in words, where `audio` is.
         damaged: packets and frames that could not be decoded whole.
         reconnects: how often a lost source was found again.
         problem: why the frames ended before the video did, or None.
@@ -141,42 +145,43 @@ class VideoSource(Closing):
         self._decode, self._hwaccel = decode, gpu_decoder(decode, gpu)
         self._kept_off_gpu: str | None = None  # the last reason why
         self._container = open_container(self._address, self._hwaccel)
-        stream = self._stream()
-        self.size = (stream.height, stream.width)
-        self.time_base = stream.time_base or Fraction(1, 90_000)
-        self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        self.aspect = self._aspect = stream.sample_aspect_ratio or Fraction(1)
-        self.color = Color.of(stream.codec_context)
-        stated = self._container.duration
-        self.live = is_camera(self._address) or (is_address(self._address) and stated is None)
-        self.frames = None
-        if not self.live:
-            self.frames = stream.frames or round((stated or 0) / MICROSECONDS * self.rate) or None
-        audio_streams = self._container.streams.audio if audio else ()
-        self.audio_stream: AudioStream | None = audio_streams[0] if audio_streams else None
+        with video_errors(self.name, "cannot be opened"):
+            video = video_stream(self._container)
+            if video is None:
+                self._container.close()
+                raise VideoError(f"{self.name}: holds no video that can be decoded")
+            self._video = video
+            self.size = (video.height, video.width)
+            self.rate = Fraction(video.average_rate or video.guessed_rate or 25)
+            self.aspect = self._aspect = video.sample_aspect_ratio or Fraction(1)
+            self.color = Color.of(video.codec_context)
+            stated = self._container.duration
+            self.live = is_camera(self._address) or (is_address(self._address) and stated is None)
+            self.frames: int | None = None
+            if not self.live:
+                self.frames = (
+                    video.frames or round((stated or 0) / MICROSECONDS * self.rate) or None
+                )
+            self.audio_stream = audio_stream(self._container) if audio else None
+            self.left_out = left_out(self._container, video, self.audio_stream) if audio else []
+            self._times = FrameTimes(self._container, video, self.rate, live=self.live)
+            self._completeness = Completeness(self._container, video, self.rate)
+        self.time_base = self._times.unit
         self.audio_packets: deque[tuple[Packet[AudioStream], Fraction]] = deque()
         self.damaged = self.reconnects = 0
         self.problem: str | None = None
         self._broken: str | None = None  # what the demuxer said of the connection's end
         self._stopped = threading.Event()
         self._index = 0
-        self._last_time = -self.time_base
-        self._data_end = Fraction(0)
-        self._first_seen: float | None = None
-        self._last_seen = time.monotonic()
         self._wait = 1.0
-        # seconds from the stream's times to ours; None until a live source's next frame tells
-        self._shift: Fraction | None = None
-        if not self.live:
-            start = Fraction(max(self._container.start_time or 0, 0), MICROSECONDS)
-            self._shift = -round(start / self.time_base) * self.time_base
 
     def __iter__(self) -> Iterator[SourceFrame]:
         while True:
-            for index, decoded in self._decoded():
-                moment = self._time(decoded)
+            for index, stamp, moment, decoded in self._decoded():
                 if index % self._every == 0:
-                    yield SourceFrame(index, decoded.pts, moment, self._picture(decoded))
+                    with video_errors(self.name, "a frame cannot be converted"):
+                        picture = self._picture(*decoded)
+                    yield SourceFrame(index, stamp, moment, picture)
             if self._stopped.is_set() or not self.live or not self._reconnected():
                 return
 
@@ -188,16 +193,9 @@ class VideoSource(Closing):
         """Closes the source; not while another thread iterates."""
         self._container.close()
 
-    def _stream(self) -> VideoStream:
-        stream = video_stream(self._container)
-        assert stream is not None  # open_container saw to it
-        return stream
-
-    def _decoded(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Whole frames of this connection with their numbers, until its end or `stop`."""
-        import av
-
-        video = self._stream()
+    def _decoded(self) -> Iterator[tuple[int, int | None, Fraction, Oriented]]:
+        """Whole frames of this connection, until its end or `stop`: number, time stamp, time, picture."""
+        video = self._video
         # AUTO holds frames back, and takes a GPU more surfaces than it may have.
         video.thread_type = "SLICE" if self.live or video.codec_context.is_hwaccel else "AUTO"
         for packet in self._packets():
@@ -205,26 +203,36 @@ class VideoSource(Closing):
                 return
             if packet is not None:
                 self._note_packet(packet)
-                if packet.stream is not video:
+                if packet.stream_index != video.index:
                     continue
             try:
                 frames = video.decode(packet)
-            except av.FFmpegError:
+            except Exception:  # of PyAV, which raises more than FFmpegError
                 self.damaged += 1
+                if packet is not None:
+                    self._times.lost(packet)
                 continue
             for frame in frames:
                 self._index += 1
+                self._wait = 1.0
+                stamp, moment = self._times.time(frame)
                 if frame.is_corrupt:
                     self.damaged += 1
                 else:
-                    yield self._index - 1, frame
+                    yield self._index - 1, stamp, moment, (frame, self._orientation(frame))
         if not self.live:
             self.problem = self._what_is_missing()
 
-    def _picture(self, decoded: VideoFrame) -> Pixels | Nv12Picture:
+    def _orientation(self, decoded: VideoFrame) -> Orientation:
+        try:
+            return frame_orientation(decoded)
+        except VideoError as error:
+            raise VideoError(f"{self.name}: {error}") from error
+
+    def _picture(self, decoded: VideoFrame, orientation: Orientation) -> Pixels | Nv12Picture:
         """What a `SourceFrame` holds, left on the GPU where the network can read it there."""
         if self._hwaccel is not None:
-            problem = nv12_problem(decoded, self._stream().codec_context)
+            problem = nv12_problem(decoded, self._video.codec_context, orientation)
             if problem is None:
                 return Nv12Picture(decoded)
             if self._decode == "gpu":
@@ -232,83 +240,59 @@ class VideoSource(Closing):
             if problem != self._kept_off_gpu:
                 self._kept_off_gpu = problem
                 logger.info("%s: frames by way of the host: %s", self.name, problem)
-        quarters = round(decoded.rotation / 90)
-        self.aspect = 1 / self._aspect if quarters % 2 else self._aspect
-        upright = np.rot90(decoded.to_ndarray(format="rgb24"), quarters)
-        return np.ascontiguousarray(upright, dtype=np.uint8)
+        self.aspect = 1 / self._aspect if orientation.transposed else self._aspect
+        return orientation.upright(np.asarray(decoded.to_ndarray(format="rgb24"), np.uint8))
 
     def _packets(self) -> Iterator[Packet[Any] | None]:
         """All packets; None after the last one asks the decoder for what it holds back."""
-        import av
-
         self._broken = None
         try:
             for packet in self._container.demux():
                 if packet.size:  # demux ends with an empty one for each stream
                     yield packet
-        except av.FFmpegError as error:
+        except Exception as error:  # of PyAV, which raises more than FFmpegError
             self._broken = reason(error)
         yield None
 
     def _note_packet(self, packet: Packet[Any]) -> None:
-        """Keeps audio, and the place up to which there is data."""
-        if packet.pts is None or packet.time_base is None:
+        """Keeps audio, and what was read of a file."""
+        self._completeness.packet(packet)
+        self._times.packet(packet, video=packet.stream_index == self._video.index)
+        audio, shift = self.audio_stream, self._times.shift
+        if audio is None or packet.stream_index != audio.index or shift is None:
             return
-        end = (packet.pts + (packet.duration or 0)) * packet.time_base
-        self._data_end = max(self._data_end, end)
-        if self.audio_stream is None or self._shift is None or packet.dts is None:
-            return
-        if packet.stream is self._container.streams.audio[0]:
-            self.audio_packets.append((packet, self._shift))
+        if packet.pts is not None and packet.dts is not None:
+            self.audio_packets.append((packet, shift))
 
     def _what_is_missing(self) -> str | None:
-        """Why a file's frames ended too early, judged by the duration it states."""
+        """Why a file's frames ended too early, by what it states and by what the demuxer said."""
         if self._index == 0:
             return f"no frame could be decoded ({self._broken or 'no data'})"
-        stated = self._container.duration
-        if stated is not None:
-            end = Fraction(stated + (self._container.start_time or 0), MICROSECONDS)
-            if self._data_end < end - MISSING_SECONDS:
-                return (
-                    f"its data ends at {float(self._data_end):.1f} s of {float(end):.1f} s: "
-                    f"{self._broken or 'truncated'}"
-                )
-        return self._broken
-
-    def _time(self, frame: VideoFrame) -> Fraction:
-        """The frame's `SourceFrame.time`."""
-        self._last_seen, self._wait = time.monotonic(), 1.0
-        if self._first_seen is None:
-            self._first_seen = self._last_seen
-        elapsed = Fraction(self._last_seen - self._first_seen)
-        unit = self._stream().time_base  # frames that a decoder held back to the end have none
-        if frame.pts is None or unit is None:
-            moment = elapsed if self.live else self._last_time + 1 / self.rate
-        else:
-            stamp = frame.pts * unit
-            # After a connection, and after a camera's clock was set, only our own clock knows.
-            if self._shift is None or (
-                self.live and abs(stamp + self._shift - elapsed) > CLOCK_SECONDS
-            ):
-                self._shift = elapsed - stamp
-            moment = stamp + self._shift
-        moment = round(moment / self.time_base) * self.time_base
-        self._last_time = max(moment, self._last_time + self.time_base)
-        return self._last_time
+        missing = self._completeness.problem(self._index)
+        if missing and self._broken:
+            return f"{missing} ({self._broken})"
+        return missing or self._broken
 
     def _reconnected(self) -> bool:
         """Opens a lost source again, waiting longer each time; False when that is given up."""
         self._container.close()
-        while time.monotonic() - self._last_seen < self._patience:
+        while time.monotonic() - self._times.last_seen < self._patience:
             if self._stopped.wait(self._wait):
                 return False
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             try:
                 self._container = open_container(self._address, self._hwaccel)
+                video = video_stream(self._container)
+                if video is None:
+                    raise VideoError(f"{self.name}: holds no video that can be decoded")
             except VideoError as error:
                 self.problem = f"lost, and not found again for {self._patience:.0f} s: {error}"
                 continue
-            self._shift, self.problem = None, None
+            self._video = video
+            self._times.reconnected(video)
+            if self.audio_stream is not None:
+                self.audio_stream = audio_stream(self._container)
+            self.problem = None
             self.reconnects += 1
             return True
         self.problem = self.problem or f"gave no frame for {self._patience:.0f} s"

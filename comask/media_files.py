@@ -1,0 +1,160 @@
+"""Which files are images and videos: by suffix where that is known, else by their first bytes."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from comask.errors import ComaskError, one_line
+
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib",
+    ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".avif", ".heic", ".heif",
+})  # fmt: skip
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".ts", ".m2ts", ".mts", ".mpg",
+    ".mpeg", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".nut",
+    ".dv", ".h264", ".hevc", ".mjpeg", ".y4m",
+})  # fmt: skip
+HEAD_BYTES = 400  # what `kind_from_content` looks at
+
+Kind = Literal["image", "video", "result", "hidden", "other"]
+
+_IMAGE_CONTENT = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP"
+    rb"|\0\0\0\x0cjP  \r\n|\xff\x4f\xff\x51|P[2356]\s"
+    rb"|.{4}ftyp(avif|avis|heic|heix|heim|heis|hevc|mif1|msf1)",
+    re.DOTALL,
+)
+_VIDEO_CONTENT = re.compile(
+    rb".{4}(ftyp|moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|\0\0\x01[\xb3\xba]"
+    rb"|\x30\x26\xb2\x75|OggS|(.{4})?\x47.{187}(.{4})?\x47",
+    re.DOTALL,
+)
+# What `comask-infer` writes: photo.jpg.overlay.png, photo.jpg.2.mask.png, clip.mp4.overlay.mp4, …
+_RESULT = re.compile(r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt)|.+\.(\w{2,5}|\d+)\.mask\.png")
+_SHOWN = 3  # names in a line
+
+
+def kind_from_content(head: bytes) -> Kind:
+    """What a file is by its first `HEAD_BYTES` bytes: `image`, `video` or `other`."""
+    if _IMAGE_CONTENT.match(head):
+        return "image"
+    return "video" if _VIDEO_CONTENT.match(head) else "other"
+
+
+def kind_from_name(name: str) -> Kind:
+    """What a file is by its name: `other` where only the content can tell."""
+    if name.startswith("._"):
+        return "hidden"  # what macOS writes beside each file
+    if _RESULT.fullmatch(name):
+        return "result"
+    suffix = Path(name).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    return "hidden" if name.startswith(".") else "other"
+
+
+def kind_of_file(path: Path) -> Kind:
+    """What a local file is, by its name and, where that does not tell, by its content."""
+    kind = kind_from_name(path.name)
+    if kind != "other":
+        return kind
+    try:
+        if not path.is_file():  # a pipe might never say anything
+            return "other"
+        with path.open("rb") as file:
+            return kind_from_content(file.read(HEAD_BYTES))
+    except OSError:
+        return "other"
+
+
+@dataclass(slots=True)
+class PassedOver:
+    """Counts the files of a folder or pattern that are not run."""
+
+    _names: dict[Kind, list[str]] = field(default_factory=dict)
+    _counts: dict[Kind, int] = field(default_factory=dict)
+
+    def add(self, kind: Kind, name: str) -> None:
+        """Counts one file."""
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        names = self._names.setdefault(kind, [])
+        if len(names) < _SHOWN:
+            names.append(one_line(name))
+
+    def lines(self, where: str) -> list[str]:
+        """What to tell of them: a line for each kind but hidden files, which are nobody's images."""
+        words = {
+            "result": "results of an earlier run",
+            "other": "files that are neither images nor videos",
+            "image": "images",
+            "video": "videos",
+        }
+        lines = []
+        for kind, what in words.items():
+            if count := self._counts.get(kind, 0):  # type: ignore[call-overload]
+                shown = ", ".join(self._names[kind])  # type: ignore[index]
+                more = ", …" if count > _SHOWN else ""
+                lines.append(f"{one_line(where)}: passed over {count} {what}: {shown}{more}")
+        return lines
+
+
+def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> list[Path]:
+    """The files that one input of a command names: a file, a folder's files, or a pattern's.
+
+    A folder gives the files of the wanted kinds that lie directly in it, in order of name. A file or a
+    pattern gives whatever it names but results of comask itself.
+
+    Args:
+        text: path of a file or folder, or a pattern of `glob`.
+        kinds: `image`, `video`, or both.
+        passed_over: is told of the files that are left out.
+
+    Raises:
+        ComaskError: when it names nothing.
+    """
+    path = Path(text)
+    if path.is_dir():
+        files = []
+        for entry in sorted(path.iterdir()):
+            kind = kind_of_file(entry)
+            if kind in kinds:
+                files.append(entry)
+            elif not entry.is_dir():
+                passed_over.add(kind, entry.name)
+        if not files:
+            what = "image or video" if "video" in kinds else "image"
+            raise ComaskError(
+                f"{text}: no {what} lies directly in it; subfolders are not searched: "
+                f"'{path / '**/*.jpg'}'"
+            )
+        return files
+    named = [path] if path.exists() else sorted(match_pattern(text))
+    if not named:
+        raise ComaskError(f"{text}: no such file or folder, and no file matches it")
+    files = []
+    for file in named:
+        if kind_from_name(file.name) == "result":
+            passed_over.add("result", file.name)
+        else:
+            files.append(file)
+    if not files:
+        raise ComaskError(f"{text}: is a result of comask itself; rename it to run it")
+    return files
+
+
+def match_pattern(text: str) -> Iterator[Path]:
+    """The files that a pattern matches; a folder that exists may have any name, as in `a[1]/*.jpg`."""
+    path = Path(text)
+    literal = next((above for above in path.parents if above.is_dir()), Path())
+    pattern = f"{glob.escape(str(literal))}/{path.relative_to(literal)}"
+    for match in glob.iglob(pattern, recursive=True):
+        if Path(match).is_file():
+            yield Path(match)

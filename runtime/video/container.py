@@ -1,0 +1,256 @@
+"""Containers of video, by PyAV: opened under any name, with what they hold and what they state.
+
+Every error of PyAV or FFmpeg becomes a VideoError that names the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from comask.runtime.video.address import address_of_file, camera_device, is_address, shown_name
+
+from comask.errors import BackendUnavailableError, ComaskError, ImageError, VideoError
+from comask.media_files import VIDEO_SUFFIXES
+from comask.preprocess import opened_image
+
+if TYPE_CHECKING:
+    from av import Packet
+    from av.audio.stream import AudioStream
+    from av.codec.hwaccel import HWAccel
+    from av.container import InputContainer
+    from av.stream import Stream
+    from av.video.stream import VideoStream
+
+TIMEOUT_SECONDS = 10.0  # without data, after which a stream counts as lost
+MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
+# What FFmpeg also opens as video: images by the names of their files, and text as a terminal shows it.
+_STILL_FORMATS = re.compile(r"image2|.*_pipe|tty|gif|apng")
+_STILL_BRANDS = {"avif", "avis", "heic", "heix", "mif1", "msf1"}
+
+
+def import_av() -> ModuleType:
+    """PyAV.
+
+    Raises:
+        BackendUnavailableError: when it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "video needs PyAV, which is not installed: pip install 'comask[video]'"
+        ) from error
+    return av
+
+
+@contextlib.contextmanager
+def video_errors(name: str, doing: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever PyAV raises in the block into a VideoError that names the source.
+
+    FFmpeg's errors derive from OSError, ValueError, EOFError, or none of these. A file that FFmpeg reads
+    and PyAV does not understand raises AttributeError and others.
+    """
+    try:
+        yield
+    except ComaskError:
+        raise
+    except Exception as error:
+        raise VideoError(f"{name}: {doing}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What PyAV's error says, without the address, which may hold a password."""
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+
+
+def file_url(path: str | Path) -> str:
+    """How FFmpeg is told of a local file, so that no name is taken for an address or an option."""
+    return f"file:{os.path.abspath(path)}"
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video rather than an image, by its content.
+
+    A file that neither Pillow nor PyAV can open counts as what its suffix says.
+    """
+    if not path.is_file():
+        return False  # a pipe might never say what it is
+    with contextlib.suppress(ImageError), opened_image(path):
+        return False  # GIF among them
+    by_suffix = path.suffix.lower() in VIDEO_SUFFIXES
+    try:
+        with open_container(address_of_file(path)) as container, video_errors(str(path)):
+            brand = container.metadata.get("major_brand", "")
+            if _STILL_FORMATS.fullmatch(container.format.name) or brand in _STILL_BRANDS:
+                return False
+            return video_stream(container) is not None or by_suffix
+    except (BackendUnavailableError, VideoError):
+        return by_suffix
+
+
+def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContainer:
+    """Opens a file, camera or stream for reading.
+
+    Args:
+        address: path of a file, `camera:0`, a device file, or an address with a scheme of `SCHEMES`.
+        hwaccel: the GPU to decode on, if any.
+
+    Raises:
+        VideoError: when it cannot be opened.
+        ComaskError: when cameras cannot be read on this system.
+        BackendUnavailableError: when PyAV is not installed.
+    """
+    av = import_av()
+    settings = dict[str, Any](hwaccel=hwaccel)
+    if int(av.__version__.split(".")[0]) < 19:  # later ones read any bytes as a tag
+        settings["metadata_errors"] = "replace"
+    target: Any = address
+    if device := camera_device(address):
+        if sys.platform != "linux":
+            raise ComaskError(f"{address}: cameras are read by Video4Linux; this is {sys.platform}")
+        target = device
+        settings["format"] = "video4linux2"
+    elif is_address(address):
+        # RTP over UDP loses packets where a network is busy; over TCP it is late instead.
+        settings |= {"timeout": TIMEOUT_SECONDS, "options": {"rtsp_flags": "prefer_tcp"}}
+    else:
+        target = file_url(address)
+    with video_errors(shown_name(address), "cannot be opened"):
+        if "%" in os.path.basename(address) and not is_address(address):
+            # %d.png means 1.png, 2.png, … to FFmpeg, even as the name of an open file
+            target = os.fdopen(os.open(address, os.O_RDONLY), "rb")
+        container: InputContainer = av.open(target, **settings)
+    return container
+
+
+def video_stream(container: InputContainer) -> VideoStream | None:
+    """The video track to look at: FFmpeg's choice among those with a decoder, still pictures apart."""
+    from av.stream import Disposition
+
+    stills = Disposition.attached_pic | Disposition.still_image
+    tracks = [
+        track
+        for track in container.streams.video
+        if track.codec_context is not None and not track.disposition & stills
+    ]
+    best = container.streams.best("video")
+    return best if best in tracks else max(tracks, key=_pixels, default=None)
+
+
+def audio_stream(container: InputContainer) -> AudioStream | None:
+    """The audio track to keep: FFmpeg's choice among those whose codec is known, else the first."""
+    tracks = [track for track in container.streams.audio if track.codec_context is not None]
+    best = container.streams.best("audio")
+    return best if best in tracks else next(iter(tracks), None)
+
+
+def left_out(container: InputContainer, *kept: Stream | None) -> list[str]:
+    """The tracks that an overlay does without, in words: `1 subtitle track`, `2 data tracks`.
+
+    Args:
+        container: the source.
+        kept: its tracks that are kept.
+    """
+    kinds = Counter(_kind(track) for track in container.streams if track not in kept)
+    return [f"{n} {noun}{'s' * (n > 1)}{note}" for (noun, note), n in kinds.items()]
+
+
+def _kind(track: Stream) -> tuple[str, str]:
+    """What a track is called, and what is to be noted of it."""
+    from av.stream import Disposition
+
+    if track.disposition & (Disposition.attached_pic | Disposition.still_image):
+        return "cover picture", ""
+    decoded = track.type in ("audio", "video")
+    return f"{track.type} track", " without a decoder" * (decoded and not track.codec_context)
+
+
+class Completeness:
+    """Compares how much of a file was read with how much it states.
+
+    Args:
+        container: the opened file.
+        stream: its video track.
+        rate: frames per second as stated.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream, rate: Fraction) -> None:
+        self._container, self._stream, self._rate = container, stream, rate
+        self._format = container.format.name
+        self._packets = 0
+        self._last: Fraction | None = None  # the last packet of video, in decoding order
+        self._longest = Fraction(0)  # between two of these
+        self._video_end = self._any_end = Fraction(0)
+
+    def packet(self, packet: Packet[Any]) -> None:
+        """Counts one packet of any track."""
+        video = packet.stream_index == self._stream.index
+        self._packets += video
+        # FFmpeg guesses the presentation times of AVI; a packet's place in the file is its `dts`
+        guessed = packet.pts is None or self._format == "avi"
+        stamp = packet.dts if guessed else packet.pts
+        if stamp is None or packet.time_base is None:
+            return
+        end = (stamp + (packet.duration or 0)) * packet.time_base
+        self._any_end = max(self._any_end, end)
+        if not video:
+            return
+        if packet.dts is not None:
+            decoded = packet.dts * packet.time_base
+            if self._last is not None:
+                self._longest = max(self._longest, decoded - self._last)
+            self._last = decoded
+        # of frames of unknown length the last may be shown as long as any
+        self._video_end = max(self._video_end, end, stamp * packet.time_base + self._longest)
+
+    def problem(self, frames: int) -> str | None:
+        """What is missing at the end of the file, None where nothing is.
+
+        Args:
+            frames: how many the decoder gave.
+        """
+        if self._format.startswith("mov"):
+            # MP4 lists each packet, without those that an edit list cuts off; fragments add theirs.
+            missing = len(self._stream.index_entries) - self._packets
+            return f"it ends after {frames} of {frames + missing} frames" if missing > 0 else None
+        stated = self._stated_video_end()
+        if stated is not None:
+            missing = round((stated - self._video_end) / (self._longest or 1 / self._rate))
+            if missing >= 1:
+                return f"it ends after {frames} of {frames + missing} frames"
+        stated = self._stated_end()
+        # of the longest track, rounded, perhaps with the time that its last frame is shown
+        if stated is not None and self._any_end < stated - max(Fraction(1, 10), 2 / self._rate):
+            return f"its data ends at {float(self._any_end):.1f} s of {float(stated):.1f} s"
+        return None
+
+    def _stated_video_end(self) -> Fraction | None:
+        """Where the video track ends by what the file states, in seconds of its time stamps."""
+        track, unit = self._stream, self._stream.time_base
+        if self._format == "avi" and track.frames and unit:  # `duration` shrinks with the file
+            return track.frames * unit
+        # Matroska's writers note it in a tag: 00:00:02.700000000
+        written = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", track.metadata.get("DURATION", ""))
+        if written and self._format.startswith("matroska"):
+            hours, minutes, seconds = map(Fraction, written.groups())
+            return 3600 * hours + 60 * minutes + seconds
+        return None
+
+    def _stated_end(self) -> Fraction | None:
+        stated = self._container.duration
+        if stated is None:
+            return None
+        return Fraction(stated + (self._container.start_time or 0), MICROSECONDS)
+
+
+def _pixels(track: VideoStream) -> int:
+    return track.codec_context.width * track.codec_context.height
