@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo compare ablation gpu-check test test-wheel docs api lint format types clean
+.PHONY: setup demo compare ablation gpu-check test test-slow test-wheel docs api lint format types clean
 
 setup: $(VENV)/ready
 
@@ -41,8 +41,13 @@ GPU_PYTHON := $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),$(or $(
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: setup $(VENV)/pycuda $(VENV)/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Real servers, a cluster, long runs.
+test-slow: setup $(VENV)/rtsp $(VENV)/s3
+	$(PYTEST) -m slow
 
 # The whole suite from the unpacked sdist, with the wheel that is made of it, outside this folder.
 RELEASED := /tmp/comask-released
@@ -71,6 +76,14 @@ $(VENV)/pycuda: $(VENV)/ready tests/install_pycuda.py
 # A real Triton Inference Server, in an environment of its own; where it cannot be had this file says why.
 $(VENV)/triton: $(VENV)/ready tests/install_tritonserver.py
 	-$(BIN)/python tests/install_tritonserver.py $@
+
+# A real RTSP server, by GStreamer from Debian's packages; where it cannot be had this file says why.
+$(VENV)/rtsp: $(VENV)/ready tests/install_rtsp.py
+	-$(BIN)/python tests/install_rtsp.py $@
+
+# An object store, in an environment of its own with s3fs; where it cannot be had this file says why.
+$(VENV)/s3: $(VENV)/ready tests/install_s3.py
+	-$(BIN)/python tests/install_s3.py $@
 
 lint: setup types
 	$(BIN)/ruff check .

@@ -142,7 +142,7 @@ def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], s
         subject = f"noise in {len(images)} sizes"
     else:
         files = find_files(str(source), "image")
-        images = list(files[:: -(-len(files) // MOST_IMAGES)])
+        images = list(files[:: max(1, -(-len(files) // MOST_IMAGES))])
         subject = f"{len(images)} images of {source}"
     readable: Encoded | None = None
     for image in images:

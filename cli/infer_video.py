@@ -63,6 +63,8 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
                 images.append(path)
     if problems:
         raise ComaskError("; ".join(problems))
+    if not images and not videos:
+        raise ComaskError("the inputs are results of comask itself; rename one to run it")
     return list(dict.fromkeys(images)), list(videos)
 
 

@@ -36,7 +36,10 @@ _VIDEO_CONTENT = re.compile(
     re.DOTALL,
 )
 # What `comask-infer` writes: photo.jpg.overlay.png, photo.jpg.2.mask.png, clip.mp4.overlay.mp4, …
-_RESULT = re.compile(r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt)|.+\.(\w{2,5}|\d+)\.mask\.png")
+_RESULT = re.compile(
+    r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt|jsonl)|.+\.(\w{2,5}|\d+)\.mask\.png"
+    r"|(detections|images)\.json"
+)
 _SHOWN = 3  # names in a line
 
 
@@ -110,7 +113,7 @@ def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> li
     """The files that one input of a command names: a file, a folder's files, or a pattern's.
 
     A folder gives the files of the wanted kinds that lie directly in it, in order of name. A file or a
-    pattern gives whatever it names but results of comask itself.
+    pattern gives whatever it names but results of comask itself, which may be all.
 
     Args:
         text: path of a file or folder, or a pattern of `glob`.
@@ -145,8 +148,6 @@ def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> li
             passed_over.add("result", file.name)
         else:
             files.append(file)
-    if not files:
-        raise ComaskError(f"{text}: is a result of comask itself; rename it to run it")
     return files
 
 

@@ -1,7 +1,7 @@
 """Gets GStreamer's RTSP server for the system's Python: `install_rtsp.py REPORT`.
 
-On Debian and its relatives the missing packages are installed if this runs as root. REPORT gets one line:
-`ready`, or why the tests that need the server must be skipped.
+On Debian and its relatives the missing packages are installed if this runs as root. REPORT gets
+one line: `ready`, or why the tests that need the server must be skipped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A real RTSP server, GStreamer's, for tests: `rtsp_server.py`, run by the system's Python.
 
-It serves a moving test picture as a camera does, H.264 and if asked for a tone, at /live on loopback.
-One encoder feeds all clients, so that later ones join in the middle. It says `serving PORT` when it is
-ready, and runs until it is killed. With `--check` it only says whether all parts are there.
+It serves a moving test picture as a camera does, H.264 and if asked for a tone, at /live on
+loopback. It says `serving PORT` when it is ready, and runs until it is killed. With `--check` it
+only says whether all parts are there.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def main() -> None:
     server.set_service(arguments.port)
     factory = rtsp.RTSPMediaFactory()
     factory.set_launch(description(arguments))
-    factory.set_shared(not arguments.clip)
     if arguments.udp:
         from gi.repository import GstRtsp
 

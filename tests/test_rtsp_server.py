@@ -51,7 +51,7 @@ RATE = 25  # frames a second, where a test asks for no other
 SECONDS = 90  # that anything awaited may take
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # before any other, which may take long
 def _installed() -> None:
     told = REPORT.read_text().strip() if REPORT.is_file() else ""
     if told != "ready":
@@ -127,7 +127,7 @@ class Watching:
 def watching(
     bundle: Path, address: str, folder: Path, *options: object, save: str = "coco"
 ) -> Iterator[Watching]:
-    """`comask-infer` on a stream; its results are in `folder`/out, its report in `folder`/r.json."""
+    """`comask-infer` on a stream, with its results in `folder`/out and its report beside them."""
     arguments = (bundle, address, *options, "--output", folder / "out", "--save", save,
                  "--backend", "onnxruntime", "--json", folder / "r.json")  # fmt: skip
     with (

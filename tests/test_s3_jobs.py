@@ -426,7 +426,8 @@ def test_a_bucket_or_folder_that_does_not_exist_is_said_in_one_line(
 
 def test_a_job_makes_no_bucket(server: Server, bucket: str, micro_bundle: Path) -> None:
     before = server.buckets()
-    ended = server.run(micro_bundle, f"s3://{bucket}/images", "--output", "s3://mistyped/job")
+    image = f"s3://{bucket}/images/00.png"
+    ended = server.run(micro_bundle, image, "--output", "s3://mistyped/job")
     made = set(server.buckets()) - set(before)
     for name in made:  # else the other tests would find it
         for key in server.objects(name):

@@ -88,6 +88,12 @@ def micro_batches(batch: list[Key], size: int, rank: int, ranks: int) -> list[li
     return [share[i : i + size] for i in range(0, len(share), size)]
 
 
+_NO_SHARED_MEMORY = (
+    "/dev/shm is full, through which processes hand over batches; a container gets more by "
+    "--shm-size=8g or --ipc=host, and data.workers=0 needs none; then go on with --resume"
+)
+
+
 @contextmanager
 def load_batches(
     dataset: TrainingSet, batches: list[list[Key]], *, workers: int
@@ -184,7 +190,9 @@ def _as_it_is(batch: Any) -> Any:
 def _message(error: Exception, name: str) -> str:
     if isinstance(error, ComaskError):
         return one_line(error)
-    if is_out_of_memory(error) or "shared memory" in str(error):
+    if "shared memory" in str(error):
+        return f"{name}: its batch cannot be handed over: {_NO_SHARED_MEMORY}"
+    if is_out_of_memory(error):
         return (
             f"{name}: not enough memory to load its batch ({one_line(error)}): take fewer data.workers "
             f"or a smaller train.batch_size, and go on with --resume"
@@ -198,10 +206,7 @@ def _killed(codes: list[int], workers: int, text: str) -> TrainingError:
     ending = f"ended by {' and '.join(sorted(names))}" if names else f"lost ({one_line(text)})"
     found = f"a process that loads images was {ending}"
     if "SIGBUS" in names:
-        return TrainingError(
-            f"{found}: /dev/shm is full, through which it hands over batches; a container gets more by "
-            f"--shm-size=8g or --ipc=host, and data.workers=0 needs none; then go on with --resume"
-        )
+        return TrainingError(f"{found}: {_NO_SHARED_MEMORY}")
     if "SIGKILL" in names:
         return TrainingError(
             f"{found}, most likely because memory ran out: go on with --resume --set "
