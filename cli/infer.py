@@ -212,6 +212,8 @@ def _run_videos(
         try:
             report, problems = run_video(predictor, address, name, options, stop)
         except VideoError as error:
+            if stop.signal:
+                break
             failures.add("skipped", shown, str(error))
             continue
         interrupted = bool(stop.signal)

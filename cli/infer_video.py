@@ -134,13 +134,17 @@ def run_video(
     from comask.runtime.images import ImageRunner
     from comask.runtime.video import VideoPipeline, VideoSource
 
-    source = VideoSource(
-        address,
-        every=options.every,
-        audio="overlay" in options.kinds,
-        decode=options.decode,
-        gpu=predictor.stages.gpu,
-    )
+    with stop.on_signal():  # PyAV swallows what a signal raises while it opens a stream
+        source = VideoSource(
+            address,
+            every=options.every,
+            audio="overlay" in options.kinds,
+            decode=options.decode,
+            gpu=predictor.stages.gpu,
+        )
+    if stop.signal:
+        source.close()
+        raise VideoError(f"{source.name}: interrupted before its first frame")
     problems: list[str] = []
     pipeline: VideoPipeline | None = None
     try:

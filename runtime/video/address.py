@@ -37,8 +37,11 @@ def shown_name(address: str) -> str:
     """`address` without user, password and query, which hold secrets."""
     if not is_address(address) or is_camera(address):
         return address
+    scheme, _, rest = address.partition("://")
+    if "@" in rest and "@" not in re.split("[/?#]", rest, maxsplit=1)[0]:
+        rest = rest.rpartition("@")[2]  # before it may lie a password that is not escaped
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(f"{scheme}://{rest}")
     except ValueError:  # as of an unfinished [IPv6 address
         return f"{address.partition('://')[0]}://…"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

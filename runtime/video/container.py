@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -122,13 +123,22 @@ def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContain
     elif is_address(address):
         # RTP over UDP loses packets where a network is busy; over TCP it is late instead.
         settings |= {"timeout": TIMEOUT_SECONDS, "options": {"rtsp_flags": "prefer_tcp"}}
+        scheme, _, rest = address.partition("://")
+        target = f"{scheme.lower()}://{rest}"  # FFmpeg knows its own spelling alone
     else:
         target = file_url(address)
     with video_errors(shown_name(address), "cannot be opened"):
         if "%" in os.path.basename(address) and not is_address(address):
             # %d.png means 1.png, 2.png, … to FFmpeg, even as the name of an open file
             target = os.fdopen(os.open(address, os.O_RDONLY), "rb")
-        container: InputContainer = av.open(target, **settings)
+        asked = time.monotonic()
+        try:
+            container: InputContainer = av.open(target, **settings)
+        except av.FFmpegError as error:
+            if "timeout" in settings and time.monotonic() - asked >= TIMEOUT_SECONDS:
+                # whatever FFmpeg makes of it that it was stopped
+                raise TimeoutError(f"no answer for {TIMEOUT_SECONDS:.0f} s") from error
+            raise
     return container
 
 
@@ -249,7 +259,9 @@ class Completeness:
         stated = self._container.duration
         if stated is None:
             return None
-        return Fraction(stated + (self._container.start_time or 0), MICROSECONDS)
+        # RTSP states where its times end; where they start FFmpeg takes from any of the first packets
+        start = 0 if self._format == "rtsp" else self._container.start_time or 0
+        return Fraction(stated + start, MICROSECONDS)
 
 
 def _pixels(track: VideoStream) -> int:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS
+from comask.runtime.video.address import is_camera
 from comask.runtime.video.channel import Channel
 from comask.runtime.video.inference import Inference
 from comask.runtime.video.source import SourceFrame, VideoSource
@@ -115,7 +116,10 @@ class VideoPipeline:
             Exception: what a sink or the predictor raised.
         """
         started = time.perf_counter()
-        reader = threading.Thread(target=self._read, name="decode", daemon=True)
+        # A daemon that waits for a stream would call into a Python that has ended. One that waits for a
+        # camera does not, and might keep the process for ever.
+        camera = is_camera(self._source.name)
+        reader = threading.Thread(target=self._read, name="decode", daemon=camera)
         writer = threading.Thread(target=self._write, name="write", daemon=True)
         reader.start()
         writer.start()

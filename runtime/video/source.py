@@ -17,6 +17,7 @@ from comask.runtime.session import Closing
 from comask.runtime.video.address import is_address, is_camera, shown_name
 from comask.runtime.video.container import (
     MICROSECONDS,
+    TIMEOUT_SECONDS,
     Completeness,
     audio_stream,
     left_out,
@@ -35,6 +36,7 @@ from comask.preprocess import Pixels
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.audio.stream import AudioStream
+    from av.container import InputContainer
     from av.video.codeccontext import VideoCodecContext
 
 Oriented: TypeAlias = "tuple[VideoFrame, Orientation]"
@@ -163,6 +165,7 @@ class VideoSource(Closing):
                     video.frames or round((stated or 0) / MICROSECONDS * self.rate) or None
                 )
             self.audio_stream = audio_stream(self._container) if audio else None
+            self._audio_parameters = self.audio_stream and _audio_parameters(self.audio_stream)
             self.left_out = left_out(self._container, video, self.audio_stream) if audio else []
             self._times = FrameTimes(self._container, video, self.rate, live=self.live)
             self._completeness = Completeness(self._container, video, self.rate)
@@ -247,9 +250,14 @@ class VideoSource(Closing):
         """All packets; None after the last one asks the decoder for what it holds back."""
         self._broken = None
         try:
+            asked = time.monotonic()
             for packet in self._container.demux():
+                late = time.monotonic() - asked >= TIMEOUT_SECONDS
                 if packet.size:  # demux ends with an empty one for each stream
                     yield packet
+                if late and self.live:
+                    break  # FFmpeg gave what its parser held, and would wait as long again
+                asked = time.monotonic()
         except Exception as error:  # of PyAV, which raises more than FFmpegError
             self._broken = reason(error)
         yield None
@@ -263,6 +271,14 @@ class VideoSource(Closing):
             return
         if packet.pts is not None and packet.dts is not None:
             self.audio_packets.append((packet, shift))
+
+    def _same_audio(self, container: InputContainer) -> bool:
+        """Takes the audio of a new connection if it is coded as it was before; whether it is."""
+        found = audio_stream(container)
+        if found is None or _audio_parameters(found) != self._audio_parameters:
+            return False
+        self.audio_stream = found
+        return True
 
     def _what_is_missing(self) -> str | None:
         """Why a file's frames ended too early, by what it states and by what the demuxer said."""
@@ -286,14 +302,22 @@ class VideoSource(Closing):
                 if video is None:
                     raise VideoError(f"{self.name}: holds no video that can be decoded")
             except VideoError as error:
-                self.problem = f"lost, and not found again for {self._patience:.0f} s: {error}"
+                away = time.monotonic() - self._times.last_seen
+                self.problem = f"lost, and not found again for {away:.0f} s: {error}"
                 continue
             self._video = video
             self._times.reconnected(video)
-            if self.audio_stream is not None:
-                self.audio_stream = audio_stream(self._container)
+            if self.audio_stream is not None and not self._same_audio(self._container):
+                self.left_out.append("the audio track since it changed")
+                self.audio_stream = None  # an overlay's track is for the first one
             self.problem = None
             self.reconnects += 1
             return True
         self.problem = self.problem or f"gave no frame for {self._patience:.0f} s"
         return False
+
+
+def _audio_parameters(stream: AudioStream) -> tuple[Any, ...]:
+    """What must be equal for packets of two connections to lie in one track."""
+    codec = stream.codec_context
+    return codec.name, codec.sample_rate, codec.layout.name, codec.extradata, stream.time_base

@@ -32,7 +32,8 @@ class FrameTimes:
       the n-th frame gets the n-th smallest stamp.
     - Stamps that step back by more than a second begin a new part, as in files that were joined end to
       end. The part follows the one before it without a gap.
-    - A frame without a stamp comes one frame after its predecessor.
+    - A frame without a stamp comes one frame after its predecessor, and so does the first one with a
+      stamp after frames without.
 
     A live source's times follow our clock: its first frame is at 0, and after a lost connection, or when
     a camera's clock was set, the clock says how much time went by.
@@ -62,6 +63,7 @@ class FrameTimes:
         self._sorted = self._by_dts
         self._stamps: list[int] = []  # heap: stamps of packets whose frames are still to come
         self._last_stamp: int | None = None
+        self._unstamped = False  # whether frames without a stamp came before the first with one
         self._last_time = -self.unit
         self._first_seen: float | None = None
         self.last_seen = time.monotonic()
@@ -100,13 +102,17 @@ class FrameTimes:
         if self._first_seen is None:
             self._first_seen = self.last_seen
         elapsed = Fraction(self.last_seen - self._first_seen)
+        stamped_before = self._last_stamp is not None
         stamp = self._stamp(frame)
         if stamp is None:
-            following = self._last_time + 1 / self._rate if self._last_time >= 0 else Fraction(0)
-            moment = elapsed if self._live else following
+            # Where no frame of a live source has a stamp, only our own clock knows.
+            moment = elapsed if self._live and self.shift is None else self._following()
+            self._unstamped = self._unstamped or not stamped_before
         else:
             seconds = stamp * self._stamp_unit
-            if self.shift is None or (
+            if self._unstamped:  # FFmpeg gives the first frame of an RTSP stream no stamp
+                self.shift, self._unstamped = self._following() - seconds, False
+            elif self.shift is None or (
                 self._live and abs(seconds + self.shift - elapsed) > CLOCK_SECONDS
             ):
                 self.shift = elapsed - seconds
@@ -119,7 +125,12 @@ class FrameTimes:
         """Begins anew after a live source was opened again, with its new `stream`."""
         self._stamp_unit = stream.time_base or self.unit
         self.shift = self._last_stamp = None
+        self._unstamped = False
         self._stamps.clear()
+
+    def _following(self) -> Fraction:
+        """When the next frame is due by the rate."""
+        return self._last_time + 1 / self._rate if self._last_time >= 0 else Fraction(0)
 
     def _sort_key(self, packet: Packet[Any]) -> int | None:
         return packet.dts if self._by_dts or packet.pts is None else packet.pts
