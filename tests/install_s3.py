@@ -1,8 +1,8 @@
 """Makes an environment with a server of S3 in it, beside this one: `install_s3.py REPORT`.
 
-The server is moto's, which keeps its buckets in memory; with it go s3fs and a comask without PyTorch
-that runs jobs. It is an environment of its own, so that the other tests see what happens without s3fs.
-REPORT gets one line: the folder, or why the tests that need it must be skipped.
+The server is moto's, which keeps its buckets in memory; with it go s3fs and a comask without
+PyTorch that runs jobs. It is an environment of its own, so that the other tests see what happens
+without s3fs. REPORT gets one line: the folder, or why the tests that need it must be skipped.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PACKAGES = (
 
 def install(folder: Path) -> str:
     """Makes the environment; says where it is, or what is in the way."""
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     for command in (
-        [sys.executable, "-m", "venv", "--clear", folder],
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
         [*pip, *PACKAGES, "--editable", f"{ROOT}[ort]"],
     ):
         done = subprocess.run(

@@ -27,8 +27,8 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'comask[fleet]'", allow_module_level=True)
 
 COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
-# A process of its own, so that this one keeps nothing of Ray. It says where the cluster is and which
-# process each node is, then ends the nodes whose numbers it is told; 0 is the head.
+# A process of its own, so that this one keeps nothing of Ray. It says where the cluster is and
+# which process each node is, then ends the nodes whose numbers it is told; 0 is the head.
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster

@@ -147,7 +147,7 @@ class Server:
     def start(self, *arguments: object, **changes: str) -> subprocess.Popen[str]:
         """Begins a job of `--runner local`, with changes to its environment."""
         return subprocess.Popen(
-            [self.python.with_name("comask-infer"), *map(str, arguments), "--runner", "local"],
+            [str(self.python.with_name("comask-infer")), *map(str, arguments), "--runner", "local"],
             env=self.environment | changes, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             encoding="utf-8",
         )  # fmt: skip
