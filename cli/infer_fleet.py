@@ -198,7 +198,8 @@ def _run(
             try:
                 run_all(job, model, left, runner or _runner(fleet, how, stack), progress.advance)
             except _Left:
-                raise _Left(f": {progress.done} of {terms.images} images are done") from None
+                ready = sum(job.images_in(record.shard) for record in job.done())
+                raise _Left(f": {ready} of {terms.images} images are done") from None
     summary = job.finish()
     _show_failures(job, summary["failed"])
     return summary

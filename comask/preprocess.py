@@ -56,11 +56,15 @@ class Prepared:
         return self.size[0] / self.original_size[0], self.size[1] / self.original_size[1]
 
 
-def decode_image(source: str | Path | bytes) -> Pixels:
+def decode_image(source: str | Path | bytes, *, name: str | None = None) -> Pixels:
     """An encoded image as u8 [h, w, 3] RGB, EXIF orientation applied, its first frame if several.
 
     The format is known by its content, not its name. 16-bit gray is scaled to 8 bits; alpha is
     dropped.
+
+    Args:
+        source: path of a file, or its bytes.
+        name: what errors call it; by default the path, or "image data".
 
     Raises:
         ImageError: when it cannot be read whole: not an image, truncated, of more than
@@ -68,23 +72,29 @@ def decode_image(source: str | Path | bytes) -> Pixels:
     """
     from PIL import ImageOps
 
-    with opened_image(source) as image:
+    with opened_image(source, name=name) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return rgb_from_pil(image)
 
 
 @contextmanager
-def opened_image(source: str | Path | bytes) -> Iterator[ImageFile]:
+def opened_image(source: str | Path | bytes, *, name: str | None = None) -> Iterator[ImageFile]:
     """An encoded image whose header was read, and that can be decoded in the block.
+
+    Args:
+        source: see `decode_image`.
+        name: see `decode_image`.
 
     Raises:
         ImageError: when that is impossible, or whatever the block raised.
     """
     from PIL import Image, UnidentifiedImageError
 
-    name = "image data" if isinstance(source, bytes) else str(source)
+    name = name or ("image data" if isinstance(source, bytes) else str(source))
     with ExitStack() as stack:
         try:
+            if source == b"":
+                raise ImageError("the file is empty")
             file = io.BytesIO(source) if isinstance(source, bytes) else _opened_file(Path(source))
             stack.enter_context(file)
             # Of oddities that it can read, and of sizes, which are judged here. Filters belong to the

@@ -99,6 +99,7 @@ def test_a_rank_without_an_object_hangs_nobody(landscape: Path, tmp_path: Path) 
     assert load_checkpoint(tmp_path / "run" / "checkpoint-last.pt").step == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(
     landscape: Path, tmp_path: Path, ranks: int

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from comask.runtime import Predictor
 from comask.runtime.fleet import apart
+from comask.runtime.fleet import worker as worker_module
 from comask.runtime.fleet.folder import Folder
 from comask.runtime.fleet.rows import Row
 from comask.runtime.fleet.worker import Model, Worker
@@ -207,16 +208,46 @@ def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_i
         worker(names)
 
 
+def test_a_storage_that_refuses_is_not_the_images_fault(
+    micro_bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "READ_AGAIN_AFTER", ())
+    memory = fsspec.filesystem("memory")
+    names = [f"memory://refusing/{number}::a b.png" for number in range(4)]  # no chains of fsspec's
+    for name in names:
+        memory.pipe_file(name, (pictures / "0.png").read_bytes())
+    worker = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
+    assert [row["error"] for row in worker(names)] == [None] * 4
+    cat, refused = type(memory).cat_file, set(names)
+
+    def cat_file(self: Any, path: str, **bounds: Any) -> Any:
+        if any(name.endswith(path) for name in refused):
+            raise PermissionError("the token has expired")
+        return cat(self, path, **bounds)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    with pytest.raises(ComaskError, match=r"none of 4 images can be fetched: .*the token has exp"):
+        worker(names)
+    (alone,) = worker(names[:1])
+    assert "the token has expired" in alone["error"]
+    refused.remove(names[2])
+    errors = [row["error"] for row in worker(names)]
+    assert [error is None for error in errors] == [False, False, True, False]
+    refused.clear()
+    memory.store.clear()
+    assert all("No such file" in row["error"] for row in worker(names))  # which is known of each
+
+
 DEADLY = """
 import os, signal, time
 import comask.runtime.fleet.worker as worker
 decode = worker.decode_image
-def deadly(source):
+def deadly(source, **options):
     if "deadly" in str(source):
         os.kill(os.getpid(), signal.SIGSEGV)
     if "endless" in str(source):
         time.sleep(1000)
-    return decode(source)
+    return decode(source, **options)
 worker.decode_image = deadly
 """
 

@@ -20,6 +20,7 @@ from comask.data.shapes import ShapesSource
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'comask[fleet]'", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
 
 

@@ -63,6 +63,7 @@ def test_metadata(released: Path) -> None:
     } == set(PROJECT["optional-dependencies"])
 
 
+@pytest.mark.slow
 def test_wheel_passes_the_sdists_tests_outside_the_checkout(released: Path, tmp_path: Path) -> None:
     python, source = released / "venv" / "bin" / "python", released / "source"
     code = "import comask, comask.export, sys; print(comask.__file__, comask.export.__file__)"

@@ -32,6 +32,7 @@ def report_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return peers_report
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_all(micro_bundle: Path, tmp_path: Path) -> None:
     page, picture, file = tmp_path / "page.md", tmp_path / "peers.svg", tmp_path / "peers.json"
     page.write_text("before\n<!-- peers table -->\nold\n<!-- end of peers table -->\nafter\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from comask.runtime import Predictor
 from comask.runtime.dlpack import SharedArray
 from comask.runtime.stream import (
@@ -196,6 +197,7 @@ def ten_thousand_frames(folder: str) -> None:
     assert_all_freed()
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames(micro_bundle: Path, tmp_path: Path) -> None:
     skip_without_pycuda()
     print(run_on_standin(ten_thousand_frames, shutil.copytree(micro_bundle, tmp_path / "bundle")))

@@ -5,22 +5,67 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 from comask.errors import BackendUnavailableError, ComaskError, one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+Content = TypeVar("Content")
+
 READERS = 16  # requests at once, where each one waits for a network
+_CHAIN = re.compile(r"::[\w+.-]+://|^[\w+.-]+::")  # as in zip://a.png::s3://bucket/b.zip
 HEX = "[0-9a-f]" * 32  # of the names that files have until they are whole
+
+
+class Readers:
+    """Threads that read. Leaving the `with` block drops what waits, and waits for nothing.
+
+    Not a `ThreadPoolExecutor`: the interpreter waits for its threads at exit, and a storage may be silent
+    for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._left = False
+        for _ in range(READERS):
+            Thread(target=self._work, daemon=True).start()
+
+    def submit(self, read: Callable[[str], Content], name: str) -> Future[Content]:
+        """The future of what `read` gives for `name`."""
+        future: Future[Content] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(read(name))
+            except BaseException as error:  # whoever asks for the result handles it
+                future.set_exception(error)
+
+        self._tasks.put(task)
+        return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        for _thread in range(READERS):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) and not self._left:
+            task()
 
 
 def is_url(address: str) -> bool:
@@ -35,14 +80,18 @@ def file_system(address: str) -> tuple[AbstractFileSystem, str]:
         BackendUnavailableError: when its package is not installed.
         ComaskError: when there is no such file system.
     """
-    if "::" in address and is_url(address):
+    if is_url(address) and _CHAIN.search(address):
         raise ComaskError(f"{address}: chains of file systems are not read; unpack it first")
     import fsspec
 
     try:
         if not is_url(address):
             return fsspec.filesystem("file"), os.path.abspath(address)
-        fs, path = fsspec.core.url_to_fs(address)
+        if "::" not in address:
+            fs, path = fsspec.core.url_to_fs(address)
+        else:  # in an object's name, which that function takes for a chain
+            kind = fsspec.get_filesystem_class(address.partition("://")[0])
+            fs, path = kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None)  # s3fs, gcsfs, …
         mend = f": pip install {package}" if package else ""
@@ -72,10 +121,11 @@ class Folder:
 
     def read_each(self, names: Iterable[str]) -> Iterator[bytes]:
         """The bytes of files in order, several of them on their way at once."""
-        with ThreadPoolExecutor(READERS) as pool:
+        with Readers() as readers:
             waiting = list(names)
             for i in range(0, len(waiting), READERS):
-                yield from pool.map(self.read, waiting[i : i + READERS])
+                coming = [readers.submit(self.read, name) for name in waiting[i : i + READERS]]
+                yield from (content.result() for content in coming)
 
     def write(self, name: str, content: bytes) -> None:
         """Makes `content` the content of a file; whoever looks sees all of it or nothing."""
@@ -83,8 +133,7 @@ class Folder:
             if self.local:
                 self._replace(name, io.BytesIO(content))
             else:  # object stores show an object when its upload is complete
-                self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
-                self._fs.pipe_file(self._path(name), content)
+                self._remotely(name, lambda path: self._fs.pipe_file(path, content))
 
     def put(self, name: str, source: BinaryIO) -> None:
         """The same with the content of an open local file, which need not fit into memory."""
@@ -94,8 +143,9 @@ class Folder:
             if self.local:
                 self._replace(name, source)
             else:  # by the name that a nameless file has, too
-                self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
-                self._fs.put_file(f"/dev/fd/{source.fileno()}", self._path(name))
+                self._remotely(
+                    name, lambda path: self._fs.put_file(f"/dev/fd/{source.fileno()}", path)
+                )
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -137,6 +187,17 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self._place[1].rstrip('/')}/{name}"
+
+    def _remotely(self, name: str, write: Callable[[str], object]) -> None:
+        """Writes; a folder that is missing is made, but no bucket, whose name may be mistyped."""
+        path = self._path(name)
+        try:
+            write(path)
+        except FileNotFoundError:
+            if not self._fs.exists("/" if path.startswith("/") else path.partition("/")[0]):
+                raise
+            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+            write(path)
 
     def _replace(self, name: str, source: BinaryIO) -> None:
         path = Path(self._path(name))

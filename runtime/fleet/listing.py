@@ -175,7 +175,11 @@ def _images(
 def _listed(file: str) -> Iterator[str]:
     """The addresses in a list."""
     fs, path = file_system(file)
-    if not fs.isfile(path):
+    try:
+        kind = fs.info(path)["type"]
+    except FileNotFoundError:  # `isfile` takes whatever is in the way for that
+        kind = ""
+    if kind != "file":
         raise ComaskError(f"@{file}: no such list")
     with fs.open(path, "rb") as content:
         # "-sig": without the mark that Windows begins a text with

@@ -6,6 +6,10 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,6 +30,7 @@ SILENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "ERROR",
 }
+LONGEST_SILENCE = 45  # seconds; Ray ends the driver itself after 60
 STORE_BYTES = 100 * 2**20  # results go to the job's folder, and only outcomes through Ray
 
 
@@ -44,6 +49,7 @@ class RayRunner(Closing):
     """
 
     def __init__(self, actors: int | None = None, *, cpu: bool = False) -> None:
+        self._over = threading.Event()
         own = ADDRESS not in os.environ
         os.environ |= SILENT
         if own:  # the kernel ends the process that is too large; Ray would end its actor
@@ -60,6 +66,10 @@ class RayRunner(Closing):
         start: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
         if own:
             start |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        # What Ray tells a driver of its nodes goes to stdout otherwise, whatever `log_to_driver` is.
+        with contextlib.suppress(ImportError):
+            private: Any = importlib.import_module("ray._private.worker")
+            private._worker_logs_enabled = False
         on_sigterm = signal.getsignal(signal.SIGTERM)  # which Ray replaces
         try:
             self._ray.init(logging_level="ERROR", log_to_driver=False, **start)
@@ -79,9 +89,12 @@ class RayRunner(Closing):
             kind = "GPUs" if self._on_gpu else "CPUs"
             raise ComaskError(f"--actors {actors or 1}: the Ray cluster has {slots} {kind}")
         self._actors = actors or slots
+        head = self._ray.get_runtime_context().gcs_address
+        threading.Thread(target=_watch, args=[head, self._over], daemon=True).start()
 
     def close(self) -> None:
         """Leaves the cluster, or ends the one that was started here."""
+        self._over.set()
         self._ray.shutdown()
 
     def backend(self, model: Model) -> str:
@@ -131,6 +144,25 @@ class _Actor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         shard = Shard(**row)
         return {"shard": shard.number, "error": attempt(self._job, shard, self._worker)}
+
+
+def _watch(head: str, over: threading.Event) -> None:
+    """Says that a cluster is gone. Ray would end this process without a word, from native code."""
+    host, _, port = head.rpartition(":")
+    heard = time.monotonic()
+    while not over.wait(2):
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            heard = time.monotonic()
+        except OSError:
+            if time.monotonic() - heard > LONGEST_SILENCE:
+                print(
+                    f"error: the Ray cluster at {head} does not answer any more: start it again, and run "
+                    f"the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,14 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comask.runtime.fleet.folder import READERS, file_system, is_url
+from comask.runtime.fleet.folder import Readers, file_system, is_url
 from comask.runtime.fleet.job import bundle_digest
 from comask.runtime.fleet.rows import Row, failed_row, found_row
 from comask.runtime.images import ImageRunner
@@ -76,35 +77,55 @@ class Worker:
         """A row for each image, in order; one that cannot be run has an `error`.
 
         Raises:
-            Exception: of whatever kind, when it is not the images that are to blame.
+            ComaskError: when none of several images could be fetched, so that the storage is to blame.
+            Exception: of whatever kind, when the backend is to blame.
         """
-        with ThreadPoolExecutor(READERS) as pool:
-            return [
-                failed_row(result.key, result.error)
-                if result.found is None
-                else found_row(result.key, result.found)
-                for result in self._runner(self._read(addresses, pool))
-            ]
+        rows, fetched = [], not any(map(is_url, addresses))
+
+        def opened(content: Future[bytes | None], address: str) -> Pixels:
+            nonlocal fetched
+            try:
+                pixels = _decoded(address, content)
+            except _NotFetchedError:
+                raise
+            except ImageError:
+                fetched = True
+                raise
+            fetched = True
+            return pixels
+
+        with Readers() as readers:
+            images = (
+                (address, partial(opened, content, address))
+                for address, content in self._fetched(addresses, readers)
+            )
+            for result in self._runner(images):
+                if result.found is None:
+                    rows.append(failed_row(result.key, result.error))
+                else:
+                    rows.append(found_row(result.key, result.found))
+        if not fetched and len(rows) > 1:
+            raise ComaskError(f"none of {len(rows)} images can be fetched: {rows[0]['error']}")
+        return rows
 
     def check(self) -> None:
         """See `ImageRunner.check`."""
         self._runner.check()
 
-    def _read(
-        self, addresses: list[str], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[str, Callable[[], Pixels]]]:
-        """The images, the bytes of those that are not local on their way before they are asked for."""
+    def _fetched(
+        self, addresses: list[str], readers: Readers
+    ) -> Iterator[tuple[str, Future[bytes | None]]]:
+        """The images; bytes that are not local are on their way before they are asked for."""
         coming: deque[tuple[str, Future[bytes | None]]] = deque()
         for address in addresses:
-            coming.append((address, pool.submit(_content, address)))
+            coming.append((address, readers.submit(_content, address)))
             if len(coming) > 2 * self.predictor.max_batch:
-                yield _opened(*coming.popleft())
-        while coming:
-            yield _opened(*coming.popleft())
+                yield coming.popleft()
+        yield from coming
 
 
-def _opened(address: str, content: Future[bytes | None]) -> tuple[str, Callable[[], Pixels]]:
-    return address, lambda: _decoded(address, content)
+class _NotFetchedError(ImageError):
+    """The storage of an image failed or refused; whether for this image alone is not known."""
 
 
 def _content(address: str) -> bytes | None:
@@ -120,7 +141,9 @@ def _content(address: str) -> bytes | None:
             lasting = isinstance(error, ComaskError | FileNotFoundError | PermissionError)
             wait = None if lasting else next(waits, None)
             if wait is None:
-                raise ImageError(f"{address}: cannot be read: {_reason(error)}") from error
+                missing = isinstance(error, FileNotFoundError)
+                kind = ImageError if missing else _NotFetchedError
+                raise kind(f"{address}: cannot be read: {_reason(error)}") from error
             time.sleep(wait)
 
 
@@ -134,7 +157,4 @@ def _decoded(address: str, content: Future[bytes | None]) -> Pixels:
     data = content.result()
     if data is None:
         return decode_image(address)
-    try:
-        return decode_image(data)
-    except ImageError as error:
-        raise ImageError(f"{address}: {error}") from error
+    return decode_image(data, name=address)

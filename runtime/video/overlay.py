@@ -69,10 +69,8 @@ class OverlayWriter(Closing):
         audio = source.audio_stream
         as_mp4 = audio is None or audio.codec_context.name in MP4_AUDIO
         if audio is not None and not _takes("mp4" if as_mp4 else "matroska", audio):
-            source.left_out.append(f"1 audio track in {audio.codec_context.name}")
+            source.drop_audio(f"1 audio track in {audio.codec_context.name}")
             audio, as_mp4 = None, True
-            source.audio_stream = None  # or its packets would be kept for nobody
-            source.audio_packets.clear()
         self.path = stem.with_name(f"{stem.name}.{'mp4' if as_mp4 else 'mkv'}")
         self._part = part_of(self.path)  # a file that was not completed plays nowhere
         self._writing = _Writing(self.path)

@@ -188,6 +188,11 @@ class VideoSource(Closing):
             if self._stopped.is_set() or not self.live or not self._reconnected():
                 return
 
+    def drop_audio(self, words: str) -> None:
+        """Collects no audio from now on; `words` go to `left_out`."""
+        self.left_out.append(words)
+        self.audio_stream = None
+
     def stop(self) -> None:
         """Ends the iteration at the next packet, within ten seconds where a stream has stalled."""
         self._stopped.set()
@@ -308,8 +313,7 @@ class VideoSource(Closing):
             self._video = video
             self._times.reconnected(video)
             if self.audio_stream is not None and not self._same_audio(self._container):
-                self.left_out.append("the audio track since it changed")
-                self.audio_stream = None  # an overlay's track is for the first one
+                self.drop_audio("the audio track since it changed")  # an overlay's is for the first
             self.problem = None
             self.reconnects += 1
             return True
