@@ -51,7 +51,13 @@ def measure(objects: int, side: int, form: str) -> None:
         held = whole.numel()
     else:
         crops = MaskCrops.of([mask.crop() for mask in masks], (side, side))
-        target = Target(boxes=boxes, labels=which, masks=crops, mask_scale=torch.ones(4))
+        target = Target(
+            boxes=boxes,
+            crowds=torch.zeros(0, 4),
+            labels=which,
+            masks=crops,
+            mask_scale=torch.ones(4),
+        )
         mask_targets(target, boxes, which, 28)
         held = crops.pixels.numel()
     print(f"{held / MEBIBYTE:.1f} {peak() - before:.0f}")

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from comask.data.check import sound_part
-from comask.data.check_images import header_size
 from comask.data.coco import LAYOUTS, coco_source
 from comask.data.problems import describe
 from comask.data.source import InstanceSource
 from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
-from comask.preprocess import FORMATS, Pixels, decode_image
+from comask.preprocess import FORMATS, Pixels, decode_image, upright_size
 
 SMALL, LARGE = 32**2, 96**2  # areas of objects in pixels, as COCO has them
 SQUARE = 1.1  # of sides, up to which an image is neither wide nor tall
@@ -158,7 +157,7 @@ def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
 
 def _file_strata(path: Path) -> tuple[str, ...]:
     try:
-        return _image_strata(*header_size(path))
+        return _image_strata(*upright_size(path))
     except ImageError:  # decoding it will say it again
         return ("unreadable header",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from comask.runtime.parity.scores import Scores, labels_in_data, score_backend, score_results
+from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Stages
 from comask.runtime.torch_session import model_from_bundle, torch_stages
@@ -13,7 +13,7 @@ from comask.runtime.torch_session import model_from_bundle, torch_stages
 from comask.bundle import Bundle
 from comask.data.source import InstanceSource
 from comask.errors import PrecisionError
-from comask.evaluate import CocoMetrics
+from comask.evaluate import CocoMetrics, Truth
 
 TASKS = {"bbox": "box", "segm": "mask"}
 PARTS, ENOUGH = 5, 50  # of the images, for a standard error; with fewer images there is none
@@ -56,6 +56,7 @@ class Scorer:
     def __init__(self, bundle: Bundle, validation: Validation) -> None:
         self.validation, self._manifest = validation, bundle.manifest
         self._labels = labels_in_data(bundle.manifest, validation.source)
+        self._truth = Truth(validation.source, validation.indices)
         self.reference = self.measure(torch_stages(model_from_bundle(bundle)))
         if min(self.reference.ap.values()) <= 0:
             raise PrecisionError(
@@ -72,17 +73,21 @@ class Scorer:
             mask_threshold=self._manifest.mask_threshold,
             max_batch=BATCH,
         ) as predictor:
-            source, indices = self.validation.source, self.validation.indices
-            title = f"scoring {stages.backend}"
-            scores = score_backend(predictor, source, indices, self._labels, title)
-        parts = PARTS if len(indices) >= ENOUGH else 0
-        return Measured(_points(scores.fine), [self._part(scores, i) for i in range(parts)])
+            scores = score_backend(
+                predictor, self._truth, self._labels, self._detections, f"scoring {stages.backend}"
+            )
+        self._truth = scores.truth  # what could be decoded
+        parts = PARTS if len(self._truth.indices) >= ENOUGH else 0
+        return Measured(_points(scores.final), [self._part(scores, i) for i in range(parts)])
 
     def _part(self, scores: Scores, number: int) -> dict[str, float]:
-        places = range(number, len(self.validation.indices), PARTS)
-        indices = [self.validation.indices[i] for i in places]
-        results = [scores.results[i] for i in places]
-        return _points(score_results(self.validation.source, indices, results))
+        truth, results = scores.truth.of(scores.truth.indices[number::PARTS]), scores.results
+        part = flat(results[number::PARTS])
+        return _points(truth.score(part, detections=self._detections))
+
+    @property
+    def _detections(self) -> int:
+        return self._manifest.model.detections
 
 
 def _points(metrics: CocoMetrics) -> dict[str, float]:

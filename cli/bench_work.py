@@ -75,8 +75,13 @@ class Work:
         self.scored: list[Scored] = []
         self.skipped: list[tuple[Setting, str]] = []
         self._own_ms: float | None = None
+        from comask.data.source import readable_images
+        from comask.evaluate import Truth
+
         self._source = source
-        self._pictures = [source.image(i) for i in indices[: sweep.runs]]  # the timed ones
+        self._truth = Truth(source, indices)
+        # the timed ones
+        self._pictures = [pixels for _, pixels in readable_images(source, indices[: sweep.runs])]
 
     def run(
         self, names: list[str], pairs: list[tuple[int, int]], batches: list[int]
@@ -140,7 +145,10 @@ class Work:
 
         labels = labels_in_data(self.bundle.manifest, self._source)
         with self._open(setting) as predictor:
-            return score_backend(predictor, self._source, self.indices, labels, title).fine
+            most = self.bundle.manifest.model.detections
+            scores = score_backend(predictor, self._truth, labels, most, title)
+        self._truth = scores.truth
+        return scores.final
 
     def _timed(
         self, setting: Setting, batches: list[int], reference: Predictor, title: str

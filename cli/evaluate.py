@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from comask.cli.options import check_folders, command, json_option, write_json
@@ -30,6 +30,9 @@ SHAPES_SEED = 3_000_000  # images that neither training, validation nor export s
               "onnxruntime, and the engines that run here.")  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path), metavar="FILE",
               help="COCO results of a pipeline of your own on the same images.")  # fmt: skip
+@click.option("--boxes", type=click.Choice(["annotated", "mask"]), default="annotated",
+              help="Score boxes against the annotated ones, or against the masks' bounds.",
+              show_default=True)  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
 @click.option("--tolerance", type=click.FloatRange(0), metavar="POINTS",
               help="AP points that a backend may lie off the reference. Default: 0.1, of int8 "
@@ -45,6 +48,7 @@ def main(
     data: str,
     backends: tuple[str, ...],
     results: Path | None,
+    boxes: Literal["annotated", "mask"],
     images: int | None,
     tolerance: float | None,
     trace: bool,
@@ -65,9 +69,11 @@ def main(
     from comask.cli.evaluate_tables import print_report
     from comask.runtime.parity.contestants import default_backends, open_backends
     from comask.runtime.parity.evaluation import Evaluation
+    from comask.runtime.parity.read_results import most_results
 
     from comask.bundle import Bundle
     from comask.data.open_source import open_source
+    from comask.evaluate import Truth
 
     check_folders(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
@@ -78,11 +84,17 @@ def main(
         predictors, skipped = open_backends(
             required, optional, lambda name: how.load(bundle, name), stack
         )
-        source = open_source(data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED)
+        source = open_source(
+            data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED, boxes=boxes
+        )
+        indices = list(range(min(images or len(source), len(source))))
         evaluation = Evaluation(
             bundle=opened,
-            source=source,
-            indices=list(range(min(images or len(source), len(source)))),
+            truth=Truth(source, indices),
+            detections=max(
+                opened.manifest.model.detections,
+                most_results(results, source, indices) if results else 0,
+            ),
             labels=labels_in_data(opened.manifest, source),
             tolerance=tolerance,
             trace=trace,
@@ -90,7 +102,7 @@ def main(
             draw=report_file is not None,
         )
         report, pictures = evaluation.run(predictors, results)
-    report = _head(opened, data, how, skipped) | report
+    report = _head(opened, data, boxes, how, skipped) | report
     report["failures"] += _failures(opened, report)
     report["not_judged"] = _not_judged(report)
     report["passed"] = _passed(report)
@@ -107,7 +119,7 @@ def main(
 
 
 def _head(
-    bundle: Bundle, data: str, how: PredictorOptions, skipped: dict[str, str]
+    bundle: Bundle, data: str, boxes: str, how: PredictorOptions, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """What was compared, where and when."""
     from comask.runtime.bench.machine import describe_machine
@@ -115,6 +127,7 @@ def _head(
     return {
         "bundle": str(bundle.folder),
         "data": data,
+        "boxes": boxes,
         "proposals": how.proposals,
         "short_side": how.short_side,  # null: the bundle's
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,7 +166,10 @@ def _failures(bundle: Bundle, report: dict[str, Any]) -> list[str]:
 
 def _not_judged(report: dict[str, Any]) -> str:
     """Why a comparison without failures shows nothing; empty where it does."""
-    if not report["backends"][report["reference"]]["detections"]:
+    reference = report["backends"][report["reference"]]
+    if reference["segm"]["AP"] < 0:
+        return "the data holds no objects, so there is no AP: give images with annotated objects"
+    if not reference["detections"]:
         return (
             "the reference found nothing in these images: train longer, or export again with a lower "
             "--score-threshold"
@@ -177,7 +193,8 @@ def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
     from comask.errors import BundleError
 
     def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
-        knobs = (entry.get("proposals"), entry.get("short_side"))  # unknown to older entries
+        boxes = entry.get("boxes", "annotated")  # unknown to older entries, as the other two
+        knobs = boxes, entry.get("proposals"), entry.get("short_side")
         return entry["data"], sorted(entry["backends"]), knobs
 
     left_out = ("bundle", "traces", "weights", "verification")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from comask.runtime.parity.judge import change_text, points_text
+
 from comask.errors import one_line
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
@@ -18,7 +20,10 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     width = None if sys.stdout.isatty() else 140
     console = Console(stderr=to_stderr, width=width, markup=False, highlight=False)
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
-        heading = f"{title}, AP points on {report['images']} images"
+        heading = (
+            f"{title}, AP points on {report['images']} images, the {report['max_detections']} best "
+            f"detections of each"
+        )
         console.print(_table(report, task, heading, wide=console.width >= WIDE))
 
     def say(text: str) -> None:
@@ -51,24 +56,32 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
 
 
 def _table(report: dict[str, Any], task: str, title: str, *, wide: bool) -> Any:
-    """COCO's numbers a contestant, its differences, and its AP before the collaboration refined."""
+    """COCO's numbers of each contestant, its differences, and its AP before the second stage.
+
+    The last columns are AP with COCO's 100 detections of an image, where more count; AP of the first
+    stage; and, of boxes, AP of the plain average of the cells.
+    """
     from rich import box
     from rich.table import Table
 
-    from comask.evaluate import METRICS
+    from comask.evaluate import COCO_DETECTIONS, METRICS
 
     metrics = METRICS if wide else METRICS[:NARROW]
     caption = None if wide else f"a window of {WIDE} columns, --json or --report shows all twelve"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1))
     table.add_column("backend", no_wrap=True)
-    for metric in (*metrics, "coarse"):
+    capped = report["max_detections"] != COCO_DETECTIONS
+    stages = {"first": "first", "plain": "plain"} if task == "bbox" else {"coarse": "first"}
+    more = ([f"AP@{COCO_DETECTIONS}"] if capped else []) + list(stages)
+    for metric in (*metrics, *more):
         table.add_column(metric, justify="right")
     for name, values in report["backends"].items():
-        coarse = values["coarse"][task]["AP"] if values["coarse"] else -1.0
-        cells = (*(values[task][metric] for metric in metrics), coarse)
-        table.add_row(name, *(f"{v:.2f}" if v >= 0 else "-" for v in cells))
+        cells = [values[task][metric] for metric in metrics]
+        cells += [values["coco_ap"][task]] if capped else []
+        cells += [values[stage][task]["AP"] if values[stage] else -1.0 for stage in stages.values()]
+        table.add_row(name, *map(points_text, cells))
         if name in report["comparisons"]:
             deltas = report["comparisons"][name]["deltas"][task]
-            changes = [f"{deltas[metric]:+.3f}" for metric in metrics]
+            changes = [change_text(values[task][metric], deltas[metric]) for metric in metrics]
             table.add_row("  difference", *changes, style="dim")
     return table

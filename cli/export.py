@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,11 +270,12 @@ def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
 
 def _images(data: str, count: int) -> list[NDArray[np.uint8]]:
     from comask.data.open_source import open_source
+    from comask.data.source import readable_images
 
     source = open_source(data, "val", shapes_images=4 * count, shapes_seed=VERIFY_SEED)
     # those with most objects: an empty image proves little
     busiest = sorted(range(len(source)), key=lambda i: -len(source.annotations(i)))
-    images = [source.image(i) for i in busiest[:count]]
+    images = [pixels for _, pixels in islice(readable_images(source, busiest), count)]
     if not images:
         raise ComaskError(f"--val-data {data}: holds no images")
     return images

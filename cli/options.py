@@ -55,11 +55,8 @@ def command(function: Callable[..., None]) -> click.Command:
     @click.version_option(__version__, prog_name="comask")
     @functools.wraps(function)
     def run(*, verbose: bool, **arguments: Any) -> None:
-        logging.basicConfig(
-            level=logging.INFO if verbose else logging.WARNING, format="%(message)s"
-        )
         try:
-            with _ended_by_sigterm():
+            with _log_on_terminal(verbose), _ended_by_sigterm():
                 function(**arguments)
         except ComaskError as error:
             if verbose:
@@ -126,6 +123,28 @@ def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
     text = error.object[error.start : error.end]
     plain = (IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
     return "".join(plain), error.end
+
+
+class _Terminal(logging.Handler):
+    """Shows what is logged as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record, without its level and place in the code."""
+        click.echo(self.format(record), err=True)
+
+
+@contextlib.contextmanager
+def _log_on_terminal(verbose: bool) -> Iterator[None]:
+    """Shows warnings, and with `verbose` more, while the command runs."""
+    root, handler = logging.getLogger(), _Terminal()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
 
 
 class _TerminatedError(SystemExit):

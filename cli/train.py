@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,26 +17,18 @@ from comask.cli.interruption import Interruption
 from comask.cli.options import command
 
 from comask.bundle import BEST
-from comask.errors import CheckpointError, ConfigError, TrainingError
+from comask.errors import ConfigError, TrainingError
 from comask.locks import locked
 from comask.presets import PRESETS, preset
-from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from comask.config import Config
-    from comask.data.source import InstanceSource
-    from comask.models.comask import CoMask
-    from comask.training.checkpoint import Checkpoint
+    from comask.evaluate import CocoMetrics
     from comask.training.distributed import Ranks
     from comask.training.loop import Trainer
-    from comask.training.validation import Validation, Validator
+    from comask.training.validation import Validation
 
 LOCK_SECONDS = 20.0  # loading processes of a killed run hold its lock for up to five
-# A run that goes on may change how it trains, but not what its steps and state mean.
-FIXED = {
-    "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
-    "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
-}  # fmt: skip
 
 
 def _assignments(
@@ -56,6 +49,8 @@ def _assignments(
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_assignments,
               help="Change a setting.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(2), metavar="N",
+              help="Train with N seeds, and show how far AP scatters.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @click.option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
 @click.option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
@@ -65,6 +60,7 @@ def main(
     preset_name: str,
     output: Path | None,
     settings: tuple[str, ...],
+    seeds: int | None,
     resume: bool,
     eval_only: bool,
     print_config: bool,
@@ -91,6 +87,12 @@ def main(
         raise click.UsageError(f"missing option {' and '.join(missing)}")
     if resume and eval_only:
         raise click.UsageError("--resume trains and --eval-only does not: give one of them")
+    if seeds and eval_only:
+        raise click.UsageError("--seeds trains and --eval-only does not: give one of them")
+    if seeds and val is None and data != "shapes":
+        raise click.UsageError(
+            "--seeds needs --val: the share that is set aside depends on the seed"
+        )
 
     from comask.training.distributed import join, share_from_first
 
@@ -101,11 +103,19 @@ def main(
                 raise click.UsageError(
                     "--eval-only takes the settings of the checkpoint: no --preset"
                 )
-            _evaluate(data, val, output, settings, ranks)
-        else:
-            with _folder(output), _lock(output) if ranks.first else nullcontext():
-                share_from_first(None)  # the others look into the folder when it is locked
-                _train(config, data, val, settings, output, resume, ranks)
+            if settings:
+                raise ConfigError(
+                    f"--set {settings[0]}: --eval-only takes the settings of the checkpoint"
+                )
+            _evaluate(data, val, output, ranks)
+            return
+        with _folder(output), _lock(output) if ranks.first else nullcontext():
+            share_from_first(None)  # the others look into the folder when it is locked
+            train = functools.partial(_train, data=data, val=val, settings=settings, resume=resume)
+            if seeds is None:
+                train(config, output, ranks)
+                return
+            _train_seeds(config, output, ranks, seeds, train)
 
 
 @contextmanager
@@ -139,107 +149,58 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _train(
     config: Config,
+    output: Path,
+    ranks: Ranks,
+    *,
     data: str,
     val: str | None,
     settings: tuple[str, ...],
-    output: Path,
     resume: bool,
-    ranks: Ranks,
-) -> None:
-    import torch
+) -> Trainer:
+    """Trains in one folder, and says how it ended; exits where a signal ended it."""
+    from comask.training.run import train_run
 
-    from comask.data.open_source import data_digest
-    from comask.data.training_set import TrainingSet
-    from comask.models.comask import CoMask
-    from comask.training.loop import LAST, Trainer
-    from comask.training.machine import fit_to_machine
-
-    if not resume and (output / LAST).exists():
-        raise CheckpointError(
-            f"{output}: holds a run already; go on with --resume or give another --output"
-        )
-    train_source, train, val_source, val_indices = _sources(config, data, val, ranks)
-    config = _with_classes(config, settings, train_source)
-    images = data_digest((train_source, train), (val_source, val_indices))
-    checkpoint = _checkpoint_to_resume(output, config, images, ranks) if resume else None
-    dataset = TrainingSet(
-        train_source,
-        train,
-        config.preprocess,
-        flip_probability=config.data.flip_probability,
-        seed=config.train.seed,
-    )
-    torch.manual_seed(config.train.seed)
-    model = CoMask(config.model, config.preprocess)
-    if checkpoint is None:
-        _import_weights(model, config, train_source, ranks)
-    model = fit_to_machine(model, config, ranks)
-    validator = _validator(val_source, val_indices, config, ranks, output)
-
-    if ranks.first:
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        write_whole(output / "config.json", text.encode())
-    _say(
-        ranks,
-        f"{len(train)} training images, {len(val_indices)} for validation, "
-        f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}",
-    )
     stop = Interruption()
-    trainer = Trainer(
-        model,
-        config,
-        dataset,
-        train_source.categories,
-        output,
-        data=images,
-        ranks=ranks,
-        evaluate=validator if config.train.evaluate_every else None,
-        resume=checkpoint,
-        signal=lambda: stop.signal,
-    )
-    finished = False
-    if checkpoint:
-        finished = trainer.step >= trainer.total_steps or trainer.out_of_patience
-        if finished:
-            _say(ranks, f"finished already at step {trainer.step}; nothing to do")
-        else:
-            _say(ranks, f"going on from step {trainer.step} of {trainer.total_steps}")
     with stop.on_signal():
-        trainer.train()
-    _end(trainer, output, ranks, finished=finished)
-
-
-def _import_weights(model: CoMask, config: Config, source: InstanceSource, ranks: Ranks) -> None:
-    """Gives a new run its weights, and says what it should know of them."""
-    from comask.training.import_weights import import_weights
-
-    backbone = config.model.backbone
-    if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
-        _say(
+        trainer = train_run(
+            config,
+            data,
+            val,
+            output,
             ranks,
-            f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
-            f"--preset coco-slim minutes",
+            settings=settings,
+            resume=resume,
+            say=click.echo,
+            signal=lambda: stop.signal,
         )
-    weights = import_weights(model, config.train.weights, source.categories)
-    if config.train.weights != "none":
-        _say(ranks, *weights.lines())
-    elif config.model.frozen_stages:
-        _say(
-            ranks,
-            f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
-            f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group",
-        )
+    _end(trainer, output, ranks)
+    return trainer
 
 
-def _end(trainer: Trainer, output: Path, ranks: Ranks, *, finished: bool) -> None:
-    """Says how the training ended; exits where a signal ended it.
+def _train_seeds(
+    config: Config, output: Path, ranks: Ranks, seeds: int, train: Callable[..., Trainer]
+) -> None:
+    """Trains with one seed after the other, each in a folder of its own, and shows how AP scatters."""
+    from comask.training.distributed import share_from_first
+    from comask.training.seeds import show_seeds
 
-    Args:
-        trainer: that has trained.
-        output: the run's folder.
-        ranks: of which the first one speaks.
-        finished: whether there was nothing to do.
-    """
+    for number in range(seeds):
+        seed = config.train.seed + number
+        folder = output / f"seed-{seed}"
+        if ranks.first:
+            folder.mkdir(exist_ok=True)
+            click.echo(f"seed {seed}, {number + 1} of {seeds}")
+        share_from_first(None)
+        settings = dataclasses.replace(config.train, seed=seed)
+        train(dataclasses.replace(config, train=settings), folder, ranks)
+    if ranks.first:
+        folders = [output / f"seed-{config.train.seed + number}" for number in range(seeds)]
+        for line in show_seeds(folders, output / "seeds.json"):
+            click.echo(line)
+
+
+def _end(trainer: Trainer, output: Path, ranks: Ranks) -> None:
+    """Says how the training ended; exits where a signal ended it."""
     from comask.training.loop import LAST
 
     if trainer.ended_by:
@@ -247,131 +208,53 @@ def _end(trainer: Trainer, output: Path, ranks: Ranks, *, finished: bool) -> Non
         if ranks.first:
             click.echo(f"interrupted after {place}: --resume goes on there", err=True)
         sys.exit(128 + trainer.ended_by)
-    if finished or not ranks.first:
+    if not ranks.first or not trainer.trained:
         return
     if trainer.out_of_patience:
         click.echo(
             f"stopped at step {trainer.step}: no better mask AP in {trainer.stale} evaluations"
         )
     if trainer.validation:
-        _show(trainer.validation)
+        _show(trainer.validation, trainer.config.model.collaboration)
     click.echo("wrote " + ", ".join(str(output / name) for name in (BEST, LAST, "report.html")))
 
 
-def _evaluate(
-    data: str, val: str | None, output: Path, settings: tuple[str, ...], ranks: Ranks
-) -> None:
+def _evaluate(data: str, val: str | None, output: Path, ranks: Ranks) -> None:
     """Scores a finished run; its own settings hold."""
-    from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
+    from comask.training.run import evaluate_run
 
-    if settings:
-        raise ConfigError(f"--set {settings[0]}: --eval-only takes the settings of the checkpoint")
-    checkpoint = load_checkpoint(output / BEST)
-    train_source, _, val_source, val_indices = _sources(checkpoint.config, data, val, ranks)
-    if train_source.categories != checkpoint.categories:
-        raise ConfigError(f"--data {data}: its categories are not those of {output / BEST}")
-    model = model_from_checkpoint(checkpoint).to(ranks.device)
-    validator = _validator(val_source, val_indices, checkpoint.config, ranks, None)
-    validation = validator(model, checkpoint.step)
+    validation, checkpoint, images = evaluate_run(data, val, output, ranks)
     if ranks.first:
-        click.echo(f"{output / BEST}, step {checkpoint.step}, on {len(val_indices)} images")
-        _show(validation)
+        click.echo(f"{output / BEST}, step {checkpoint.step}, on {images} images")
+        _show(validation, checkpoint.config.model.collaboration)
 
 
-def _validator(
-    source: InstanceSource, indices: list[int], config: Config, ranks: Ranks, output: Path | None
-) -> Validator:
-    from comask.training.validation import Validator
+def _show(validation: Validation, collaboration: str) -> None:
+    """The twelve numbers of both tasks, and what the second stage adds."""
+    from comask.evaluate import COCO_DETECTIONS, points_text
 
-    return Validator(
-        source,
-        indices,
-        config.preprocess,
-        mask_threshold=config.model.mask_threshold,
-        ranks=ranks,
-        pictures=output / "pictures" if output else None,
-    )
-
-
-def _say(ranks: Ranks, *lines: str) -> None:
-    if ranks.first:
-        for line in lines:
-            click.echo(line)
-
-
-def _show(validation: Validation) -> None:
-    """The twelve numbers of both tasks, and what the collaboration changed."""
-    final, first = validation.final.values, validation.first.values
-    for task, values in final.items():
-        parts = "  ".join(
-            f"{name} {100 * value:.1f}" if value >= 0 else f"{name} -"
-            for name, value in values.items()
+    final = validation.final
+    if final.coco_ap:
+        box, mask = (points_text(final.coco_ap[task]) for task in ("bbox", "segm"))
+        click.echo(
+            f"with the best {final.max_detections} detections of an image; with COCO's "
+            f"{COCO_DETECTIONS} box AP is {box}, mask AP {mask}"
         )
+    for task, values in final.values.items():
+        parts = "  ".join(f"{name} {points_text(value)}" for name, value in values.items())
         click.echo(f"{task}: {parts}")
-    box, mask = ([100 * v[task]["AP"] for v in (first, final)] for task in ("bbox", "segm"))
+    if validation.first is None or validation.plain is None:
+        return
+
+    def ap(metrics: CocoMetrics, task: str) -> str:
+        return points_text(metrics.values[task]["AP"])
+
+    plain = f" (plain average of the same cells {ap(validation.plain, 'bbox')})"
     click.echo(
-        f"collaboration: box AP {box[0]:.1f} -> {box[1]:.1f}, mask AP {mask[0]:.1f} -> {mask[1]:.1f}"
+        f"second stage: box AP {ap(validation.first, 'bbox')} -> {ap(final, 'bbox')}"
+        f"{plain if collaboration == 'weighted' else ''}, "
+        f"mask AP {ap(validation.first, 'segm')} -> {ap(final, 'segm')}"
     )
-
-
-def _sources(
-    config: Config, data: str, val: str | None, ranks: Ranks
-) -> tuple[InstanceSource, list[int], InstanceSource, list[int]]:
-    """The sound part of the data; what is wrong with the rest is printed."""
-    from comask.data.open_source import training_sources
-    from comask.data.problems import describe
-
-    source, train, val_source, val_indices, problems = training_sources(
-        config.data, data, val, config.train.seed
-    )
-    if ranks.first:
-        for line in describe(problems):
-            click.echo(line, err=True)
-    return source, train, val_source, val_indices
-
-
-def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSource) -> Config:
-    """`config` for as many classes as the data has."""
-    classes = len(source.categories)
-    named = [s for s in settings if s.startswith("model.num_classes=")]
-    if named and config.model.num_classes != classes:
-        raise ConfigError(f"{named[0]}: the data has {classes} categories; leave the setting out")
-    model = dataclasses.replace(config.model, num_classes=classes)
-    return dataclasses.replace(config, model=model)
-
-
-def _checkpoint_to_resume(
-    output: Path, config: Config, images: str, ranks: Ranks
-) -> Checkpoint | None:
-    """The run's last checkpoint; None where there is none yet, as when a job is queued again."""
-    from comask.training.checkpoint import load_checkpoint
-    from comask.training.loop import LAST
-
-    if not (output / LAST).exists():
-        return None
-    checkpoint = load_checkpoint(output / LAST)
-    before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
-    changed = {
-        f"{part}.{name}": f"{part}.{name} {json.dumps(before[part][name])} -> {json.dumps(value)}"
-        for part, values in now.items()
-        for name, value in values.items()
-        if value != before[part][name]
-    }
-    free = ("train.", "data.workers")
-    fixed = [text for name, text in changed.items() if not name.startswith(free) or name in FIXED]
-    if fixed:
-        raise ConfigError(
-            f"--resume: settings differ from the run's ({', '.join(fixed)}); give the same "
-            f"--preset and --set as when it was started"
-        )
-    if checkpoint.data != images:
-        raise ConfigError(
-            "--resume: the images or classes are not those that the run was started with; give the "
-            "same --data and --val"
-        )
-    if changed:
-        _say(ranks, f"going on with other settings than before: {', '.join(changed.values())}")
-    return checkpoint
 
 
 if __name__ == "__main__":

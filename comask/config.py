@@ -238,6 +238,7 @@ class DataConfig:
 
     flip_probability: float = 0.5
     val_fraction: float = 0.1  # set aside, by seed, where no --val is given
+    boxes: Literal["annotated", "mask"] = "annotated"  # or the bounds of each mask
     workers: int = 2
     shapes_train: int = 4000  # with --data shapes: images made on the fly
     shapes_val: int = 200

@@ -73,6 +73,9 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
     origin = get_origin(hint)
+    if origin is UnionType and hint == (int | str):  # an id, of any size
+        require(type(value) in (int, str), name, "an integer or a string", value)
+        return value
     if origin is UnionType:  # with None
         return None if value is None else _converted(name, value, get_args(hint)[0])
     if origin is dict:

@@ -1,18 +1,22 @@
-"""COCO average precision of predictions against a source, by pycocotools.
+"""COCO average precision of predictions against a data set.
 
-AP and AR are fractions in 0..1, or -1 where the data holds no such objects.
+AP and AR are fractions in 0..1, or -1 where the data holds no such objects. The computation is
+faster-coco-eval's, whose numbers are those of pycocotools (https://github.com/MiXaiLL76/faster_coco_eval).
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from comask.data.check_annotations import changed_annotations
+from comask.data.problems import Kind
 from comask.data.source import InstanceSource
 from comask.errors import DataError
 from comask.segmentation import read_segmentation
@@ -22,6 +26,9 @@ TASKS = ("bbox", "segm")
 METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
+COCO_DETECTIONS = 100  # per image, of which COCO's own AP takes the best
+_RECALLED = (1, 10, COCO_DETECTIONS)  # detections per image of AR1, AR10 and AR100
+_IOU_50, _IOU_75 = 0, 5  # places among COCO's thresholds 0.50, 0.55, …, 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +40,17 @@ class CocoMetrics:
         per_class: `per_class[task][class name]`, AP of each class that has objects.
         images: how many images were scored.
         detections: how many detections they hold.
+        max_detections: how many detections of an image count, those of the highest scores; AR1, AR10
+            and AR100 look at fewer.
+        coco_ap: AP of each task at COCO's 100 detections per image, where `max_detections` is another.
     """
 
     values: dict[str, dict[str, float]]
     per_class: dict[str, dict[str, float]]
     images: int
     detections: int
+    max_detections: int = COCO_DETECTIONS
+    coco_ap: dict[str, float] | None = None
 
 
 def evaluate(
@@ -49,7 +61,7 @@ def evaluate(
     Args:
         source: with the ground truth.
         indices: which images, in the order of `predictions`.
-        predictions: one an image; their labels are those of `source`.
+        predictions: one per image; their labels are those of `source`.
 
     Raises:
         DataError: when there are no images to score.
@@ -69,92 +81,201 @@ def coco_results(source: InstanceSource, index: int, found: Detections) -> list[
     ]
 
 
-def score(source: InstanceSource, indices: list[int], results: list[dict[str, Any]]) -> CocoMetrics:
-    """Scores COCO results (as `coco_results` gives them) on the images `indices` of a source.
+def score(
+    source: InstanceSource,
+    indices: list[int],
+    results: list[dict[str, Any]],
+    *,
+    detections: int = COCO_DETECTIONS,
+) -> CocoMetrics:
+    """Scores COCO results on the images `indices` of a source; see `Truth`, which is kept for more."""
+    return Truth(source, indices).score(results, detections=detections)
+
+
+class Truth:
+    """The ground truth of some images, prepared once for any number of scorings.
+
+    Ids of the data set are names: inside, images and categories are counted from 1, so that ids beyond
+    2⁵³ and strings count like any others. Annotations that `comask.data.check` would leave out are left
+    out here, too, so every command scores the same objects.
+
+    Args:
+        source: the data set.
+        indices: which of its images.
+
+    Attributes:
+        source: as given.
+        indices: as given.
 
     Raises:
         DataError: when there are no images to score.
     """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
-    if not indices:
-        raise DataError("no images to evaluate on")
-    categories = source.categories
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
-        truth = COCO()
-        truth.dataset = ground_truth(source, indices)
-        truth.createIndex()
-        values, per_class = {}, {}
+    def __init__(self, source: InstanceSource, indices: list[int]) -> None:
+        if not indices:
+            raise DataError("no images to evaluate on")
+        self.indices = indices
+        self.source = source
+        self._categories = source.categories
+
+    def of(self, indices: list[int]) -> Truth:
+        """That of some of the images; itself where those are all."""
+        return self if indices == self.indices else Truth(self.source, indices)
+
+    def score(
+        self, results: list[dict[str, Any]], *, detections: int = COCO_DETECTIONS
+    ) -> CocoMetrics:
+        """The metrics of COCO results; those of other images or categories match nothing.
+
+        Args:
+            results: each with the data set's `image_id` and `category_id`, `bbox` (x, y, w, h in pixels),
+                `score` and `segmentation` (RLE).
+            detections: how many of an image the model gives; where that, or the most results of an
+                image, is more than COCO's 100, so many count.
+        """
+        numbered = self._numbered(results)
+        most = max(Counter(result["image_id"] for result in numbered).values(), default=0)
+        limit = max(COCO_DETECTIONS, detections, most)
+        values: dict[str, dict[str, float]] = {}
+        per_class: dict[str, dict[str, float]] = {}
+        coco_ap: dict[str, float] = {}
         for task in TASKS:
-            scorer = COCOeval(truth, _load_results(truth, results, task), task)
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
-            values[task] = dict(zip(METRICS, map(float, scorer.stats), strict=True))
-            # [IoU thresholds, recall, class, area range, detections an image]
-            precision = scorer.eval["precision"][:, :, :, 0, -1]
+            precision, recall = self._curves(numbered, task, limit)
+            values[task] = _twelve(precision, recall)
+            at_coco = precision[:, :, :, 0, len(_RECALLED) - 1]
+            coco_ap[task] = _mean(at_coco)
             per_class[task] = {
-                category.name: float(np.mean(precision[:, :, k]))
-                for k, category in enumerate(categories)
-                if (precision[:, :, k] > -1).any()
+                category.name: float(np.mean(precision[:, :, k, 0, -1]))
+                for k, category in enumerate(self._categories)
+                if (precision[:, :, k, 0, -1] > -1).any()
             }
-    return CocoMetrics(
-        values=values, per_class=per_class, images=len(indices), detections=len(results)
-    )
+        return CocoMetrics(
+            values=values,
+            per_class=per_class,
+            images=len(self.indices),
+            detections=len(results),
+            max_detections=limit,
+            coco_ap=coco_ap if limit != COCO_DETECTIONS else None,
+        )
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """A COCO data set of the images under our own ids, every segmentation as an RLE.
+
+        Annotation ids are counted from 1: an id of 0 means "not matched".
+        """
+        findings: dict[Kind, list[str]] = {kind: [] for kind in Kind}
+        changed = changed_annotations(self.source, self.indices, findings)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, index in enumerate(self.indices, start=1):
+            info = self.source.info(index)
+            images.append({"id": number, "height": info.height, "width": info.width})
+            for annotation in changed.get(index, self.source.annotations(index)):
+                mask = read_segmentation(annotation["segmentation"], info.height, info.width)
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": self._category_numbers[annotation["category_id"]],
+                        "bbox": annotation["bbox"],
+                        "area": annotation.get("area", float(mask.area)),
+                        "iscrowd": int(annotation.get("iscrowd") or 0),
+                        "segmentation": mask.to_coco(),
+                    }
+                )
+        categories = [
+            {"id": number, "name": category.name}
+            for number, category in enumerate(self._categories, start=1)
+        ]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+    @cached_property
+    def _category_numbers(self) -> dict[int | str, int]:
+        return {category.id: number for number, category in enumerate(self._categories, start=1)}
+
+    @cached_property
+    def _image_numbers(self) -> dict[int | str, int]:
+        return {self.source.info(index).id: n for n, index in enumerate(self.indices, start=1)}
+
+    @cached_property
+    def _truth(self) -> Any:
+        return _coco(self.dataset, self.dataset["annotations"])
+
+    def _numbered(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The results of our images and categories, under our own ids."""
+        images, categories = self._image_numbers, self._category_numbers
+        return [
+            result
+            | {
+                "image_id": images[result["image_id"]],
+                "category_id": categories[result["category_id"]],
+            }
+            for result in results
+            if result["image_id"] in images and result["category_id"] in categories
+        ]
+
+    def _curves(
+        self, results: list[dict[str, Any]], task: str, limit: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Precision [IoU, recall, class, area, detections] and recall [IoU, class, area, detections]."""
+        from faster_coco_eval import COCOeval_faster
+        from pycocotools import mask as coco_mask
+
+        # The area decides between small, medium and large; detectron2 also gives each task its own.
+        found = [
+            result
+            | {
+                "id": number,
+                "iscrowd": 0,
+                "area": result["bbox"][2] * result["bbox"][3]
+                if task == "bbox"
+                else float(coco_mask.area(result["segmentation"])),
+            }
+            for number, result in enumerate(results, start=1)
+        ]
+        scorer = COCOeval_faster(self._truth, _coco(self.dataset, found), task)
+        scorer.params.maxDets = sorted({*_RECALLED, limit})
+        scorer.evaluate()
+        scorer.accumulate()
+        return scorer.eval["precision"], scorer.eval["recall"]
 
 
 def ground_truth(source: InstanceSource, indices: list[int]) -> dict[str, Any]:
-    """A COCO data set of those images, every segmentation as RLE of the image's size.
-
-    Annotation ids are counted anew from 1: pycocotools takes an id of 0 for "not matched".
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index in indices:
-        info = source.info(index)
-        images.append({"id": info.id, "height": info.height, "width": info.width})
-        for annotation in source.annotations(index):
-            mask = read_segmentation(annotation["segmentation"], info.height, info.width)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": info.id,
-                    "category_id": annotation["category_id"],
-                    "bbox": annotation["bbox"],
-                    "area": annotation.get("area", float(mask.area)),
-                    "iscrowd": int(annotation.get("iscrowd", 0)),
-                    "segmentation": mask.to_coco(),
-                }
-            )
-    categories = [{"id": c.id, "name": c.name} for c in source.categories]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    """See `Truth.dataset`."""
+    return Truth(source, indices).dataset
 
 
-def _load_results(truth: Any, results: list[dict[str, Any]], task: str) -> Any:
-    """`COCO.loadRes`, which fails on an empty list and takes the box's area for masks, too.
+def _coco(dataset: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
+    """faster-coco-eval's index of annotations, whose own loader fails on none of them."""
+    from faster_coco_eval import COCO
 
-    The area decides between small, medium and large; detectron2 also gives each task its own.
-    """
-    from pycocotools import mask as coco_mask
-    from pycocotools.coco import COCO
+    index = COCO()
+    index.dataset = {**dataset, "annotations": annotations}
+    index.createIndex()
+    return index
 
-    found = COCO()
-    annotations = [
-        result
-        | {
-            "id": i,
-            "area": result["bbox"][2] * result["bbox"][3]
-            if task == "bbox"
-            else float(coco_mask.area(result["segmentation"])),
-            "iscrowd": 0,
-        }
-        for i, result in enumerate(results, start=1)
-    ]
-    found.dataset = {
-        "images": truth.dataset["images"],
-        "categories": truth.dataset["categories"],
-        "annotations": annotations,
+
+def _twelve(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
+    """COCO's summary: AP and the ARs of sizes at the last limit of detections."""
+    average = precision[..., -1]  # [IoU, recall, class, area]
+    numbers = {
+        "AP": average[:, :, :, 0],
+        "AP50": average[_IOU_50, :, :, 0],
+        "AP75": average[_IOU_75, :, :, 0],
+        **{f"AP{size}": average[:, :, :, area] for area, size in enumerate("sml", start=1)},
+        **{f"AR{count}": recall[:, :, 0, place] for place, count in enumerate(_RECALLED)},
+        **{f"AR{size}": recall[:, :, area, -1] for area, size in enumerate("sml", start=1)},
     }
-    found.createIndex()
-    return found
+    return {name: _mean(numbers[name]) for name in METRICS}
+
+
+def points_text(value: float, form: str = ".1f") -> str:
+    """A fraction in points (0..100) as text; `n/a` for -1, where there are no such objects."""
+    return f"{100 * value:{form}}" if value >= 0 else "n/a"
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """The mean over what there is; -1 where there is nothing."""
+    there = values[values > -1]
+    return float(np.mean(there)) if there.size else -1.0

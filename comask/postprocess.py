@@ -17,7 +17,7 @@ def detections_from_outputs(
     prepared: Sequence[Prepared],
     *,
     class_names: tuple[str, ...] | None = None,
-    category_ids: tuple[int, ...] | None = None,
+    category_ids: tuple[int | str, ...] | None = None,
     mask_threshold: float = 0.5,
 ) -> list[Detections]:
     """One `Detections` an image.

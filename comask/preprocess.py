@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ Pixels = NDArray[np.uint8]
 # As Pillow names them; the last two where it can: HEIF by pillow-heif, AVIF from Pillow 11.3 on.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "AVIF", "HEIF")
 _HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
+_TRANSPOSING = {5, 6, 7, 8}  # values of EXIF's orientation that swap width and height
 # Decoding takes up to 14 bytes a pixel (of RGBA), so 1.4 GB, whatever a small file says of its size.
 MOST_IMAGE_PIXELS = 100_000_000
 
@@ -75,6 +76,48 @@ def decode_image(source: str | Path | bytes, *, name: str | None = None) -> Pixe
     with opened_image(source, name=name) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return rgb_from_pil(image)
+
+
+def upright_size(source: str | Path | bytes) -> tuple[int, int]:
+    """(h, w) of the image that `decode_image` gives, nearly always from the file's header alone.
+
+    Both ask Pillow for the orientation: from EXIF, from a raw profile, or from XMP. A PNG may state it
+    behind its pixels; one that has texts there is decoded to find out.
+
+    Raises:
+        ImageError: as `decode_image` does, as far as the header tells.
+    """
+    from PIL import ExifTags, Image
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    with opened_image(source) as image:
+        if image.format == "PNG" and _has_texts_behind_its_pixels(image.fp):
+            image.load()
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
+            width, height = image.tag_v2[256], image.tag_v2[257]
+        # The base class's method: that of PNG decodes every image without EXIF.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return (width, height) if orientation in _TRANSPOSING else (height, width)
+
+
+def _has_texts_behind_its_pixels(file: Any) -> bool:
+    """Whether a PNG has chunks that may state an orientation after the first one of pixels."""
+    place = file.tell()
+    file.seek(8)
+    pixels = False
+    try:
+        while len(head := file.read(8)) == 8:
+            kind = head[4:]
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels = pixels or kind == b"IDAT"
+            file.seek(
+                int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR
+            )  # the data and their checksum
+        return False
+    finally:
+        file.seek(place)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Detections:
     mask_probs: NDArray[np.float32]
     image_size: tuple[int, int]
     class_names: tuple[str, ...] | None = None
-    category_ids: tuple[int, ...] | None = None
+    category_ids: tuple[int | str, ...] | None = None
     mask_threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -136,9 +136,9 @@ class Detections:
         same.__dict__["_rles"] = rles
         return same
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """COCO results: `image_id`, `category_id`, `bbox` (x, y, w, h), `score`, `segmentation`."""
-        ids: Sequence[int] | None = self.category_ids
+        ids: Sequence[int | str] | None = self.category_ids
         results = []
         for box, score, label, rle in zip(
             self.boxes_xyxy.astype(float), self.scores, self.labels, self.to_rle(), strict=True

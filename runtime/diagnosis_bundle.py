@@ -6,6 +6,7 @@ from pathlib import Path
 
 from comask.runtime.diagnosis import Finding
 from comask.runtime.gpu import find_gpu
+from comask.runtime.parity.judge import points_text
 from comask.runtime.parity.verdict import has_failed
 from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder, why_not_on
 from comask.runtime.trt.flavors import load_flavor
@@ -76,11 +77,13 @@ def _parity(bundle: Bundle) -> list[Finding]:
     latest: dict[str, Finding] = {}
     for entry in sorted(bundle.manifest.parity, key=lambda entry: str(entry["when"])):
         knobs = "".join(
-            f", {knob} {entry[knob]}" for knob in ("proposals", "short_side") if entry.get(knob)
+            f", {knob} {entry[knob]}"
+            for knob in ("boxes", "proposals", "short_side")
+            if entry.get(knob) not in (None, "annotated")
         )
         if entry.get("not_judged") and not has_failed(entry):  # unknown to older entries
             name = f"parity on {entry['data']}{knobs}"
-            found = "nothing was found, so nothing was compared"
+            found = "nothing was compared"
             latest[name] = Finding(
                 name=name, status="absent", found=found, mend=entry["not_judged"]
             )
@@ -91,7 +94,7 @@ def _parity(bundle: Bundle) -> list[Finding]:
             numbers = []
             for task, what in (("bbox", "box"), ("segm", "mask")):
                 ap = values[task]["AP"]
-                text = f"{what} AP {ap:.2f}" if ap >= 0 else f"{what} AP -"
+                text = f"{what} AP {points_text(ap)}"
                 if compared:
                     text += f" ({compared['deltas'][task]['AP']:+.2f})"
                 numbers.append(text)

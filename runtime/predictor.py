@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
     ImageLike: TypeAlias = str | Path | PILImage | NDArray[np.uint8]
 
+# What the network found at each point, and the outputs that give it in place of stage 2's own:
+# its result, the proposals with the coarse masks, and the boxes of cells that all count alike.
+FOUND_AT: dict[str, dict[str, str]] = {
+    "final": {},
+    "first": {"boxes": "first_boxes", "masks": "coarse_masks"},
+    "plain": {"boxes": "plain_boxes"},
+}
+
 
 class Predictor(Closing):
     """Finds the instances in images.
@@ -48,7 +56,7 @@ class Predictor(Closing):
         preprocess: PreprocessConfig,
         *,
         class_names: tuple[str, ...] | None = None,
-        category_ids: tuple[int, ...] | None = None,
+        category_ids: tuple[int | str, ...] | None = None,
         mask_threshold: float = 0.5,
         max_batch: int = 8,
     ) -> None:
@@ -194,6 +202,18 @@ class Predictor(Closing):
             category_ids=self.category_ids,
             mask_threshold=self.mask_threshold,
         )
+
+    def detections_by_stage(
+        self, outputs: Mapping[str, Array], batch: Sequence[Prepared]
+    ) -> dict[str, list[Detections]]:
+        """The same for each of `FOUND_AT`; all but `final` need graphs with diagnostics."""
+        return {
+            stage: self.detections(
+                {**outputs, **{name: outputs[other] for name, other in instead.items()}}, batch
+            )
+            for stage, instead in FOUND_AT.items()
+            if outputs.keys() >= set(instead.values())
+        }
 
     def map(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
         """Detections of many images in order, holding few of them in memory at a time."""

@@ -125,6 +125,7 @@ def target(boxes: list[list[float]], labels: list[int]) -> Target:
     ]
     return Target(
         boxes=torch.tensor(boxes).reshape(-1, 4),
+        crowds=torch.zeros(0, 4),
         labels=torch.tensor(labels, dtype=torch.int64),
         masks=cropped(torch.stack([*masks, torch.zeros(96, 256)])[:-1].to(torch.uint8)),
         mask_scale=torch.tensor([2.0, 1.0, 2.0, 1.0]),

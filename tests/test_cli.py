@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comask.runtime import Predictor
+from comask.runtime.parity.evaluation import Evaluation
 from comask.runtime.parity.scores import Scores
 from conftest import COMMANDS, run
 from PIL import Image
@@ -28,7 +29,9 @@ from comask.evaluate import METRICS, CocoMetrics
 
 # Frozen: a new option is a decision, not an accident.
 OPTIONS = {
-    "train": {"data", "val", "preset", "output", "set", "resume", "eval-only", "print-config"},
+    "train": {
+        "data", "val", "preset", "output", "set", "resume", "seeds", "eval-only", "print-config",
+    },
     "export": {
         "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics",
         "calib-data", "calib-images", "calib-method", "calib-seed", "val-images", "ap-budget", "engine",
@@ -41,8 +44,8 @@ OPTIONS = {
         "track", "decode", "encode", "runner", "format", "shard", "actors", "json",
     },
     "eval": {
-        "data", "backend", "results", "images", "tolerance", "trace", "device", "batch", "proposals",
-        "short-side", "no-record", "report", "json",
+        "data", "backend", "results", "boxes", "images", "tolerance", "trace", "device", "batch",
+        "proposals", "short-side", "no-record", "report", "json",
     },
     "bench": {
         "backend", "device", "batch", "proposals", "short-side", "images", "size", "runs", "warmup",
@@ -300,7 +303,7 @@ def test_eval_exits_by_the_tolerance(
     found: int,
     code: int,
 ) -> None:
-    def measured(_: object, name: str, *rest: object) -> Scores:
+    def measured(evaluation: Evaluation, name: str, *rest: object) -> Scores:
         values = dict.fromkeys(METRICS, 0.3)
         values |= {"AP": 0.5, "APs": 0.2} if name == "torch" else {"AP": ap, "APs": small}
         metrics = CocoMetrics(
@@ -309,7 +312,7 @@ def test_eval_exits_by_the_tolerance(
             images=6,
             detections=found if name == "onnxruntime" else 10,
         )
-        return Scores(fine=metrics, coarse=None, results=[[]] * 6)
+        return Scores(final=metrics, results=[[]] * 6, truth=evaluation.truth)
 
     monkeypatch.setattr("comask.runtime.parity.evaluation.Evaluation._score", measured)
     result = run("eval", micro_bundle, "--data", "shapes", "--images", "6", "--no-record")

@@ -167,12 +167,16 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
             {"images": [{"id": 7, "file_name": "1.png", "width": 20}]},
             r"no height \(int\) in {'file_",
         ),
-        ({"images": [{"id": "7", "file_name": "1.png"}]}, r"no id \(int\)"),
+        ({"images": [{"id": None, "file_name": "1.png"}]}, r"no id \(int or str\)"),
+        ({"categories": []}, "its categories are empty: expected one object"),
         ({"images": None}, r"no images \(list\)"),
         ({"annotations": [3]}, "annotations that are JSON objects"),
         ({"categories": [{"id": 3}]}, r"no name \(str\)"),
         ({"categories": [{"id": 3, "name": "car"}, {"id": 3, "name": "bus"}]}, r"3 \(car\) and 3"),
-        ({"categories": [{"id": 3, "name": "car"}, {"id": 4, "name": "car"}]}, "give each its own"),
+        (
+            {"categories": [{"id": 3, "name": "car"}, {"id": 90, "name": "car"}]},
+            r"3 \(car\) and 90 \(car\) share an id or a name; give each its own",
+        ),
     ],
 )
 def test_what_is_not_coco_is_an_error(tmp_path: Path, changes: Any, words: str) -> None:

@@ -139,7 +139,7 @@ def test_diagnostics_tell_what_the_collaboration_did(
 ) -> None:
     first, second = outputs
     assert tuple(second) == STAGE2_OUTPUTS + DIAGNOSTIC_OUTPUTS
-    boxes, masks, weights = (second[name] for name in DIAGNOSTIC_OUTPUTS)
+    boxes, masks, weights, plain = (second[name] for name in DIAGNOSTIC_OUTPUTS)
     for i, found in enumerate(second["num_detections"].tolist()):
         proposals = {tuple(box) for box in first["proposals"][i].tolist()}
         assert all(tuple(box) in proposals for box in boxes[i, :found].tolist())
@@ -148,6 +148,7 @@ def test_diagnostics_tell_what_the_collaboration_did(
     nothing = passing.sum(dim=(2, 3), keepdim=True) == 0
     torch.testing.assert_close(weights, torch.where(nothing, pooled, passing))
     assert (weights == 0).any()
+    assert not torch.equal(plain, second["boxes"])
 
 
 @pytest.mark.parametrize("collaboration", ["weighted", "uniform"])
@@ -166,6 +167,8 @@ def test_boxes_and_masks_come_from_two_passes_of_one_head(collaboration: str) ->
         mean = torch.einsum("rij,rijc->rc", weights, cells) / weights.sum(dim=(1, 2))[:, None]
         mean = mean.reshape(start.shape)
     found = second["scores"] > 0
+    plain = clip_boxes(cells.mean(dim=(1, 2)).reshape(start.shape), SIZES)
+    torch.testing.assert_close(second["plain_boxes"][found], plain[found], atol=1e-3, rtol=0)
     refined = clip_boxes(mean, SIZES)
     torch.testing.assert_close(second["boxes"][found], refined[found], atol=1e-3, rtol=0)
     assert (refined - start)[found].abs().max() > 1

@@ -20,7 +20,7 @@ from comask.training.record import RunRecord, read_evaluations
 def test_curves_are_drawn(tmp_path: Path, evaluations: int) -> None:
     write_run(tmp_path, evaluations)
     written = draw_curves(tmp_path)
-    drawn = ["losses.png", "ap.png", "collaboration.png"] if evaluations else ["losses.png"]
+    drawn = ["losses.png", "ap.png", "second_stage.png"] if evaluations else ["losses.png"]
     assert [path.name for path in written] == drawn
     for path in written:
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
@@ -31,20 +31,33 @@ def test_curves_are_drawn(tmp_path: Path, evaluations: int) -> None:
 
 def test_curves_without_objects_are_drawn(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, keep_until=0)
-    record.add_metrics(1, 0, metrics(-1, -1), metrics(-1, -1))
-    assert len(draw_curves(tmp_path)) == 2
+    nothing = metrics(-1, -1)
+    record.add_metrics(1, 0, {"final": nothing})
+    assert [path.name for path in draw_curves(tmp_path)] == ["ap.png"]
+    record.add_metrics(2, 0, {"final": nothing, "first": nothing, "plain": nothing})
+    assert [path.name for path in draw_curves(tmp_path)] == ["ap.png", "second_stage.png"]
+
+
+def test_second_stage_is_shown_beside_what_it_started_from(tmp_path: Path) -> None:
+    write_run(tmp_path, 2, box_gain=0.02, mask_gain=0.01)
+    last = read_evaluations(tmp_path)[-1]
+    assert curves.second_stage(last, "bbox") == pytest.approx(
+        {"proposal": 48, "plain average": 49.5, "weighted average": 50}
+    )
+    assert curves.second_stage(last, "segm") == pytest.approx({"coarse mask": 39, "final mask": 40})
+    masks, boxes = curves._second_stage(last).axes
+    assert [bar.get_height() for bar in boxes.patches] == pytest.approx([48, 49.5, 50])
+    assert [text.get_text() for text in masks.texts] == ["39.00", "40.00"]
 
 
 def test_precision_axis_shows_differences(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, keep_until=0)
     for step in (1, 2):
-        record.add_metrics(step, 0, metrics(0.50 + step / 100, 0.50), metrics(0.50, 0.50))
-    figure = curves._collaboration(read_evaluations(tmp_path))
-    masks, boxes, mask_gain, box_gain = figure.axes
-    assert masks.get_ylim() == (49, 51)
-    assert boxes.get_ylim() == (49, 53)
-    assert max(mask_gain.get_ylim()) >= 1  # no difference looks like none
-    assert max(box_gain.get_ylim()) > 2
+        record.add_metrics(step, 0, {"final": metrics(0.50 + step / 100, 0.50)})
+    (axes,) = curves._precision(read_evaluations(tmp_path)).axes
+    low, high = axes.get_ylim()
+    assert 0 < low < 26  # AP50 is half of AP
+    assert 52 < high < 55
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(1, 50))

@@ -89,7 +89,7 @@ def test_two_ranks_train_as_one(landscape: Path, tmp_path: Path) -> None:
     for a, b in zip(*losses, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     evaluations = [read_rows(tmp_path / name / "eval.csv") for name in ("one", "two")]
-    assert len(evaluations[0]) == len(evaluations[1]) == 4
+    assert len(evaluations[0]) == len(evaluations[1]) == 6
 
 
 def test_a_rank_without_an_object_hangs_nobody(landscape: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_graph_files_follow_the_contract(bundle: Bundle) -> None:
         assert [o.name for o in model.graph.output] == [spec["name"] for spec in specs["outputs"]]
     names = [spec["name"] for spec in manifest.graphs["stage2"]["outputs"]]
     assert names[:5] == ["num_detections", "boxes", "scores", "labels", "masks"]
-    assert names[5:] == ["first_boxes", "coarse_masks", "cell_weights"]
+    assert names[5:] == ["first_boxes", "coarse_masks", "cell_weights", "plain_boxes"]
     pooled = [n for n in onnx.load(bundle.graph("stage2", "fp32")).graph.node
               if n.op_type == "PyramidRoiAlign"]  # fmt: skip
     assert len(pooled) == 3  # classification, coarse pass, fine pass

@@ -19,9 +19,8 @@ from comask.runtime.session import Stages
 from conftest import run
 from PIL import Image
 
-from comask.data.check_images import header_size
 from comask.errors import EngineError, ImageError
-from comask.preprocess import decode_image, rgb_from_pil
+from comask.preprocess import decode_image, rgb_from_pil, upright_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -94,7 +93,7 @@ ODD: dict[str, tuple[bytes, tuple[int, int]]] = {
 MEASURED = """
 import resource, sys
 import PIL.Image, PIL.ImageOps
-from comask.preprocess import decode_image
+from comask.preprocess import decode_image, upright_size
 PIL.Image.init()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -126,7 +125,7 @@ def test_the_limit_is_ours_whatever_pillow_s_is(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for size in (50_000, 12_000):
         (tmp_path / "bomb.png").write_bytes(png(size, size))
-        for read in (decode_image, header_size):
+        for read in (decode_image, upright_size):
             with pytest.raises(ImageError, match="pixels, and at most 100000000 are decoded"):
                 read(tmp_path / "bomb.png")
 
@@ -138,7 +137,7 @@ def test_odd_images_are_read_without_a_warning(
     data, size = ODD[name]
     (tmp_path / "odd").write_bytes(data)
     assert decode_image(data).shape == (*size, 3)
-    assert header_size(tmp_path / "odd") == size
+    assert upright_size(tmp_path / "odd") == size
     assert not recwarn.list
 
 

@@ -143,7 +143,7 @@ def test_a_data_set_reads_nothing_outside_its_folder(tmp_path: Path, name: str) 
         {"id": i, "file_name": file, "width": 8, "height": 8}
         for i, file in enumerate([name, "a/good.png"])
     ]
-    content = {"images": entries, "annotations": [], "categories": []}
+    content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "car"}]}
     (tmp_path / "c.json").write_text(json.dumps(content))
     source = CocoSource(tmp_path / "images", tmp_path / "c.json")
     with pytest.raises(ImageError, match="leads out of"):

@@ -26,8 +26,8 @@ MISSING = object()
         ("categories", [{"id": 1}], "categories[0].name: is missing"),
         (
             "categories",
-            [{"id": "1", "name": "a"}],
-            "categories[0].id: expected a value of type int",
+            [{"id": 1.5, "name": "a"}],
+            "categories[0].id: expected an integer or a string, got 1.5",
         ),
         ("mask_threshold", "half", "mask_threshold: expected a value of type float, got 'half'"),
         ("precisions", "fp32", "precisions: expected a list"),

@@ -69,7 +69,7 @@ def test_a_pipeline_of_ones_own_is_compared_and_its_mistake_named(
     assert found["passed"] is (mistake is None)
     if shift:
         assert any(
-            "have a category_id that the data lack ([0];" in text for text in found["failures"]
+            "have a category_id that the data lack (0;" in text for text in found["failures"]
         )
     if mistake:
         assert mistake in found["failures"][0]
@@ -93,8 +93,8 @@ def own_image() -> dict[str, Any]:
         ({"score": "0.5"}, "entry 1: score: expected a number"),
         ({"score": None}, "entry 1: score: expected a number"),
         ({"score": float("nan")}, "entry 1: score: expected a number"),
-        ({"image_id": [1]}, "entry 1: image_id: expected an integer"),
-        ({"category_id": "1"}, "entry 1: category_id: expected an integer"),
+        ({"image_id": [1]}, "entry 1: image_id: expected an integer or a string, got [1]"),
+        ({"category_id": None}, "entry 1: category_id: expected an integer or a string, got None"),
         ({"segmentation": None}, "entry 1: segmentation: expected a list of polygons or an RLE"),
         ({"size": 5}, "entry 1: segmentation: expected an RLE of its image's size"),
         ({"size": [5, 5]}, "entry 1: segmentation: expected an RLE of its image's size"),

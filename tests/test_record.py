@@ -29,8 +29,8 @@ def test_rows_hold_what_was_added(tmp_path: Path) -> None:
     assert list(rows[0]) == ["step", "epoch", "stage", "task", *METRICS]
     assert [(row["step"], row["stage"], row["task"]) for row in rows] == [
         (step, stage, task)
-        for step in ("10", "20")
-        for stage in ("final", "first")
+        for step, stages in (("10", ["final"]), ("20", ["final", "first", "plain"]))
+        for stage in stages
         for task in TASKS
     ]
     last = read_evaluations(tmp_path)[-1]
@@ -65,11 +65,11 @@ def test_a_run_killed_anywhere_goes_on(name: str, where: float, keep: int) -> No
         assert not list(folder.glob(".*"))
         for step in (40, 41):
             record.add_losses(step, 9, 0.1, {"mask": 0.5, "box": 0.25})
-            record.add_metrics(step, 9, metrics(0.5, 0.4), metrics(0.5, 0.4))
+            record.add_metrics(step, 9, {"final": metrics(0.5, 0.4)})
         rows = read_rows(path)
         if name != "per_class.csv":
             assert rows[: len(kept)] == kept
-            assert [row["step"] for row in rows[len(kept) :: 1 if "m" in name else 4]] == [
+            assert [row["step"] for row in rows[len(kept) :: 1 if "m" in name else 2]] == [
                 "40",
                 "41",
             ]
@@ -80,7 +80,11 @@ def test_a_run_killed_anywhere_goes_on(name: str, where: float, keep: int) -> No
 def test_a_torn_evaluation_is_no_evaluation(tmp_path: Path) -> None:
     write_run(tmp_path, 2)
     path = tmp_path / "eval.csv"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    *_, last = read_evaluations(tmp_path)
+    assert (last.step, list(last.values)) == (20, ["final", "first"])
+    path.write_bytes(b"".join(lines[:-5]))
     assert [evaluation.step for evaluation in read_evaluations(tmp_path)] == [10]
 
 
@@ -127,7 +131,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
     )
     record = RunRecord(tmp_path, keep_until=3, tensorboard=True)
     record.add_losses(4, 0, 0.1, {"mask": 2.0, "box": 1.0})
-    record.add_metrics(4, 0, metrics(0.5, 0.4), metrics(-1.0, 0.3))
+    record.add_metrics(4, 0, {"final": metrics(0.5, 0.4), "first": metrics(-1.0, 0.3)})
     record.close()
     assert calls == [
         (str(tmp_path / "tensorboard"), 4),

@@ -51,7 +51,7 @@ def test_report_holds_everything(tmp_path: Path) -> None:
     for step in (10, 999990, 1000000):
         Image.new("RGB", (4, 4), (step % 255, 0, 0)).save(pictures / f"step-{step:06d}.png")
     page = report(tmp_path)
-    shown = [tmp_path / name for name in ("collaboration.png", "ap.png", "losses.png")]
+    shown = [tmp_path / name for name in ("second_stage.png", "ap.png", "losses.png")]
     shown.append(pictures / "step-1000000.png")
     prefix = "data:image/png;base64,"
     assert all(source.startswith(prefix) for source in page.sources)
@@ -65,45 +65,39 @@ def test_report_holds_everything(tmp_path: Path) -> None:
     assert not page.tags & {"b", "i", "script", "link"}
     for text in ("<b>&", "run <i>", "mask 40.0, box 50.0", "25.0 %", "msfem_branches", "AR100"):
         assert text in page.text, text
-    assert "Yes." in page.text
-    assert "The weighted average raised box AP by 2.00 points, from 48.00 to 50.00." in page.text
-    assert "refined boxes were better in 3 of 3 evaluations" in page.text
+    assert "Weighting the cells by the mask changes box AP by +0.50 points" in page.text
+    words = " ".join(page.text.split())
+    assert (
+        "box AP, proposal 48.00 box AP, plain average 49.50 box AP, weighted average 50.00" in words
+    )
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("box_gain", "mask_gain", "verdict"),
-    [
-        (
-            -0.02,
-            -0.01,
-            "No: it does harm. The weighted average LOWERED box AP by 2.00 points, from 52.00",
-        ),
-        (-0.02, 0.01, "In part. The weighted average LOWERED box AP by 2.00 points"),
-        (0.0, -0.01, "No: it does harm. The weighted average hardly changed box AP, from 50.00"),
-        (0.0, 0.0, "No: it makes no difference."),
-        (0.02, 0.0, "In part."),
-    ],
-)
-def test_report_is_honest(tmp_path: Path, box_gain: float, mask_gain: float, verdict: str) -> None:
-    write_run(tmp_path, 1, box_gain=box_gain, mask_gain=mask_gain)
-    assert verdict in report(tmp_path).text
+def test_report_is_honest(tmp_path: Path) -> None:
+    stages = {"final": metrics(0.49, 0.4), "first": metrics(0.5, 0.4), "plain": metrics(0.495, 0.4)}
+    RunRecord(tmp_path, keep_until=0).add_metrics(20, 1, stages)
+    assert "changes box AP by -0.50 points" in report(tmp_path).text
 
 
 def test_report_of_a_run_that_found_nothing(tmp_path: Path) -> None:
-    write_run(tmp_path, 1)
-    RunRecord(tmp_path, keep_until=20).add_metrics(20, 1, metrics(0, 0), metrics(0, 0))
+    nothing = metrics(0, 0)
+    stages = {"final": nothing, "first": nothing, "plain": nothing}
+    RunRecord(tmp_path, keep_until=0).add_metrics(20, 1, stages)
     text = report(tmp_path).text
     assert "Nothing was found yet." in text
-    assert "difference." not in text
+    assert "changes box AP" not in text
 
 
-def test_report_names_what_refines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("collaboration", "words"),
+    [("uniform", "All cells count alike"), ("fc_reg", "regressed by the classification branch")],
+)
+def test_report_names_what_refines(tmp_path: Path, collaboration: str, words: str) -> None:
     write_run(tmp_path, 1)
-    assert (
-        "plain average (model.collaboration=uniform)"
-        in report(tmp_path, collaboration="uniform").text
-    )
+    text = report(tmp_path, collaboration=collaboration).text
+    assert f"model.collaboration={collaboration}" in text
+    assert words in text
+    assert "Weighting the cells" not in text
 
 
 def test_report_of_a_young_run(tmp_path: Path) -> None:
@@ -114,5 +108,8 @@ def test_report_of_a_young_run(tmp_path: Path) -> None:
     assert "last step" in page.text
     assert not page.sources
     record = RunRecord(tmp_path, keep_until=10)
-    record.add_metrics(10, 0, metrics(-1, -1), metrics(-1, -1))
+    nothing = metrics(-1, -1)
+    record.add_metrics(10, 0, {"final": nothing})
+    assert "What the second stage adds" not in report(tmp_path).text  # not before a run's end
+    record.add_metrics(20, 0, {"final": nothing, "first": nothing, "plain": nothing})
     assert "It cannot be told: the validation data holds no objects." in report(tmp_path).text

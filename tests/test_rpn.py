@@ -168,6 +168,7 @@ def test_losses_equal_torchvisions_when_every_anchor_is_sampled(objects: int) ->
     targets = [
         Target(
             boxes=boxes,
+            crowds=torch.zeros(0, 4),
             labels=torch.zeros(len(boxes), dtype=torch.int64),
             masks=cropped(torch.zeros(len(boxes), 1, 1, dtype=torch.uint8)),
             mask_scale=torch.ones(4),

@@ -22,6 +22,7 @@ def target(masks: Tensor, scale: tuple[float, float] = (1.0, 1.0)) -> Target:
     count = len(masks)
     return Target(
         boxes=torch.zeros(count, 4),
+        crowds=torch.zeros(0, 4),
         labels=torch.zeros(count, dtype=torch.int64),
         masks=cropped(masks),
         mask_scale=torch.tensor(scale * 2),

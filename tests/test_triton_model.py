@@ -125,7 +125,7 @@ def test_a_broken_image_is_its_own_error(
     (expected,) = predictor([IMAGES[0]])
     assert_tells(0, outputs(good), expected)
     assert_tells(1, outputs(half), expected)
-    assert b"not an image" in outputs(half)["error"][0, 0]
+    assert b"the file is empty" in outputs(half)["error"][0, 0]
     assert outputs(half)["num_detections"][0] == 0
     for response, words in [
         (broken, "cannot be decoded"),

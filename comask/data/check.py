@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.check_annotations import Annotations, changed_annotations
 from comask.data.check_images import FileSource, sound_images, with_sound_files
-from comask.data.problems import EXAMPLES, Findings, Kind, Problem, describe
-from comask.data.source import ImageInfo, InstanceSource
+from comask.data.problems import EXAMPLES, NOTES, Findings, Kind, Problem, describe
+from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.errors import DataError, one_line
 
 
-def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
+def sound_part(
+    source: InstanceSource, *, boxes: Literal["annotated", "mask"] = "annotated"
+) -> tuple[InstanceSource, list[Problem]]:
     """What training can use of a data set, and what is wrong with the rest.
 
     Files are looked at where the source has them, that is, a method `path(index)`; only their headers
@@ -27,11 +29,12 @@ def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
 
     Args:
         source: the data set; read whole, but for its pixels.
+        boxes: `mask` takes each box from the bounds of its mask.
 
     Returns:
         A view without the unsound images and annotations, in which boxes are clipped, polygons of
-        fewer than 3 points left out, and ids unique; then the problems in a fixed order. A source
-        without problems is returned itself.
+        fewer than 3 points left out, and ids unique; then the problems in a fixed order. A source of
+        which nothing is left out or changed is returned itself.
 
     Raises:
         DataError: when no image is left.
@@ -44,7 +47,10 @@ def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
         for stray in source.stray_annotations:
             id_, image = shortened(stray.get("id")), shortened(stray.get("image_id"))
             findings[Kind.UNKNOWN_IMAGE].append(f"annotation {id_}: image {image}")
-    changed = changed_annotations(source, indices, findings)
+        for category in source.namesakes:
+            findings[Kind.NAMESAKE].append(f"{category.id} ({category.name})")
+    changed = changed_annotations(source, indices, findings, boxes=boxes)
+    _look_for_crowds(source, indices, changed, findings)
     problems = [
         Problem(
             kind=kind.value[0],
@@ -61,8 +67,8 @@ def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
             f"no image of the data set can be used; check that its annotation file and image folder "
             f"belong together ({why or 'it lists none'})"
         )
-    if not problems:
-        return source, []
+    if not changed and not any(found for kind, found in findings.items() if kind not in NOTES):
+        return source, problems
     if isinstance(source, FileSource):
         return _SoundFiles(source, indices, changed), problems
     return _SoundPart(source, indices, changed), problems
@@ -70,9 +76,29 @@ def sound_part(source: InstanceSource) -> tuple[InstanceSource, list[Problem]]:
 
 @runtime_checkable
 class _StraySource(Protocol):
-    """A source that knows of annotations that belong to none of its images."""
+    """A source that knows what of its file belongs to none of its images or categories."""
 
     stray_annotations: Annotations
+    namesakes: tuple[Category, ...]
+
+
+def _look_for_crowds(
+    source: InstanceSource,
+    indices: list[int],
+    changed: dict[int, Annotations],
+    findings: Findings,
+) -> None:
+    """Notes the crowds where they are most of the annotations, as in exports that mark every mask so."""
+    crowds, total = [], 0
+    for index in indices:
+        annotations = changed.get(index)
+        for annotation in source.annotations(index) if annotations is None else annotations:
+            total += 1
+            if annotation.get("iscrowd"):
+                id_ = shortened(annotation.get("id"))
+                crowds.append(f"{source.info(index).file_name} annotation {id_}")
+    if len(crowds) > total / 2:
+        findings[Kind.MOSTLY_CROWDS] += crowds
 
 
 class _SoundPart:

@@ -6,10 +6,11 @@ Masks are judged by `read_segmentation`, which will read them again in training.
 from __future__ import annotations
 
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, Literal
 
+from comask.data.box_and_mask import Bounds, fits, likely_cause
 from comask.data.problems import Findings, Kind, UnsoundError
-from comask.data.source import ImageInfo, InstanceSource
+from comask.data.source import Id, ImageInfo, InstanceSource
 from comask.errors import DataError
 from comask.segmentation import read_segmentation
 
@@ -24,12 +25,23 @@ _LARGEST = 1e9  # anything beyond is no coordinate; such integers may not even f
 
 
 def changed_annotations(
-    source: InstanceSource, indices: list[int], findings: Findings
+    source: InstanceSource,
+    indices: list[int],
+    findings: Findings,
+    *,
+    boxes: Literal["annotated", "mask"] = "annotated",
 ) -> dict[int, Annotations]:
-    """The annotations of those images that have unsound ones, without these; by image index."""
+    """The annotations of those images that have unsound ones, without these; by image index.
+
+    Args:
+        source: the data set.
+        indices: of the images to look at.
+        findings: takes what is wrong.
+        boxes: `mask` replaces each box by the bounds of its mask.
+    """
     categories = {category.id for category in source.categories}
     changed: dict[int, Annotations] = {}
-    first: dict[int, Annotation] = {}  # by annotation id
+    first: dict[Any, Annotation] = {}  # by annotation id
     nameless: Annotations = []  # our copies
     for index in indices:
         info, found = source.info(index), source.annotations(index)
@@ -37,18 +49,19 @@ def changed_annotations(
         for annotation in found:
             id_ = annotation.get("id")
             name = f"{info.file_name} annotation {shortened(id_)}"
-            if isinstance(id_, int) and first.get(id_) == annotation:
+            named = type(id_) in (int, str)
+            if named and first.get(id_) == annotation:
                 findings[Kind.REPEATED_ANNOTATION].append(name)
                 continue
             try:
-                kept, mended_fields = _mended(annotation, info, categories)
+                kept, mended_fields = _mended(annotation, info, categories, boxes)
             except UnsoundError as error:
                 findings[error.kind].append(f"{name}{error}")
                 continue
-            for kind, field in mended_fields:
-                findings[kind].append(f"{name}: {shortened(annotation[field])}")
+            for kind, words in mended_fields:
+                findings[kind].append(f"{name}: {words}")
             # Left out, such objects would be taken for background, and only their ids are bad.
-            if not isinstance(id_, int) or id_ in first:
+            if not named or id_ in first:
                 findings[Kind.NO_ID].append(name)
                 kept = dict(kept)
                 nameless.append(kept)
@@ -57,37 +70,53 @@ def changed_annotations(
             sound.append(kept)
         if len(sound) < len(found) or any(a is not b for a, b in zip(sound, found, strict=True)):
             changed[index] = sound
-    for new, annotation in enumerate(nameless, start=max(first, default=0) + 1):
+    numbers = [id_ for id_ in first if isinstance(id_, int)]
+    for new, annotation in enumerate(nameless, start=max(numbers, default=0) + 1):
         annotation["id"] = new
     return changed
 
 
 def _mended(
-    annotation: Annotation, info: ImageInfo, categories: set[int]
+    annotation: Annotation,
+    info: ImageInfo,
+    categories: set[Id],
+    boxes: Literal["annotated", "mask"],
 ) -> tuple[Annotation, list[tuple[Kind, str]]]:
-    """The annotation, or a copy where something could be mended; and what it was, in which field.
+    """The annotation, or a copy where something was changed; and of what kind that was, with an example.
 
     Raises:
         UnsoundError: when it has to be left out.
     """
     box, category = annotation.get("bbox"), annotation.get("category_id")
-    if box is None or category is None:
+    if category is None or (box is None and boxes == "annotated"):
         raise UnsoundError(Kind.NO_FIELD, f": bbox {shortened(box)}, category_id {category}")
-    if not isinstance(category, int | float) or category not in categories:
+    if not isinstance(category, int | float | str) or category not in categories:
         raise UnsoundError(Kind.UNKNOWN_CATEGORY, f": category {shortened(category)}")
-    if annotation.get("iscrowd", 0) not in (0, 1):
+    if annotation.get("iscrowd") not in (0, 1, None):
         raise UnsoundError(Kind.BAD_CROWD, f": iscrowd {shortened(annotation['iscrowd'])}")
     mended, problems = annotation, []
-    if (sound_box := _sound_box(box, info)) is not box:
-        mended = mended | {"bbox": sound_box}
-        problems.append((Kind.CLIPPED, "bbox"))
     segmentation = annotation.get("segmentation")
-    if (sound_segmentation := _sound_segmentation(segmentation, info)) is not segmentation:
+    sound_segmentation, bounds = _sound_segmentation(segmentation, info)
+    if sound_segmentation is not segmentation:
         mended = mended | {"segmentation": sound_segmentation}
-        problems.append((Kind.SOME_SHORT, "segmentation"))
+        problems.append((Kind.SOME_SHORT, shortened(segmentation)))
+    if boxes == "mask":
+        x1, y1, x2, y2 = bounds
+        mended = mended | {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+    else:
+        sound_box = _sound_box(box, info)
+        if sound_box is not box:
+            mended = mended | {"bbox": sound_box}
+            problems.append((Kind.CLIPPED, shortened(box)))
+        assert box is not None  # see above
+        if not fits(box, bounds):
+            cause = likely_cause(box, bounds, info.width, info.height)
+            x1, y1, x2, y2 = bounds
+            spans = f"{shortened(box)}, its mask spans x {x1}..{x2}, y {y1}..{y2}"
+            problems.append((Kind.BESIDE_MASK, f"{spans} ({cause}?)" if cause else spans))
     if not _is_number(annotation.get("area", 0)):
         mended = {field: value for field, value in mended.items() if field != "area"}
-        problems.append((Kind.BAD_AREA, "area"))
+        problems.append((Kind.BAD_AREA, shortened(annotation["area"])))
     return mended, problems
 
 
@@ -98,7 +127,7 @@ def _is_number(value: object) -> bool:
 def _sound_box(box: Any, info: ImageInfo) -> Any:
     """The box (x, y, w, h), clipped where it is too far outside the image."""
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_number, box)):
-        raise UnsoundError(Kind.NO_AREA, f": {shortened(box)}")
+        raise UnsoundError(Kind.BAD_BOX, f": {shortened(box)}")
     x, y, w, h = box
     if min(w, h) < _MIN_SIDE:
         raise UnsoundError(Kind.NO_AREA, f": {box}")
@@ -110,8 +139,8 @@ def _sound_box(box: Any, info: ImageInfo) -> Any:
     return clipped if overshoot > _MAX_OVERSHOOT else box
 
 
-def _sound_segmentation(segmentation: Any, info: ImageInfo) -> Any:
-    """The segmentation, without its polygons of fewer than 3 points."""
+def _sound_segmentation(segmentation: Any, info: ImageInfo) -> tuple[Any, Bounds]:
+    """The segmentation without its polygons of fewer than 3 points, and the bounds of its mask."""
     if not segmentation:
         raise UnsoundError(Kind.NO_SEGMENTATION, "")
     if isinstance(segmentation, list):
@@ -121,17 +150,18 @@ def _sound_segmentation(segmentation: Any, info: ImageInfo) -> Any:
         if len(whole) < len(segmentation):
             return _sound_segmentation(whole, info)
     try:
-        if _has_pixels(segmentation, info):
-            return segmentation
+        bounds = _bounds(segmentation, info)
     # OverflowError: of integers that do not fit a float
     except (DataError, ValueError, OverflowError) as error:
         kind = Kind.BAD_RLE if isinstance(segmentation, dict) else Kind.NO_POLYGONS
         raise UnsoundError(kind, f": {error}") from error
-    raise UnsoundError(Kind.NO_PIXEL, f": {shortened(segmentation)}")
+    if bounds is None:
+        raise UnsoundError(Kind.NO_PIXEL, f": {shortened(segmentation)}")
+    return segmentation, bounds
 
 
-def _has_pixels(segmentation: Any, info: ImageInfo) -> bool:
-    """Whether the mask is not empty.
+def _bounds(segmentation: Any, info: ImageInfo) -> Bounds | None:
+    """(x1, y1, x2, y2) of the mask in pixels; None where it is empty.
 
     Raises:
         DataError: when the segmentation is malformed.
@@ -140,9 +170,16 @@ def _has_pixels(segmentation: Any, info: ImageInfo) -> bool:
 
     if isinstance(segmentation, list) and all(map(_is_plain_polygon, segmentation)):
         # The same rasteriser as training's, but only as far as run lengths, which it makes of the
-        # outline alone: no time and memory go into pixels. A union is empty if all its parts are.
-        return bool(coco.area(coco.frPyObjects(segmentation, info.height, info.width)).any())
-    return read_segmentation(segmentation, info.height, info.width).area > 0
+        # outline alone: no time and memory go into pixels.
+        runs = coco.frPyObjects(segmentation, info.height, info.width)
+        boxes = coco.toBbox(runs)[coco.area(runs) > 0].reshape(-1, 4)
+        if not len(boxes):
+            return None
+        x1, y1 = boxes[:, :2].min(axis=0).tolist()
+        x2, y2 = (boxes[:, :2] + boxes[:, 2:]).max(axis=0).tolist()
+        return int(x1), int(y1), int(x2), int(y2)
+    mask = read_segmentation(segmentation, info.height, info.width)
+    return mask.bounds if mask.area else None
 
 
 def _is_plain_polygon(polygon: object) -> bool:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from comask.data.problems import Findings, Kind
-from comask.data.source import ImageInfo, InstanceSource
+from comask.data.source import Id, ImageInfo, InstanceSource
 from comask.errors import ImageError
-from comask.preprocess import opened_image
+from comask.preprocess import upright_size
 
 _THREADS = 16  # reading headers is waiting for the disk
-_TRANSPOSING = {5, 6, 7, 8}  # values of EXIF's orientation that swap width and height
 
 
 @runtime_checkable
@@ -31,10 +30,10 @@ class FileSource(InstanceSource, Protocol):
 def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
     """Indices of the images whose entries are sound, whatever their files."""
     infos = [source.info(index) for index in range(len(source))]
-    first: dict[int, ImageInfo] = {}
+    first: dict[Id, ImageInfo] = {}
     # Nobody knows to which of them the annotations belong.
     ambiguous = {info.id for info in infos if first.setdefault(info.id, info) != info}
-    seen: set[int] = set()
+    seen: set[Id] = set()
     sound = []
     for index, info in enumerate(infos):
         if min(info.height, info.width) < 1:
@@ -71,29 +70,10 @@ def with_sound_files(source: FileSource, indices: list[int], findings: Findings)
     return sound
 
 
-def header_size(path: Path) -> tuple[int, int]:
-    """(h, w) of the image that `decode_image` would give, from the file's header alone.
-
-    Raises:
-        ImageError: as `decode_image` does, as far as the header tells.
-    """
-    from PIL import ExifTags, Image
-    from PIL.TiffImagePlugin import TiffImageFile
-
-    with opened_image(path) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
-            width, height = image.tag_v2[256], image.tag_v2[257]
-        # The base class's method: that of PNG decodes the image to look for EXIF behind it.
-        exif = Image.Image.getexif(image)
-        turned = exif.get(ExifTags.Base.Orientation) in _TRANSPOSING
-    return (width, height) if turned else (height, width)
-
-
 def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
     """What `decode_image` would find wrong, or a size that differs from the entry's."""
     try:
-        height, width = header_size(path)
+        height, width = upright_size(path)
     except ImageError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             return Kind.NO_FILE, ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
+import unicodedata
+from collections import Counter
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.data.source import Category, ImageInfo
+from comask.data.source import Category, Id, ImageInfo
 from comask.errors import DataError, ImageError
 from comask.parse_json import parse_json
 from comask.preprocess import decode_image
@@ -39,16 +42,19 @@ class CocoSource:
         annotation_file: COCO instances JSON.
 
     Attributes:
-        categories: by ascending id.
+        images: the image files.
+        categories: numbers by ascending id, then texts.
+        namesakes: categories without an annotation that are called like one with annotations; they are
+            not among `categories` (Roboflow's group category may be called like the class in it).
         stray_annotations: those whose `image_id` is none of the images'.
 
     Raises:
-        DataError: when the file cannot be read or is not COCO's, or when categories share an id or
-            a name.
+        DataError: when the file cannot be read or is not COCO's, or when categories are missing or share
+            an id or a name.
     """
 
     def __init__(self, image_folder: Path, annotation_file: Path) -> None:
-        self._folder = image_folder
+        self.images = ImageFolder(image_folder)
         try:
             content = parse_json(annotation_file.read_bytes())
         except FileNotFoundError as error:
@@ -56,26 +62,28 @@ class CocoSource:
         except (OSError, ValueError) as error:
             raise DataError(f"{annotation_file}: not a readable JSON file: {error}") from error
         try:
-            self.categories = _categories(_field(content, "categories", list))
+            annotations = _field(content, "annotations", list)
+            if not all(isinstance(annotation, dict) for annotation in annotations):
+                raise DataError("not COCO instances: expected annotations that are JSON objects")
+            self.categories, self.namesakes = _categories(
+                _field(content, "categories", list), annotations
+            )
             self._infos = [
                 ImageInfo(
-                    id=_field(entry, "id", int),
+                    id=_id(entry),
                     file_name=_field(entry, "file_name", str),
                     height=_field(entry, "height", int),
                     width=_field(entry, "width", int),
                 )
                 for entry in _field(content, "images", list)
             ]
-            annotations = _field(content, "annotations", list)
-            if not all(isinstance(annotation, dict) for annotation in annotations):
-                raise DataError("not COCO instances: expected annotations that are JSON objects")
         except DataError as error:
             raise DataError(f"{annotation_file}: {error}") from error
         self._annotations: dict[object, list[dict[str, Any]]] = {i.id: [] for i in self._infos}
         self.stray_annotations: list[dict[str, Any]] = []
         for annotation in annotations:
             image = annotation.get("image_id")
-            known = isinstance(image, int | float) and image in self._annotations
+            known = isinstance(image, int | float | str) and image in self._annotations
             (self._annotations[image] if known else self.stray_annotations).append(annotation)
 
     def __len__(self) -> int:
@@ -86,34 +94,71 @@ class CocoSource:
         return self._infos[index]
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies.
-
-        Raises:
-            ImageError: when its entry leads out of the folder, as one from a stranger may.
-        """
-        name = PurePath(self._infos[index].file_name)
-        if name.is_absolute() or ".." in name.parts:
-            raise ImageError(f"{name}: this file_name leads out of {self._folder}, and is not read")
-        return self._folder / name
+        """See `ImageFolder`."""
+        return self.images.path(self._infos[index].file_name)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """See `InstanceSource`.
-
-        Raises:
-            ImageError: when it cannot be decoded, its size is not the annotated one, or see `path`.
-        """
-        pixels = decode_image(self.path(index))
-        info = self._infos[index]
-        if pixels.shape[:2] != (info.height, info.width):
-            raise ImageError(
-                f"{self.path(index)}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation "
-                f"says {info.width}x{info.height}"
-            )
-        return pixels
+        """See `ImageFolder`."""
+        return self.images.image(self._infos[index])
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """See `InstanceSource`."""
         return self._annotations[self._infos[index].id]
+
+
+class ImageFolder:
+    """Image files that an annotation file names.
+
+    Args:
+        folder: holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, file_name: str) -> Path:
+        """Where an image lies.
+
+        A name may be written in another Unicode form than its file (macOS decomposes ä, Linux and Windows
+        do not): where there is no such file, one whose name looks the same is taken.
+
+        Raises:
+            ImageError: when the name leads out of the folder, as one from a stranger may.
+        """
+        name = PurePath(file_name)
+        if name.is_absolute() or ".." in name.parts:
+            raise ImageError(f"{name}: this file_name leads out of {self._folder}, and is not read")
+        path = self._folder / name
+        if file_name.isascii() or path.exists():
+            return path
+        path = self._folder
+        for part in name.parts:
+            path = _alike(path).get(unicodedata.normalize("NFC", part), path / part)
+        return path
+
+    def image(self, info: ImageInfo) -> NDArray[np.uint8]:
+        """An image as u8 [H, W, 3], RGB.
+
+        Raises:
+            ImageError: when it cannot be decoded, its size is not the annotated one, or see `path`.
+        """
+        path = self.path(info.file_name)
+        pixels = decode_image(path)
+        if pixels.shape[:2] != (info.height, info.width):
+            raise ImageError(
+                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation says "
+                f"{info.width}x{info.height}"
+            )
+        return pixels
+
+
+@functools.lru_cache(maxsize=64)
+def _alike(folder: Path) -> dict[str, Path]:
+    """The entries of a folder by their composed names."""
+    try:
+        return {unicodedata.normalize("NFC", entry.name): entry for entry in folder.iterdir()}
+    except OSError:
+        return {}
 
 
 def coco_source(folder: Path, split: str) -> CocoSource:
@@ -139,21 +184,45 @@ def coco_source(folder: Path, split: str) -> CocoSource:
     raise DataError(f"{folder}: no data set found; expected {expected}")
 
 
-def _categories(entries: list[Any]) -> tuple[Category, ...]:
-    """The classes, sorted by id, so that labels do not depend on the file's order."""
-    categories = [Category(id=_field(e, "id", int), name=_field(e, "name", str)) for e in entries]
-    categories.sort(key=lambda category: category.id)
-    for place, category in enumerate(categories):
-        for other in categories[:place]:
-            if category.id == other.id or category.name == other.name:
+def _categories(
+    entries: list[Any], annotations: list[dict[str, Any]]
+) -> tuple[tuple[Category, ...], tuple[Category, ...]]:
+    """The classes, sorted by id, so that labels do not depend on the file's order; and namesakes."""
+    if not entries:
+        raise DataError("its categories are empty: expected one object with id and name per class")
+    categories = [Category(id=_id(entry), name=_field(entry, "name", str)) for entry in entries]
+    categories.sort(key=lambda category: (isinstance(category.id, str), category.id))
+    used = {repr(annotation.get("category_id")) for annotation in annotations}
+    with_objects = {c.name for c in categories if repr(c.id) in used}
+    by_name = Counter(category.name for category in categories)
+    namesakes = tuple(
+        category
+        for category in categories
+        if by_name[category.name] > 1
+        and category.name in with_objects
+        and repr(category.id) not in used
+    )
+    kept = tuple(category for category in categories if category not in namesakes)
+    first: dict[Id | tuple[str], Category] = {}
+    for category in kept:
+        for key in (category.id, (category.name,)):
+            other = first.setdefault(key, category)
+            if other is not category:
                 raise DataError(
                     f"categories {other.id} ({other.name}) and {category.id} ({category.name}) share "
                     f"an id or a name; give each its own, labels would be ambiguous"
                 )
-    return tuple(categories)
+    return kept, namesakes
 
 
-def _field(entry: Any, name: str, kind: type[T]) -> T:
+def _id(entry: Any) -> Id:
+    """The id of an image or category."""
+    if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+        return str(entry["id"])
+    return _field(entry, "id", int, "int or str")
+
+
+def _field(entry: Any, name: str, kind: type[T], expected: str | None = None) -> T:
     """A field of a JSON object, a whole number's float taken for the integer.
 
     Raises:
@@ -165,7 +234,7 @@ def _field(entry: Any, name: str, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise DataError(
             f"not COCO instances: expected images (id, file_name, height, width), annotations "
-            f"(image_id, …) and categories (id, name); found no {name} ({kind.__name__}) in "
+            f"(image_id, …) and categories (id, name); found no {name} ({expected or kind.__name__}) in "
             f"{reprlib.repr(entry)}"
         )
     return value

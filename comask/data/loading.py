@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from comask.data.source import Id
 from comask.data.target import Target
 from comask.data.training_set import Item, Key, TrainingSet
 from comask.errors import ComaskError, TrainingError, is_out_of_memory, one_line
@@ -34,7 +35,7 @@ class Batch:
     images: Tensor
     image_sizes: Tensor
     targets: list[Target]
-    image_ids: list[int]
+    image_ids: list[Id]
 
     def pin_memory(self) -> Batch:
         """What a loader calls where there is a GPU; see `Target.pin_memory`."""

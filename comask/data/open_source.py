@@ -6,16 +6,20 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from comask.config import DataConfig
 from comask.data.check import sound_part
 from comask.data.coco import coco_source
-from comask.data.problems import Problem
+from comask.data.packed import PackedSource
+from comask.data.problems import EXAMPLES, describe
 from comask.data.source import InstanceSource
-from comask.errors import DataError
+from comask.errors import DataError, one_line
 
 SHAPES = "shapes"  # as `--data` says it
 SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
@@ -23,28 +27,86 @@ SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
 logger = logging.getLogger(__name__)
 
 
-def open_source(data: str, split: str, *, shapes_images: int, shapes_seed: int) -> InstanceSource:
-    """The data set that `--data` names: a folder, or `shapes` made on the fly.
+def open_source(
+    data: str,
+    split: str,
+    *,
+    shapes_images: int,
+    shapes_seed: int,
+    boxes: Literal["annotated", "mask"] = "annotated",
+    report: Callable[[str], None] | None = None,
+) -> InstanceSource:
+    """The sound part of the data set that `--data` names: a folder, or `shapes` made on the fly.
 
-    `shapes` means the same wherever a command runs. A folder of that name is `./shapes`, and its mere
-    `shapes` is answered with a line that says so.
+    Every command opens its data here, so all of them use the same part. `shapes` means the same wherever
+    a command runs. A folder of that name is `./shapes`, and its mere `shapes` is answered with a line
+    that says so.
+
+    Args:
+        data: as `--data` has it.
+        split: `train` or `val`; decides between COCO's files.
+        shapes_images: of `shapes`, how many.
+        shapes_seed: of `shapes`.
+        boxes: `mask` takes each box from the bounds of its mask.
+        report: takes a line that begins with `data:` for each kind of thing that is wrong with the rest;
+            by default the log does.
 
     Raises:
-        DataError: when the folder holds no data set.
+        DataError: when the folder holds no data set, or none of its images can be used.
     """
-    if data == SHAPES:
+    if data == SHAPES:  # sound by construction, and rendered when asked for
         from comask.data.shapes import ShapesSource
 
         if (folder := Path.cwd() / SHAPES).is_dir():
             _tell_apart(folder)
         return ShapesSource(num_images=shapes_images, seed=shapes_seed)
-    return coco_source(Path(data), split)
+    source = coco_source(Path(data), split)
+    try:
+        part, problems = sound_part(source, boxes=boxes)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from error
+    for line in describe(problems):
+        (report or logger.warning)(line)
+    return PackedSource.of(part, source.images)
 
 
-def training_sources(
-    config: DataConfig, data: str, val: str | None, seed: int
-) -> tuple[InstanceSource, list[int], InstanceSource, list[int], list[Problem]]:
-    """The sound part of the training and of the validation data, and what was wrong with the rest.
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingData:
+    """What a run learns from and what it is scored on.
+
+    Attributes:
+        train: the data set of the training images.
+        train_indices: which of its images train.
+        val: the data set of the validation images, with the same categories.
+        val_indices: which of its images are scored.
+    """
+
+    train: InstanceSource
+    train_indices: list[int]
+    val: InstanceSource
+    val_indices: list[int]
+
+    def without_sources(self) -> TrainingData:
+        """The indices alone, which are cheap to hand to another process."""
+        return replace(self, train=None, val=None)  # type: ignore[arg-type]
+
+    @property
+    def digest(self) -> str:
+        """Tells whether a run goes on with the images it began with: their ids and the classes."""
+        content = [
+            ([(c.id, c.name) for c in source.categories], [source.info(i).id for i in indices])
+            for source, indices in (
+                (self.train, self.train_indices),
+                (self.val, self.val_indices),
+            )
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def open_training_data(config: DataConfig, data: str, val: str | None, seed: int) -> TrainingData:
+    """The sound part of the training and of the validation data; what is wrong with the rest is logged.
+
+    Categories without any object are left out.
 
     Args:
         config: sizes of `shapes`, and the share that is set aside without `val`.
@@ -52,51 +114,90 @@ def training_sources(
         val: as `--val` has it; a seeded share of `data` without it, or other images with `shapes`.
         seed: of that share and of the shapes.
 
-    Returns:
-        the training source with indices into it, the validation source with indices, problems.
+    Raises:
+        DataError: when a folder holds no data set, the two differ in categories, there are too few images
+            to set some aside, or there is no object to learn from.
+    """
+    said: set[str] = set()  # --data and --val may be one folder
+
+    def report(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            logger.warning("%s", line)
+
+    source = open_source(
+        data,
+        "train",
+        shapes_images=config.shapes_train,
+        shapes_seed=seed,
+        boxes=config.boxes,
+        report=report,
+    )
+    everything = list(range(len(source)))
+    if val is None and data != SHAPES:
+        count = max(1, round(len(source) * config.val_fraction))
+        if count >= len(everything):
+            raise DataError(
+                f"--data {data}: too few images ({len(everything)}) to set {count} aside for "
+                f"validation; name some by --val"
+            )
+        order = np.random.default_rng(seed).permutation(everything).tolist()
+        chosen = sorted(order[count:]), sorted(order[:count])
+        return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), data)
+    val_source = open_source(
+        val or data,
+        "val",
+        shapes_images=config.shapes_val,
+        shapes_seed=SHAPES_VAL_SEED,
+        boxes=config.boxes,
+        report=report,
+    )
+    if val_source.categories != source.categories:
+        raise DataError(f"--val {val}: its categories differ from those of --data {data}")
+    indices = list(range(len(val_source)))
+    return _with_objects(TrainingData(source, everything, val_source, indices), data)
+
+
+def _with_objects(opened: TrainingData, data: str) -> TrainingData:
+    """The data without categories that have no object in either part.
 
     Raises:
-        DataError: when a folder holds no data set, the two differ in categories, or there are too few
-            images to set some aside.
+        DataError: no training image has an object.
     """
-    source, problems = _checked(data, "train", config.shapes_train, seed)
-    everything = list(range(len(source)))
-    if val is not None or data == SHAPES:
-        val_source, more = _checked(val or data, "val", config.shapes_val, SHAPES_VAL_SEED)
-        if val_source.categories != source.categories:
-            raise DataError(f"--val {val}: its categories differ from those of --data {data}")
-        if more != problems:  # or it is the same file
-            problems += more
-        return source, everything, val_source, list(range(len(val_source))), problems
-    count = max(1, round(len(source) * config.val_fraction))
-    if count >= len(everything):
+    if not isinstance(opened.train, PackedSource) or not isinstance(opened.val, PackedSource):
+        return opened  # shapes
+    train, val = opened.train, opened.val
+    crowds = 0
+    for index in opened.train_indices:
+        annotations = train.annotations(index)
+        if any(not annotation.get("iscrowd") for annotation in annotations):
+            break
+        crowds += len(annotations)
+    else:
+        why = "they have no usable annotation; the lines above that begin with data: say why"
+        if crowds:
+            why = (
+                f"all of their {crowds} annotations are crowds (iscrowd 1), which are not learnt. CVAT "
+                f"writes every painted mask so: set iscrowd to 0 where an annotation is one object "
+                f"(jq '.annotations[].iscrowd = 0' old.json > new.json)"
+            )
         raise DataError(
-            f"--data {data}: too few images ({len(everything)}) to set {count} aside for "
-            f"validation; name some by --val"
+            f"--data {data}: no object to learn from in {len(opened.train_indices)} training images: "
+            f"{why}"
         )
-    order = np.random.default_rng(seed).permutation(everything).tolist()
-    return source, sorted(order[count:]), source, sorted(order[:count]), problems
-
-
-def data_digest(*parts: tuple[InstanceSource, list[int]]) -> str:
-    """What tells whether a run goes on with the images it began with: their ids and the classes."""
-    content = [
-        ([(c.id, c.name) for c in source.categories], [source.info(i).id for i in indices])
-        for source, indices in parts
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _checked(
-    data: str, split: str, shapes_images: int, shapes_seed: int
-) -> tuple[InstanceSource, list[Problem]]:
-    source = open_source(data, split, shapes_images=shapes_images, shapes_seed=shapes_seed)
-    if data == SHAPES:  # sound by construction, and rendered when asked for
-        return source, []
-    try:
-        return sound_part(source)
-    except DataError as error:
-        raise DataError(f"{data}: {error}") from error
+    there = {id_ for source in (train, val) for id_, count in source.objects.items() if count}
+    kept = tuple(category for category in train.categories if category.id in there)
+    if left := [category.name for category in train.categories if category.id not in there]:
+        shown = ", ".join(left[:EXAMPLES]) + (", …" if len(left) > EXAMPLES else "")
+        noun = "category" if len(left) == 1 else "categories"
+        logger.warning(
+            "%s", one_line(f"data: {len(left)} {noun} without an object (left out): {shown}")
+        )
+    if not any(val.objects.values()):
+        logger.warning(
+            "data: no object in the validation images: AP is n/a, and the last checkpoint is kept"
+        )
+    return replace(opened, train=train.with_categories(kept), val=val.with_categories(kept))
 
 
 @functools.cache  # once for all the sets that a command opens

@@ -23,6 +23,7 @@ class Kind(Enum):
     NO_FIELD = "annotations without bbox or category_id", "left out"
     UNKNOWN_CATEGORY = "annotations of unknown categories", "left out"
     BAD_CROWD = "annotations with an iscrowd other than 0 and 1", "left out"
+    BAD_BOX = "boxes that are not four numbers", "left out"
     NO_AREA = "boxes without area", "left out"
     OUTSIDE = "boxes outside the image", "left out"
     NO_SEGMENTATION = "annotations without segmentation", "left out"
@@ -31,10 +32,18 @@ class Kind(Enum):
     BAD_RLE = "masks in RLE that cannot be of the image", "left out"
     NO_PIXEL = "masks without a pixel", "left out"
     CLIPPED = "boxes partly outside the image", "clipped"
+    BESIDE_MASK = (
+        "boxes far from their masks",
+        "used as they are; data.boxes=mask takes boxes from the masks",
+    )
     SOME_SHORT = "annotations with a polygon of fewer than 3 points", "polygon left out"
     BAD_AREA = "annotations with an area that is no number", "area ignored"
     NO_ID = "annotations without a unique id", "given a new one"
+    MOSTLY_CROWDS = "annotations marked as crowds by iscrowd 1, which are most", "not learnt"
+    NAMESAKE = "categories without an object, called like one with objects", "left out"
 
+
+NOTES = {Kind.BESIDE_MASK, Kind.MOSTLY_CROWDS}  # of what is used as it is
 
 Findings = dict[Kind, list[str]]  # examples of each kind, all of them
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from comask.errors import ImageError, one_line
+
+logger = logging.getLogger(__name__)
+
+# An id is a name, never a number to calculate with: data sets have hashes beyond 2**53, and strings.
+Id: TypeAlias = int | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Category:
     """A class as COCO names it; `id` may have gaps, labels never do."""
 
-    id: int
+    id: Id
     name: str
 
 
@@ -21,7 +30,7 @@ class Category:
 class ImageInfo:
     """One entry of a COCO file's `images`. Sizes in pixels."""
 
-    id: int
+    id: Id
     file_name: str
     height: int
     width: int
@@ -51,3 +60,14 @@ class InstanceSource(Protocol):
         Each has `id`, `image_id`, `category_id`, `bbox` (x, y, w, h in pixels), `area`, `iscrowd`
         and `segmentation` (polygons or RLE).
         """
+
+
+def readable_images(
+    source: InstanceSource, indices: Iterable[int]
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Images with their indices; those that cannot be decoded are logged and passed over."""
+    for index in indices:
+        try:
+            yield index, source.image(index)
+        except ImageError as error:
+            logger.warning("skipped: %s", one_line(error))

@@ -50,10 +50,11 @@ class MaskCrops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The ground truth of one image with G objects; crowd regions are not among them.
+    """The ground truth of one image with G objects and C crowd regions.
 
     Attributes:
-        boxes: [G, 4] f32.
+        boxes: [G, 4] f32, of the objects.
+        crowds: [C, 4] f32; what lies in them is neither learnt nor background.
         labels: [G] i64 from 0.
         masks: G bitmaps in pixels of the *original* image. Their `places` stay on the CPU.
         mask_scale: [4] f32; boxes × mask_scale are in pixels of `masks`.
@@ -61,6 +62,7 @@ class Target:
     """
 
     boxes: Tensor
+    crowds: Tensor
     labels: Tensor
     masks: MaskCrops
     mask_scale: Tensor
@@ -84,6 +86,7 @@ class Target:
         return replace(
             self,
             boxes=move(self.boxes),
+            crowds=move(self.crowds),
             labels=move(self.labels),
             masks=replace(self.masks, pixels=move(self.masks.pixels)),
             mask_scale=move(self.mask_scale),

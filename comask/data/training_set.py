@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from comask.config import PreprocessConfig
-from comask.data.source import InstanceSource
+from comask.data.source import Id, InstanceSource
 from comask.data.target import Crop, MaskCrops, Target
 from comask.errors import ImageError, one_line
 from comask.preprocess import prepare
 from comask.segmentation import read_segmentation
 
 Key = tuple[int, int]  # (epoch, index into the source)
-Item = tuple[Tensor, tuple[int, int], Target, int]  # canvas, size on it, target, image id
+Item = tuple[Tensor, tuple[int, int], Target, Id]  # canvas, size on it, target, image id
 _reported: set[str] = set()  # this process's messages about images, which name their files
 
 
@@ -68,20 +68,24 @@ class TrainingSet(Dataset[Item]):
         epoch, index = key
         index, pixels = self._next_decodable(index)
         info = self.source.info(index)
-        boxes, labels, crops = [], [], list[Crop]()
+        boxes, crowds, labels, crops = [], [], [], list[Crop]()
         for annotation in self.source.annotations(index):
             x, y, w, h = annotation["bbox"]
-            if annotation.get("iscrowd") or w <= 0 or h <= 0:
+            if annotation.get("iscrowd"):
+                crowds.append([x, y, x + w, y + h])
+                continue
+            if w <= 0 or h <= 0:  # in a source that nobody checked
                 continue
             boxes.append([x, y, x + w, y + h])
             labels.append(self._label_of[annotation["category_id"]])
             mask = read_segmentation(annotation["segmentation"], info.height, info.width)
             crops.append(mask.crop())
-        box = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        box, crowd = (np.array(b, dtype=np.float32).reshape(-1, 4) for b in (boxes, crowds))
         rng = np.random.default_rng([self._seed, epoch, index])
         if rng.random() < self._flip_probability:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
-            box[:, [0, 2]] = info.width - box[:, [2, 0]]
+            for corners in (box, crowd):
+                corners[:, [0, 2]] = info.width - corners[:, [2, 0]]
             crops = [
                 (info.width - x - crop.shape[1], y, np.ascontiguousarray(crop[:, ::-1]))
                 for x, y, crop in crops
@@ -91,6 +95,7 @@ class TrainingSet(Dataset[Item]):
         scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
         target = Target(
             boxes=torch.from_numpy(box) * scale,
+            crowds=torch.from_numpy(crowd) * scale,
             labels=torch.tensor(labels, dtype=torch.int64),
             masks=MaskCrops.of(crops, (info.height, info.width)),
             mask_scale=1 / scale,

@@ -35,7 +35,7 @@ STAGE1_INPUTS = ("images", "image_sizes")
 STAGE1_OUTPUTS = ("p2", "p3", "p4", "p5", "proposals", "proposal_scores")
 STAGE2_INPUTS = (*STAGE1_OUTPUTS, "image_sizes")
 STAGE2_OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
-DIAGNOSTIC_OUTPUTS = ("first_boxes", "coarse_masks", "cell_weights")
+DIAGNOSTIC_OUTPUTS = ("first_boxes", "coarse_masks", "cell_weights", "plain_boxes")
 
 
 class CoMask(FloatTensors):
@@ -162,14 +162,15 @@ class CoMask(FloatTensors):
             p2, p3, p4, p5, proposals, proposal_scores: as `stage1` returns them; the first n
                 proposals may be passed alone.
             image_sizes: i32 [B, 2], (h, w).
-            diagnostics: also return what the collaboration changed.
+            diagnostics: also return what the second pass and the weights of the cells change.
 
         Returns:
             `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
             [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows from `num_detections` on are
             zeros. `num_detections` is -1 where scores are not finite. With `diagnostics`:
             `first_boxes` [B, D, 4] (the unrefined proposals), `coarse_masks` [B, D, 28, 28] over
-            them, `cell_weights` [B, D, 7, 7].
+            them, `cell_weights` [B, D, 7, 7], and `plain_boxes` [B, D, 4], which the same cells give
+            when all count alike.
         """
         config, pyramid = self.config, [p2, p3, p4, p5]
         per_image = proposals.shape[:2]
@@ -185,12 +186,12 @@ class CoMask(FloatTensors):
         )
         labels = chosen.labels.flatten()
         if deltas is None:
-            refined, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
+            refined, coarse, weights, cells = self.refine(pyramid, chosen.boxes, labels)
         else:
             rows = chosen.rows[..., None].expand(-1, -1, 4)
             refined = decode_boxes(deltas.reshape(*per_image, 4).gather(1, rows), chosen.boxes)
             if diagnostics:
-                _, coarse, weights = self.refine(pyramid, chosen.boxes, labels)
+                _, coarse, weights, cells = self.refine(pyramid, chosen.boxes, labels)
         boxes = clip_boxes(refined, image_sizes)
         fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL))
         masks = torch.sigmoid(select_class(fine, labels).float()).unflatten(0, boxes.shape[:2])
@@ -206,6 +207,10 @@ class CoMask(FloatTensors):
             outputs["first_boxes"] = chosen.boxes
             outputs["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
             outputs["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
+            plain = cells.mean(dim=(1, 2)).unflatten(0, boxes.shape[:2])
+            outputs["plain_boxes"] = torch.where(
+                found[..., None], clip_boxes(plain, image_sizes), 0.0
+            )
         if config.refined_nms_iou:
             outputs = drop_duplicates(outputs, config.refined_nms_iou)
         count = (outputs["scores"] > 0).sum(1, dtype=torch.int32)
@@ -214,7 +219,7 @@ class CoMask(FloatTensors):
 
     def refine(
         self, pyramid: list[Tensor], rois: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First pass of the head: coarse mask and dense boxes → the averaged box.
 
         Args:
@@ -223,14 +228,16 @@ class CoMask(FloatTensors):
             labels: [B·D] i64 from 0.
 
         Returns:
-            boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7].
+            boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7];
+            the cells' boxes [B·D, 7, 7, 4].
         """
         mask_logits, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL))
         coarse = select_class(mask_logits, labels).float()
         flat = rois.reshape(-1, 4)
         cell_boxes = decode_cells(offsets, flat)
         weights = self.weigh_cells(coarse)
-        return average_box(cell_boxes, weights, flat).reshape(rois.shape), coarse, weights
+        averaged = average_box(cell_boxes, weights, flat).reshape(rois.shape)
+        return averaged, coarse, weights, cell_boxes
 
     def weigh_cells(self, coarse: Tensor) -> Tensor:
         """The weight of each cell's box: coarse mask logits [R, 28, 28] → [R, 7, 7] in 0..1."""

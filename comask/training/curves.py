@@ -1,4 +1,4 @@
-"""A run's curves as pictures: `losses.png`, `ap.png` and `collaboration.png`."""
+"""A run's curves as pictures: `losses.png`, `ap.png` and, at its end, `second_stage.png`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GAIN, _LOSS, _BEFORE = "#1f77b4", "#d62728", "#888888"
-# Of each task its name, and what the first and the final stage's results are called
-COLLABORATION = {"segm": ("mask", "coarse", "final"), "bbox": ("box", "unrefined", "refined")}
+_BEFORE, _PLAIN, _GAIN = "#888888", "#9ecae1", "#1f77b4"
+TASK_NAMES = {"segm": "mask", "bbox": "box"}
 
 
 def draw_curves(folder: Path) -> list[Path]:
@@ -30,7 +29,7 @@ def draw_curves(folder: Path) -> list[Path]:
         folder: of the run, with `metrics.csv` and `eval.csv`.
 
     Returns:
-        Those of `losses.png`, `ap.png` and `collaboration.png` in `folder` that were written.
+        Those of `losses.png`, `ap.png` and `second_stage.png` in `folder` that were written.
     """
     figures: dict[str, Figure] = {}
     losses, evaluations = read_rows(folder / "metrics.csv"), read_evaluations(folder)
@@ -38,7 +37,8 @@ def draw_curves(folder: Path) -> list[Path]:
         figures["losses.png"] = _losses(losses)
     if evaluations:
         figures["ap.png"] = _precision(evaluations)
-        figures["collaboration.png"] = _collaboration(evaluations)
+        if "first" in evaluations[-1].values:
+            figures["second_stage.png"] = _second_stage(evaluations[-1])
     for name, figure in figures.items():
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=120)
@@ -47,8 +47,8 @@ def draw_curves(folder: Path) -> list[Path]:
 
 
 def points_text(value: float, form: str = ".1f") -> str:
-    """AP points in a number format; "-" for NaN, where there are no such objects."""
-    return f"{value:{form}}" if math.isfinite(value) else "-"
+    """AP points in a number format; "n/a" for NaN, where there are no such objects."""
+    return f"{value:{form}}" if math.isfinite(value) else "n/a"
 
 
 def _losses(rows: list[dict[str, str]]) -> Figure:
@@ -79,7 +79,7 @@ def _precision(evaluations: list[Evaluation]) -> Figure:
     for task, style in zip(TASKS, ("--", "-"), strict=True):
         for color, name in enumerate(("AP", "AP50", "AP75")):
             values = [e.points("final", task, name) for e in evaluations]
-            label = f"{COLLABORATION[task][0]} {name}"
+            label = f"{TASK_NAMES[task]} {name}"
             axes.plot(
                 _steps(evaluations), values, style, color=f"C{color}", marker="o", label=label
             )
@@ -89,44 +89,37 @@ def _precision(evaluations: list[Evaluation]) -> Figure:
     return figure
 
 
-def _collaboration(evaluations: list[Evaluation]) -> Figure:
-    """AP of both stages above, their difference below: a few points drown in a whole run's rise."""
-    figure = _figure(10, 5.5)
-    panels = figure.subplots(
-        2, 2, sharex=True, squeeze=False, gridspec_kw={"height_ratios": (3, 2)}
-    )
-    steps = _steps(evaluations)
-    for (task, (what, before, after)), (above, below) in zip(
-        COLLABORATION.items(), panels.T, strict=True
-    ):
-        first = [e.points("first", task) for e in evaluations]
-        final = [e.points("final", task) for e in evaluations]
-        gains = [b - a for a, b in zip(first, final, strict=True)]
-        above.plot(steps, first, "--", color=_BEFORE, marker="o", label=before)
-        above.plot(steps, final, "-", color=_GAIN, marker="o", label=after)
-        above.set(ylabel="AP points")
-        old, new = points_text(first[-1], ".2f"), points_text(final[-1], ".2f")
-        above.set_title(f"{what} AP: {before} {old} → {after} {new}", fontsize=11)
-        _limit(above)
-        above.legend(fontsize=8)
-        colors = [_LOSS if gain < 0 else _GAIN for gain in gains]
-        below.vlines(steps, 0, gains, colors=colors, linewidth=3)
-        below.scatter(steps, gains, c=colors, s=20)
-        below.axhline(0, color="black", linewidth=1)
-        below.set(xlabel="step", ylabel=f"{after} minus {before}")
-        below.grid(alpha=0.3)
-        # Not less than a point each way, lest rounding look like a difference.
-        reach = 1.15 * max([1.0, *(abs(gain) for gain in gains if math.isfinite(gain))])
-        below.set_ylim(-reach, reach)
-    last = evaluations[-1]
-    summary = ", ".join(
-        f"{what} AP {points_text(last.points('final', task) - last.points('first', task), '+.2f')}"
-        for task, (what, _, _) in COLLABORATION.items()
-    )
-    figure.suptitle(
-        f"What the collaboration adds: {summary} points at step {last.step}", fontweight="bold"
-    )
+def _second_stage(evaluation: Evaluation) -> Figure:
+    """AP before the second stage and after it, and of the boxes that an unweighted average gives."""
+    figure = _figure(8, 4)
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    for axes, (task, what) in zip(panels, TASK_NAMES.items(), strict=True):
+        bars = second_stage(evaluation, task)
+        names, values = list(bars), [bars[name] for name in bars]
+        shown = axes.bar(names, np.nan_to_num(values), color=[_BEFORE, _PLAIN, _GAIN][-len(bars) :])
+        axes.bar_label(shown, [points_text(value, ".2f") for value in values], padding=2)
+        axes.set(title=f"{what} AP", ylabel="AP points")
+        axes.set_ylim(0, 1.15 * max([1.0, *(v for v in values if math.isfinite(v))]))
+        axes.tick_params(axis="x", labelsize=8)
+    figure.suptitle(f"What the second stage adds, step {evaluation.step}", fontweight="bold")
     return figure
+
+
+def second_stage(evaluation: Evaluation, task: str) -> dict[str, float]:
+    """AP points by what they are of, in the order of the network's passes.
+
+    The plain average of the same cells, in which all count alike, tells what the weights by the mask add.
+    It exists for boxes alone, and so does an evaluation with it: at the end of a run.
+    """
+    if task == "segm":
+        stages = {"coarse mask": "first", "final mask": "final"}
+    else:
+        stages = {"proposal": "first", "plain average": "plain", "weighted average": "final"}
+    return {
+        name: evaluation.points(stage, task)
+        for name, stage in stages.items()
+        if stage in evaluation.values
+    }
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -114,6 +114,23 @@ def share_from_first(value: T) -> T:
     return values[0]
 
 
+def leads_its_machine() -> bool:
+    """Whether this process does once what each machine needs once."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def share_on_machine(value: T) -> T:
+    """The value of the process that leads this one's machine; waits for all processes."""
+    if not dist.is_initialized():
+        return value
+    machine = os.environ.get("GROUP_RANK", "0")  # torchrun's number of the machine
+    mine = machine, leads_its_machine(), value
+    everybodys: list[tuple[str, bool, T] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, mine)
+    (shared,) = [v for m, leads, v in everybodys if leads and m == machine]  # type: ignore[misc]
+    return shared
+
+
 def require_agreement(value: object) -> None:
     """Makes sure that all processes hold the first one's `value`, before they would wait in vain.
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from comask.data.loading import Batch
+from comask.data.source import Id
 from comask.errors import TrainingError
 from comask.whole_file import write_whole
 
 
 def non_finite(
-    folder: Path, step: int, losses: dict[str, float], image_ids: list[int]
+    folder: Path, step: int, losses: dict[str, float], image_ids: list[Id]
 ) -> TrainingError:
     """The error of a loss that is not finite; what is needed to find out why is kept in a file.
 

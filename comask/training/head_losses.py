@@ -37,8 +37,9 @@ def head_losses(
     """The head on jittered positive RoIs, at most `head_rois` an image.
 
     Returns:
-        binary cross-entropy of the object's class mask, mean over 28·28, counting RoIs; and the box
-        loss of the cells by their weight, counting weights.
+        binary cross-entropy of the object's class mask, mean over 28·28 (and over both passes, where the
+        second one learns, too), counting RoIs; and the box loss of the cells by their weight, counting
+        weights.
     """
     config = model.config
     boxes, labels, objects, masks, chosen = [], [], [], [], []
@@ -74,7 +75,8 @@ def head_losses(
         )
         fine_head = model.fine_head or model.head
         fine, _ = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE))
-        mask_loss = mask_loss + _mask_loss(select_class(fine, label).float(), fine_target)
+        fine_loss = _mask_loss(select_class(fine, label).float(), fine_target)
+        mask_loss = (mask_loss + fine_loss) / 2  # a sum would double the mask's weight
     count = mask_loss.new_tensor(float(len(label)))
     box_loss = dense_box_loss(cell_boxes, torch.cat(objects), weights, config.box_loss)
     return Term(mask_loss, count), box_loss

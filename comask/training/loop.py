@@ -36,10 +36,9 @@ from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord
 from comask.training.report import write_report
-from comask.training.validation import Validation
+from comask.training.validation import Validation, Validator
 
 LAST = "checkpoint-last.pt"
-Evaluator = Callable[[CoMask, int], Validation]  # of a model after so many steps
 
 
 class Trainer:
@@ -59,6 +58,7 @@ class Trainer:
 
     Attributes:
         ended_by: the signal that ended `train` before its last step, on whichever process; 0 for none.
+        trained: whether there was anything left to train.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Trainer:
         *,
         data: str,
         ranks: Ranks,
-        evaluate: Evaluator | None,
+        evaluate: Validator | None,
         resume: Checkpoint | None = None,
         signal: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -107,6 +107,7 @@ class Trainer:
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps >= 0:
             self.total_steps = min(self.total_steps, train.max_steps)
+        self.trained = resume is None or not self.is_finished
 
     def train(self) -> None:
         """Runs to the last step, out of patience, or to a signal; evaluates every so many epochs.
@@ -117,7 +118,7 @@ class Trainer:
         train = self.config.train
         quiet = not self.ranks.first
         with Progress("training", self.total_steps, done=self.step, quiet=quiet) as bar:
-            while self.step < self.total_steps and not self.out_of_patience:
+            while not self.is_finished:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 self.model.train()
                 with self._batches(epoch, done) as steps:
@@ -136,7 +137,7 @@ class Trainer:
                             self.save(LAST)
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
-                    self.run_evaluation(epoch)
+                    self.run_evaluation(epoch, last=last)
                 # Saved after the evaluation, so that a run killed during it evaluates when it goes on.
                 if not last and self._is_to_end():
                     return
@@ -157,6 +158,11 @@ class Trainer:
             self.save(LAST)
             share_from_first(None)  # where one process ends, torchrun ends those that still write
         return self.ended_by != 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.step >= self.total_steps or self.out_of_patience
 
     @property
     def out_of_patience(self) -> bool:
@@ -230,21 +236,29 @@ class Trainer:
         assert isinstance(means, Tensor)
         return dict(zip(losses, mean_over_ranks(means).tolist(), strict=True))
 
-    def run_evaluation(self, epoch: int) -> None:
-        """Scores the model, records it, and keeps it when it is the best so far."""
+    def run_evaluation(self, epoch: int, *, last: bool) -> None:
+        """Scores the model, records it, and keeps it when it is the best so far.
+
+        Args:
+            epoch: the running one, from 0.
+            last: whether the run ends here, which scores more, see `Validator`.
+        """
         assert self.evaluate is not None
         model = self.ema.module if self.ema else self.model
         assert isinstance(model, CoMask)
         model.eval()
-        self.validation = self.evaluate(model, self.step)
-        if self.record:
-            self.record.add_metrics(self.step, epoch, self.validation.final, self.validation.first)
-            self._report()
-        ap = self.validation.final.values["segm"]["AP"]
-        self.stale += 1
+        validation = self.evaluate(model, self.step, last=last)
+        ap = validation.final.values["segm"]["AP"]
+        self.stale += ap >= 0  # where there are no objects, nobody can lose patience
         if ap > self.best_ap:
             self.best_ap, self.stale = ap, 0
             self.save(BEST)
+        if self.out_of_patience and not last:  # so the run ends here
+            validation = self.evaluate(model, self.step, last=True)
+        self.validation = validation
+        if self.record:
+            self.record.add_metrics(self.step, epoch, validation.stages)
+            self._report()
 
     def _report(self) -> None:
         draw_curves(self.output)

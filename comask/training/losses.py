@@ -25,7 +25,7 @@ from comask.models.rpn import LevelOutput, proposals_from_levels
 from comask.training.distributed import mean_over_ranks
 from comask.training.head_losses import head_losses
 from comask.training.rois import Rois, Term, pool_by_image
-from comask.training.targets import match, sample
+from comask.training.targets import match, sample, without_crowds
 
 Generators = list[torch.Generator]
 
@@ -102,6 +102,7 @@ def rpn_losses(
             config.rpn_negative_iou,
             keep_best=True,
         )
+        matches = without_crowds(matches, anchors, target.crowds)
         positive, negative = sample(
             matches, config.rpn_samples, config.rpn_positive_fraction, generator
         )
@@ -125,6 +126,7 @@ def assign_rois(
     candidates = torch.cat((proposals, target.boxes))
     iou = box_iou(target.boxes, candidates)
     matches = match(iou, config.roi_positive_iou, config.roi_positive_iou, keep_best=False)
+    matches = without_crowds(matches, candidates, target.crowds)
     positive, negative = sample(
         matches, config.roi_samples, config.roi_positive_fraction, generator
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,8 +21,6 @@ from comask.whole_file import write_whole
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-STAGES = ("final", "first")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -30,8 +29,7 @@ class Evaluation:
     Attributes:
         step: optimiser steps done before it.
         epoch: the running one, from 0.
-        values: `values[stage][task][metric]`, as in `CocoMetrics`; stages are `final` (refined boxes,
-            fine masks) and `first` (unrefined boxes, coarse masks).
+        values: `values[stage][task][metric]`, as in `CocoMetrics`; stages are those of `Validation`.
     """
 
     step: int
@@ -96,21 +94,20 @@ class RunRecord:
         _append(self._metrics, [row])
         self._show("train", {"lr": rate} | numbers, step)
 
-    def add_metrics(self, step: int, epoch: int, final: CocoMetrics, first: CocoMetrics) -> None:
-        """One row a stage and task of `eval.csv`; `per_class.csv` anew.
+    def add_metrics(self, step: int, epoch: int, stages: Mapping[str, CocoMetrics]) -> None:
+        """One row of `eval.csv` per stage and task; `per_class.csv` anew.
 
         Args:
             step: optimiser steps done.
             epoch: from 0.
-            final: of refined boxes and fine masks.
-            first: of unrefined boxes and coarse masks.
+            stages: the metrics of each stage that was scored, see `Validation`; of `final`, always.
 
         Raises:
             TrainingError: when the file has other columns.
         """
         rows: list[dict[str, Any]] = []
         precision = {}
-        for stage, metrics in zip(STAGES, (final, first), strict=True):
+        for stage, metrics in stages.items():
             for task in TASKS:
                 row = {"step": step, "epoch": epoch, "stage": stage, "task": task}
                 values = metrics.values[task]
@@ -118,6 +115,7 @@ class RunRecord:
                 if values["AP"] >= 0:  # -1 says that there is none
                     precision[f"{task}_AP_{stage}"] = values["AP"]
         _append(self._eval, rows)
+        final = stages["final"]
         classes = [
             {"step": step, "task": task, "class": name, "AP": ap}
             for task in TASKS
@@ -155,11 +153,14 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     evaluations: dict[int, Evaluation] = {}
     for row in read_rows(folder / "eval.csv"):
         step = int(row["step"])
-        empty: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in STAGES}
-        new = Evaluation(step=step, epoch=int(row["epoch"]), values=empty)
-        values = evaluations.setdefault(step, new).values
-        values[row["stage"]][row["task"]] = {name: float(row[name]) for name in METRICS}
-    return [e for e in evaluations.values() if all(len(e.values[s]) == len(TASKS) for s in STAGES)]
+        new = Evaluation(step=step, epoch=int(row["epoch"]), values={})
+        stage = evaluations.setdefault(step, new).values.setdefault(row["stage"], {})
+        stage[row["task"]] = {name: float(row[name]) for name in METRICS}
+    for evaluation in evaluations.values():
+        for name, tasks in list(evaluation.values.items()):
+            if len(tasks) < len(TASKS):  # torn
+                del evaluation.values[name]
+    return [evaluation for evaluation in evaluations.values() if "final" in evaluation.values]
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:

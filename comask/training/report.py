@@ -6,7 +6,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,16 @@ from urllib.parse import quote
 from comask.data.source import Category
 from comask.evaluate import METRICS, TASKS
 from comask.page import facts, page, picture, table
-from comask.training.curves import COLLABORATION, points_text
-from comask.training.record import STAGES, Evaluation, read_evaluations, read_rows
+from comask.training.curves import TASK_NAMES, points_text, second_stage
+from comask.training.record import Evaluation, read_evaluations, read_rows
 from comask.whole_file import write_whole
 
-# By model.collaboration: what turns the unrefined boxes into the refined ones
-_REFINEMENT = {
-    "weighted": "the weighted average",
-    "uniform": "the plain average (model.collaboration=uniform)",
-    "fc_reg": "the classification branch's regression (model.collaboration=fc_reg)",
+# By model.collaboration: what there is to say where boxes are no weighted average
+_OTHER_REFINEMENT = {
+    "uniform": "All cells count alike (model.collaboration=uniform).",
+    "fc_reg": "Boxes are regressed by the classification branch (model.collaboration=fc_reg); the plain "
+    "average is that of cells which were not trained.",
 }
-_PLURAL = {"bbox": "boxes", "segm": "masks"}
-_NO_CHANGE = 0.05  # AP points; less is 0.0 where results are published
 
 
 def write_report(
@@ -47,7 +44,7 @@ def write_report(
     evaluations = read_evaluations(folder)
     parts = [_summary(read_rows(folder / "metrics.csv"), evaluations, config)]
     if evaluations:
-        parts += [_collaboration(folder, evaluations, config), _coco(evaluations[-1])]
+        parts += [_second_stage(folder, evaluations[-1], config), _coco(evaluations[-1])]
     else:
         parts.append("<p>No evaluation yet.</p>")
     curves = [_image(folder / name) for name in ("ap.png", "losses.png")]
@@ -84,68 +81,41 @@ def _summary(
     return facts(found)
 
 
-def _collaboration(folder: Path, evaluations: list[Evaluation], config: dict[str, Any]) -> str:
-    last = evaluations[-1]
-    causes = {
-        "bbox": _REFINEMENT[config["model"]["collaboration"]],
-        "segm": "the second pass, on the refined boxes,",
-    }
-    rows, sentences, counts, gains = [], [], [], []
-    for task in TASKS:
-        what, before, after = COLLABORATION[task]
-        gain = last.points("final", task) - last.points("first", task)
-        # Two digits, or a small difference would seem not to be that of its neighbours.
-        old, new = (points_text(last.points(stage, task), ".2f") for stage in ("first", "final"))
-        rows.append((f"{what} AP, {before} → {after}", old, new, points_text(gain, "+.2f")))
-        if not math.isfinite(gain):
-            continue
-        gains.append(gain)
-        cause = causes[task]
+def _second_stage(folder: Path, last: Evaluation, config: dict[str, Any]) -> str:
+    """What the second stage adds to the first, and the weights of the cells to their plain average."""
+    if "first" not in last.values:
+        return ""
+    rows, sentences = [], []
+    for task, what in TASK_NAMES.items():
+        points = second_stage(last, task)
+        rows += [
+            (f"{what} AP, {name}", points_text(value, ".2f")) for name, value in points.items()
+        ]
+    boxes = second_stage(last, "bbox")
+    gain = boxes["weighted average"] - boxes["plain average"]
+    if config["model"]["collaboration"] != "weighted":
+        sentences.append(_OTHER_REFINEMENT[config["model"]["collaboration"]])
+    elif math.isfinite(gain):
         sentences.append(
-            cause[0].upper() + cause[1:] + f" {_change(f'{what} AP', old, new, gain)}."
+            f"Weighting the cells by the mask changes box AP by {gain:+.2f} points against the plain "
+            f"average of the same cells: that is what the collaboration does at test time. The rest of "
+            f"the difference to the proposals is any second stage's."
         )
-        every = [e.points("final", task) - e.points("first", task) for e in evaluations]
-        better = sum(g >= _NO_CHANGE for g in every)
-        counts.append(
-            f"{after} {_PLURAL[task]} were better in {better} of {len(every)} evaluations"
-        )
-    text = " ".join([_verdict(gains), *sentences])
-    points = [last.points(stage, task) for stage in STAGES for task in TASKS]
-    if gains and not any(value >= _NO_CHANGE for value in points):
-        text = "Nothing was found yet."
-    elif len(evaluations) > 1 and counts:
-        text += f" Over the run, {', '.join(counts)}."
-    gained = table((f"step {last.step:,}", "before", "after", "difference"), rows)
-    note = "Small differences may be chance; runs with another train.seed tell."
+    else:
+        sentences.append("It cannot be told: the validation data holds no objects.")
+    if not any(last.points("final", task) > 0 for task in TASKS) and math.isfinite(gain):
+        sentences = ["Nothing was found yet."]
+    note = "Small differences may be chance: comask-train --seeds tells how far AP scatters."
     return (
-        f"<h2>Is the collaboration earning its keep?</h2><p>{escape(text)}</p>{gained}"
-        f'<p class="note">{note}</p>{_image(folder / "collaboration.png")}'
+        f"<h2>What the second stage adds</h2><p>{escape(' '.join(sentences))}</p>"
+        f"{table((f'step {last.step:,}', 'points'), rows)}"
+        f'<p class="note">{note}</p>{_image(folder / "second_stage.png")}'
     )
-
-
-def _change(what: str, old: str, new: str, gain: float) -> str:
-    if abs(gain) < _NO_CHANGE:
-        return f"hardly changed {what}, from {old} to {new}"
-    direction = "raised" if gain > 0 else "LOWERED"
-    return f"{direction} {what} by {abs(gain):.2f} points, from {old} to {new}"
-
-
-def _verdict(gains: Sequence[float]) -> str:
-    """A word on differences in AP points."""
-    up = [gain >= _NO_CHANGE for gain in gains]
-    down = [gain <= -_NO_CHANGE for gain in gains]
-    if not gains:
-        return "It cannot be told: the validation data holds no objects."
-    if all(up):
-        return "Yes."
-    if any(up):
-        return "In part."
-    return "No: it does harm." if any(down) else "No: it makes no difference."
 
 
 def _coco(last: Evaluation) -> str:
     rows = [
-        (COLLABORATION[task][0], *(_points(last, task, metric=name) for name in METRICS))
+        (TASK_NAMES[task], *(_points(last, task, metric=name) for name in METRICS))
         for task in TASKS
     ]
     return f"<h2>COCO metrics at step {last.step:,}</h2>" + table(("points", *METRICS), rows)
@@ -174,12 +144,12 @@ def _per_class(folder: Path, categories: tuple[Category, ...]) -> str:
     values = {(row["class"], row["task"]): points_text(100 * float(row["AP"])) for row in rows}
     tasks = ("segm", "bbox")
     listed = table(
-        ("class", *(f"{COLLABORATION[task][0]} AP" for task in tasks)),
-        ((c.name, *(values.get((c.name, task), "-") for task in tasks)) for c in categories),
+        ("class", *(f"{TASK_NAMES[task]} AP" for task in tasks)),
+        ((c.name, *(values.get((c.name, task), "n/a") for task in tasks)) for c in categories),
     )
     return (
         f'<h2>AP of each class at step {int(rows[0]["step"]):,}</h2><div class="parts">{listed}</div>'
-        '<p class="note">-: no objects of this class in the validation data.</p>'
+        '<p class="note">n/a: no objects of this class in the validation data.</p>'
     )
 
 

@@ -13,6 +13,7 @@ from comask.data.target import MaskCrops, Target
 
 BACKGROUND = -1
 IGNORE = -2
+CROWD_SHARE = 0.5  # of a candidate's own area, from which on it lies in a crowd
 
 
 def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> Tensor:
@@ -38,6 +39,27 @@ def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> 
         wanted = ((iou == best_of_object) & (iou > 0)).any(dim=0)
         matches = torch.where(wanted, best, matches)
     return matches
+
+
+def without_crowds(matches: Tensor, candidates: Tensor, crowds: Tensor) -> Tensor:
+    """Matches in which background candidates that lie in a crowd are ignored.
+
+    A crowd region holds objects that nobody outlined, so what lies in it is no background. A candidate
+    lies in a crowd when at least half of its own area does, as in mmdetection's `ignore_iof_thr`.
+
+    Args:
+        matches: [N] i64, as `match` gives them.
+        candidates: [N, 4].
+        crowds: [C, 4].
+    """
+    if not len(crowds):
+        return matches
+    low = torch.maximum(candidates[:, None, :2], crowds[None, :, :2])
+    high = torch.minimum(candidates[:, None, 2:], crowds[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)
+    area = (candidates[:, 2:] - candidates[:, :2]).prod(dim=1)
+    inside = (shared >= CROWD_SHARE * area[:, None]).any(dim=1) & (area > 0)
+    return torch.where(inside & (matches == BACKGROUND), IGNORE, matches)
 
 
 def sample(

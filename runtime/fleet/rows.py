@@ -72,12 +72,12 @@ def _text(text: str) -> str:
 
 
 def _schema() -> Any:
-    from pyarrow import field, float64, int32, list_, schema, string, struct
+    from pyarrow import field, float64, int32, int64, list_, schema, string, struct
 
     mask = struct([field("size", list_(int32())), field("counts", string())])
     detection = struct(
         [
-            field("category_id", int32()),
+            field("category_id", int64()),
             field("category", string()),
             field("bbox", list_(float64())),  # x, y, w, h in pixels
             field("score", float64()),

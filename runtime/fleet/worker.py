@@ -85,14 +85,12 @@ class Worker:
         def opened(content: Future[bytes | None], address: str) -> Pixels:
             nonlocal fetched
             try:
-                pixels = _decoded(address, content)
-            except _NotFetchedError:
-                raise
-            except ImageError:
-                fetched = True
+                data = content.result()
+            except ImageError as error:  # a storage that answers "no such image" is not at fault
+                fetched |= isinstance(error.__cause__, FileNotFoundError)
                 raise
             fetched = True
-            return pixels
+            return decode_image(address) if data is None else decode_image(data, name=address)
 
         with Readers() as readers:
             images = (
@@ -124,10 +122,6 @@ class Worker:
         yield from coming
 
 
-class _NotFetchedError(ImageError):
-    """The storage of an image failed or refused; whether for this image alone is not known."""
-
-
 def _content(address: str) -> bytes | None:
     """The bytes of an image; None for a local one, which is read when it is decoded."""
     if not is_url(address):
@@ -141,9 +135,7 @@ def _content(address: str) -> bytes | None:
             lasting = isinstance(error, ComaskError | FileNotFoundError | PermissionError)
             wait = None if lasting else next(waits, None)
             if wait is None:
-                missing = isinstance(error, FileNotFoundError)
-                kind = ImageError if missing else _NotFetchedError
-                raise kind(f"{address}: cannot be read: {_reason(error)}") from error
+                raise ImageError(f"{address}: cannot be read: {_reason(error)}") from error
             time.sleep(wait)
 
 
@@ -151,10 +143,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return os.strerror(errno.ENOENT)  # whose text is but the path again
     return one_line(error)
-
-
-def _decoded(address: str, content: Future[bytes | None]) -> Pixels:
-    data = content.result()
-    if data is None:
-        return decode_image(address)
-    return decode_image(data, name=address)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +19,16 @@ from comask.runtime.parity.judge import LEAST_AGREEMENT, ap_tolerance, compare_a
 from comask.runtime.parity.layers import trace_graphs
 from comask.runtime.parity.pictures import SAME, WORST, side_by_side
 from comask.runtime.parity.read_results import read_results
-from comask.runtime.parity.scores import Results, Scores, score_backend, score_results
+from comask.runtime.parity.scores import Results, Scores, flat, score_backend
 from comask.runtime.parity.stages import IMAGES, compare_backends
 from comask.runtime.parity.weights import altered_weights
 from comask.runtime.predictor import Predictor
 from numpy.typing import NDArray
 
 from comask.bundle import Bundle
-from comask.data.source import InstanceSource
+from comask.data.source import Id
 from comask.errors import BackendUnavailableError, NotFiniteError
+from comask.evaluate import Truth
 from comask.preprocess import prepare
 
 if TYPE_CHECKING:
@@ -43,8 +45,8 @@ class Evaluation:
 
     Attributes:
         bundle: of all backends.
-        source: the data set.
-        indices: of its images.
+        truth: of the images.
+        detections: of an image that count, where they are more than COCO's 100.
         labels: the data's label of each of the bundle's.
         tolerance: AP points for every contestant; None: by precision.
         trace: whether ONNX graphs are traced though nothing failed; int8 ones are in any case.
@@ -53,8 +55,8 @@ class Evaluation:
     """
 
     bundle: Bundle
-    source: InstanceSource
-    indices: Sequence[int]
+    truth: Truth
+    detections: int
     labels: NDArray[np.int64]
     tolerance: float | None
     trace: bool
@@ -73,12 +75,26 @@ class Evaluation:
         Returns:
             the report, and by contestant captions and JPEGs of the images that differ most.
         """
-        theirs = read_results(results, self.source, self.indices) if results else None
         (first, reference), *others = predictors.items()
         base = self._score(first, reference)
+        # the others are scored on what the first could decode
+        return dataclasses.replace(self, truth=base.truth)._run(
+            first, reference, base, others, results
+        )
+
+    def _run(
+        self,
+        first: str,
+        reference: Predictor,
+        base: Scores,
+        others: Sequence[tuple[str, Predictor]],
+        results: Path | None,
+    ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
+        theirs = read_results(results, self.truth.source, self.truth.indices) if results else None
         report: dict[str, Any] = {
             "reference": first,
-            "images": base.fine.images,
+            "images": base.final.images,
+            "max_detections": base.final.max_detections,
             "backends": {first: _numbers(base)},
             "comparisons": {},
             "weights": {},
@@ -93,8 +109,7 @@ class Evaluation:
                 self._check_graphs(name, base, found["failures"], report)
             self._add(name, scores, found, base, report, pictures)
         if results is not None and theirs is not None:
-            fine = score_results(self.source, self.indices, theirs)
-            scores = Scores(fine=fine, coarse=None, results=theirs)
+            scores = self._scored(theirs)
             found = self._compare_foreign(scores, base, reference)
             self._add(results.name, scores, found, base, report, pictures)
         return report, pictures
@@ -109,7 +124,7 @@ class Evaluation:
         pictures: dict[str, list[tuple[str, bytes]]],
     ) -> None:
         """Puts one contestant into the report, with its verdict."""
-        if base.fine.detections and not scores.fine.detections:
+        if base.final.detections and not scores.final.detections:
             found["failures"].append("no detections at all, so nothing was compared")
         report["backends"][name] = _numbers(scores)
         report["comparisons"][name] = found | {"passed": not found["failures"]}
@@ -117,8 +132,13 @@ class Evaluation:
 
     def _score(self, name: str, predictor: Predictor) -> Scores:
         return score_backend(
-            predictor, self.source, self.indices, self.labels, f"evaluating {name}"
+            predictor, self.truth, self.labels, self.detections, f"evaluating {name}"
         )
+
+    def _scored(self, results: Results) -> Scores:
+        """The worth of results that are there."""
+        final = self.truth.score(flat(results), detections=self.detections)
+        return Scores(final=final, results=results, truth=self.truth)
 
     def _judge(
         self, name: str, predictor: Predictor, base: Scores, reference: Predictor
@@ -128,21 +148,19 @@ class Evaluation:
             scores = self._score(name, predictor)
             return scores, self._compare(name, scores, base, reference, predictor)
         except NotFiniteError as error:
-            nothing: Results = [[] for _ in self.indices]
-            fine = score_results(self.source, self.indices, nothing)
+            scores = self._scored([[] for _ in self.truth.indices])
             precision = precision_of(name)
-            found = compare_ap(fine, base.fine, precision, self._tolerance(precision))
+            found = compare_ap(scores.final, base.final, precision, self._tolerance(precision))
             found["failures"].insert(0, str(error))
-            scores = Scores(fine=fine, coarse=None, results=nothing)
-            return scores, found | self._agreement(base.results, nothing)
+            return scores, found | self._agreement(base.results, scores.results)
 
     def _compare(
         self, name: str, scores: Scores, base: Scores, reference: Predictor, predictor: Predictor
     ) -> dict[str, Any]:
         precision = looser(precision_of(name), precision_of(reference.stages.backend))
-        found = compare_ap(scores.fine, base.fine, precision, self._tolerance(precision))
+        found = compare_ap(scores.final, base.final, precision, self._tolerance(precision))
         places = busiest(base)[:IMAGES]
-        images = [reference.prepare(self.source.image(self.indices[i])) for i in places]
+        images = [reference.prepare(self.truth.source.image(self.truth.indices[i])) for i in places]
         stages = compare_backends(
             reference.stages, predictor.stages, images, self.bundle.manifest.model, precision
         )
@@ -158,23 +176,23 @@ class Evaluation:
     def _compare_foreign(
         self, scores: Scores, base: Scores, reference: Predictor
     ) -> dict[str, Any]:
-        found = compare_ap(scores.fine, base.fine, "results", self._tolerance("results"))
+        found = compare_ap(scores.final, base.final, "results", self._tolerance("results"))
         found |= self._agreement(base.results, scores.results)
         if found["agreement"] < LEAST_AGREEMENT:
             found["failures"].append(
                 f"its detections agree with the reference's by {found['agreement']:.3f}, at least "
                 f"{LEAST_AGREEMENT} is expected (1: the same)"
             )
-        known = {category.id for category in self.source.categories}
+        known = {category.id for category in self.truth.source.categories}
         ids = [row["category_id"] for rows in scores.results for row in rows]
         if unknown := [number for number in ids if number not in known]:
             found["failures"].append(
                 f"{len(unknown)} of {len(ids)} results have a category_id that the data lack "
-                f"({sorted(set(unknown))[:5]}; they have {sorted(known)[:5]})"
+                f"({_some(unknown)}; they have {_some(known)})"
             )
         if found["failures"] and ids:
             cause, found["mistakes"] = explain_results(
-                scores.results, reference, self.source, self.indices, self.labels
+                scores.results, reference, self.truth.source, self.truth.indices, self.labels
             )
             if cause:
                 found["failures"].insert(0, cause)
@@ -193,7 +211,11 @@ class Evaluation:
         return {
             "agreement": agreement(sums),
             "worst_images": [
-                {"place": i, "file": self.source.info(self.indices[i]).file_name, "agreement": values[i]}
+                {
+                    "place": i,
+                    "file": self.truth.source.info(self.truth.indices[i]).file_name,
+                    "agreement": values[i],
+                }
                 for i in order
             ],
         }  # fmt: skip
@@ -205,7 +227,7 @@ class Evaluation:
             return []
         return [
             side_by_side(
-                self.source, self.indices[entry["place"]], (first, base[entry["place"]]),
+                self.truth.source, self.truth.indices[entry["place"]], (first, base[entry["place"]]),
                 (name, other[entry["place"]]), entry["agreement"],
             )
             for entry in found["worst_images"]
@@ -263,7 +285,7 @@ class Evaluation:
         config = self.bundle.manifest.preprocess
         if config.short_side > TRACED_SIDE:
             config = config.resized(TRACED_SIDE)
-        image = prepare(self.source.image(self.indices[busiest(base)[0]]), config)
+        image = prepare(self.truth.source.image(self.truth.indices[busiest(base)[0]]), config)
         trace = trace_graphs(self._network, self.bundle, precision, image.canvas, image.size)
         values = dataclasses.asdict(trace)
         for entry, difference in zip(values["differences"], trace.differences, strict=True):
@@ -273,11 +295,21 @@ class Evaluation:
         return values
 
 
+def _some(ids: Iterable[Id]) -> str:
+    """A few ids, as the file has them."""
+    return ", ".join(
+        json.dumps(id_) for id_ in sorted(set(ids), key=lambda i: (str(type(i)), i))[:5]
+    )
+
+
 def busiest(base: Scores) -> list[int]:
     """Places of the images, those first in which the reference finds most: empty ones show little."""
     return sorted(range(len(base.results)), key=lambda i: -len(base.results[i]))
 
 
 def _numbers(scores: Scores) -> dict[str, Any]:
-    coarse = points(scores.coarse) if scores.coarse else None
-    return {**points(scores.fine), "coarse": coarse}
+    before = {"first": scores.first, "plain": scores.plain}
+    return {
+        **points(scores.final),
+        **{stage: points(metrics) if metrics else None for stage, metrics in before.items()},
+    }

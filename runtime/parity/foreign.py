@@ -50,14 +50,14 @@ def explain_results(
         found[name] = agreement(shared(a, b) for a, b in zip(theirs, results, strict=True))
 
     plain = [reference.prepare(image) for image in images]
-    theirs, _ = image_results(reference, source, indices, plain, labels)
+    theirs = image_results(reference, source, indices, plain, labels)["final"]
     measure("no mistake", theirs)
     for name, change in AFTERWARDS.items():
         changed = [change(rows, image) for rows, image in zip(theirs, plain, strict=True)]
         measure(name, changed)
     for name, mistaken in BEFORE.items():
         prepared = [mistaken(image, reference.preprocess) for image in images]
-        measure(name, image_results(reference, source, indices, prepared, labels)[0])
+        measure(name, image_results(reference, source, indices, prepared, labels)["final"])
     best = max(found, key=lambda name: found[name])
     if 1 - found[best] > (1 - found["no mistake"]) / 2:
         return "", found
@@ -113,7 +113,14 @@ def _corners(rows: list[dict[str, Any]], image: Prepared) -> list[dict[str, Any]
 
 
 def _shifted(step: int) -> Change:
-    return lambda rows, image: [row | {"category_id": row["category_id"] + step} for row in rows]
+    def run(rows: list[dict[str, Any]], image: Prepared) -> list[dict[str, Any]]:
+        return [
+            row | {"category_id": row["category_id"] + step}
+            for row in rows
+            if isinstance(row["category_id"], int)  # names have no next one
+        ]
+
+    return run
 
 
 # INTER_NEAREST and INTER_AREA of OpenCV, which is imported late

@@ -23,12 +23,30 @@ def ap_tolerance(manifest: Manifest, kind: str) -> float:
 
 
 def points(metrics: CocoMetrics) -> dict[str, Any]:
-    """One contestant's AP in points, -1 kept."""
+    """One contestant's AP in points, -1 kept; `coco_ap` where other than COCO's 100 detections count."""
     values: dict[str, Any] = {
         task: {key: 100 * value if value >= 0 else -1.0 for key, value in numbers.items()}
         for task, numbers in metrics.values.items()
     }
-    return {**values, "detections": metrics.detections, "per_class": metrics.per_class}
+    return {
+        **values,
+        "detections": metrics.detections,
+        "per_class": metrics.per_class,
+        "max_detections": metrics.max_detections,
+        "coco_ap": {
+            task: 100 * ap if ap >= 0 else -1.0 for task, ap in (metrics.coco_ap or {}).items()
+        },
+    }
+
+
+def points_text(value: float) -> str:
+    """AP points with two digits; `n/a` for -1, where there are no such objects or no such results."""
+    return f"{value:.2f}" if value >= 0 else "n/a"
+
+
+def change_text(value: float, delta: float) -> str:
+    """How far a contestant's `value` in points lies off; `n/a` where it is."""
+    return f"{delta:+.3f}" if value >= 0 else "n/a"
 
 
 def compare_ap(

@@ -8,10 +8,11 @@ from typing import Any
 
 from comask.runtime.compare import PYRAMID, TOLERANCES
 from comask.runtime.parity.contestants import precision_of
+from comask.runtime.parity.judge import change_text, points_text
 from comask.runtime.parity.page_precisions import precision_sections
 from comask.runtime.parity.verdict import has_failed
 
-from comask.evaluate import METRICS, TASKS
+from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS
 from comask.page import facts, page, picture, table
 
 NAMES = {"bbox": "box", "segm": "mask"}
@@ -31,7 +32,7 @@ def parity_page(
         [
             _verdict(report),
             _accuracy(report),
-            _refinement(report),
+            _second_stage(report),
             *precision_sections(report["verification"]),
             _stages(report),
             *(_trace(name, trace) for name, trace in report["traces"].items()),
@@ -73,6 +74,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     return "".join(parts) + facts(
         [
             ("data", f"{report['data']}, {report['images']} images"),
+            ("detections", f"the {report['max_detections']} best of each image count"),
             ("reference", report["reference"]),
             *knobs,
             ("measured", report["when"].replace("T", " ").removesuffix("+00:00") + " UTC"),
@@ -82,12 +84,16 @@ def _verdict(report: Mapping[str, Any]) -> str:
 
 def _accuracy(report: Mapping[str, Any]) -> str:
     rows = []
+    limit = report["max_detections"]
     for name, values in report["backends"].items():
         found = report["comparisons"].get(name)
         cells = []
         for task in TASKS:
-            cells.append(_points(values[task]["AP"]))
-            cells.append(f"{found['deltas'][task]['AP']:+.3f}" if found else "")
+            cells.append(points_text(values[task]["AP"]))
+            if values["coco_ap"]:
+                cells[-1] += f" ({points_text(values['coco_ap'][task])})"
+            change = found and change_text(values[task]["AP"], found["deltas"][task]["AP"])
+            cells.append(change or "")
         judged = (f"{found['largest']:.3f}", f"{found['tolerance']:g}") if found else ("", "")
         agreement = f"{found['agreement']:.4f}" if found else ""
         word = _word(found, report["not_judged"])
@@ -99,6 +105,11 @@ def _accuracy(report: Mapping[str, Any]) -> str:
         "alone; of fp16 and int8, what AP loses. Agreement: 1 where the same instances were found "
         "with the same scores, boxes and masks, whatever the ground truth says."
     )
+    if limit != COCO_DETECTIONS:
+        note = (
+            f"AP counts the {limit} best detections of each image; in parentheses with COCO's "
+            f"{COCO_DETECTIONS}. {note}"
+        )
     return f'<h2>Accuracy</h2>{table(head, rows)}<p class="note">{note}</p>'
 
 
@@ -111,22 +122,28 @@ def _word(found: Mapping[str, Any] | None, not_judged: str) -> str:
     return "not judged" if not_judged else "PASS"
 
 
-def _refinement(report: Mapping[str, Any]) -> str:
+def _second_stage(report: Mapping[str, Any]) -> str:
     rows = []
     for name, values in report["backends"].items():
-        cells = []
-        for task in TASKS:
-            after = values[task]["AP"]
-            before = values["coarse"][task]["AP"] if values["coarse"] else -1.0
-            gain = f"{after - before:+.2f}" if min(before, after) >= 0 else "-"
-            cells += [_points(before), _points(after), gain]
-        rows.append((name, *cells))
-    head = ("AP points", "box before", "after", "gain", "mask before", "after", "gain")
-    note = (
-        "Before: the proposals' boxes with the coarse masks over them. After: the refined boxes with "
-        "the final masks. -: the graphs do not give them (comask-export --diagnostics)."
+        stages = {stage: values[stage] or {} for stage in ("first", "plain")} | {"final": values}
+        shown = [("first", "bbox"), ("plain", "bbox"), ("final", "bbox"), ("first", "segm"),
+                 ("final", "segm")]  # fmt: skip
+        cells = (stages[stage].get(task, {}).get("AP", -1.0) for stage, task in shown)
+        rows.append((name, *map(points_text, cells)))
+    head = (
+        "AP points",
+        "box: proposal",
+        "plain average",
+        "weighted average",
+        "mask: coarse",
+        "final",
     )
-    return f'<h2>What the collaboration changes</h2>{table(head, rows)}<p class="note">{note}</p>'
+    note = (
+        "Any second stage turns proposals into better boxes. What the mask adds to it is the difference "
+        "between the plain average, in which all cells of the box count alike, and the weighted one. "
+        "n/a: the graphs do not give it (comask-export --diagnostics)."
+    )
+    return f'<h2>What the second stage adds</h2>{table(head, rows)}<p class="note">{note}</p>'
 
 
 def _stages(report: Mapping[str, Any]) -> str:
@@ -217,7 +234,7 @@ def _classes(report: Mapping[str, Any]) -> str:
         rows = []
         for label in classes:
             values = [report["backends"][n]["per_class"][task].get(label, -1.0) for n in names]
-            cells = [_points(100 * values[0])]
+            cells = [points_text(100 * values[0])]
             cells += [f"{100 * (v - values[0]):+.2f}" for v in values[1:]]
             rows.append((label, *cells))
         head = ("class", f"{names[0]}, AP", *(f"{name}, difference" for name in names[1:]))
@@ -230,10 +247,11 @@ def _twelve(report: Mapping[str, Any]) -> str:
     for task in TASKS:
         rows = []
         for name, values in report["backends"].items():
-            rows.append((name, *(_points(values[task][metric]) for metric in METRICS)))
+            rows.append((name, *(points_text(values[task][metric]) for metric in METRICS)))
             if found := report["comparisons"].get(name):
                 deltas = found["deltas"][task]
-                rows.append(("difference", *(f"{deltas[metric]:+.3f}" for metric in METRICS)))
+                changes = (change_text(values[task][metric], deltas[metric]) for metric in METRICS)
+                rows.append(("difference", *changes))
         parts.append(f"<h3>{NAMES[task]}</h3>{table(('AP points', *METRICS), rows)}")
     return "<h2>COCO's twelve numbers</h2>" + "".join(parts)
 
@@ -244,7 +262,3 @@ def _machine(report: Mapping[str, Any]) -> str:
             ("GPU", machine["gpu"] or "none"), ("system", machine["system"]),
             *machine["versions"].items()]  # fmt: skip
     return f"<h2>Measured on</h2>{table(('', ''), rows)}"
-
-
-def _points(value: float) -> str:
-    return f"{value:.2f}" if value >= 0 else "-"

@@ -8,7 +8,7 @@ from typing import Any
 
 from comask.runtime.parity.scores import Results
 
-from comask.data.source import ImageInfo, InstanceSource
+from comask.data.source import Id, ImageInfo, InstanceSource
 from comask.errors import DataError
 from comask.parse_json import parse_json
 from comask.segmentation import read_segmentation
@@ -32,7 +32,7 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
     if not isinstance(entries, list):
         raise DataError(f"--results {path}: expected a list of COCO results")
     infos = {info.id: info for info in map(source.info, indices)}
-    found: dict[int, list[dict[str, Any]]] = {number: [] for number in infos}
+    found: dict[Id, list[dict[str, Any]]] = {number: [] for number in infos}
     for number, entry in enumerate(entries):
         try:
             checked = _checked(entry, infos)
@@ -45,15 +45,20 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
     return [found[source.info(index).id] for index in indices]
 
 
-def _checked(entry: object, infos: dict[int, ImageInfo]) -> dict[str, Any] | None:
+def most_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> int:
+    """The most results that a file holds for one of the images; see `read_results`."""
+    return max(map(len, read_results(path, source, indices)))
+
+
+def _checked(entry: object, infos: dict[Id, ImageInfo]) -> dict[str, Any] | None:
     """An entry with its mask as compressed RLE; None where it is of another image."""
     if not isinstance(entry, dict):
         raise DataError(f"expected an object, got {entry!r:.80}")
     if missing := [name for name in FIELDS if name not in entry]:
         raise DataError(f"has no {missing[0]}; it needs {', '.join(FIELDS)}")
     for name in ("image_id", "category_id"):
-        if type(entry[name]) is not int:
-            raise DataError(f"{name}: expected an integer, got {entry[name]!r:.80}")
+        if type(entry[name]) not in (int, str):
+            raise DataError(f"{name}: expected an integer or a string, got {entry[name]!r:.80}")
     if not _is_number(entry["score"]):
         raise DataError(f"score: expected a number, got {entry['score']!r:.80}")
     box = entry["bbox"]

@@ -1,21 +1,20 @@
-"""AP of a backend: of its detections, and of what they were before the collaboration refined them."""
+"""AP of a backend: of its detections, and of what they were before the second stage refined them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from comask.runtime.predictor import Predictor
-from comask.runtime.session import Array
 from numpy.typing import NDArray
 
 from comask.bundle import Manifest
-from comask.data.source import InstanceSource
+from comask.data.source import InstanceSource, readable_images
 from comask.errors import DataError
-from comask.evaluate import CocoMetrics, coco_results, score
+from comask.evaluate import CocoMetrics, Truth, coco_results
 from comask.preprocess import Prepared
 from comask.progress import Progress
 
@@ -27,26 +26,36 @@ class Scores:
     """What one backend found, and its worth.
 
     Attributes:
-        fine: AP of its detections.
-        coarse: AP of the coarse masks on the first boxes; None where the backend does not give them.
+        final: AP of its detections.
+        first: AP of the proposals' boxes and the coarse masks; None where the backend does not give them.
+        plain: AP of the boxes of cells that all count alike; None where the backend does not give them.
         results: COCO results of each image.
+        truth: of those images, which are the ones that could be decoded.
     """
 
-    fine: CocoMetrics
-    coarse: CocoMetrics | None
+    final: CocoMetrics
+    first: CocoMetrics | None = None
+    plain: CocoMetrics | None = None
     results: Results
+    truth: Truth
 
 
 def labels_in_data(manifest: Manifest, source: InstanceSource) -> NDArray[np.int64]:
     """The data's label of each of the bundle's, matched by class name.
+
+    Classes of the data without an object are not asked for: training leaves them out.
 
     Raises:
         DataError: when the two do not name the same classes.
     """
     theirs = {category.name: label for label, category in enumerate(source.categories)}
     ours = [category.name for category in manifest.categories]
-    if set(theirs) != set(ours):
-        missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    objects = getattr(source, "objects", None)  # by id; unknown of sources that are made on the fly
+    empty = {c.name for c in source.categories if objects is not None and not objects.get(c.id)}
+    missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    if not missing:
+        surplus = [name for name in surplus if name not in empty]
+    if missing or surplus:
         raise DataError(
             f"the data's categories are not the bundle's: of the bundle's {len(ours)} the data lack "
             f"{_first(missing)}, of the data's {len(theirs)} the bundle lacks {_first(surplus)}; "
@@ -62,39 +71,41 @@ def _first(names: list[str]) -> str:
 
 
 def score_backend(
-    predictor: Predictor,
-    source: InstanceSource,
-    indices: Sequence[int],
-    labels: NDArray[np.int64],
-    title: str,
+    predictor: Predictor, truth: Truth, labels: NDArray[np.int64], detections: int, title: str
 ) -> Scores:
-    """Runs images of a data set and scores what is found.
+    """Runs the images of a ground truth and scores what is found.
+
+    Images that cannot be decoded are logged and not scored.
 
     Args:
         predictor: to score.
-        source: the data set.
-        indices: of the images.
+        truth: of the images.
         labels: see `labels_in_data`.
+        detections: of an image that the model gives at most.
         title: of the progress that is shown.
+
+    Raises:
+        DataError: when no image can be decoded.
     """
-    fine: Results = []
-    coarse: Results = []
+    results: dict[str, Results] = {"final": []}
+    scored: list[int] = []
     chunk = 2 * predictor.max_batch  # a full batch of each of two canvases
-    with Progress(title, len(indices), unit="images") as progress:
-        for start in range(0, len(indices), chunk):
-            places = list(indices[start : start + chunk])
-            prepared = [predictor.prepare(source.image(i)) for i in places]
-            found, first = image_results(predictor, source, places, prepared, labels)
-            fine += found
-            coarse += first
-            for _ in places:
-                progress.advance()
-    flat = [result for image in coarse for result in image]
-    return Scores(
-        fine=score_results(source, indices, fine),
-        coarse=score(source, list(indices), flat) if coarse else None,
-        results=fine,
-    )
+    with Progress(title, len(truth.indices), unit="images") as progress:
+        for start in range(0, len(truth.indices), chunk):
+            asked = truth.indices[start : start + chunk]
+            images = dict(readable_images(truth.source, asked))
+            prepared = [predictor.prepare(image) for image in images.values()]
+            places = list(images)
+            found = image_results(predictor, truth.source, places, prepared, labels)
+            for stage, rows in found.items():
+                results.setdefault(stage, []).extend(rows)
+            scored += places
+            progress.advance(len(asked))
+    truth = truth.of(scored)
+    metrics = {
+        stage: truth.score(flat(rows), detections=detections) for stage, rows in results.items()
+    }
+    return Scores(**metrics, results=results["final"], truth=truth)
 
 
 def image_results(
@@ -103,8 +114,8 @@ def image_results(
     indices: Sequence[int],
     prepared: Sequence[Prepared],
     labels: NDArray[np.int64],
-) -> tuple[Results, Results]:
-    """COCO results of images, and of their unrefined detections (empty where there are none).
+) -> dict[str, Results]:
+    """COCO results of images, of each stage that the backend gives; see `FOUND_AT`.
 
     Args:
         predictor: to run.
@@ -113,24 +124,17 @@ def image_results(
         prepared: those images.
         labels: see `score_backend`.
     """
-    fine: Results = [[] for _ in prepared]
-    coarse: Results = [[] for _ in prepared]
-    gives_coarse = False
-
-    def put(into: Results, places: Sequence[int], outputs: Mapping[str, Array]) -> None:
-        batch = [prepared[i] for i in places]
-        for i, found in zip(places, predictor.detections(outputs, batch), strict=True):
-            known = dataclasses.replace(found, labels=labels[found.labels], class_names=None)
-            into[i] = coco_results(source, indices[i], known)
-
+    results: dict[str, Results] = {"final": [[] for _ in prepared]}
     for places, outputs in predictor.outputs(prepared):
-        put(fine, places, outputs)
-        if gives_coarse := {"first_boxes", "coarse_masks"} <= outputs.keys():
-            before = {"boxes": outputs["first_boxes"], "masks": outputs["coarse_masks"]}
-            put(coarse, places, {**outputs, **before})
-    return fine, coarse if gives_coarse else []
+        batch = [prepared[i] for i in places]
+        for stage, detections in predictor.detections_by_stage(outputs, batch).items():
+            rows = results.setdefault(stage, [[] for _ in prepared])
+            for i, found in zip(places, detections, strict=True):
+                known = dataclasses.replace(found, labels=labels[found.labels], class_names=None)
+                rows[i] = coco_results(source, indices[i], known)
+    return results
 
 
-def score_results(source: InstanceSource, indices: Sequence[int], results: Results) -> CocoMetrics:
-    """AP of COCO results, image by image."""
-    return score(source, list(indices), [result for image in results for result in image])
+def flat(results: Results) -> list[dict[str, Any]]:
+    """The results of all images in one list."""
+    return [result for image in results for result in image]

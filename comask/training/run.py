@@ -1,0 +1,215 @@
+"""A training run: from a data set and settings to the checkpoints in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from comask.bundle import BEST
+from comask.config import Config
+from comask.data.open_source import TrainingData
+from comask.data.source import InstanceSource
+from comask.data.training_set import TrainingSet
+from comask.errors import CheckpointError, ConfigError
+from comask.models.comask import CoMask
+from comask.training.checkpoint import Checkpoint, load_checkpoint, model_from_checkpoint
+from comask.training.distributed import Ranks
+from comask.training.import_weights import import_weights
+from comask.training.loop import LAST, Trainer
+from comask.training.machine import fit_to_machine
+from comask.training.shared_data import open_shared
+from comask.training.validation import Validation, Validator
+from comask.whole_file import write_whole
+
+Say = Callable[[str], None]
+
+# A run that goes on may change how it trains, but not what its steps and state mean.
+FIXED = {
+    "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
+    "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
+}  # fmt: skip
+
+
+def train_run(
+    config: Config,
+    data: str,
+    val: str | None,
+    output: Path,
+    ranks: Ranks,
+    *,
+    settings: tuple[str, ...] = (),
+    resume: bool = False,
+    say: Say = print,
+    signal: Callable[[], int] = lambda: 0,
+) -> Trainer:
+    """Trains to the last step, out of patience, or to a signal.
+
+    Args:
+        config: all settings; the number of classes is the data's.
+        data: a folder in COCO format, or `shapes`.
+        val: the same for validation; None sets a share of `data` aside.
+        output: the run's folder, which is there.
+        ranks: this process among its kind.
+        settings: what was set by hand, as `key=value`: named in errors.
+        resume: go on from the folder's last checkpoint, where there is one.
+        say: takes lines for the user, on the first process.
+        signal: the number of a signal that asks to end, 0 for none.
+
+    Returns:
+        The trainer as it ended.
+
+    Raises:
+        CheckpointError: when the folder holds a run and `resume` is false.
+        ConfigError: when settings do not fit the data, or not the run that is resumed.
+        DataError: when the data cannot be used.
+        TrainingError: when training cannot go on.
+    """
+    if not resume and (output / LAST).exists():
+        raise CheckpointError(
+            f"{output}: holds a run already; go on with --resume or give another --output"
+        )
+    say = say if ranks.first else _nothing
+    opened = open_shared(config.data, data, val, config.train.seed, ranks)
+    config = _with_classes(config, settings, opened.train)
+    checkpoint = _checkpoint_to_resume(output, config, opened.digest, say) if resume else None
+    dataset = TrainingSet(
+        opened.train,
+        opened.train_indices,
+        config.preprocess,
+        flip_probability=config.data.flip_probability,
+        seed=config.train.seed,
+    )
+    torch.manual_seed(config.train.seed)
+    model = CoMask(config.model, config.preprocess)
+    if checkpoint is None:
+        _import_weights(model, config, opened.train, ranks, say)
+    model = fit_to_machine(model, config, ranks)
+    if ranks.first:
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_whole(output / "config.json", text.encode())
+    say(
+        f"{len(opened.train_indices)} training images, {len(opened.val_indices)} for validation, "
+        f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}"
+    )
+    trainer = Trainer(
+        model,
+        config,
+        dataset,
+        opened.train.categories,
+        output,
+        data=opened.digest,
+        ranks=ranks,
+        evaluate=_validator(opened, config, ranks, output) if config.train.evaluate_every else None,
+        resume=checkpoint,
+        signal=signal,
+    )
+    if checkpoint and trainer.is_finished:
+        say(f"finished already at step {trainer.step}; nothing to do")
+    elif checkpoint:
+        say(f"going on from step {trainer.step} of {trainer.total_steps}")
+    trainer.train()
+    return trainer
+
+
+def evaluate_run(
+    data: str, val: str | None, output: Path, ranks: Ranks
+) -> tuple[Validation, Checkpoint, int]:
+    """Scores the best checkpoint of a finished run, whose own settings hold.
+
+    Returns:
+        What was found, the checkpoint, and the number of images.
+
+    Raises:
+        CheckpointError: when there is none.
+        ConfigError: when the data has other categories.
+        DataError: when the data cannot be used.
+    """
+    checkpoint = load_checkpoint(output / BEST)
+    config = checkpoint.config
+    opened = open_shared(config.data, data, val, config.train.seed, ranks)
+    if opened.train.categories != checkpoint.categories:
+        raise ConfigError(f"--data {data}: its categories are not those of {output / BEST}")
+    model = model_from_checkpoint(checkpoint).to(ranks.device)
+    validator = _validator(opened, config, ranks, None)
+    return validator(model, checkpoint.step, last=True), checkpoint, len(opened.val_indices)
+
+
+def _import_weights(
+    model: CoMask, config: Config, source: InstanceSource, ranks: Ranks, say: Say
+) -> None:
+    """Gives a new run its weights, and says what its user should know of them."""
+    backbone = config.model.backbone
+    if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
+        say(
+            f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
+            f"--preset coco-slim minutes"
+        )
+    weights = import_weights(model, config.train.weights, source.categories)
+    if config.train.weights != "none":
+        for line in weights.lines():
+            say(line)
+    elif config.model.frozen_stages:
+        say(
+            f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
+            f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group"
+        )
+
+
+def _validator(
+    opened: TrainingData, config: Config, ranks: Ranks, output: Path | None
+) -> Validator:
+    return Validator(
+        opened.val,
+        opened.val_indices,
+        config.preprocess,
+        mask_threshold=config.model.mask_threshold,
+        ranks=ranks,
+        pictures=output / "pictures" if output else None,
+    )
+
+
+def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSource) -> Config:
+    """`config` for as many classes as the data has."""
+    classes = len(source.categories)
+    named = [s for s in settings if s.startswith("model.num_classes=")]
+    if named and config.model.num_classes != classes:
+        raise ConfigError(f"{named[0]}: the data has {classes} categories; leave the setting out")
+    model = dataclasses.replace(config.model, num_classes=classes)
+    return dataclasses.replace(config, model=model)
+
+
+def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -> Checkpoint | None:
+    """The run's last checkpoint; None where there is none yet, as when a job is queued again."""
+    if not (output / LAST).exists():
+        return None
+    checkpoint = load_checkpoint(output / LAST)
+    before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
+    changed = {
+        f"{part}.{name}": f"{part}.{name} {json.dumps(before[part][name])} -> {json.dumps(value)}"
+        for part, values in now.items()
+        for name, value in values.items()
+        if value != before[part][name]
+    }
+    free = ("train.", "data.workers")
+    fixed = [text for name, text in changed.items() if not name.startswith(free) or name in FIXED]
+    if fixed:
+        raise ConfigError(
+            f"--resume: settings differ from the run's ({', '.join(fixed)}); give the same "
+            f"--preset and --set as when it was started"
+        )
+    if checkpoint.data != digest:
+        raise ConfigError(
+            "--resume: the images or classes are not those that the run was started with; give the "
+            "same --data and --val"
+        )
+    if changed:
+        say(f"going on with other settings than before: {', '.join(changed.values())}")
+    return checkpoint
+
+
+def _nothing(line: str) -> None:
+    """What other processes than the first say."""
