@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from comask.data.check import sound_part
-from comask.data.coco import LAYOUTS, coco_source
-from comask.data.problems import describe
+from comask.data.coco import LAYOUTS
+from comask.data.open_source import open_folder
 from comask.data.source import InstanceSource
 from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
@@ -121,10 +120,7 @@ def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
 def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
     for split, layouts in LAYOUTS.items():
         if any((folder / annotation_file).is_file() for _, annotation_file in layouts):
-            source, problems = sound_part(coco_source(folder, split))
-            for line in describe(problems):
-                report(line)
-            return _of_source(source)
+            return _of_source(open_folder(folder, split, report=report)[0])
     return _of_files(folder, report)
 
 

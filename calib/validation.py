@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from comask.runtime.torch_session import model_from_bundle, torch_stages
 
 from comask.bundle import Bundle
 from comask.data.source import InstanceSource
-from comask.errors import PrecisionError
+from comask.errors import DataError, PrecisionError
 from comask.evaluate import CocoMetrics, Truth
 
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -49,7 +50,7 @@ class Scorer:
         reference: AP of PyTorch in fp32.
 
     Raises:
-        DataError: when the data have other classes, or no images.
+        DataError: when the data have other classes, no images, or no objects.
         PrecisionError: when PyTorch finds nothing, so that nothing could be lost.
     """
 
@@ -58,7 +59,11 @@ class Scorer:
         self._labels = labels_in_data(bundle.manifest, validation.source)
         self._truth = Truth(validation.source, validation.indices)
         self.reference = self.measure(torch_stages(model_from_bundle(bundle)))
-        if min(self.reference.ap.values()) <= 0:
+        if not has_objects(self.reference.ap):
+            raise DataError(
+                f"{validation.name} holds no objects, so there is no AP; name other --val-data"
+            )
+        if not all(self.reference.ap.values()):
             raise PrecisionError(
                 f"PyTorch itself has box AP {self.reference.ap['box']:.2f} and mask AP "
                 f"{self.reference.ap['mask']:.2f} on {validation.name}: there is nothing to lose; name "
@@ -90,6 +95,11 @@ class Scorer:
         return self._manifest.model.detections
 
 
+def has_objects(ap: Mapping[str, float]) -> bool:
+    """Whether there is an AP at all: without an object it is -1, here -100 points."""
+    return min(ap.values()) >= 0
+
+
 def _points(metrics: CocoMetrics) -> dict[str, float]:
     return {name: 100 * metrics.values[task]["AP"] for task, name in TASKS.items()}
 
@@ -115,9 +125,12 @@ class Measured:
         """
         losses = []
         for task, points in self.ap.items():
-            differences = [a[task] - b[task] for a, b in zip(self.parts, other.parts, strict=True)]
-            error = (
-                float(np.std(differences, ddof=1)) / len(differences) ** 0.5 if differences else 0
-            )
+            differences = [
+                a[task] - b[task]
+                for a, b in zip(self.parts, other.parts, strict=True)
+                if has_objects(a)
+            ]
+            few = len(differences) < 2
+            error = 0 if few else float(np.std(differences, ddof=1)) / len(differences) ** 0.5
             losses.append((points - other.ap[task], error))
         return max(losses, key=sum)

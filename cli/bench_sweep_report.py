@@ -30,7 +30,8 @@ def sweep_report(work: Work, *, finished: bool) -> dict[str, Any]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(sweep.device),
         "data": sweep.data,
-        "images": len(work.indices),
+        "images": work.images,
+        "not_decoded": work.asked - work.images,
         "runs": sweep.runs,
         "max_loss": sweep.max_loss,
         "settings": [

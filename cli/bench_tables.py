@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comask.runtime.bench.growth import MIB
 
+from comask.data.source import not_decoded_text
 from comask.errors import one_line
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def print_sweep(report: dict[str, Any], *, to_stderr: bool) -> None:
         )  # fmt: skip
     out.print(table, "")
     out.print("> fastest within the loss, * on the Pareto front, = the bundle's own setting")
+    if report["not_decoded"]:
+        out.print(not_decoded_text(report))
     for entry in report["skipped"]:
         out.print(f"skipped: {entry['setting']}: {entry['reason']}")
     if not report["finished"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from comask.bundle import Bundle, Manifest
     from comask.data.source import InstanceSource
     from comask.evaluate import CocoMetrics
+    from comask.preprocess import Pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class Work:
     Attributes:
         sweep: what is asked for.
         bundle: that is measured.
-        indices: of the images that are scored.
+        asked: how many images were to be scored.
         scored: settings that are done, the bundle's own first.
         skipped: settings that cannot be run, and why.
     """
@@ -71,17 +73,24 @@ class Work:
     def __init__(
         self, sweep: Sweep, bundle: Bundle, source: InstanceSource, indices: list[int]
     ) -> None:
-        self.sweep, self.bundle, self.indices = sweep, bundle, indices
+        self.sweep, self.bundle, self.asked = sweep, bundle, len(indices)
         self.scored: list[Scored] = []
         self.skipped: list[tuple[Setting, str]] = []
         self._own_ms: float | None = None
-        from comask.data.source import readable_images
         from comask.evaluate import Truth
 
         self._source = source
         self._truth = Truth(source, indices)
-        # the timed ones
-        self._pictures = [pixels for _, pixels in readable_images(source, indices[: sweep.runs])]
+
+    @property
+    def images(self) -> int:
+        """How many images were scored, of which there are fewer where some cannot be decoded."""
+        return len(self._truth.indices)
+
+    @cached_property
+    def _pictures(self) -> list[Pixels]:
+        """Those that are timed: the first of what could be decoded when the first setting was scored."""
+        return [self._source.image(index) for index in self._truth.indices[: self.sweep.runs]]
 
     def run(
         self, names: list[str], pairs: list[tuple[int, int]], batches: list[int]

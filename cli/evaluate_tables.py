@@ -7,6 +7,7 @@ from typing import Any
 
 from comask.runtime.parity.judge import change_text, points_text
 
+from comask.data.source import not_decoded_text
 from comask.errors import one_line
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
@@ -29,6 +30,8 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     def say(text: str) -> None:
         console.print(one_line(text), soft_wrap=True)
 
+    if report["not_decoded"]:
+        say(f"{not_decoded_text(report)}; their annotations do not count")
     for name, reason in report["skipped"].items():
         say(f"skipped {name}: {reason}")
     for sentence in report["failures"]:

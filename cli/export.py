@@ -54,7 +54,7 @@ def precision_list(
               help="To compare graphs with PyTorch on. [shapes]")  # fmt: skip
 @click.option("--verify-images", type=click.IntRange(1), default=3, metavar="N",
               help="How many of its images. [3]")  # fmt: skip
-@click.option("--diagnostics", is_flag=True, help="Also output what the collaboration changed.")
+@click.option("--diagnostics", is_flag=True, help="Also output what the second stage starts from.")
 @int8_options
 @engine_options
 @serve_options

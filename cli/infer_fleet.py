@@ -154,7 +154,9 @@ def _run(
 
     from comask.bundle import Bundle
 
-    Bundle.open(bundle)  # before Ray is started for it
+    opened = Bundle.open(bundle)  # before Ray is started for it
+    if fleet.format == "parquet":
+        opened.manifest.require_int64_ids("Parquet's category_id: --format jsonl takes any")
     folder = Folder(output if is_url(output) else str(Path(output).absolute()))
     there = Job.terms_in(folder)
     model = Model(str(bundle.resolve()), backend, asdict(how))

@@ -137,9 +137,10 @@ class _Terminal(logging.Handler):
 def _log_on_terminal(verbose: bool) -> Iterator[None]:
     """Shows warnings, and with `verbose` more, while the command runs."""
     root, handler = logging.getLogger(), _Terminal()
-    level = root.level
+    level, wanted = root.level, logging.INFO if verbose else logging.WARNING
+    handler.setLevel(wanted)
     root.addHandler(handler)
-    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.setLevel(min(level, wanted))  # other handlers keep what they get
     try:
         yield
     finally:

@@ -78,6 +78,21 @@ class Manifest:
     created: str
     schema_version: int = SCHEMA_VERSION
 
+    def require_int64_ids(self, where: str) -> None:
+        """Refuses category ids that are no integers of 64 bits, where a format has room for no others.
+
+        Args:
+            where: the format, and what takes any ids in its place; the end of a sentence.
+
+        Raises:
+            BundleError: naming the first such id.
+        """
+        for id_ in (category.id for category in self.categories):
+            if not isinstance(id_, int) or not -(2**63) <= id_ < 2**63:
+                raise BundleError(
+                    f"the bundle has the category id {id_!r}; expected integers of 64 bits for {where}"
+                )
+
     def to_json(self) -> str:
         """As the text of `manifest.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

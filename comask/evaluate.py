@@ -241,11 +241,6 @@ class Truth:
         return scorer.eval["precision"], scorer.eval["recall"]
 
 
-def ground_truth(source: InstanceSource, indices: list[int]) -> dict[str, Any]:
-    """See `Truth.dataset`."""
-    return Truth(source, indices).dataset
-
-
 def _coco(dataset: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
     """faster-coco-eval's index of annotations, whose own loader fails on none of them."""
     from faster_coco_eval import COCO

@@ -62,7 +62,7 @@ def export_bundle(
         images: real images for the comparison, u8 [h, w, 3].
         precisions: of the graphs, `fp32` first.
         score_threshold: detections below it are dropped in the graph; None: the model's own.
-        diagnostics: also give stage 2 the outputs that show what the collaboration changed.
+        diagnostics: also give stage 2 the outputs that the first stage's AP needs.
         report: takes a line before each step.
 
     Raises:

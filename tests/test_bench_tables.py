@@ -46,8 +46,8 @@ def sweep(*losses: float) -> dict[str, Any]:
             }
             for i, loss in enumerate(losses)
         ],
-        "images": 100, "data": "shapes", "skipped": [], "finished": True, "max_loss": 0.5,
-        "verdict": "", "command": "", "python": "", "machine": MACHINE,
+        "images": 100, "not_decoded": 0, "data": "shapes", "skipped": [], "finished": True,
+        "max_loss": 0.5, "verdict": "", "command": "", "python": "", "machine": MACHINE,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from comask.data.shapes import ShapesSource
 from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.data.training_set import TrainingSet
 from comask.errors import DataError, ImageError
-from comask.evaluate import ground_truth
+from comask.evaluate import Truth
 from comask.preprocess import decode_image
 
 WIDTH, HEIGHT = 20, 12
@@ -347,7 +347,7 @@ def test_the_sound_part_is_sound_and_can_be_used(source: MemorySource) -> None:
         assert target.masks.bitmaps().flatten(1).any(dim=1).all()
         objects = [a for a in part.annotations(index) if not a.get("iscrowd")]
         assert len(objects) == len(target.labels)
-    assert len(ground_truth(part, indices)["annotations"]) == len(ids)
+    assert len(Truth(part, indices).dataset["annotations"]) == len(ids)
 
 
 def test_a_sound_part_reaches_the_loader_s_processes(tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def test_flip_mirrors_image_boxes_and_masks_together() -> None:
         torch.testing.assert_close(expected, other.boxes)
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_crowds_are_scaled_and_mirrored_with_the_image(tmp_path: Path, flip: float) -> None:
+    source = coco_source(dataset(tmp_path / "set"), "train")
+    (x, y, w, h) = next(a["bbox"] for a in source.annotations(0) if a["iscrowd"])
+    canvas_height, canvas_width = training_set(source, flip=flip)[(0, 0)][1]
+    info, target = source.info(0), training_set(source, flip=flip)[(0, 0)][2]
+    left = info.width - x - w if flip else x
+    scale_x, scale_y = canvas_width / info.width, canvas_height / info.height
+    expected = [left * scale_x, y * scale_y, (left + w) * scale_x, (y + h) * scale_y]
+    torch.testing.assert_close(target.crowds, torch.tensor([expected], dtype=torch.float32))
+
+
 def test_batches_hold_each_image_once_and_one_orientation() -> None:
     source = ShapesSource(num_images=50, seed=1)
     data = training_set(source)

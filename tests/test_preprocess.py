@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
-from comask.preprocess import decode_image, padded_shape, prepare, resized_shape
+from comask.preprocess import decode_image, padded_shape, prepare, resized_shape, upright_size
 
 PAPER = PreprocessConfig()
 SIZES = {  # (h, w) after decoding; None: must fail
@@ -136,3 +138,72 @@ def test_padding_is_zero_and_scale_leads_back() -> None:
 def test_wrong_arrays_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ImageError, match=r"u8 array \[h, w, 3\]"):
         prepare(image, PAPER)
+
+
+def exif_of(orientation: int) -> bytes:
+    """A TIFF header and one entry, as EXIF begins."""
+    entry = struct.pack("<HHII", 0x112, 3, 1, orientation)
+    return b"II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
+
+
+def xmp_of(orientation: int) -> bytes:
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/>'
+        "</rdf:RDF></x:xmpmeta>"
+    ).encode()
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def raw_profile(orientation: int) -> bytes:
+    """As ImageMagick writes EXIF into a text of a PNG."""
+    exif = b"Exif\0\0" + exif_of(orientation)
+    body = f"\nexif\n{len(exif):8}\n{exif.hex()}\n"
+    return b"Raw profile type exif\0\0" + zlib.compress(body.encode())
+
+
+PNG_WAYS = {
+    "eXIf": lambda orientation: png_chunk(b"eXIf", exif_of(orientation)),
+    "raw profile": lambda orientation: png_chunk(b"zTXt", raw_profile(orientation)),
+    "XMP": lambda orientation: png_chunk(
+        b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp_of(orientation)
+    ),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", PNG_WAYS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_and_the_decoder_agree_on_a_png_s_orientation(
+    way: str, late: bool, orientation: int
+) -> None:
+    file = io.BytesIO()
+    pixels = np.zeros((2, 5, 3), np.uint8)
+    pixels[0, 0] = 255
+    Image.fromarray(pixels).save(file, "PNG")
+    plain, chunk = file.getvalue(), PNG_WAYS[way](orientation)
+    place = plain.rindex(b"IEND") - 4 if late else plain.index(b"IDAT") - 4
+    content = plain[:place] + chunk + plain[place:]
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode_image(content), expected)
+    assert upright_size(content) == expected.shape[:2] == ((5, 2) if orientation > 4 else (2, 5))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "TIFF", "AVIF", "JPEG2000", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_and_the_decoder_agree_on_every_format(form: str, orientation: int) -> None:
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    if form == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("this Pillow has no JPEG 2000")
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x112] = orientation
+    Image.new("RGB", (50, 20)).save(file, form, exif=exif)
+    content = file.getvalue()
+    assert upright_size(content) == decode_image(content).shape[:2]

@@ -161,6 +161,39 @@ def test_boxes_thinner_than_a_thousandth_are_no_proposals() -> None:
     torch.testing.assert_close(scores, torch.tensor([3.0, 2, 1, -torch.inf, -torch.inf]).sigmoid())
 
 
+def test_anchors_in_a_crowd_teach_nothing() -> None:
+    levels = outputs(9)
+    logits = [level.logits.requires_grad_() for level in levels]
+    crowd = torch.tensor([[0.0, 0, 60, 40]])
+    target = Target(
+        boxes=torch.zeros(0, 4),
+        crowds=crowd,
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=cropped(torch.zeros(0, 1, 1, dtype=torch.uint8)),
+        mask_scale=torch.ones(4),
+    )
+    config = replace(tiny_config(), rpn_samples=10**6)
+    empty = replace(target, crowds=torch.zeros(0, 4))
+    counts = []
+    for first in (target, empty):
+        targets = [first, empty]
+        objectness, _ = rpn_losses(levels, targets, config, [t.generator() for t in targets])
+        counts.append(int(objectness.items))
+        gradients = torch.autograd.grad(objectness.total, logits, retain_graph=True)
+        taught = torch.cat([gradient[0] for gradient in gradients]) != 0
+        anchors = torch.cat([level.anchors for level in levels])
+        low, high = (
+            torch.maximum(anchors[:, :2], crowd[:, :2]),
+            anchors[:, 2:].minimum(crowd[:, 2:]),
+        )
+        share = (high - low).clamp(min=0).prod(dim=1) / (anchors[:, 2:] - anchors[:, :2]).prod(
+            dim=1
+        )
+        assert taught[share < 0.5].all()
+        assert taught[share >= 0.5].any() == (first is empty)
+    assert counts[0] < counts[1]
+
+
 @pytest.mark.parametrize("objects", [6, 1, 0])
 def test_losses_equal_torchvisions_when_every_anchor_is_sampled(objects: int) -> None:
     generator, levels = torch.Generator().manual_seed(8), outputs(9)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from strategies import FEW, boxes, cropped, random_boxes, seeds
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
@@ -14,7 +15,15 @@ from torchvision.ops import roi_align
 
 from comask.data.target import Target
 from comask.models.boxes import clip_boxes, decode_boxes, encode_boxes, paired_iou
-from comask.training.targets import BACKGROUND, IGNORE, jitter, mask_targets, match, sample
+from comask.training.targets import (
+    BACKGROUND,
+    IGNORE,
+    jitter,
+    mask_targets,
+    match,
+    sample,
+    without_crowds,
+)
 
 
 def target(masks: Tensor, scale: tuple[float, float] = (1.0, 1.0)) -> Target:
@@ -48,6 +57,44 @@ def test_without_objects_all_is_background(keep_best: bool) -> None:
     matches = match(torch.zeros(0, 5), 0.7, 0.3, keep_best=keep_best)
     assert matches.dtype == torch.int64
     assert matches.tolist() == [BACKGROUND] * 5
+
+
+@FEW
+@given(seed=seeds, crowds=st.integers(0, 4))
+def test_background_in_a_crowd_is_ignored_as_pycocotools_measures_it(
+    seed: int, crowds: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    candidates = random_boxes(generator, 60, 100, 40)
+    regions = random_boxes(generator, crowds, 80, 80)
+    matches = torch.randint(-2, 3, (60,), generator=generator)
+    found = without_crowds(matches, candidates, regions)
+
+    def corners_to_sizes(boxes: Tensor) -> np.ndarray:
+        return torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).double().numpy()
+
+    inside = np.zeros(60, bool)
+    if crowds:  # of a crowd COCO's "IoU" is the share of the detection's own area
+        shares = coco_mask.iou(
+            corners_to_sizes(candidates), corners_to_sizes(regions), [1] * crowds
+        )
+        sure = np.abs(shares - 0.5).min(axis=1) > 1e-4
+        inside = shares.max(axis=1) >= 0.5
+    else:
+        sure = ~inside
+    expected = np.where(inside & (matches.numpy() == BACKGROUND), IGNORE, matches.numpy())
+    assert found.numpy()[sure].tolist() == expected[sure].tolist()
+
+
+def test_half_of_its_own_area_is_enough_and_objects_stay() -> None:
+    crowd = torch.tensor([[0.0, 0, 10, 10]])
+    candidates = torch.tensor([[5.0, 0, 15, 10], [5.1, 0, 15.1, 10], [2, 2, 3, 3], [0, 0, 0, 0]])
+    background = torch.full((4,), BACKGROUND)
+    assert without_crowds(background, candidates, crowd).tolist() == [
+        IGNORE, BACKGROUND, IGNORE, BACKGROUND,
+    ]  # fmt: skip
+    objects = torch.tensor([0, 1, 0, IGNORE])
+    assert torch.equal(without_crowds(objects, candidates, crowd), objects)
 
 
 @FEW

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comask.data.check_annotations import Annotations, changed_annotations
 from comask.data.check_images import FileSource, sound_images, with_sound_files
-from comask.data.problems import EXAMPLES, NOTES, Findings, Kind, Problem, describe
+from comask.data.problems import EXAMPLES, NOTES, REMEDIES, Findings, Kind, Problem, describe
 from comask.data.source import Category, ImageInfo, InstanceSource
 from comask.errors import DataError, one_line
 
@@ -57,6 +57,7 @@ def sound_part(
             count=len(found),
             examples=tuple(one_line(example) for example in found[:EXAMPLES]),
             consequence=kind.value[1],
+            remedy=REMEDIES.get(kind, ""),
         )
         for kind, found in findings.items()
         if found

@@ -17,7 +17,7 @@ from comask.config import DataConfig
 from comask.data.check import sound_part
 from comask.data.coco import coco_source
 from comask.data.packed import PackedSource
-from comask.data.problems import EXAMPLES, describe
+from comask.data.problems import EXAMPLES, Problem, describe
 from comask.data.source import InstanceSource
 from comask.errors import DataError, one_line
 
@@ -54,20 +54,43 @@ def open_source(
     Raises:
         DataError: when the folder holds no data set, or none of its images can be used.
     """
+    return _opened(data, split, shapes_images, shapes_seed, boxes, report or logger.warning)[0]
+
+
+def _opened(
+    data: str,
+    split: str,
+    shapes_images: int,
+    shapes_seed: int,
+    boxes: Literal["annotated", "mask"],
+    report: Callable[[str], None],
+) -> tuple[InstanceSource, list[Problem]]:
+    """See `open_source`; and what is wrong with the rest."""
     if data == SHAPES:  # sound by construction, and rendered when asked for
         from comask.data.shapes import ShapesSource
 
         if (folder := Path.cwd() / SHAPES).is_dir():
             _tell_apart(folder)
-        return ShapesSource(num_images=shapes_images, seed=shapes_seed)
-    source = coco_source(Path(data), split)
+        return ShapesSource(num_images=shapes_images, seed=shapes_seed), []
+    return open_folder(Path(data), split, boxes=boxes, report=report)
+
+
+def open_folder(
+    folder: Path,
+    split: str,
+    *,
+    boxes: Literal["annotated", "mask"] = "annotated",
+    report: Callable[[str], None],
+) -> tuple[InstanceSource, list[Problem]]:
+    """The sound part of the data set in a folder, and what is wrong with the rest; see `open_source`."""
+    source = coco_source(folder, split)
     try:
         part, problems = sound_part(source, boxes=boxes)
     except DataError as error:
-        raise DataError(f"{data}: {error}") from error
+        raise DataError(f"{folder}: {error}") from error
     for line in describe(problems):
-        (report or logger.warning)(line)
-    return PackedSource.of(part, source.images)
+        report(line)
+    return PackedSource.of(part, source.images), problems
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,14 +148,7 @@ def open_training_data(config: DataConfig, data: str, val: str | None, seed: int
             said.add(line)
             logger.warning("%s", line)
 
-    source = open_source(
-        data,
-        "train",
-        shapes_images=config.shapes_train,
-        shapes_seed=seed,
-        boxes=config.boxes,
-        report=report,
-    )
+    source, problems = _opened(data, "train", config.shapes_train, seed, config.boxes, report)
     everything = list(range(len(source)))
     if val is None and data != SHAPES:
         count = max(1, round(len(source) * config.val_fraction))
@@ -143,23 +159,23 @@ def open_training_data(config: DataConfig, data: str, val: str | None, seed: int
             )
         order = np.random.default_rng(seed).permutation(everything).tolist()
         chosen = sorted(order[count:]), sorted(order[:count])
-        return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), data)
-    val_source = open_source(
-        val or data,
-        "val",
-        shapes_images=config.shapes_val,
-        shapes_seed=SHAPES_VAL_SEED,
-        boxes=config.boxes,
-        report=report,
+        return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), data, problems)
+    val_source, _ = _opened(
+        val or data, "val", config.shapes_val, SHAPES_VAL_SEED, config.boxes, report
     )
     if val_source.categories != source.categories:
         raise DataError(f"--val {val}: its categories differ from those of --data {data}")
     indices = list(range(len(val_source)))
-    return _with_objects(TrainingData(source, everything, val_source, indices), data)
+    return _with_objects(TrainingData(source, everything, val_source, indices), data, problems)
 
 
-def _with_objects(opened: TrainingData, data: str) -> TrainingData:
+def _with_objects(opened: TrainingData, data: str, problems: list[Problem]) -> TrainingData:
     """The data without categories that have no object in either part.
+
+    Args:
+        opened: both parts.
+        data: as the user named the training data.
+        problems: of the training data.
 
     Raises:
         DataError: no training image has an object.
@@ -167,20 +183,17 @@ def _with_objects(opened: TrainingData, data: str) -> TrainingData:
     if not isinstance(opened.train, PackedSource) or not isinstance(opened.val, PackedSource):
         return opened  # shapes
     train, val = opened.train, opened.val
-    crowds = 0
-    for index in opened.train_indices:
-        annotations = train.annotations(index)
-        if any(not annotation.get("iscrowd") for annotation in annotations):
-            break
-        crowds += len(annotations)
-    else:
-        why = "they have no usable annotation; the lines above that begin with data: say why"
-        if crowds:
-            why = (
-                f"all of their {crowds} annotations are crowds (iscrowd 1), which are not learnt. CVAT "
-                f"writes every painted mask so: set iscrowd to 0 where an annotation is one object "
-                f"(jq '.annotations[].iscrowd = 0' old.json > new.json)"
-            )
+    if not any(
+        not annotation.get("iscrowd")
+        for index in opened.train_indices
+        for annotation in train.annotations(index)
+    ):
+        why = "they have no annotations"
+        if telling := [problem for problem in problems if problem.remedy]:
+            most = max(telling, key=lambda problem: problem.count)
+            why = f"{most.counted}; {most.remedy}"
+        elif any(train.objects.values()):
+            why = "all objects are in the part set aside for validation; name other images by --val"
         raise DataError(
             f"--data {data}: no object to learn from in {len(opened.train_indices)} training images: "
             f"{why}"

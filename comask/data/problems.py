@@ -39,11 +39,36 @@ class Kind(Enum):
     SOME_SHORT = "annotations with a polygon of fewer than 3 points", "polygon left out"
     BAD_AREA = "annotations with an area that is no number", "area ignored"
     NO_ID = "annotations without a unique id", "given a new one"
-    MOSTLY_CROWDS = "annotations marked as crowds by iscrowd 1, which are most", "not learnt"
+    MOSTLY_CROWDS = "annotations marked as crowds by iscrowd 1", "more than half of all; not learnt"
     NAMESAKE = "categories without an object, called like one with objects", "left out"
 
 
+_BOXES = "a bbox is [x, y, width, height] in pixels from the image's upper left corner"
+_MASKS = (
+    "a segmentation is a list of polygons [x1, y1, x2, …] in pixels or an RLE of its image's size"
+)
+# What to do where a kind leaves no object.
+REMEDIES = {
+    Kind.UNKNOWN_IMAGE: "give annotations the id of an image, of the same type (1 is not '1')",
+    Kind.NO_FIELD: "give annotations a bbox and a category_id",
+    Kind.UNKNOWN_CATEGORY: "give annotations the id of a category, of the same type (1 is not '1')",
+    Kind.BAD_CROWD: "iscrowd is 0 for one object and 1 for a crowd",
+    Kind.BAD_BOX: _BOXES,
+    Kind.NO_AREA: _BOXES,
+    Kind.OUTSIDE: _BOXES,
+    Kind.NO_SEGMENTATION: "CoMask learns masks: give annotations a segmentation, boxes alone do not do",
+    Kind.ONLY_SHORT: _MASKS,
+    Kind.NO_POLYGONS: _MASKS,
+    Kind.BAD_RLE: _MASKS,
+    Kind.NO_PIXEL: _MASKS,
+    Kind.MOSTLY_CROWDS: "crowds are not learnt, and CVAT marks every painted mask so: set iscrowd to 0 "
+    "where an annotation is one object "
+    "(jq '.annotations[].iscrowd = 0' old.json > new.json)",
+}
+
 NOTES = {Kind.BESIDE_MASK, Kind.MOSTLY_CROWDS}  # of what is used as it is
+
+_SINGULAR = {"boxes": "box", "categories": "category"}
 
 Findings = dict[Kind, list[str]]  # examples of each kind, all of them
 
@@ -57,24 +82,30 @@ class Problem:
         count: how often.
         examples: the first 3, naming the file, the annotation's id and the values.
         consequence: what was done about it, as in "left out" or "clipped".
+        remedy: what to do where this leaves no object; empty where it cannot.
     """
 
     kind: str
     count: int
     examples: tuple[str, ...]
     consequence: str
+    remedy: str = ""
+
+    @property
+    def counted(self) -> str:
+        """As in "9 boxes without area" and "1 box without area"."""
+        noun, rest = self.kind.split(" ", 1)
+        if self.count == 1:
+            noun = _SINGULAR.get(noun, noun.removesuffix("s"))
+        return f"{self.count} {noun} {rest}"
 
 
 def describe(problems: list[Problem]) -> list[str]:
     """One line a problem: `data: 9 boxes without area (left out): 1.jpg annotation 7: …, …`."""
     lines = []
     for problem in problems:
-        noun, rest = problem.kind.split(" ", 1)
-        if problem.count == 1:
-            noun = "box" if noun == "boxes" else noun.removesuffix("s")
         examples = [*problem.examples, "…"] if problem.count > EXAMPLES else problem.examples
-        head = f"data: {problem.count} {noun} {rest} ({problem.consequence})"
-        lines.append(f"{head}: {', '.join(examples)}")
+        lines.append(f"data: {problem.counted} ({problem.consequence}): {', '.join(examples)}")
     return lines
 
 

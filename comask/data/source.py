@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -60,6 +60,16 @@ class InstanceSource(Protocol):
         Each has `id`, `image_id`, `category_id`, `bbox` (x, y, w, h in pixels), `area`, `iscrowd`
         and `segmentation` (polygons or RLE).
         """
+
+
+def not_decoded_text(report: Mapping[str, Any]) -> str:
+    """How many images of a report were not scored, and why.
+
+    Args:
+        report: with the numbers of `images` that were scored and those that were `not_decoded`.
+    """
+    count = report["not_decoded"]
+    return f"{count} of {count + report['images']} images cannot be decoded"
 
 
 def readable_images(

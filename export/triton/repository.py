@@ -80,7 +80,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
 
     Raises:
         BundleError: when `output` holds models of these names, or is no repository; when the bundle
-            lacks the graphs or has altered files.
+            lacks the graphs, has altered files, or category ids that are no integers.
         ConfigError: for a backend, name or batch that cannot be.
         EngineError: when there are no engines that Triton can load, or several.
     """
@@ -91,6 +91,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
             f"digits, _, - and ."
         )
     _check_room(output, name)
+    manifest.require_int64_ids("Triton's category_ids: train and export with such ids")
     library, precision = _parse_served(request.backend)
     backend = f"{library}:{precision}"
     require_precision(bundle, precision)

@@ -78,9 +78,9 @@ class Evaluation:
         (first, reference), *others = predictors.items()
         base = self._score(first, reference)
         # the others are scored on what the first could decode
-        return dataclasses.replace(self, truth=base.truth)._run(
-            first, reference, base, others, results
-        )
+        scored = dataclasses.replace(self, truth=base.truth)
+        not_decoded = len(self.truth.indices) - len(base.truth.indices)
+        return scored._run(first, reference, base, others, results, not_decoded)
 
     def _run(
         self,
@@ -89,11 +89,13 @@ class Evaluation:
         base: Scores,
         others: Sequence[tuple[str, Predictor]],
         results: Path | None,
+        not_decoded: int,
     ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
         theirs = read_results(results, self.truth.source, self.truth.indices) if results else None
         report: dict[str, Any] = {
             "reference": first,
             "images": base.final.images,
+            "not_decoded": not_decoded,
             "max_detections": base.final.max_detections,
             "backends": {first: _numbers(base)},
             "comparisons": {},

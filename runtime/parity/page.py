@@ -12,6 +12,7 @@ from comask.runtime.parity.judge import change_text, points_text
 from comask.runtime.parity.page_precisions import precision_sections
 from comask.runtime.parity.verdict import has_failed
 
+from comask.data.source import not_decoded_text
 from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS
 from comask.page import facts, page, picture, table
 
@@ -74,6 +75,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     return "".join(parts) + facts(
         [
             ("data", f"{report['data']}, {report['images']} images"),
+            *([("left out", not_decoded_text(report))] if report["not_decoded"] else []),
             ("detections", f"the {report['max_detections']} best of each image count"),
             ("reference", report["reference"]),
             *knobs,
