@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO, settings
+from data_sets import edit
 
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
@@ -90,6 +92,25 @@ def test_two_ranks_train_as_one(landscape: Path, tmp_path: Path) -> None:
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     evaluations = [read_rows(tmp_path / name / "eval.csv") for name in ("one", "two")]
     assert len(evaluations[0]) == len(evaluations[1]) == 6
+
+
+def test_data_are_read_and_reported_by_one_of_the_ranks(landscape: Path, tmp_path: Path) -> None:
+    """The others learn what it found: the same images, or the same refusal."""
+    data = tmp_path / "set"
+    shutil.copytree(landscape, data)
+    edit(data, lambda content: content["annotations"][0].update(segmentation=[]))
+    shared = set(Path("/dev/shm").glob("comask-*"))
+    arguments = command(data, tmp_path / "run", ranks=2, changes=("train.max_steps=1",))
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("data: 1 annotation without segmentation (left out)") == 1
+    edit(data, lambda content: [a.update(iscrowd=1) for a in content["annotations"]])
+    arguments = command(data, tmp_path / "none", ranks=2)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("no object to learn from in 10 training images") == 1
+    assert "shared_data.py" not in done.stderr  # the traceback is torchrun's own
+    assert set(Path("/dev/shm").glob("comask-*")) <= shared  # nothing is left in memory
 
 
 def test_a_rank_without_an_object_hangs_nobody(landscape: Path, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
+import pytest
 from conftest import MICRO, run, settings
 
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
+from comask.training.record import read_rows
 
 
 def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
@@ -71,4 +74,46 @@ def test_train_reports_unsound_data_and_trains_on_the_rest(tmp_path: Path) -> No
     assert "data: 1 image without a file (left out)" in result.output
     assert "10 training images, 1 for validation" in result.output
     for words in ("unknown categor", "without area"):
+        assert words in result.output
+
+
+def test_seeds_tell_how_far_ap_scatters(tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    command = (
+        "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", output,
+        *settings(*MICRO, "train.max_steps=1", "train.seed=4"),
+    )  # fmt: skip
+    result = run(*command, "--seeds", 3)
+    assert result.exit_code == 0, result.output
+    assert "over 3 seeds, mean ± deviation" in result.output
+    runs = [output / f"seed-{seed}" for seed in (4, 5, 6)]
+    content = json.loads((output / "seeds.json").read_text())
+    assert content["runs"] == [folder.name for folder in runs]
+    for task, name in (("bbox", "box"), ("segm", "mask")):
+        values = [
+            float(row["AP"]) * 100
+            for folder in runs
+            for row in read_rows(folder / "eval.csv")
+            if (row["stage"], row["task"]) == ("final", task)
+        ]
+        entry = content["points"][f"{name} AP"]
+        assert entry["values"] == pytest.approx(values, abs=1e-3)
+        assert entry["mean"] == pytest.approx(statistics.fmean(values), abs=1e-3)
+        assert entry["deviation"] == pytest.approx(statistics.stdev(values), abs=1e-3)
+    weights = {folder: (folder / "checkpoint-last.pt").read_bytes() for folder in runs}
+    assert len(set(weights.values())) == 3
+    again = run(*command, "--seeds", 4, "--resume")  # those that are finished stay
+    assert again.exit_code == 0, again.output
+    assert {folder: (folder / "checkpoint-last.pt").read_bytes() for folder in runs} == weights
+    assert (output / "seed-7" / "checkpoint-last.pt").exists()
+
+
+def test_seeds_need_images_that_are_the_same_for_all(tmp_path: Path) -> None:
+    for arguments, words in [
+        (("--data", tmp_path, "--seeds", 2), "--seeds needs --val"),
+        (("--data", "shapes", "--seeds", 2, "--eval-only"), "--seeds trains and --eval-only does"),
+        (("--data", "shapes", "--seeds", 1), "2"),
+    ]:
+        result = run("train", "--output", tmp_path / "r", *arguments)
+        assert result.exit_code == 2
         assert words in result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ def open_shared(
     """Opens the data of a run; see `open_training_data` for the arguments.
 
     Raises:
-        DataError: see `open_training_data`; on every process.
+        DataError: see `open_training_data`; on the process that reads for its machine.
+        SystemExit: then, on the others, so that the error is said once.
     """
     if ranks.world == 1:
         return open_training_data(config, data, val, seed)
@@ -35,7 +37,9 @@ def open_shared(
             offer = error
     offer = share_on_machine(offer)
     if isinstance(offer, ComaskError):
-        raise offer
+        if leads_its_machine():
+            raise offer
+        sys.exit(1)
     assert offer is not None
     try:
         return offer.taken()

@@ -1,0 +1,89 @@
+"""Data sets in arrays: what goes in comes out, from memory and from a file that processes share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from data_sets import Content, shapes_set
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comask.data.coco import coco_source
+from comask.data.packed import PackedSource, Records
+from comask.data.source import InstanceSource
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+values = st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8)
+
+
+@given(st.lists(values, max_size=6))
+def test_records_come_out_as_they_went_in(expected: list[Any]) -> None:
+    records = Records.of(iter(expected))
+    assert [records[i] for i in range(len(records))] == expected
+    with tempfile.TemporaryDirectory() as folder:
+        if not records.nbytes:
+            return  # an empty file cannot be mapped; a data set has at least one image
+        records.save(Path(folder), "some")
+        opened = Records.open(Path(folder), "some")
+        assert [opened[i] for i in range(len(opened))] == expected
+
+
+def test_what_comes_out_is_a_copy() -> None:
+    records = Records.of([{"bbox": [1, 2, 3, 4]}])
+    records[0]["bbox"].clear()
+    assert records[0] == {"bbox": [1, 2, 3, 4]}
+
+
+def whole(source: InstanceSource) -> list[Any]:
+    return [
+        (source.info(i), source.annotations(i), source.image(i).tolist())
+        for i in range(len(source))
+    ]
+
+
+def odd_ids(content: Content) -> None:
+    content["categories"].append({"id": "none", "name": "nothing"})
+    for annotation in content["annotations"][::2]:
+        annotation["iscrowd"] = 1
+
+
+def test_a_packed_source_is_the_source(tmp_path: Path) -> None:
+    plain = coco_source(shapes_set(tmp_path / "set", odd_ids), "train")
+    packed = PackedSource.of(plain, plain.images)
+    (tmp_path / "packed").mkdir()
+    packed.save(tmp_path / "packed")
+    opened = PackedSource.open(tmp_path / "packed")
+    counted: dict[Any, int] = {}
+    for index in range(len(plain)):
+        for annotation in plain.annotations(index):
+            if not annotation["iscrowd"]:
+                id_ = annotation["category_id"]
+                counted[id_] = counted.get(id_, 0) + 1
+    for source in (packed, opened):
+        assert whole(source) == whole(plain)
+        assert source.categories == plain.categories
+        assert source.objects == counted
+        assert [source.path(i) for i in range(4)] == [plain.path(i) for i in range(4)]
+        some = source.with_categories(plain.categories[:8])
+        assert some.categories == plain.categories[:8]
+        assert whole(some) == whole(plain)
+
+
+def _last(source: PackedSource, queue: Any) -> None:
+    queue.put(source.annotations(len(source) - 1))
+
+
+def test_another_process_reads_the_same(tmp_path: Path) -> None:
+    plain = coco_source(shapes_set(tmp_path / "set"), "train")
+    (tmp_path / "packed").mkdir()
+    PackedSource.of(plain, plain.images).save(tmp_path / "packed")
+    opened = PackedSource.open(tmp_path / "packed")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_last, args=(opened, queue))
+    process.start()
+    assert queue.get(timeout=60) == plain.annotations(3)
+    process.join()
