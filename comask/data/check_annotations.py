@@ -5,6 +5,7 @@ Masks are judged by `read_segmentation`, which will read them again in training.
 
 from __future__ import annotations
 
+import math
 from reprlib import repr as shortened
 from typing import Any, Literal
 
@@ -171,13 +172,12 @@ def _bounds(segmentation: Any, info: ImageInfo) -> Bounds | None:
     if isinstance(segmentation, list) and all(map(_is_plain_polygon, segmentation)):
         # The same rasteriser as training's, but only as far as run lengths, which it makes of the
         # outline alone: no time and memory go into pixels.
-        runs = coco.frPyObjects(segmentation, info.height, info.width)
-        boxes = coco.toBbox(runs)[coco.area(runs) > 0].reshape(-1, 4)
-        if not len(boxes):
+        boxes = coco.toBbox(coco.frPyObjects(segmentation, info.height, info.width)).tolist()
+        corners = [(x, y, x + w, y + h) for x, y, w, h in boxes if w and h]  # 0: of no pixel
+        if not corners:
             return None
-        x1, y1 = boxes[:, :2].min(axis=0).tolist()
-        x2, y2 = (boxes[:, :2] + boxes[:, 2:]).max(axis=0).tolist()
-        return int(x1), int(y1), int(x2), int(y2)
+        left, top, right, bottom = zip(*corners, strict=True)
+        return int(min(left)), int(min(top)), int(max(right)), int(max(bottom))
     mask = read_segmentation(segmentation, info.height, info.width)
     return mask.bounds if mask.area else None
 
@@ -186,4 +186,6 @@ def _is_plain_polygon(polygon: object) -> bool:
     """Whether a polygon is surely well-formed; if not, `read_segmentation` judges it."""
     if not isinstance(polygon, list) or len(polygon) % 2 or not {*map(type, polygon)} <= _NUMBERS:
         return False
-    return all(-1e5 <= number <= 1e5 for number in polygon)  # false for NaN as well
+    if not polygon or min(polygon) < -1e5 or max(polygon) > 1e5:
+        return False
+    return math.isfinite(sum(polygon))  # comparisons overlook NaN
