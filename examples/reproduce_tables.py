@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from comask.training.record import read_rows
+from comask.training.record import read_evaluations
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -64,14 +64,10 @@ def train(preset: str, data: str, output: Path, processes: int, settings: tuple[
 
 def mask_ap(run: Path) -> list[float]:
     """Mask AP of the run's last evaluation, in points."""
-    rows = [
-        row
-        for row in read_rows(run / "eval.csv")
-        if (row["task"], row["stage"]) == ("segm", "final")
-    ]
-    if not rows:
+    evaluations = read_evaluations(run)
+    if not evaluations:
         raise click.ClickException(f"{run}: has no evaluation; leave train.evaluate_every alone")
-    return [100 * float(rows[-1][name]) for name in METRICS]
+    return [evaluations[-1].points("final", "segm", name) for name in METRICS]
 
 
 def table(rows: dict[Row, list[float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -147,3 +148,13 @@ def test_missing_tensorboard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
     with pytest.raises(ConfigError, match=r"pip install 'comask\[tensorboard\]', or leave"):
         RunRecord(tmp_path, keep_until=0, tensorboard=True)
+
+
+def test_what_does_not_exist_is_written_and_read_as_such(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, keep_until=0)
+    record.add_metrics(1, 0, {"final": metrics(-1.0, 0.25)})
+    rows = read_rows(tmp_path / "eval.csv")
+    assert {row["task"]: row["AP"] for row in rows} == {"bbox": "n/a", "segm": "0.25"}
+    (last,) = read_evaluations(tmp_path)
+    assert math.isnan(last.points("final", "bbox"))
+    assert last.points("final", "segm") == 25

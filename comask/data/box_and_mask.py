@@ -38,6 +38,9 @@ def likely_cause(box: Sequence[float], bounds: Bounds, width: int, height: int) 
             return words
     x, y, w, h = box
     x1, y1, x2, y2 = bounds
+    scale = (x2 - x1) / w
+    if iou((x * scale, y * scale, (x + w) * scale, (y + h) * scale), bounds) >= _SAME:
+        return f"of the image at {1 / scale:.2g} times its size"
     if iou((0, 0, w, h), (0, 0, x2 - x1, y2 - y1)) >= _SAME:
         return "displaced"
     return "" if iou((x, y, x + w, y + h), bounds) else "of another object"
@@ -65,7 +68,10 @@ def _centre(a: float, b: float, c: float, d: float) -> tuple[float, float, float
 _READINGS: dict[str, Reading] = {
     "corners x1, y1, x2, y2": lambda a, b, c, d, w, h: (a, b, c, d),
     "centre and size": lambda a, b, c, d, w, h: _centre(a, b, c, d),
+    "corners y1, x1, y2, x2": lambda a, b, c, d, w, h: (b, a, d, c),
     "x and y swapped": lambda a, b, c, d, w, h: (b, a, b + d, a + c),
+    "width and height swapped": lambda a, b, c, d, w, h: (a, b, a + d, b + c),
+    "y from the lower edge": lambda a, b, c, d, w, h: (a, h - b - d, a + c, h - b),
     "normalised x, y, width, height": lambda a, b, c, d, w, h: (
         a * w, b * h, (a + c) * w, (b + d) * h
     ),

@@ -131,7 +131,8 @@ def _sound_box(box: Any, info: ImageInfo) -> Any:
         raise UnsoundError(Kind.BAD_BOX, f": {shortened(box)}")
     x, y, w, h = box
     if min(w, h) < _MIN_SIDE:
-        raise UnsoundError(Kind.NO_AREA, f": {box}")
+        small = " (normalised?)" if min(w, h) > 0 and max(box) <= 1 else ""
+        raise UnsoundError(Kind.NO_AREA, f": {box}{small}")
     overshoot = max(-x, -y, x + w - info.width, y + h - info.height)
     left, top = max(x, 0), max(y, 0)
     clipped = [left, top, min(x + w, info.width) - left, min(y + h, info.height) - top]

@@ -18,6 +18,10 @@ from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS, CocoMetrics
 from comask.whole_file import write_whole
 
+NONE = (
+    "n/a"  # in `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it
+)
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -111,7 +115,9 @@ class RunRecord:
             for task in TASKS:
                 row = {"step": step, "epoch": epoch, "stage": stage, "task": task}
                 values = metrics.values[task]
-                rows.append(row | {name: values[name] for name in METRICS})
+                rows.append(
+                    row | {name: values[name] if values[name] >= 0 else NONE for name in METRICS}
+                )
                 if values["AP"] >= 0:  # -1 says that there is none
                     precision[f"{task}_AP_{stage}"] = values["AP"]
         _append(self._eval, rows)
@@ -155,7 +161,9 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
         step = int(row["step"])
         new = Evaluation(step=step, epoch=int(row["epoch"]), values={})
         stage = evaluations.setdefault(step, new).values.setdefault(row["stage"], {})
-        stage[row["task"]] = {name: float(row[name]) for name in METRICS}
+        stage[row["task"]] = {
+            name: -1.0 if row[name] == NONE else float(row[name]) for name in METRICS
+        }
     for evaluation in evaluations.values():
         for name, tasks in list(evaluation.values.items()):
             if len(tasks) < len(TASKS):  # torn
