@@ -25,10 +25,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-from comask.runtime import Predictor
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
+from comask.runtime import Predictor
 
 COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
 VICTIMS = ("the driver", "its process group", "it and Ray")

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from comask.runtime import Predictor
-from comask.runtime.bench.memory import peak_resident
-from comask.runtime.ort_session import OrtSession
 from numpy.typing import NDArray
 
 from comask.bundle import WEIGHTS, Bundle
@@ -31,6 +28,9 @@ from comask.config import CANDIDATES, PreprocessConfig
 from comask.errors import BackendUnavailableError, ComaskError
 from comask.masks import rles_from_mask_probs
 from comask.preprocess import Pixels, Prepared, prepare
+from comask.runtime import Predictor
+from comask.runtime.bench.memory import peak_resident
+from comask.runtime.ort_session import OrtSession
 
 if TYPE_CHECKING:
     from torch import Tensor

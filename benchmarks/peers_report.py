@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comask.cli.bench_tables import machine_line
 
+from comask.cli.bench_tables import machine_line
 from comask.errors import ComaskError
 
 PARTS = ("prepare", "network", "masks")

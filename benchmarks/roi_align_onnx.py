@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function
-from comask.export.trt_functions import pyramid_roi_align_by_grid_sample
 from onnx import TensorProto, helper
 from torchvision.ops import roi_align
 
+from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function
+from comask.export.trt_functions import pyramid_roi_align_by_grid_sample
 from comask.models.roi_align import STRIDES, roi_levels
 
 CANONICAL, RATIO = 224.0, 2

@@ -16,8 +16,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from comask.runtime.predictor import Predictor
-from comask.runtime.torch_session import torch_stages
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +28,8 @@ from comask.evaluate import evaluate
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.progress import Progress
+from comask.runtime.predictor import Predictor
+from comask.runtime.torch_session import torch_stages
 from comask.structures import Detections
 from comask.training.losses import Objective
 from comask.training.optim import build_optimizer, learning_rate

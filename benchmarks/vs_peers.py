@@ -20,8 +20,6 @@ import click
 import numpy as np
 import peers_report
 import torch
-from comask.cli.bench_plots import check_plot
-from comask.runtime.bench.machine import cores, describe_machine
 from paste_and_rle import instances
 from peers import (
     CONTESTANTS,
@@ -40,9 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision_network import CLASSES, export_network
 
 from comask.bundle import Bundle
+from comask.cli.bench_plots import check_plot
 from comask.errors import BackendUnavailableError, ComaskError
 from comask.preprocess import Prepared
 from comask.progress import Progress
+from comask.runtime.bench.machine import cores, describe_machine
 
 REFERENCE = "torchvision eager"
 MASK_THRESHOLD = 0.5
@@ -159,10 +159,9 @@ def measure(
 
 def make_bundle(folder: Path) -> None:
     """`comask-r50` with random weights and COCO's number of classes."""
-    from comask.export.pipeline import export_bundle
-
     from comask.data.shapes import ShapesSource
     from comask.data.source import Category
+    from comask.export.pipeline import export_bundle
     from comask.models.comask import CoMask as Network
     from comask.presets import preset
     from comask.training.checkpoint import Checkpoint, save_checkpoint

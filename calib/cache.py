@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from comask.bundle import Bundle, graph_file
 from comask.calib.histograms import Histogram
 from comask.calib.thresholds import entropy_threshold, error_threshold, percentile_threshold
-
-from comask.bundle import Bundle, graph_file
 from comask.config import PreprocessConfig
 from comask.config_reading import from_dict
 from comask.errors import CalibrationError, ConfigError

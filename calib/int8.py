@@ -9,14 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from comask.calib.layers import graph_layers, readings
-from comask.calib.predictions import Feeds
-from comask.calib.qdq import quantize_graph
-from comask.calib.search import Search
-from comask.calib.sensitivity import costs, disturbances
-from comask.calib.validation import Measured, Scorer
-from comask.runtime.ort_session import OrtSession, ort_stages
-from comask.runtime.session import Stages
 from numpy.typing import NDArray
 
 from comask.bundle import (
@@ -29,8 +21,16 @@ from comask.bundle import (
     scratch_folder,
     sha256,
 )
+from comask.calib.layers import graph_layers, readings
+from comask.calib.predictions import Feeds
+from comask.calib.qdq import quantize_graph
+from comask.calib.search import Search
+from comask.calib.sensitivity import costs, disturbances
+from comask.calib.validation import Measured, Scorer
 from comask.errors import PrecisionError
 from comask.preprocess import prepare
+from comask.runtime.ort_session import OrtSession, ort_stages
+from comask.runtime.session import Stages
 
 Report = Callable[[str], None]
 

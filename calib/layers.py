@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
+
 from comask.runtime.parity.graph_layers import layer_of
 
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights

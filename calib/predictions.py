@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
+
 from comask.calib.layers import graph_layers
 from comask.runtime.compare import PYRAMID
 from comask.runtime.ort_session import OrtSession

@@ -13,9 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
-from comask.calib.layers import Layer, Reading, graph_layers, readings
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from comask.calib.layers import Layer, Reading, graph_layers, readings
 
 LARGEST = 127  # of int8, without the -128 that has no counterpart
 

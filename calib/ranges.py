@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+
+from comask.bundle import Bundle
 from comask.calib.cache import Calibration
 from comask.calib.histograms import Histogram
 from comask.calib.layers import activations
 from comask.calib.pieces import Array, Pieces
 from comask.calib.sampling import CalibrationImage
-
-from comask.bundle import Bundle
 from comask.errors import CalibrationError
 from comask.preprocess import prepare
 from comask.progress import Progress

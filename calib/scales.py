@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from comask.calib.cache import CACHE, Calibration
-from comask.calib.layers import readings
-from comask.calib.qdq import LARGEST
 from onnx import numpy_helper
 
 from comask.bundle import INT8_BASE, STAGES, Bundle
+from comask.calib.cache import CACHE, Calibration
+from comask.calib.layers import readings
+from comask.calib.qdq import LARGEST
 
 LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
+
 from comask.calib.layers import graph_layers
 from comask.calib.predictions import Feeds, predictions, run_predictions, with_outputs
 from comask.calib.qdq import quantize_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from comask.calib.histograms import BINS, Counts, Histogram
 
 LARGEST_CODE = 127

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
-from comask.runtime.predictor import Predictor
-from comask.runtime.session import Stages
-from comask.runtime.torch_session import model_from_bundle, torch_stages
 
 from comask.bundle import Bundle
 from comask.data.source import InstanceSource
 from comask.errors import DataError, PrecisionError
 from comask.evaluate import CocoMetrics, Truth
+from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
+from comask.runtime.predictor import Predictor
+from comask.runtime.session import Stages
+from comask.runtime.torch_session import model_from_bundle, torch_stages
 
 TASKS = {"bbox": "box", "segm": "mask"}
 PARTS, ENOUGH = 5, 50  # of the images, for a standard error; with fewer images there is none

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+
 from comask.cli.bench_soak import Soak, run_soak
 from comask.cli.bench_sweep import run_sweep
 from comask.cli.bench_timing import Timing, run_timing

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from comask.cli.predictor_options import PredictorOptions
 
+from comask.cli.predictor_options import PredictorOptions
 from comask.errors import BackendUnavailableError, BundleError, EngineError, KernelError
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comask.cli.bench_tables import HEADS, machine_line
-from comask.runtime.bench.growth import LIMITS, MIB, PARTS
-
 from comask.errors import ComaskError, one_line
+from comask.runtime.bench.growth import LIMITS, MIB, PARTS
 from comask.whole_file import write_whole
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from comask.cli.interruption import Interruption
 from comask.cli.options import find_files, write_json
 from comask.cli.predictor_options import PredictorOptions
-
 from comask.errors import ComaskError, ImageError, one_line
 
 if TYPE_CHECKING:
@@ -48,11 +48,10 @@ def run_soak(wanted: Soak, plot: Path | None, json_file: str | None) -> None:
         ComaskError: something grew beyond its limit, the run broke down, or was too short to judge.
     """
     from comask.cli.bench_tables import print_soak
+    from comask.progress import Progress
     from comask.runtime.bench.machine import describe_machine
     from comask.runtime.bench.soak import soak
     from comask.runtime.bench.vitals import check_vitals
-
-    from comask.progress import Progress
 
     check_vitals()
     stop = Interruption()
@@ -133,9 +132,8 @@ def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], s
     Raises:
         ImageError: none can be read.
     """
-    from comask.runtime.bench.soak import broken_images, noise_images
-
     from comask.preprocess import decode_image
+    from comask.runtime.bench.soak import broken_images, noise_images
 
     if source is None:
         images = noise_images(predictor.preprocess)
@@ -162,6 +160,7 @@ def _images(source: Path | None, predictor: Predictor) -> tuple[list[Encoded], s
 def _judged(soaked: Soaked) -> dict[str, Any]:
     """The report's part on what was run, and what grew."""
     import numpy as np
+
     from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths, warmed_up
 
     waited = soaked.series.get("waited", np.empty(0))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
 from comask.cli.bench_backends import runnable
 from comask.cli.bench_work import Sweep, Work
 from comask.cli.options import write_json
 from comask.cli.predictor_options import PredictorOptions
-
 from comask.config import require_count
 from comask.errors import ConfigError
 
@@ -30,13 +30,12 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> None:
         ConfigError: the bundle cannot run what the grid names, or nothing of it runs here.
         DataError: the data has other classes than the bundle, or nothing to score.
     """
+    from comask.bundle import Bundle
     from comask.cli.bench_sweep_report import sweep_report
     from comask.cli.bench_tables import print_sweep
     from comask.cli.evaluate import SHAPES_SEED
-    from comask.runtime.parity.scores import labels_in_data
-
-    from comask.bundle import Bundle
     from comask.data.open_source import open_source
+    from comask.runtime.parity.scores import labels_in_data
 
     opened = Bundle.open(sweep.bundle)
     batches, settings = parse_grid(sweep.grid, opened.manifest)

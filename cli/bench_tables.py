@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from comask.runtime.bench.growth import MIB
-
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
+from comask.runtime.bench.growth import MIB
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from comask.cli.bench_backends import runnable
 from comask.cli.options import find_files, write_json
 from comask.cli.predictor_options import PredictorOptions
-
 from comask.errors import ImageError, one_line
 
 if TYPE_CHECKING:
-    from comask.runtime.bench.memory import PeakMemory
-    from comask.runtime.bench.parts import Measured
-
     from comask.bundle import Bundle, Manifest
     from comask.config import PreprocessConfig
     from comask.preprocess import Pixels
+    from comask.runtime.bench.memory import PeakMemory
+    from comask.runtime.bench.parts import Measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +52,9 @@ class Timing:
 
 def run_timing(timing: Timing, plot: Path | None, json_file: str | None) -> None:
     """Measures, prints, draws and records."""
+    from comask.bundle import Bundle
     from comask.cli.bench_tables import print_timing
     from comask.runtime.bench.machine import describe_machine
-
-    from comask.bundle import Bundle
 
     opened = Bundle.open(timing.bundle)
     pictures, subject = _pictures(timing, opened.manifest)
@@ -115,11 +113,10 @@ def _measure(
     timing: Timing, bundle: Bundle, names: Sequence[str], pictures: list[Pixels]
 ) -> dict[str, Any]:
     """The report's `canvases` and `backends`."""
+    from comask.progress import Progress
     from comask.runtime.bench.memory import peak_memory
     from comask.runtime.bench.parts import canvas_of, check_batch, full_batches, take_turns
     from comask.runtime.bench.streamed import measure_stream
-
-    from comask.progress import Progress
 
     batch = timing.how.max_batch
     options = dataclasses.asdict(timing.how)
@@ -172,6 +169,7 @@ def _measure(
 def _summary(measured: Measured, reference: Measured) -> dict[str, Any]:
     """One backend's figures; the ratio is of the medians, above 1 where it is faster."""
     import numpy as np
+
     from comask.runtime.bench.parts import SUM, percentiles
 
     seconds = {part: np.array(values) for part, values in measured.seconds.items()}

@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 from comask.cli.bench_front import Scored, Setting
 from comask.cli.predictor_options import PredictorOptions
-
 from comask.errors import ComaskError, ConfigError, DataError, EngineError, one_line
 from comask.progress import Progress
 
 if TYPE_CHECKING:
-    from comask.runtime import Predictor
-
     from comask.bundle import Bundle, Manifest
     from comask.data.source import InstanceSource
     from comask.evaluate import CocoMetrics
     from comask.preprocess import Pixels
+    from comask.runtime import Predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from comask.cli.options import command, json_option, write_json
 
+from comask.cli.options import command, json_option, write_json
 from comask.errors import one_line
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from comask.export.build_options import (
     HARDWARE_COMPATIBILITY,
     PLUGINS,
@@ -15,11 +16,11 @@ from comask.export.build_options import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from comask.export.engine import EngineRequest
-    from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
 
     from comask.bundle import Bundle
+    from comask.export.engine import EngineRequest
+    from comask.runtime.trt.engine_folder import EngineFolder
 
 FLAVORS = ("tensorrt", "tensorrt-rtx", "none")
 
@@ -131,9 +132,8 @@ def build_with_progress(
     Raises:
         ComaskError: when one cannot be built; those before it stay.
     """
-    from comask.export.engine import build_engines
-
     from comask.bundle import STAGES
+    from comask.export.engine import build_engines
     from comask.progress import Progress
 
     stages, folders = list(STAGES), []

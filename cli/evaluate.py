@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
 from comask.cli.options import check_folders, command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
 from comask.runtime.parity.scores import labels_in_data
-
 from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -66,14 +66,13 @@ def main(
     \b
     comask-eval bundle --data coco --report report.html
     """
+    from comask.bundle import Bundle
     from comask.cli.evaluate_tables import print_report
+    from comask.data.open_source import open_source
+    from comask.evaluate import Truth
     from comask.runtime.parity.contestants import default_backends, open_backends
     from comask.runtime.parity.evaluation import Evaluation
     from comask.runtime.parity.read_results import most_results
-
-    from comask.bundle import Bundle
-    from comask.data.open_source import open_source
-    from comask.evaluate import Truth
 
     check_folders(report=report_file, json=json_file)
     opened = Bundle.open(bundle)

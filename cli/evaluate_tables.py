@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from comask.runtime.parity.judge import change_text, points_text
-
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
+from comask.runtime.parity.judge import change_text, points_text
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
 

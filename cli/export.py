@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS
 from comask.cli.engine_options import build_with_progress, check_flavor, check_usage, engine_options
 from comask.cli.int8_options import (
     Int8Options,
@@ -17,17 +19,15 @@ from comask.cli.int8_options import (
 )
 from comask.cli.options import command, json_option, write_json
 from comask.cli.serve_options import serve_bundle, serve_options
-
-from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:
     import numpy as np
-    from comask.export.triton.repository import ServeRequest
-    from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
 
     from comask.bundle import Bundle
+    from comask.export.triton.repository import ServeRequest
+    from comask.runtime.trt.engine_folder import EngineFolder
 
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 
@@ -161,7 +161,6 @@ def _export(
     **options: Any,
 ) -> Bundle:
     from comask.export.pipeline import export_bundle
-
     from comask.training.checkpoint import load_checkpoint
 
     return export_bundle(

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
 from comask.cli.infer_fleet import FleetOptions, fleet_options, run_fleet
 from comask.cli.infer_results import Results
 from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
 from comask.cli.interruption import Interruption
 from comask.cli.options import command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
-
 from comask.errors import ImageError, VideoError, one_line
 
 if TYPE_CHECKING:
+    from comask.preprocess import Pixels
     from comask.runtime.predictor import Predictor
     from comask.runtime.video import Where
-
-    from comask.preprocess import Pixels
 
 KINDS = ("overlay", "masks", "coco", "labels")
 
@@ -166,10 +165,9 @@ def _run_images(
     stop: Interruption,
 ) -> float:
     """Runs the images until `stop`; the seconds it took."""
-    from comask.runtime.images import ImageRunner
-
     from comask.preprocess import decode_image
     from comask.progress import Progress
+    from comask.runtime.images import ImageRunner
 
     def until_stop() -> Iterator[tuple[Path, Callable[[], Pixels]]]:
         for path in files:

@@ -14,10 +14,10 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from comask.cli.interruption import Interruption
 from comask.cli.options import write_json
 from comask.cli.predictor_options import PredictorOptions
-
 from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
 
@@ -146,13 +146,12 @@ def _run(
 ) -> dict[str, Any]:
     """The summary of the job, which is finished then."""
     _require_packages(fleet)
+    from comask.bundle import Bundle
     from comask.runtime.fleet.folder import Folder, is_url
     from comask.runtime.fleet.job import Job, Terms, bundle_digest, full_name
     from comask.runtime.fleet.listing import write_listing
     from comask.runtime.fleet.runners import Shard, run_all
     from comask.runtime.fleet.worker import Model
-
-    from comask.bundle import Bundle
 
     opened = Bundle.open(bundle)  # before Ray is started for it
     if fleet.format == "parquet":

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from comask.cli.interruption import Interruption
 from comask.cli.options import find_files
-
 from comask.errors import ComaskError, EngineError, ImageError, VideoError, one_line
 from comask.progress import LINE_SECONDS, Progress
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         VideoSource,
         Where,
     )
-
     from comask.structures import Detections
 
 VIDEO_KINDS = {"overlay", "coco"}

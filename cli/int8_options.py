@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+
 from comask.calib.cache import CACHE, Method
 
 if TYPE_CHECKING:
     import numpy as np
-    from comask.runtime.trt.engine_folder import EngineFolder
     from numpy.typing import NDArray
 
     from comask.bundle import Bundle
     from comask.data.source import InstanceSource
+    from comask.runtime.trt.engine_folder import EngineFolder
 
 METHODS = get_args(Method)  # the first is the default
 # images of `shapes` that nothing else sees
@@ -102,11 +103,11 @@ def add_int8_graphs(
         DataError: when the data cannot be used.
     """
     import numpy as np
+
     from comask.calib.int8 import add_int8
     from comask.calib.ranges import collect_ranges
     from comask.calib.sampling import choose_images
     from comask.calib.validation import ENOUGH, Scorer, Validation
-
     from comask.data.open_source import open_source
 
     assert options.calib_data is not None
@@ -184,13 +185,12 @@ def judge_speed(
     import dataclasses
     import shutil
 
+    from comask.bundle import Manifest, update_manifest
     from comask.calib.speed import measure_speed, require_faster
+    from comask.errors import PrecisionError
     from comask.export.engine_proof import why_not_proved
     from comask.runtime.gpu import find_gpu
     from comask.runtime.trt.engine_folder import find_engines
-
-    from comask.bundle import Manifest, update_manifest
-    from comask.errors import PrecisionError
 
     gpu, kinds = find_gpu(), {(folder.info.flavor, folder.info.plugin) for folder in built}
     for kind in sorted(kinds):

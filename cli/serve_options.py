@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from comask.cli.options import write_json
 from comask.export.triton.repository import ServeRequest, write_repository
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
-from comask.cli.interruption import Interruption
-from comask.cli.options import command
 
 from comask.bundle import BEST
+from comask.cli.interruption import Interruption
+from comask.cli.options import command
 from comask.errors import ConfigError, TrainingError
 from comask.locks import locked
 from comask.presets import PRESETS, preset

@@ -11,12 +11,12 @@ import sys
 
 import cv2
 import numpy as np
-from comask.runtime import Detections, Predictor
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
 from comask.draw import draw_overlay
 from comask.errors import ComaskError
+from comask.runtime import Detections, Predictor
 
 COLUMNS, ROWS, SCALE, SEED = 4, 3, 3, 42
 

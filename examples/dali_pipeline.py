@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comask.runtime import Detections, Predictor
-
 from comask.errors import ComaskError
 from comask.preprocess import padded_shape, resized_shape
+from comask.runtime import Detections, Predictor
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 

@@ -13,10 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from comask.errors import ComaskError
 from comask.runtime import Detections, Predictor
 from comask.runtime.video import OverlayWriter, Sink, SourceFrame, VideoPipeline, VideoSource
-
-from comask.errors import ComaskError
 
 
 class CountPerSecond:

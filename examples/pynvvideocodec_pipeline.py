@@ -15,10 +15,9 @@ import sys
 from collections import deque
 from collections.abc import Generator
 
+from comask.errors import ComaskError
 from comask.runtime import Detections, Future, Predictor
 from comask.runtime.device import open_device
-
-from comask.errors import ComaskError
 
 AHEAD = 8  # frames that a thread of the decoder's decodes before they are asked for
 SLOTS = 3  # frames that comask works on at once

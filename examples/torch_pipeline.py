@@ -15,9 +15,9 @@ import contextlib
 import sys
 
 import torch
-from comask.runtime import Predictor
 
 from comask.errors import ComaskError
+from comask.runtime import Predictor
 
 
 def frame_at(time: int, device: str) -> torch.Tensor:

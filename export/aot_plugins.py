@@ -17,18 +17,6 @@ from inspect import Parameter, Signature
 from typing import Any, Protocol
 
 import numpy as np
-from comask.runtime.gpu import Gpu
-from comask.runtime.trt.engine_folder import AMPERE
-from comask.runtime.trt.flavors import Flavor
-from comask.runtime.trt.ops import (
-    HALVES_A_VECTOR,
-    NAMESPACE,
-    OPS,
-    VERSION,
-    Op,
-    SortedNmsOp,
-    TensorDesc,
-)
 from numpy.typing import NDArray
 
 from comask.errors import ComaskError, EngineError
@@ -40,6 +28,18 @@ from comask.kernels.launch import (
     Launch,
     float32_below,
     float_bits,
+)
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine_folder import AMPERE
+from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.ops import (
+    HALVES_A_VECTOR,
+    NAMESPACE,
+    OPS,
+    VERSION,
+    Op,
+    SortedNmsOp,
+    TensorDesc,
 )
 
 TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # of DataType → of autotuning, where they differ

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from comask.errors import EngineError
 from comask.export.aot_plugins import check_aot
 from comask.runtime.gpu import Gpu
 from comask.runtime.trt.flavors import Flavor
-
-from comask.errors import EngineError
 
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from comask.runtime.trt.rebuild import STRIDES
-
 from comask.bundle import Manifest
 from comask.errors import ConfigError
+from comask.runtime.trt.rebuild import STRIDES
 
 Range = tuple[int, int, int]  # least, best, largest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

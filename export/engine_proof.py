@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from comask.export.verify import Batch, verification_batches, verify
-from comask.runtime.compare import TOLERANCES, Tolerance
-from comask.runtime.gpu import Gpu
-from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo, why_not_on
 from numpy.typing import NDArray
 
 from comask.bundle import Bundle
 from comask.errors import EngineError
+from comask.export.verify import Batch, verification_batches, verify
+from comask.runtime.compare import TOLERANCES, Tolerance
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo, why_not_on
 
 # Values at the edge between two codes fall to either side in another arithmetic. Between the same int8
 # graph on an fp16 and on an fp32 base, that moved a trained network's maps by up to 6 % of their largest

@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from comask.errors import ComaskError, EngineError
 from comask.export.aot_plugins import ptx_capability, register_aot_plugins
 from comask.export.layer_precision import engine_layers, network_layers
 from comask.runtime.gpu import find_gpu
 from comask.runtime.trt.flavors import Flavor, load_flavor
 from comask.runtime.trt.plugins import register_plugins
-
-from comask.errors import ComaskError, EngineError
 
 MIB = 2**20
 PR_SET_PDEATHSIG = 1  # of Linux's prctl

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from comask.export.range_scan import ACTIVATIONS, FP16_END, Extreme
-
 from comask.errors import PrecisionError
+from comask.export.range_scan import ACTIVATIONS, FP16_END, Extreme
 
 
 def float_islands(extremes: Sequence[Extreme]) -> dict[str, Extreme]:

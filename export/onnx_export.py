@@ -13,10 +13,10 @@ from typing import Any
 
 import onnx
 import torch
-from comask.export.functions import OPSET, add_functions
-from comask.export.graphs import Stage1Graph, Stage2Graph
 from torch import nn
 
+from comask.export.functions import OPSET, add_functions
+from comask.export.graphs import Stage1Graph, Stage2Graph
 from comask.models.backbone import fold_batch_norms
 from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
 from comask.models.precision import half_around

@@ -10,14 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comask.export.float_islands import describe_islands, float_islands
-from comask.export.onnx_export import export_stage1, export_stage2, in_precision
-from comask.export.range_scan import Extreme, scan_ranges
-from comask.export.verify import verification_batches, verify
-from comask.runtime.compare import TOLERANCES
-from comask.runtime.ort_session import ort_stages
-from comask.runtime.session import Session
-from comask.runtime.torch_session import model_from_bundle, torch_stages
 from numpy.typing import NDArray
 
 from comask import __version__
@@ -35,7 +27,15 @@ from comask.bundle import (
 )
 from comask.config import PreprocessConfig
 from comask.errors import BundleError
+from comask.export.float_islands import describe_islands, float_islands
+from comask.export.onnx_export import export_stage1, export_stage2, in_precision
+from comask.export.range_scan import Extreme, scan_ranges
+from comask.export.verify import verification_batches, verify
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
+from comask.runtime.compare import TOLERANCES
+from comask.runtime.ort_session import ort_stages
+from comask.runtime.session import Session
+from comask.runtime.torch_session import model_from_bundle, torch_stages
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
 
 Images = Sequence[NDArray[np.uint8]]

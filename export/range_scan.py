@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from comask.export.onnx_export import folded
-from comask.runtime.compare import PYRAMID
-from comask.runtime.torch_session import torch_stages
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from comask.config import PreprocessConfig
 from comask.errors import PrecisionError
+from comask.export.onnx_export import folded
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS, FloatTensors
 from comask.preprocess import prepare
+from comask.runtime.compare import PYRAMID
+from comask.runtime.torch_session import torch_stages
 
 FP16_END = 65504.0
 # Other images reach farther than the few that are scanned: on a trained network, 200 images up to 2.7

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import onnx
 import onnx.parser
-from comask.export.functions import REACHED_LEVELS, sorted_nms_function
 
+from comask.export.functions import REACHED_LEVELS, sorted_nms_function
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
 
 # One GridSample serves all levels, because they lie in one image, the atlas: P2, and to its right P3 over

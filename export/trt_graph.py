@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import onnx
 import onnx.inliner
+
 from comask.export.functions import DOMAIN
 from comask.export.trt_functions import tensorrt_functions
 from comask.runtime.trt.ops import check_fixed

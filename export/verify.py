@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from comask.runtime.compare import Comparison, Tolerance, compare_stages
-from comask.runtime.session import Stages
 from numpy.typing import NDArray
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import ParityError
 from comask.preprocess import Prepared, prepare
+from comask.runtime.compare import Comparison, Tolerance, compare_stages
+from comask.runtime.session import Stages
 
 # Canvases, as shares of the configured size: whole, a smaller one, and a strip.
 SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))

@@ -8,7 +8,6 @@ from comask.runtime.future import Future
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Session, Stages, TensorSpec
 from comask.runtime.stream import FrameDroppedError, QueueFullError, StreamSession
-
 from comask.structures import Detections
 
 __all__ = [

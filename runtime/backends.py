@@ -7,9 +7,6 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from comask.runtime.gpu import find_gpu
-from comask.runtime.session import Stages
-
 from comask.bundle import PRECISIONS, Bundle
 from comask.config import require_count
 from comask.errors import (
@@ -20,6 +17,8 @@ from comask.errors import (
     EngineError,
     KernelError,
 )
+from comask.runtime.gpu import find_gpu
+from comask.runtime.session import Stages
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch")  # by falling speed
 
@@ -156,6 +155,7 @@ def _open_best(bundle: Bundle, how: Opening) -> Stages:
 def _torch_stages(bundle: Bundle, device: Device) -> Stages:
     try:
         import torch
+
         from comask.runtime.torch_session import model_from_bundle, torch_stages
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(

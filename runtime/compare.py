@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from comask.runtime.compare_boxes import Boxes, is_contested, match_boxes
 from comask.runtime.session import Array, Stages
 

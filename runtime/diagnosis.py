@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from comask import __version__
+from comask.errors import BackendUnavailableError, KernelError, KernelUnavailableError
 from comask.runtime.gpu import find_gpu_or_reason
 from comask.runtime.trt.flavors import MODULES, PACKAGES, load_flavor
 from comask.runtime.trt.rtx_wheel import LIBRARY, wheel_library
-
-from comask import __version__
-from comask.errors import BackendUnavailableError, KernelError, KernelUnavailableError
 
 NEWEST_PYTHON = (3, 13)
 KERNELS = ("pyramid_roi_align", "sorted_nms", "frame_to_canvas", "paste_masks")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, BundleError, EngineError
 from comask.runtime.diagnosis import Finding
 from comask.runtime.gpu import find_gpu
 from comask.runtime.parity.judge import points_text
@@ -12,9 +14,6 @@ from comask.runtime.trt.engine_folder import ENGINES, PLANS, EngineFolder, why_n
 from comask.runtime.trt.flavors import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 from comask.runtime.trt.rebuild import rebuild_command
-
-from comask.bundle import Bundle
-from comask.errors import BackendUnavailableError, BundleError, EngineError
 
 
 def diagnose_bundle(folder: Path) -> list[Finding]:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from comask.runtime.device import gpu_at
 from numpy.typing import NDArray
 
 from comask.errors import ImageError
+from comask.runtime.device import gpu_at
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
 KINDS = "iuf"  # DLDataTypeCode 0..2, as numpy calls them

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from comask.runtime.dlpack import Borrowed, borrow
 from numpy.typing import NDArray
 
 from comask.errors import ImageError
@@ -20,6 +19,7 @@ from comask.kernels.launch_frames import (
     nv12_to_canvas_launch,
     rgb_to_canvas_launch,
 )
+from comask.runtime.dlpack import Borrowed, borrow
 
 Format: TypeAlias = Literal["rgb", "bgr", "nv12"]
 FORMATS = ("rgb", "bgr", "nv12")

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
-from comask.runtime.frames import Format, Frame, borrow_frame
-from comask.runtime.session import Array, Stages
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
@@ -18,6 +15,9 @@ from comask.kernels.launch_frames import Matrix, Size
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, padded_shape, prepare, resized_shape
 from comask.rle import Integers
+from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
+from comask.runtime.frames import Format, Frame, borrow_frame
+from comask.runtime.session import Array, Stages
 
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.rle`
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from comask.runtime.session import Array, Stages, TensorSpec
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError
+from comask.runtime.session import Array, Stages, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime

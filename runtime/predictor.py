@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
-from comask.runtime.session import Array, Closing, Stages
-from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig, require_count
 from comask.errors import ImageError
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
+from comask.runtime.session import Array, Closing, Stages
+from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from comask.structures import Detections
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ class Predictor(Closing):
                 run with, or `max_batch` is no whole number from 1 on.
             EngineError: when its engines do not fit, or cannot be opened or built.
         """
-        from comask.runtime.backends import open_stages
-
         from comask.bundle import Bundle
+        from comask.runtime.backends import open_stages
 
         require_count("max_batch", max_batch)  # before minutes are spent on engines
         opened = Bundle.open(Path(bundle))

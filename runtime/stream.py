@@ -7,14 +7,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from comask.config import require_count
+from comask.errors import ComaskError, ConfigError, ImageError
+from comask.kernels.launch_frames import Matrix
 from comask.runtime.frames import Format
 from comask.runtime.future import Future, stream_handle
 from comask.runtime.lanes import Batch, Lane
 from comask.runtime.session import Closing
-
-from comask.config import require_count
-from comask.errors import ComaskError, ConfigError, ImageError
-from comask.kernels.launch_frames import Matrix
 
 if TYPE_CHECKING:
     from comask.runtime.predictor import Predictor

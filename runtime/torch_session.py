@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from comask.runtime.session import Array, Stages, TensorSpec
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -21,6 +20,7 @@ from comask.models.comask import (
     STAGE2_OUTPUTS,
     CoMask,
 )
+from comask.runtime.session import Array, Stages, TensorSpec
 from comask.training.checkpoint import load_weights
 
 

@@ -7,6 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
+import pytest
+from click.testing import CliRunner, Result
+
 import comask.cli.bench
 import comask.cli.doctor
 import comask.cli.evaluate
@@ -14,9 +18,6 @@ import comask.cli.export
 import comask.cli.infer
 import comask.cli.shapes
 import comask.cli.train
-import hypothesis
-import pytest
-from click.testing import CliRunner, Result
 from comask.runtime import Predictor
 
 # Examples take long where a network runs; the machine's speed is not what is tested. They are the

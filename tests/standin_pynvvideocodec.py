@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from numpy.typing import NDArray
+
 from comask.runtime.device import open_device
 from comask.runtime.dlpack import HostMemory, SharedArray
-from numpy.typing import NDArray
 
 eager = False  # whether the decoder's stream runs at once; otherwise when somebody waits for it
 

@@ -17,6 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FEW
+
+from comask.errors import EngineError, KernelError
 from comask.export import engine_worker
 from comask.export.aot_plugins import (
     check_aot,
@@ -24,15 +29,10 @@ from comask.export.aot_plugins import (
     symbolic_launch,
 )
 from comask.export.build_options import BuildOptions, check_options
+from comask.kernels import compile
 from comask.runtime.gpu import Gpu
 from comask.runtime.trt.flavors import Flavor
 from comask.runtime.trt.ops import Op, PyramidRoiAlignOp, SortedNmsOp, TensorDesc
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import FEW
-
-from comask.errors import EngineError, KernelError
-from comask.kernels import compile
 
 H100 = Gpu("H100", 90, 13000, 2**36)
 ROI_ALIGN = {"output_size": 7, "sampling_ratio": 2, "canonical_size": 224.0}

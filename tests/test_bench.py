@@ -13,7 +13,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import run
+from hypothesis import given
+from hypothesis import strategies as st
+from standin import counts, live, run_on_standin
+from standin_engines import picture, write_engines
+
+from comask.bundle import Bundle, write_manifest
 from comask.cli import bench_timing
+from comask.config import PreprocessConfig
+from comask.errors import ComaskError
 from comask.runtime import Predictor
 from comask.runtime.bench import machine, memory, streamed
 from comask.runtime.bench.machine import describe_machine
@@ -33,15 +42,6 @@ from comask.runtime.bench.parts import (
 from comask.runtime.bench.streamed import fill_slots, measure_stream
 from comask.runtime.gpu import Gpu
 from comask.runtime.stream import SLOTS
-from conftest import run
-from hypothesis import given
-from hypothesis import strategies as st
-from standin import counts, live, run_on_standin
-from standin_engines import picture, write_engines
-
-from comask.bundle import Bundle, write_manifest
-from comask.config import PreprocessConfig
-from comask.errors import ComaskError
 
 SMALL = PreprocessConfig(short_side=64, max_side=96)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comask.cli.bench_front import Scored, Setting, choose, pareto_front
-from comask.cli.bench_plots import top_of_losses
-from comask.cli.bench_work import Work
-from comask.runtime import Predictor
-from comask.runtime.bench import parts
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comask.cli.bench_front import Scored, Setting, choose, pareto_front
+from comask.cli.bench_plots import top_of_losses
+from comask.cli.bench_work import Work
 from comask.errors import ComaskError
+from comask.runtime import Predictor
+from comask.runtime.bench import parts
 
 OWN = Scored(
     setting=Setting(backend="torch", proposals=200, short_side=96, batch=1),

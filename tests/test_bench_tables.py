@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
 from comask.cli import bench_tables
 from comask.cli.bench_plots import draw_sweep, draw_timing, top_of_losses
 from comask.cli.bench_tables import HEADS, print_sweep, print_timing
-from matplotlib.figure import Figure
-from rich.console import Console
 
 MACHINE = {"cores": 2, "cpu": "CPU", "omp_num_threads": None, "gpu": None, "load": 0.5}
 PARTS = {"prepare": 10.0, "stage1": 200.0, "stage2": 300.0, "other": 1.0, "results": 2.0,

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import comask.calib.thresholds
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import onnx.parser
 import pytest
-from comask.calib import pieces
-from comask.calib.histograms import BINS, Histogram
-from comask.calib.pieces import Pieces
-from comask.calib.thresholds import LEVELS, entropy_threshold, percentile_threshold
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,6 +17,12 @@ from onnxruntime.quantization.calibrate import (
     HistogramCollector,
     create_calibrator,
 )
+
+import comask.calib.thresholds
+from comask.calib import pieces
+from comask.calib.histograms import BINS, Histogram
+from comask.calib.pieces import Pieces
+from comask.calib.thresholds import LEVELS, entropy_threshold, percentile_threshold
 
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 samples = hnp.arrays(np.float32, st.integers(0, 60), elements=floats)

@@ -12,17 +12,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
+from comask.bundle import Bundle, sha256, write_manifest
 from comask.calib.cache import Calibration
 from comask.calib.histograms import Histogram
 from comask.calib.layers import activations
 from comask.calib.ranges import collect_ranges
 from comask.calib.sampling import CalibrationImage, choose_images
-from comask.runtime.session import Array
-
-from comask.bundle import Bundle, sha256, write_manifest
 from comask.data.shapes import ShapesSource
 from comask.errors import CalibrationError, ConfigError
 from comask.preprocess import prepare
+from comask.runtime.session import Array
 
 
 def ignore(line: str) -> None:

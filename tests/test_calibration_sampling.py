@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.calib.sampling import CalibrationImage, choose_images
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from comask.calib.sampling import CalibrationImage, choose_images
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category, ImageInfo
 from comask.errors import CalibrationError

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.parity.evaluation import Evaluation
-from comask.runtime.parity.scores import Scores
 from conftest import COMMANDS, run
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -26,6 +23,9 @@ from comask.bundle import SCHEMA_VERSION
 from comask.data.shapes import ShapesSource
 from comask.data.write_coco import write_coco
 from comask.evaluate import METRICS, CocoMetrics
+from comask.runtime import Predictor
+from comask.runtime.parity.evaluation import Evaluation
+from comask.runtime.parity.scores import Scores
 
 # Frozen: a new option is a decision, not an accident.
 OPTIONS = {

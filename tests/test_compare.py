@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
 from comask.runtime.compare import (
     TOLERANCES,
     Comparison,
@@ -12,8 +15,6 @@ from comask.runtime.compare import (
 )
 from comask.runtime.compare_boxes import match_boxes
 from comask.runtime.session import Array, Stages
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 class Fixed:

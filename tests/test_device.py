@@ -7,10 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from comask.runtime.device import Device, open_device
 from standin import counts, live, run_on_standin, skip_without_pycuda
 
 from comask.errors import BackendUnavailableError, EngineError
+from comask.runtime.device import Device, open_device
 
 skip_without_pycuda()
 

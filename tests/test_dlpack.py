@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comask.runtime import dlpack
-from comask.runtime.dlpack import HostMemory, SharedArray, borrow
 
 from comask.errors import ImageError
+from comask.runtime import dlpack
+from comask.runtime.dlpack import HostMemory, SharedArray, borrow
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16])

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from comask.runtime import diagnosis
-from comask.runtime.diagnosis import Finding, diagnose
 from conftest import run
 
 from comask.kernels import compile as kernel_compile
+from comask.runtime import diagnosis
+from comask.runtime.diagnosis import Finding, diagnose
 
 
 def finding(name: str) -> Finding:

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.export.build_options import BuildOptions
-from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
-from comask.runtime.gpu import Gpu
-from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
-from comask.runtime.trt.flavors import load_flavor
-from comask.runtime.trt.ops import kernels_sha256
 from conftest import run
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError
+from comask.export.build_options import BuildOptions
+from comask.export.engine import EngineRequest, build_engines
+from comask.export.engine_profile import Profile
 from comask.kernels.launch import float32_below
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
+from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.ops import kernels_sha256
 
 try:
     load_flavor("tensorrt-rtx")

@@ -15,7 +15,6 @@ import pytest
 import standin_dali
 import standin_pynvvideocodec
 from click.testing import CliRunner
-from comask.runtime import Detections, Predictor
 from PIL import Image
 from standin import live, run_on_standin, skip_without_pycuda
 from standin_engines import write_engines
@@ -25,6 +24,7 @@ from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS
 from comask.kernels.launch_frames import Matrix
 from comask.presets import PRESETS
+from comask.runtime import Detections, Predictor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.backends import open_stages
-from comask.runtime.compare import Comparison, Tolerance, compare_stages
-from comask.runtime.session import Stages
 from conftest import MICRO, run, settings
 
 from comask.bundle import Bundle
 from comask.data.shapes import ShapesSource
+from comask.runtime import Predictor
+from comask.runtime.backends import open_stages
+from comask.runtime.compare import Comparison, Tolerance, compare_stages
+from comask.runtime.session import Stages
 from comask.structures import Detections
 
 
@@ -143,6 +143,7 @@ def test_a_graph_that_differs_is_not_released(
     micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
+
     from comask.export import pipeline
 
     original = pipeline.export_stage2

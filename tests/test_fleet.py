@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.fleet import apart
-from comask.runtime.fleet import worker as worker_module
-from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.rows import Row
-from comask.runtime.fleet.worker import Model, Worker
 from conftest import run
 from fleet_rows import rows_in
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
 from comask.errors import ComaskError, EngineError
+from comask.runtime import Predictor
+from comask.runtime.fleet import apart
+from comask.runtime.fleet import worker as worker_module
+from comask.runtime.fleet.folder import Folder
+from comask.runtime.fleet.rows import Row
+from comask.runtime.fleet.worker import Model, Worker
 
 fsspec = pytest.importorskip("fsspec", reason="jobs need comask[fleet]")
 pytest.importorskip("pyarrow", reason="Parquet needs comask[fleet]")

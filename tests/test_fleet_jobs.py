@@ -14,17 +14,17 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
+from fleet_rows import rows_in
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from comask.errors import ComaskError, FleetError, JobError
 from comask.runtime.fleet.folder import Folder
 from comask.runtime.fleet.job import Job, Terms
 from comask.runtime.fleet.listing import addresses, write_listing
 from comask.runtime.fleet.rows import FORMATS, Row, encoded, failed_row
 from comask.runtime.fleet.runners import Outcome, Shard, attempt, run_all
 from comask.runtime.fleet.worker import Model
-from fleet_rows import rows_in
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
-from comask.errors import ComaskError, FleetError, JobError
 
 fsspec = pytest.importorskip("fsspec", reason="jobs need comask[fleet]")
 pytest.importorskip("pyarrow", reason="Parquet needs comask[fleet]")

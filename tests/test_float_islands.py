@@ -11,16 +11,6 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from comask.export import pipeline
-from comask.export.build_options import BuildOptions
-from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
-from comask.export.float_islands import describe_islands, float_islands
-from comask.export.layer_precision import asked_precisions
-from comask.export.onnx_export import folded, in_precision
-from comask.export.range_scan import FP16_END, HEADROOM, Extreme
-from comask.runtime.torch_session import torch_stages
-from comask.runtime.trt.flavors import load_flavor
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,8 +22,18 @@ from torch import Tensor, nn
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, PrecisionError
+from comask.export import pipeline
+from comask.export.build_options import BuildOptions
+from comask.export.engine import EngineRequest, build_engines
+from comask.export.engine_profile import Profile
+from comask.export.float_islands import describe_islands, float_islands
+from comask.export.layer_precision import asked_precisions
+from comask.export.onnx_export import folded, in_precision
+from comask.export.range_scan import FP16_END, HEADROOM, Extreme
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
+from comask.runtime.torch_session import torch_stages
+from comask.runtime.trt.flavors import load_flavor
 
 LOUD = 2.0**24  # a power of 2, so that undoing it is exact
 

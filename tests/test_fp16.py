@@ -11,17 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from comask.export import pipeline
-from comask.export.build_options import BuildOptions
-from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
-from comask.export.onnx_export import in_precision
-from comask.runtime.backends import open_stages
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
-from comask.runtime.ort_session import OrtSession
-from comask.runtime.session import Stages
-from comask.runtime.torch_session import torch_stages
-from comask.runtime.trt.flavors import load_flavor
 from conftest import run
 from onnx import TensorProto, numpy_helper
 from strategies import SIZES, tiny_model
@@ -30,10 +19,21 @@ from test_compare import Fixed
 from comask.bundle import Bundle, sha256
 from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError
+from comask.export import pipeline
+from comask.export.build_options import BuildOptions
+from comask.export.engine import EngineRequest, build_engines
+from comask.export.engine_profile import Profile
+from comask.export.onnx_export import in_precision
 from comask.models.backbone import ResNet, fold_batch_norms
 from comask.models.comask import CoMask
 from comask.models.msfem import ChannelAttention
 from comask.models.precision import GroupNorm
+from comask.runtime.backends import open_stages
+from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.ort_session import OrtSession
+from comask.runtime.session import Stages
+from comask.runtime.torch_session import torch_stages
+from comask.runtime.trt.flavors import load_flavor
 
 
 def pictures() -> np.ndarray:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comask.runtime.dlpack import UNORDERED
-from comask.runtime.frames import Frame, borrow_frame
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FEW, seeds
 
 from comask.errors import ImageError
+from comask.runtime.dlpack import UNORDERED
+from comask.runtime.frames import Frame, borrow_frame
 
 
 def nv12(source: Any) -> Frame:

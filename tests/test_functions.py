@@ -7,9 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function, sorted_nms_function
 from onnx import TensorProto, helper
 
+from comask.export.functions import DOMAIN, OPSET, pyramid_roi_align_function, sorted_nms_function
 from comask.models.nms import float32_below, sorted_nms
 from comask.models.roi_align import STRIDES, pyramid_roi_align
 

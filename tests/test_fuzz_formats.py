@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.calib.cache import Calibration
-from comask.calib.histograms import Histogram
-from comask.runtime.parity.read_results import read_results
-from comask.runtime.trt.engine_folder import DESCRIPTION, EngineFolder, EngineInfo
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from comask.bundle import Manifest
+from comask.calib.cache import Calibration
+from comask.calib.histograms import Histogram
 from comask.config import Config, ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict, override
 from comask.data.check import sound_part
@@ -29,6 +27,8 @@ from comask.data.write_coco import write_coco
 from comask.errors import ComaskError, DataError, one_line
 from comask.parse_json import parse_json
 from comask.rle import compress_runs, decompress_runs
+from comask.runtime.parity.read_results import read_results
+from comask.runtime.trt.engine_folder import DESCRIPTION, EngineFolder, EngineInfo
 from comask.segmentation import read_segmentation
 
 LEAVES = (

@@ -14,12 +14,12 @@ from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.device import Stream
 from standin import run_on_standin, skip_without_pycuda
 from test_structures import detections
 
 from comask.errors import EngineError, KernelError, KernelUnavailableError
+from comask.runtime import Predictor
+from comask.runtime.device import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check"

@@ -10,12 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from comask.export.functions import DOMAIN, sorted_nms_function
-from comask.export.trt_functions import pyramid_roi_align_by_grid_sample
-from comask.export.trt_graph import with_plugins, without_plugins
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
-from comask.runtime.ort_session import OrtSession
-from comask.runtime.session import Stages
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -24,8 +18,14 @@ from test_functions import random_boxes, session
 from torchvision.ops import roi_align
 
 from comask.bundle import Bundle
+from comask.export.functions import DOMAIN, sorted_nms_function
+from comask.export.trt_functions import pyramid_roi_align_by_grid_sample
+from comask.export.trt_graph import with_plugins, without_plugins
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import STRIDES, roi_levels
+from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.ort_session import OrtSession
+from comask.runtime.session import Stages
 
 MAPS = ("p2", "p3", "p4", "p5")
 LACKING = {"NonZero", "NonMaxSuppression", "RoiAlign"}  # in TensorRT-RTX, or without a GPU

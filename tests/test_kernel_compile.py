@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comask.runtime.trt import ops
 
 from comask.errors import KernelError
 from comask.kernels import compile, launch, tensors
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import LEVEL_FACTORS, pyramid_roi_align
+from comask.runtime.trt import ops
 
 ENTRIES = {
     "pyramid_roi_align": {

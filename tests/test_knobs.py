@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.backends import open_stages
-from comask.runtime.session import Stages
 from conftest import run
 from standin import live, run_on_standin
 from standin_engines import assert_equal, picture, write_engines
@@ -20,6 +17,9 @@ from standin_engines import assert_equal, picture, write_engines
 from comask.bundle import Bundle
 from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, ConfigError, EngineError
+from comask.runtime import Predictor
+from comask.runtime.backends import open_stages
+from comask.runtime.session import Stages
 
 PICTURES = [picture(96, 128, seed) for seed in range(3)]
 FEW = 20

@@ -7,10 +7,10 @@ from typing import Any
 
 import onnx
 import pytest
-from comask.export.layer_precision import asked_precisions, check_precisions, engine_layers
 from onnx import TensorProto, helper
 
 from comask.errors import EngineError
+from comask.export.layer_precision import asked_precisions, check_precisions, engine_layers
 
 ASKED = {"conv": "fp16", "gemm": "fp16", "int": "int8", "float": "fp32"}
 AS_ASKED = dict(ASKED)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comask.runtime.fleet.listing import addresses
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +27,7 @@ from comask.media_files import (
     match_pattern,
 )
 from comask.preprocess import decode_image
+from comask.runtime.fleet.listing import addresses
 
 FORMATS = {
     "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "mpo": "MPO", "png": "PNG",
@@ -228,10 +228,9 @@ class Choosy:
 
 
 def test_an_image_that_the_backend_refuses_does_not_end_the_others() -> None:
+    from comask.config import PreprocessConfig
     from comask.runtime import Predictor
     from comask.runtime.images import ImageRunner
-
-    from comask.config import PreprocessConfig
 
     predictor = Predictor(Choosy(), PreprocessConfig(short_side=32, max_side=64))  # type: ignore[arg-type]
     images = [np.full((32, 32, 3), value, np.uint8) for value in (0, 255, 9, 255, 7)]

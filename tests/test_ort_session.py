@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+
 from comask.runtime.ort_session import CUDA_PROVIDER, OrtSession
 
 CPU_PROVIDER = "CPUExecutionProvider"

@@ -11,11 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.cli.evaluate import SHAPES_SEED
-from comask.runtime import Predictor
-from comask.runtime.parity.agreement import agreement, pairs, shared
-from comask.runtime.parity.normalisation import explain_input
-from comask.runtime.parity.read_results import read_results
 from conftest import run
 from evaluated import IMAGES, entry, evaluate
 from hypothesis import given
@@ -23,9 +18,14 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from comask.bundle import Bundle
+from comask.cli.evaluate import SHAPES_SEED
 from comask.config import PreprocessConfig
 from comask.data.shapes import ShapesSource
 from comask.errors import DataError
+from comask.runtime import Predictor
+from comask.runtime.parity.agreement import agreement, pairs, shared
+from comask.runtime.parity.normalisation import explain_input
+from comask.runtime.parity.read_results import read_results
 
 
 def own_results(

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from comask.cli.evaluate import SHAPES_SEED
-from comask.runtime import Predictor
-from comask.runtime.parity.evaluation import Evaluation, busiest
-from comask.runtime.parity.judge import ap_tolerance, compare_ap
-from comask.runtime.parity.scores import Scores, image_results
 from conftest import run
 from evaluated import edit_manifest, entry, evaluate
 from onnx import helper, numpy_helper
 from pycocotools import mask as coco_mask
 
 from comask.bundle import Bundle, sha256
+from comask.cli.evaluate import SHAPES_SEED
 from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS, CocoMetrics, Truth
 from comask.masks import paste_masks
+from comask.runtime import Predictor
+from comask.runtime.parity.evaluation import Evaluation, busiest
+from comask.runtime.parity.judge import ap_tolerance, compare_ap
+from comask.runtime.parity.scores import Scores, image_results
 
 
 def broken(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from comask.calib.search import Search
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comask.calib.search import Search
 from comask.errors import PrecisionError
 
 amounts = st.floats(0, 1, allow_subnormal=False)

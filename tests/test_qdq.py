@@ -8,15 +8,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from comask.calib.layers import activations, graph_layers, readings
-from comask.calib.qdq import LARGEST, quantize_graph
-from comask.export.layer_precision import asked_precisions
-from comask.runtime.ort_session import OrtSession
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from comask.bundle import STAGES, graph_file
+from comask.calib.layers import activations, graph_layers, readings
+from comask.calib.qdq import LARGEST, quantize_graph
+from comask.export.layer_precision import asked_precisions
+from comask.runtime.ort_session import OrtSession
 
 
 def fake_quantized(x: np.ndarray, scale: np.ndarray) -> np.ndarray:

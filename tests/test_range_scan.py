@@ -7,12 +7,12 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from comask.export.onnx_export import folded, in_precision
-from comask.export.range_scan import FP16_END, HEADROOM, Extreme, scan_ranges
 from strategies import tiny_model
 from test_fp16 import pictures
 
 from comask.errors import PrecisionError
+from comask.export.onnx_export import folded, in_precision
+from comask.export.range_scan import FP16_END, HEADROOM, Extreme, scan_ranges
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.preprocess import prepare

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from comask.runtime.fleet.folder import Folder
 from fleet_rows import rows_in
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
+from comask.runtime.fleet.folder import Folder
 
 pytestmark = pytest.mark.slow
 

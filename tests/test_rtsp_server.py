@@ -20,14 +20,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.session import Stages
-from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
-from comask.runtime.video.address import shown_name
 from rtsp_server import PASSWORD, USER
 from video_clips import decoded, make_clip, pictures, sound_packets
 
 from comask.config import PreprocessConfig
+from comask.runtime import Predictor
+from comask.runtime.session import Stages
+from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
+from comask.runtime.video.address import shown_name
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MICRO, run, settings
+
 from comask.cli.bench_work import Work
 from comask.export import pipeline
 from comask.runtime.ort_session import OrtSession
-from conftest import MICRO, run, settings
-
 from comask.training.checkpoint import load_checkpoint
 from comask.training.loop import LAST, Trainer
 from comask.training.record import read_rows

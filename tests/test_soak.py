@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run
+
 from comask.runtime import Predictor
 from comask.runtime.bench import soak as soaking
 from comask.runtime.bench import vitals
 from comask.runtime.ort_session import OrtSession
-from conftest import run
 
 pytestmark = pytest.mark.skipif(
     not vitals.STATUS.exists(), reason="memory, threads and files are read from /proc"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths
 from hypothesis import given
 from hypothesis import strategies as st
+
+from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths
 
 SAMPLES = 200
 SECONDS = np.arange(1.0, SAMPLES + 1)

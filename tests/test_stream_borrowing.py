@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.runtime.device import open_device
-from comask.runtime.dlpack import SharedArray
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import assert_equal, picture
 from test_stream import PICTURES, GpuFrame, assert_all_freed, driver, freeze, start
 
 from comask.errors import ComaskError, EngineError, ImageError, KernelError
+from comask.runtime.device import open_device
+from comask.runtime.dlpack import SharedArray
 
 SMALL = picture(64, 64, 1)  # of another canvas
 LARGE = picture(150, 200, 3)  # of the same

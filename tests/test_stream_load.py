@@ -12,6 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hollow_network import FOUND, hollow_out
+from standin import counts, live, run_on_standin, skip_without_pycuda
+from standin_engines import write_engines
+from test_stream import GpuFrame, assert_all_freed
+
 from comask.runtime import Predictor
 from comask.runtime.dlpack import SharedArray
 from comask.runtime.stream import (
@@ -21,10 +26,6 @@ from comask.runtime.stream import (
     QueueFullError,
     StreamSession,
 )
-from hollow_network import FOUND, hollow_out
-from standin import counts, live, run_on_standin, skip_without_pycuda
-from standin_engines import write_engines
-from test_stream import GpuFrame, assert_all_freed
 
 THREADS, ROUNDS, FRAMES = 8, 10, 1000  # frames a round
 WARM = 2  # rounds
@@ -161,6 +162,7 @@ def resident() -> int:
 
 def ten_thousand_frames(folder: str) -> None:
     import standin_tensorrt
+
     from comask.runtime.trt.session import SLOTS
 
     standin_tensorrt.install()

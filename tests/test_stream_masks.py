@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comask.runtime import Predictor
-from comask.runtime.dlpack import SharedArray
-from comask.runtime.stream import FrameDroppedError, StreamSession
 from pycocotools import mask as coco
 from standin import counts, run_on_standin, skip_without_pycuda
 from standin_engines import picture
 from test_stream import GpuFrame, assert_all_freed, freeze, start
 
+from comask.runtime import Predictor
+from comask.runtime.dlpack import SharedArray
+from comask.runtime.stream import FrameDroppedError, StreamSession
 from comask.structures import Detections
 
 # of one canvas, and of sizes that a resize to it scales by factors of their own

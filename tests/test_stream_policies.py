@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from comask.config import PreprocessConfig
+from comask.errors import ConfigError, EngineError, ImageError
 from comask.runtime import Predictor
 from comask.runtime.frames import borrow_frame
 from comask.runtime.lanes import Batch, Fetched, HostLanes
 from comask.runtime.session import Stages
 from comask.runtime.stream import FrameDroppedError, QueueFullError, StreamSession
-
-from comask.config import PreprocessConfig
-from comask.errors import ConfigError, EngineError, ImageError
 
 FRAME = np.zeros((64, 64, 3), np.uint8)
 OUTPUTS: dict[str, Any] = {

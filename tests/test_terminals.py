@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from comask.cli.options import _in_other_characters
 from conftest import COMMANDS, run
 from PIL import Image
 from video_clips import pictures
+
+from comask.cli.options import _in_other_characters
 
 
 def in_terminal(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comask.cli import train as train_command
 from conftest import MICRO, run, settings
 
 from comask import progress
+from comask.cli import train as train_command
 from comask.config import Config
 from comask.config_reading import from_dict, override
 from comask.data.loading import Batch

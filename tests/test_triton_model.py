@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import standin_triton as triton
-from comask.runtime import Predictor
 from conftest import run
 from triton_pictures import IMAGES, assert_tells, png
 
 from comask.config import PreprocessConfig
 from comask.preprocess import padded_shape, resized_shape
+from comask.runtime import Predictor
 
 ALL = (
     "num_detections", "boxes", "scores", "labels", "category_ids", "class_names", "rle_counts",

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comask.export.engine_profile import Profile
-from comask.export.triton.model_config import Name, to_pbtxt
-from comask.export.triton.repository import ServeRequest, write_repository
-from comask.runtime.ort_session import OrtSession
-from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineInfo
 from conftest import run
 from triton_server import find_server
 
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file, sha256
 from comask.errors import ComaskError, ConfigError, EngineError
+from comask.export.engine_profile import Profile
+from comask.export.triton.model_config import Name, to_pbtxt
+from comask.export.triton.repository import ServeRequest, write_repository
+from comask.runtime.ort_session import OrtSession
+from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineInfo
 
 NUMPY_TYPES = {
     "float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32",

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comask.runtime import Predictor
 from conftest import run
 from triton_pictures import IMAGES, assert_tells, png
 from triton_server import ROOT, Installation, find_server, serving, stand_in_stages
 
 from comask.bundle import WEIGHTS, Bundle
+from comask.runtime import Predictor
 
 
 @pytest.fixture(scope="module")

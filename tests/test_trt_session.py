@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from standin import counts, live, run_on_standin, skip_without_pycuda
+from standin_engines import PROFILE, assert_equal, picture, write_engines
+
+from comask.bundle import STAGES, Bundle, sha256, write_manifest
+from comask.errors import BackendUnavailableError, EngineError, ParityError
 from comask.export.engine_proof import prove_engines
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
 from comask.runtime.gpu import find_gpu
 from comask.runtime.trt import rebuild as rebuild_module
 from comask.runtime.trt.engine_folder import DESCRIPTION, PLANS
-from standin import counts, live, run_on_standin, skip_without_pycuda
-from standin_engines import PROFILE, assert_equal, picture, write_engines
-
-from comask.bundle import STAGES, Bundle, sha256, write_manifest
-from comask.errors import BackendUnavailableError, EngineError, ParityError
 
 skip_without_pycuda()
 

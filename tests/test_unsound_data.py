@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comask.calib.sampling import choose_images
 from conftest import MICRO, run, settings
 from data_sets import Change, Content, cut_off, edit, exact_results, shapes_set
 
+from comask.calib.sampling import choose_images
 from comask.config import DataConfig
 from comask.data.open_source import open_source, open_training_data
 from comask.errors import DataError

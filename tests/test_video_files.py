@@ -16,9 +16,6 @@ from unittest import mock
 import av
 import numpy as np
 import pytest
-from comask.runtime.video import OverlayWriter, VideoSource, is_video
-from comask.runtime.video.container import file_url, open_container, video_errors
-from comask.runtime.video.orientation import orientation_from_matrix
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +23,9 @@ from PIL import Image
 from video_clips import TIME_BASE, make_clip, pictures, tone
 
 from comask.errors import VideoError
+from comask.runtime.video import OverlayWriter, VideoSource, is_video
+from comask.runtime.video.container import file_url, open_container, video_errors
+from comask.runtime.video.orientation import orientation_from_matrix
 from comask.structures import Detections
 
 # (a, b, c, d) of the display matrices that turn by quarters or mirror: x goes to (a, b), y to (c, d).

@@ -19,6 +19,14 @@ import av
 import cv2
 import numpy as np
 import pytest
+from conftest import run
+from PIL import Image
+from standin import live, run_on_standin, skip_without_pycuda
+from standin_engines import assert_equal, write_engines
+from video_clips import decoded, make_clip, pictures, sound_packets
+from video_gpu import GpuDecoded, decoded_like, gpu_decoding, noise
+
+from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
 from comask.runtime.dlpack import borrow
 from comask.runtime.frames import borrow_frame
@@ -35,14 +43,6 @@ from comask.runtime.video import source as video_source
 from comask.runtime.video.hardware import MATRICES, Nv12Picture, nv12_problem
 from comask.runtime.video.inference import Inference
 from comask.runtime.video.orientation import UPRIGHT, Orientation
-from conftest import run
-from PIL import Image
-from standin import live, run_on_standin, skip_without_pycuda
-from standin_engines import assert_equal, write_engines
-from video_clips import decoded, make_clip, pictures, sound_packets
-from video_gpu import GpuDecoded, decoded_like, gpu_decoding, noise
-
-from comask.errors import BackendUnavailableError, VideoError
 from comask.structures import Detections
 
 NO_GPU = pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU, and this is without")

@@ -8,11 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from comask.runtime.video import OverlayWriter, SourceFrame, VideoSource
 from numpy.typing import NDArray
 from video_clips import decoded, make_clip, pictures
 
 from comask.draw import class_color, draw_overlay
+from comask.runtime.video import OverlayWriter, SourceFrame, VideoSource
 from comask.structures import Detections
 
 

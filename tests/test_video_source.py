@@ -15,16 +15,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from comask.runtime import Predictor
-from comask.runtime.session import Stages
-from comask.runtime.video import Tracker, VideoPipeline, VideoSource, is_address, is_video
-from comask.runtime.video.address import file_name, shown_name
-from comask.runtime.video.channel import Channel
 from PIL import Image
 from video_clips import make_clip, pictures, uneven_times
 
 from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, VideoError
+from comask.runtime import Predictor
+from comask.runtime.session import Stages
+from comask.runtime.video import Tracker, VideoPipeline, VideoSource, is_address, is_video
+from comask.runtime.video.address import file_name, shown_name
+from comask.runtime.video.channel import Channel
 
 
 def test_frames_are_the_decoders_in_time(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comask.runtime.video import OverlayWriter, VideoSource
 from numpy.typing import NDArray
 from video_clips import decoded, make_clip, pictures
 
 from comask.bundle import scratch_folder
+from comask.runtime.video import OverlayWriter, VideoSource
 from comask.structures import Detections
 from comask.whole_file import part_of, whole_file, write_whole
 

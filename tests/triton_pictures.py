@@ -6,11 +6,11 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
-from comask.runtime import Detections
 from numpy.typing import NDArray
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
+from comask.runtime import Detections
 
 IMAGES = [ShapesSource(num_images=4, seed=9).image(i) for i in range(4)]
 IMAGES[2] = IMAGES[2][:40]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+
 from comask.runtime.ort_session import OrtSession
 
 

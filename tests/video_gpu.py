@@ -12,6 +12,7 @@ from unittest import mock
 
 import av
 import numpy as np
+
 from comask.runtime.device import open_device
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.video import VideoSource, source

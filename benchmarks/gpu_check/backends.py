@@ -20,9 +20,8 @@ PLUGINS = ("python", "aot", "none")
 def torch_outputs(context: Context) -> Figure:
     """Stage outputs of PyTorch on CUDA against PyTorch on the CPU."""
     context.need_gpu()
-    from comask.runtime.backends import open_stages
-
     from comask.bundle import Bundle
+    from comask.runtime.backends import open_stages
 
     bundle = Bundle.open(context.trained_bundle)
     return _compare(context, bundle, open_stages(bundle, "torch"), "fp32")
@@ -39,9 +38,8 @@ def onnxruntime_outputs(context: Context, precision: str) -> Figure:
 
 def engine_outputs(context: Context, flavor: str, precision: str, plugin: str) -> Figure:
     """Stage outputs of a freshly built engine against PyTorch on the CPU."""
-    from comask.runtime.backends import open_stages
-
     from comask.bundle import Bundle
+    from comask.runtime.backends import open_stages
 
     bundle = Bundle.open(build_engine(context, context.trained_bundle, flavor, precision, plugin))
     with open_stages(bundle, f"{flavor}:{precision}") as stages:
@@ -115,13 +113,12 @@ def build_engine(context: Context, source: Path, flavor: str, precision: str, pl
         RuntimeError: when the copy holds other engines than these.
     """
     context.need_gpu()
+    from comask.bundle import Bundle
+    from comask.errors import EngineError
     from comask.export.build_options import BuildOptions, check_options
     from comask.runtime.gpu import find_gpu
     from comask.runtime.trt.engine_folder import find_engines
     from comask.runtime.trt.flavors import load_flavor
-
-    from comask.bundle import Bundle
-    from comask.errors import EngineError
 
     try:
         check_options(load_flavor(flavor), plugin, BuildOptions(), find_gpu())
@@ -145,6 +142,7 @@ def open_onnxruntime(context: Context, bundle: Any, precision: str) -> Any:
         UnavailableError: when it does not take its CUDA provider.
     """
     import onnxruntime
+
     from comask.runtime.ort_session import CUDA_PROVIDER, ort_stages
 
     stages = ort_stages(bundle, precision)
@@ -163,6 +161,7 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
     """One convolution: does this TensorRT run on this GPU at all?"""
     context.need_gpu()
     import torch
+
     from comask.runtime.trt.flavors import load_flavor
 
     loaded = load_flavor(flavor)
@@ -204,11 +203,11 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
 def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figure:
     """The worst relative error of the maps; anything beyond the precision's tolerance is a failure."""
     import torch
+
+    from comask.data.shapes import ShapesSource
     from comask.export.verify import verification_batches, verify
     from comask.runtime.compare import TOLERANCES
     from comask.runtime.torch_session import model_from_bundle, torch_stages
-
-    from comask.data.shapes import ShapesSource
 
     # else PyTorch's convolutions on CUDA have the ten bits of TensorFloat-32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

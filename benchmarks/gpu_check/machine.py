@@ -15,9 +15,8 @@ PACKAGES = (
 
 def facts() -> dict[str, Any]:
     """Operating system, Python, GPU, driver and versions, in the order of the table's head."""
-    from comask.runtime.gpu import find_gpu_or_reason
-
     from comask import __version__
+    from comask.runtime.gpu import find_gpu_or_reason
 
     gpu, reason = find_gpu_or_reason()
     return {

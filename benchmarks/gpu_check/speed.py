@@ -105,6 +105,7 @@ def captured_graph(context: Context) -> Figure:
 def streamed(context: Context, flavor: str) -> Figure:
     """Frames through `Predictor.stream`: replayed CUDA graphs must give what eager execution gives."""
     import numpy as np
+
     from comask.runtime import Predictor
     from comask.runtime.bench.streamed import CAPTURED, fill_slots
     from comask.runtime.device import Graph
@@ -152,6 +153,7 @@ def streamed_masks(context: Context, flavor: str) -> Figure:
 
     import numpy as np
     import torch
+
     from comask.runtime import Predictor
 
     bundle = build_engine(context, context.trained_bundle, flavor, "fp16", "python")
@@ -192,9 +194,8 @@ def training_step(context: Context) -> Figure:
 
 
 def _engine(context: Context, flavor: str, precision: str, batch: int) -> tuple[Any, Any]:
-    from comask.runtime.backends import open_stages
-
     from comask.bundle import Bundle
+    from comask.runtime.backends import open_stages
 
     bundle = build_engine(context, context.timed_bundle, flavor, precision, "python")
     stages = open_stages(Bundle.open(bundle), f"{flavor}:{precision}")
@@ -223,9 +224,9 @@ def _torch_seconds(context: Context, batch: int) -> float:
     """PyTorch under float16 autocast in channels-last, from host images to host results."""
     context.need_gpu()
     import torch
-    from comask.runtime.backends import open_stages
 
     from comask.bundle import Bundle
+    from comask.runtime.backends import open_stages
 
     feeds = context.images(batch)
     with (

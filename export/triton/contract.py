@@ -7,10 +7,10 @@ image. All tensors have the images of a batch as their first dimension, which th
 from __future__ import annotations
 
 import numpy as np
-from comask.runtime.session import TensorSpec
-from comask.runtime.trt.rebuild import STRIDES
 
 from comask.bundle import Manifest
+from comask.runtime.session import TensorSpec
+from comask.runtime.trt.rebuild import STRIDES
 
 IMAGE, PIXELS = "image", "pixels"
 TEXT = np.dtype(object)  # bytes in UTF-8, as Triton has them in numpy

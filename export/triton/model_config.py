@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from comask.bundle import WEIGHTS, Manifest
 from comask.export.triton.contract import (
     CLIENT_INPUTS,
     client_outputs,
@@ -18,8 +20,6 @@ from comask.export.triton.contract import (
     stage_name,
 )
 from comask.runtime.session import TensorSpec
-
-from comask.bundle import WEIGHTS, Manifest
 
 # While one instance prepares images or finds the masks' edges, the other one's are in the network.
 CLIENT_INSTANCES = 2

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+from comask.bundle import MANIFEST, STAGES, Manifest
+from comask.errors import ComaskError, EngineError, ImageError
 from comask.export.triton.contract import (
     IMAGE,
     PIXELS,
@@ -23,13 +26,10 @@ from comask.export.triton.contract import (
     graph_tensors,
     stage_name,
 )
-from comask.runtime.predictor import Predictor
-from comask.runtime.session import PROPOSALS, Array, Stages
-
-from comask.bundle import MANIFEST, STAGES, Manifest
-from comask.errors import ComaskError, EngineError, ImageError
 from comask.postprocess import require_finite
 from comask.preprocess import Prepared, decode_image
+from comask.runtime.predictor import Predictor
+from comask.runtime.session import PROPOSALS, Array, Stages
 from comask.structures import Detections
 
 

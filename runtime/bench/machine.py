@@ -8,9 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any, Literal
 
-from comask.runtime.gpu import find_gpu
-
 from comask import __version__
+from comask.runtime.gpu import find_gpu
 
 PACKAGES = (
     "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "pycuda",

@@ -64,6 +64,7 @@ def peak_memory(
 def main() -> None:
     """What the fresh process does."""
     import numpy as np
+
     from comask.runtime import Predictor
     from comask.runtime.bench.streamed import CAPTURED, fill_slots
     from comask.runtime.stream import SLOTS

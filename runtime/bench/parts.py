@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from comask.runtime.predictor import Predictor
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError
 from comask.preprocess import Pixels, padded_shape, resized_shape
+from comask.runtime.predictor import Predictor
 
 # What a prediction consists of, in order. The stages are timed by the GPU's clock where TensorRT runs
 # them; `other` is what else a backend does around them.

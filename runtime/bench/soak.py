@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from comask.config import PreprocessConfig
+from comask.errors import ComaskError, ImageError, one_line
+from comask.preprocess import Pixels, decode_image
 from comask.runtime.bench.growth import MIB, Series
 from comask.runtime.bench.memory import free_gpu_memory
 from comask.runtime.bench.vitals import (
@@ -25,10 +29,6 @@ from comask.runtime.gpu import find_gpu
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Closing
 from comask.runtime.stream import SLOTS
-
-from comask.config import PreprocessConfig
-from comask.errors import ComaskError, ImageError, one_line
-from comask.preprocess import Pixels, decode_image
 
 Encoded = Path | bytes  # of an image
 

@@ -11,10 +11,9 @@ import threading
 import time
 from multiprocessing.connection import Connection, Pipe
 
+from comask.errors import ComaskError, EngineError, one_line
 from comask.runtime.fleet.rows import Row, failed_row
 from comask.runtime.fleet.worker import Model, Worker
-
-from comask.errors import ComaskError, EngineError, one_line
 
 ATTEMPTS = 3  # of an image alone; others may have taken the machine's memory meanwhile
 LONGEST_LOAD = 1800  # seconds; what takes longer hangs

@@ -11,15 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from comask.runtime.backends import parse_backend
-from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.listing import Listing
-from comask.runtime.fleet.rows import Format, Row, encoded
-
 from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
 from comask.errors import JobError
 from comask.parse_json import parse_json
+from comask.runtime.backends import parse_backend
+from comask.runtime.fleet.folder import Folder
+from comask.runtime.fleet.listing import Listing
+from comask.runtime.fleet.rows import Format, Row, encoded
 
 TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
 PARTS, DONE = "parts", "done"

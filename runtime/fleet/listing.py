@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from comask.runtime.fleet.folder import file_system, is_url
-from comask.runtime.video.address import is_address
-
 from comask.errors import ComaskError, one_line
 from comask.media_files import (
     VIDEO_SUFFIXES,
@@ -29,6 +26,8 @@ from comask.media_files import (
     match_pattern,
 )
 from comask.parse_json import parse_json
+from comask.runtime.fleet.folder import file_system, is_url
+from comask.runtime.video.address import is_address
 
 SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
 

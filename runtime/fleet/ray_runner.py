@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from comask.errors import BackendUnavailableError, ComaskError, FleetError, one_line
 from comask.runtime.fleet.apart import WorkerApart
 from comask.runtime.fleet.job import Job
 from comask.runtime.fleet.runners import Outcome, Shard, attempt
 from comask.runtime.fleet.worker import Model
 from comask.runtime.session import Closing
-
-from comask.errors import BackendUnavailableError, ComaskError, FleetError, one_line
 
 ADDRESS = "RAY_ADDRESS"  # of a cluster; without it one is started here, and ended
 ROUND = 2000  # shards that Ray is told of at once: each is an object in its store

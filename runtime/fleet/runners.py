@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
+from comask.errors import FleetError, one_line
 from comask.runtime.fleet.job import Job
 from comask.runtime.fleet.rows import Row
 from comask.runtime.fleet.worker import Model, Worker
-
-from comask.errors import FleetError, one_line
 
 FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
 

@@ -14,18 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comask.errors import BundleError, ComaskError, ImageError, one_line
+from comask.preprocess import decode_image
 from comask.runtime.fleet.folder import Readers, file_system, is_url
 from comask.runtime.fleet.job import bundle_digest
 from comask.runtime.fleet.rows import Row, failed_row, found_row
 from comask.runtime.images import ImageRunner
 
-from comask.errors import BundleError, ComaskError, ImageError, one_line
-from comask.preprocess import decode_image
-
 if TYPE_CHECKING:
-    from comask.runtime.predictor import Predictor
-
     from comask.preprocess import Pixels
+    from comask.runtime.predictor import Predictor
 
 READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; a network may fail where the image is sound
 

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from comask.runtime.predictor import Predictor
-from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, EngineFolder
-
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ComaskError, EngineError, KernelError
+from comask.runtime.predictor import Predictor
+from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, EngineFolder
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +88,7 @@ def _name(backend: str, precision: str) -> str:
 def _show_what_it_refines(predictor: Predictor) -> None:
     """Lets PyTorch give the coarse masks too, and compute f32 as such on a GPU: it is the reference."""
     import torch
+
     from comask.runtime.torch_session import TorchSession
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

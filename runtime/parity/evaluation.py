@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from comask.bundle import Bundle
+from comask.data.source import Id
+from comask.errors import BackendUnavailableError, NotFiniteError
+from comask.evaluate import Truth
+from comask.preprocess import prepare
 from comask.runtime.parity.agreement import agreement, shared
 from comask.runtime.parity.contestants import looser, precision_of
 from comask.runtime.parity.foreign import explain_results
@@ -23,13 +30,6 @@ from comask.runtime.parity.scores import Results, Scores, flat, score_backend
 from comask.runtime.parity.stages import IMAGES, compare_backends
 from comask.runtime.parity.weights import altered_weights
 from comask.runtime.predictor import Predictor
-from numpy.typing import NDArray
-
-from comask.bundle import Bundle
-from comask.data.source import Id
-from comask.errors import BackendUnavailableError, NotFiniteError
-from comask.evaluate import Truth
-from comask.preprocess import prepare
 
 if TYPE_CHECKING:
     from comask.models.comask import CoMask
@@ -241,6 +241,7 @@ class Evaluation:
         """What graphs are compared with, whatever the reference is."""
         try:
             import onnx  # noqa: F401  # reads the graphs
+
             from comask.runtime.torch_session import model_from_bundle
         except ImportError as error:
             raise BackendUnavailableError(

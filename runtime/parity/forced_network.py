@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
 from comask.runtime.compare import relative_error
 from comask.runtime.parity.graph_layers import GraphTensors, Key
 from comask.runtime.session import Array

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from comask.runtime.parity.agreement import agreement, shared
-from comask.runtime.parity.scores import Results, image_results
-from comask.runtime.predictor import Predictor
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
 from comask.preprocess import Pixels, Prepared, padded_shape, prepare
+from comask.runtime.parity.agreement import agreement, shared
+from comask.runtime.parity.scores import Results, image_results
+from comask.runtime.predictor import Predictor
 
 DIAGNOSED = 16  # images that are run again with every mistake
 

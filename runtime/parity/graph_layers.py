@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from comask.runtime.ort_session import OrtSession
 from comask.runtime.session import Array
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from comask.bundle import STAGES, Bundle
 from comask.runtime.compare import TOLERANCES
 from comask.runtime.parity.forced_network import SIDES, ForcedNetwork, Side
 from comask.runtime.parity.graph_layers import Key, run_graph
 from comask.runtime.parity.normalisation import explain_input
 from comask.runtime.session import Array
-
-from comask.bundle import STAGES, Bundle
 
 if TYPE_CHECKING:
     from comask.models.comask import CoMask
@@ -89,6 +89,7 @@ def trace_graphs(
         BundleError: when a graph is missing or altered.
     """
     import onnx
+
     from comask.runtime.torch_session import TorchSession
 
     graphs = {stage: onnx.load(bundle.graph(stage, precision)) for stage in STAGES}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from comask.runtime.compare import relative_error
-from comask.runtime.session import Array
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
+from comask.runtime.compare import relative_error
+from comask.runtime.session import Array
 
 START = "preprocessing differs: the normalised image, which backbone.conv1 reads, "
 

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from comask.data.source import not_decoded_text
+from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS
+from comask.page import facts, page, picture, table
 from comask.runtime.compare import PYRAMID, TOLERANCES
 from comask.runtime.parity.contestants import precision_of
 from comask.runtime.parity.judge import change_text, points_text
 from comask.runtime.parity.page_precisions import precision_sections
 from comask.runtime.parity.verdict import has_failed
-
-from comask.data.source import not_decoded_text
-from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS
-from comask.page import facts, page, picture, table
 
 NAMES = {"bbox": "box", "segm": "mask"}
 

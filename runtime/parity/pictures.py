@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from comask.runtime.parity.agreement import Entries, pairs
 from numpy.typing import NDArray
 
 from comask.data.source import InstanceSource
+from comask.runtime.parity.agreement import Entries, pairs
 
 if TYPE_CHECKING:
     from comask.structures import Detections

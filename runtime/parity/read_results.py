@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comask.runtime.parity.scores import Results
-
 from comask.data.source import Id, ImageInfo, InstanceSource
 from comask.errors import DataError
 from comask.parse_json import parse_json
+from comask.runtime.parity.scores import Results
 from comask.segmentation import read_segmentation
 
 LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from comask.runtime.predictor import Predictor
 from numpy.typing import NDArray
 
 from comask.bundle import Manifest
@@ -17,6 +16,7 @@ from comask.errors import DataError
 from comask.evaluate import CocoMetrics, Truth, coco_results
 from comask.preprocess import Prepared
 from comask.progress import Progress
+from comask.runtime.predictor import Predictor
 
 Results = list[list[dict[str, Any]]]  # COCO results of each image, with the data's ids
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
-from comask.runtime.session import Stages
 
 from comask.bundle import WEIGHTS, Bundle
 from comask.config import ModelConfig
 from comask.preprocess import Prepared
+from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.session import Stages
 
 IMAGES = 4  # of a data set, that are compared stage by stage
 LISTED = 6  # failures: a broken graph has one for every box

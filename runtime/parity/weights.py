@@ -11,10 +11,10 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import numpy as np
-from comask.runtime.compare import relative_error
-from comask.runtime.session import Array
 
 from comask.bundle import STAGES, Bundle
+from comask.runtime.compare import relative_error
+from comask.runtime.session import Array
 
 if TYPE_CHECKING:
     import onnx

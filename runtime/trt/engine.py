@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from comask.errors import EngineError
 from comask.runtime.session import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder
 from comask.runtime.trt.flavors import Flavor
 from comask.runtime.trt.rebuild import widening_command
-
-from comask.errors import EngineError
 
 PROFILE = 0  # engines are built with one
 JIT_CACHE = "{stage}.jit.cache"  # in the engine's folder

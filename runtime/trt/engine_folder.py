@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comask.runtime.gpu import Gpu
-
 from comask.bundle import Bundle, graph_file, sha256
 from comask.config_reading import from_dict
 from comask.errors import ConfigError, EngineError
 from comask.parse_json import parse_json
+from comask.runtime.gpu import Gpu
 
 ENGINES = "engines"  # folder of the bundle
 DESCRIPTION = "engine.json"

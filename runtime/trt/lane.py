@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from comask.errors import EngineError, ImageError
+from comask.kernels import driver
+from comask.kernels.launch_frames import FRAME, Matrix
+from comask.kernels.launch_masks import MASKS
+from comask.preprocess import prepare
 from comask.runtime.device import Device, Graph, Stream
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.frames import Format, Frame, borrow_frame
@@ -20,12 +26,6 @@ from comask.runtime.trt.lane_masks import LaneMasks
 from comask.runtime.trt.loan import TrtLoan
 from comask.runtime.trt.slot import Slot
 from comask.runtime.trt.slot_pool import SlotPool
-
-from comask.errors import EngineError, ImageError
-from comask.kernels import driver
-from comask.kernels.launch_frames import FRAME, Matrix
-from comask.kernels.launch_masks import MASKS
-from comask.preprocess import prepare
 
 STAGES = tuple(PLANS)
 PAUSE = 0.0002  # seconds between looks at an event, where a wait has an end

@@ -6,10 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from comask.runtime.device import Device, DeviceMemory, PinnedMemory
-from comask.runtime.lanes import Batch, Edges
-from comask.runtime.trt.engine import Shape
-from comask.runtime.trt.slot import Slot
 from numpy.typing import NDArray
 
 from comask.kernels import driver
@@ -19,6 +15,10 @@ from comask.kernels.launch_masks import (
     mask_edges_launch,
     paste_masks_launch,
 )
+from comask.runtime.device import Device, DeviceMemory, PinnedMemory
+from comask.runtime.lanes import Batch, Edges
+from comask.runtime.trt.engine import Shape
+from comask.runtime.trt.slot import Slot
 
 INPUTS = ("masks", "boxes", "num_detections")  # of the kernels, as stage 2 calls them
 EDGES_A_COLUMN = 2  # room to begin with: what compact masks have

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from comask.runtime.dlpack import SharedArray
 from comask.runtime.trt.engine import Shape
 

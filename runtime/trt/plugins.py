@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from comask.runtime.trt.flavors import Flavor
-from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
 from comask.errors import ComaskError, EngineError
 from comask.kernels import driver
+from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
 __all__ = ["register_plugins"]
 

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo
-
 from comask.errors import EngineError
+from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 LAST_WORDS = 3  # lines of a failed command's output that go into the message

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, EngineError
+from comask.kernels import driver
 from comask.runtime.device import open_device
 from comask.runtime.gpu import Gpu, find_gpu_or_reason
 from comask.runtime.session import Array, Stages
@@ -17,10 +20,6 @@ from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
 from comask.runtime.trt.rebuild import rebuild, rebuild_command
 from comask.runtime.trt.slot_pool import SlotPool
-
-from comask.bundle import Bundle
-from comask.errors import BackendUnavailableError, EngineError
-from comask.kernels import driver
 
 # where several folders fit, by falling preference
 PRECISIONS = ("int8", "fp16", "fp32")

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+
+from comask.errors import EngineError
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory
 from comask.runtime.session import PROPOSALS, Array
 from comask.runtime.trt.engine import PROFILE, Engine, Shape, manages_memory
 from comask.runtime.trt.flavors import Flavor
-
-from comask.errors import EngineError
 
 BEST = {name: f"best {name}" for name in PROPOSALS}  # their buffers
 

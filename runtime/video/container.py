@@ -17,11 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from comask.runtime.video.address import address_of_file, camera_device, is_address, shown_name
-
 from comask.errors import BackendUnavailableError, ComaskError, ImageError, VideoError
 from comask.media_files import VIDEO_SUFFIXES
 from comask.preprocess import opened_image
+from comask.runtime.video.address import address_of_file, camera_device, is_address, shown_name
 
 if TYPE_CHECKING:
     from av import Packet

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from comask.runtime.gpu import find_gpu_or_reason
-from comask.runtime.video.container import import_av, reason
-from comask.runtime.video.orientation import UPRIGHT, Orientation
 
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
+from comask.runtime.gpu import find_gpu_or_reason
+from comask.runtime.video.container import import_av, reason
+from comask.runtime.video.orientation import UPRIGHT, Orientation
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 
+from comask.preprocess import padded_shape, resized_shape
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Closing
 from comask.runtime.stream import Future
 from comask.runtime.video.hardware import FFMPEG_STREAM, Nv12Picture
 from comask.runtime.video.source import SourceFrame
-
-from comask.preprocess import padded_shape, resized_shape
 from comask.structures import Detections
 
 

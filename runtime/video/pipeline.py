@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS
 from comask.runtime.video.address import is_camera
@@ -17,8 +19,6 @@ from comask.runtime.video.channel import Channel
 from comask.runtime.video.inference import Inference
 from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.runtime.video.track import Tracker
-from numpy.typing import NDArray
-
 from comask.structures import Detections
 
 LIVE_FRAMES = 2  # of a live source that wait; more would only be older

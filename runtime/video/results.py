@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comask.runtime.session import Closing
-from comask.runtime.video.source import SourceFrame
 from numpy.typing import NDArray
 
 from comask.errors import ComaskError, VideoError
+from comask.runtime.session import Closing
+from comask.runtime.video.source import SourceFrame
 from comask.structures import Detections
 from comask.whole_file import is_folder_fault
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from comask.errors import VideoError
+from comask.preprocess import Pixels
 from comask.runtime.session import Closing
 from comask.runtime.video.address import is_address, is_camera, shown_name
 from comask.runtime.video.container import (
@@ -29,9 +32,6 @@ from comask.runtime.video.container import (
 from comask.runtime.video.hardware import Nv12Picture, Where, gpu_decoder, nv12_problem
 from comask.runtime.video.orientation import Orientation, frame_orientation
 from comask.runtime.video.times import FrameTimes
-
-from comask.errors import VideoError
-from comask.preprocess import Pixels
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
