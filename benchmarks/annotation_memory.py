@@ -83,7 +83,7 @@ def rank(data: str, workers: int, output: Path) -> None:
     with join() as ranks:
         before, start = own_memory(), time.perf_counter()
         try:
-            from comask.training.shared_data import open_shared
+            from comask.training.run import open_shared
         except ImportError:  # until 0.1 every process opened them for itself
             from comask.data import open_source
 

@@ -33,7 +33,7 @@ def measure(objects: int, side: int, form: str) -> None:
     import torch
     from torchvision.ops import roi_align
 
-    from comask.data.target import MaskCrops, Target
+    from comask.data.training_set import MaskCrops, Target
     from comask.segmentation import read_segmentation
     from comask.training.targets import mask_targets
 

@@ -13,9 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.models.dense_roi_align import dense_roi_align
 from comask.models.nms import sorted_nms
-from comask.models.roi_align import STRIDES, pool_rows, roi_levels
+from comask.models.roi_align import STRIDES, dense_roi_align, pool_rows, roi_levels
 
 RUNS = 9
 HEIGHT, WIDTH, CHANNELS = 800, 1344, 256  # of ResNet-50's maps

@@ -14,8 +14,7 @@ from comask.calib.thresholds import entropy_threshold, error_threshold, percenti
 from comask.config import PreprocessConfig
 from comask.config_reading import from_dict
 from comask.errors import CalibrationError, ConfigError
-from comask.parse_json import parse_json
-from comask.whole_file import write_whole
+from comask.files import parse_json, write_whole
 
 FORMAT = 1  # of the file
 CACHE = "calibration.json"

@@ -10,13 +10,12 @@ import numpy as np
 from comask.bundle import Bundle
 from comask.data.source import InstanceSource
 from comask.errors import DataError, PrecisionError
-from comask.evaluate import CocoMetrics, Truth
+from comask.evaluate import TASK_NAMES, CocoMetrics, Truth
 from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Stages
 from comask.runtime.torch_session import model_from_bundle, torch_stages
 
-TASKS = {"bbox": "box", "segm": "mask"}
 PARTS, ENOUGH = 5, 50  # of the images, for a standard error; with fewer images there is none
 BATCH = 2  # ONNX Runtime without its optimiser takes 0.8 GiB an image of 800×1344 for comask-r50
 
@@ -101,7 +100,7 @@ def has_objects(ap: Mapping[str, float]) -> bool:
 
 
 def _points(metrics: CocoMetrics) -> dict[str, float]:
-    return {name: 100 * metrics.values[task]["AP"] for task, name in TASKS.items()}
+    return {name: 100 * metrics.values[task]["AP"] for task, name in TASK_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)

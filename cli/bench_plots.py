@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from comask.cli.bench_tables import HEADS, machine_line
 from comask.errors import ComaskError, one_line
+from comask.files import write_whole
 from comask.runtime.bench.growth import LIMITS, MIB, PARTS
-from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ import click
 
 from comask.cli.options import check_folders, command, json_option, write_json
 from comask.cli.predictor_options import PredictorOptions, predictor_options
+from comask.files import write_whole
 from comask.runtime.parity.scores import labels_in_data
-from comask.whole_file import write_whole
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comask.errors import ComaskError, ImageError
-from comask.whole_file import is_folder_fault, whole_file, write_whole
+from comask.files import is_folder_fault, whole_file, write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,8 @@ import click
 
 from comask import __version__
 from comask.errors import ComaskError, is_out_of_memory, one_line
+from comask.files import write_whole
 from comask.media_files import Kind, PassedOver, find_media
-from comask.whole_file import write_whole
 
 MENDS = {
     errno.EROFS: "; take a folder that can be written, and copy a bundle there",

@@ -18,8 +18,8 @@ def main(folder: Path, images: int, seed: int) -> None:
 
     FOLDER gets images/ and annotations/instances.json; equal seeds give equal files.
     """
+    from comask.data.coco import write_coco
     from comask.data.shapes import ShapesSource
-    from comask.data.write_coco import write_coco
     from comask.progress import Progress
 
     with Progress("writing", images, unit="images") as progress:

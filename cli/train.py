@@ -18,7 +18,7 @@ from comask.bundle import BEST
 from comask.cli.interruption import Interruption
 from comask.cli.options import command
 from comask.errors import ConfigError, TrainingError
-from comask.locks import locked
+from comask.files import locked
 from comask.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _train_seeds(
 ) -> None:
     """Trains with one seed after the other, each in a folder of its own, and shows how AP scatters."""
     from comask.training.distributed import share_from_first
-    from comask.training.seeds import show_seeds
+    from comask.training.record import show_seeds
 
     for number in range(seeds):
         seed = config.train.seed + number

@@ -18,9 +18,7 @@ from comask.config import ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
-from comask.locks import locked
-from comask.parse_json import parse_json
-from comask.whole_file import write_whole
+from comask.files import locked, parse_json, write_whole
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "Category", "Manifest"]
 

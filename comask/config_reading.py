@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from comask.config import Config, require
 from comask.errors import ConfigError
-from comask.parse_json import parse_json
+from comask.files import parse_json
 
 T = TypeVar("T")
 LARGEST = 2**63 - 1

@@ -23,6 +23,7 @@ from comask.segmentation import read_segmentation
 from comask.structures import Detections
 
 TASKS = ("bbox", "segm")
+TASK_NAMES = {"segm": "mask", "bbox": "box"}  # for people, the more telling one first
 METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip

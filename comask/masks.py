@@ -25,7 +25,7 @@ from comask.kernels.launch_masks import (
     mask_edge_counts_launch,
     mask_edges_launch,
 )
-from comask.rle import Integers, rles_from_edges
+from comask.segmentation import Integers, rles_from_edges
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,179 @@
-"""Reads the `segmentation` of COCO annotations and results (https://cocodataset.org/#format-data)."""
+"""Segmentations of COCO annotations and results: polygons, and run lengths (RLE) of both forms.
+
+Formats: https://cocodataset.org/#format-data; RLE as in https://github.com/cocodataset/cocoapi,
+common/maskApi.c. An image is walked over column by column. Runs are the lengths in pixels of 0, 1, 0, …
+in turn; the first may be 0. Edges are the places, column · height + row, at which a run of other pixels
+begins.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from comask.errors import DataError
-from comask.rle import RunLengthMask, decompress_runs
+
+Integers = NDArray[np.signedinteger[Any]]
+
+LONGEST_NUMBER = 12  # characters; 60 bits, of which no image needs as many
+
+
+def rles_from_edges(
+    edge_counts: Integers, edges: Integers, image_size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """COCO RLEs of N masks, equal to pycocotools' `encode`.
+
+    Args:
+        edge_counts: [N], edges of each mask.
+        edges: those of all masks one after the other, each mask's in strictly rising order, in
+            0..height·width - 1.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        N dicts of `size` ([height, width]) and `counts` (str).
+    """
+    height, width = image_size
+    masks = np.arange(len(edge_counts))
+    # each mask's edges between the start and the end of its image
+    ends = np.cumsum(edge_counts + 2) - 1
+    bounds = np.zeros(len(edges) + 2 * len(masks), np.int64)
+    bounds[np.arange(len(edges)) + 2 * np.repeat(masks, edge_counts) + 1] = edges
+    bounds[ends] = height * width
+    runs = np.delete(np.diff(bounds), ends[:-1])
+    strings = compress_runs(runs, edge_counts + 1)
+    return [{"size": [height, width], "counts": string} for string in strings]
+
+
+def compress_runs(runs: Integers, run_counts: Integers) -> list[str]:
+    """COCO's strings of N masks' runs.
+
+    From the fourth on, a number is the difference to the run two before. Each is written five bits a
+    character, lowest first, as 48 + bits + (32 if more follow), in two's complement.
+
+    Args:
+        runs: those of all masks one after the other.
+        run_counts: [N], at least 1 each.
+    """
+    if not len(run_counts):
+        return []
+    run_ends = np.cumsum(run_counts)
+    rank = np.arange(len(runs)) - np.repeat(run_ends - run_counts, run_counts)
+    numbers = runs.astype(np.int64)
+    later = np.flatnonzero(rank > 2)
+    numbers[later] -= runs[later - 2]
+    magnitude = np.where(numbers < 0, ~numbers, numbers)
+    lengths = np.ones(len(runs), np.int64)
+    limit = 16
+    while (longer := magnitude >= limit).any():
+        lengths += longer
+        limit *= 32
+    ends = np.cumsum(lengths)
+    text = np.empty(ends[-1], np.uint8)
+    place, rest, left = ends - lengths, numbers, lengths
+    while len(left):
+        text[place] = 48 + (rest & 31) + 32 * (left > 1)
+        more = left > 1
+        place, rest, left = place[more] + 1, rest[more] >> 5, left[more] - 1
+    string = text.tobytes().decode("ascii")
+    stops = ends[run_ends - 1].tolist()
+    return [string[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def decompress_runs(counts: bytes) -> Integers:
+    """Runs from COCO's string; for a malformed one some of them are negative, or do not add up."""
+    characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(~characters & 32) + 1  # behind the last character of each number
+    if not len(ends):
+        return np.zeros(0, np.int64)
+    starts = np.concatenate(([0], ends[:-1]))
+    place = np.arange(ends[-1]) - np.repeat(starts, ends - starts)
+    if place.max() >= LONGEST_NUMBER:
+        return np.full(1, -1)
+    values = np.add.reduceat((characters[: ends[-1]] & 31) << (5 * place), starts)
+    negative = characters[ends - 1] & 16 != 0
+    values -= np.where(negative, np.int64(1) << (5 * (ends - starts)), 0)
+    # from the fourth on, a number is the difference to the run two before
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    return values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunLengthMask:
+    """A mask of a whole image that takes memory by its outline, not by its image.
+
+    Attributes:
+        runs: [R] i64, lengths of 0, 1, 0, … in turn, column by column; they add up to the image.
+        size: (height, width) of the image in pixels.
+    """
+
+    runs: Integers
+    size: tuple[int, int]
+
+    @property
+    def area(self) -> int:
+        """Pixels of the foreground."""
+        return int(self.runs[1::2].sum())
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """(x1, y1, x2, y2) of the foreground: x1 ≤ x < x2 in pixels; all zero without any."""
+        height, starts, ends = self.size[0], *self._foreground()
+        if not len(starts):
+            return 0, 0, 0, 0
+        left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
+        across = starts // height != (ends - 1) // height  # such a run reaches top and bottom
+        if across.any():
+            return left, 0, right, height
+        top, bottom = (starts % height).min(), ((ends - 1) % height).max() + 1
+        return left, int(top), right, int(bottom)
+
+    def crop(self) -> tuple[int, int, NDArray[np.bool_]]:
+        """The foreground within its `bounds`.
+
+        Returns:
+            (x, y, crop): `crop` is [h, w] bool, its top left pixel lies at (x, y) of the image.
+        """
+        x1, y1, x2, y2 = self.bounds
+        height = self.size[0]
+        edges = np.stack(self._foreground(), axis=1).reshape(-1)
+        lengths = np.diff(edges, prepend=x1 * height, append=x2 * height)
+        columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(x2 - x1, height)
+        return x1, y1, np.ascontiguousarray(columns[:, y1:y2].T)
+
+    def part(self, x1: int, y1: int, x2: int, y2: int) -> NDArray[np.bool_]:
+        """[y2 - y1, x2 - x1] bool: the mask inside a box of whole pixels within the image."""
+        x, y, crop = self.crop()
+        part = np.zeros((y2 - y1, x2 - x1), np.bool_)
+        left, top = max(x, x1), max(y, y1)
+        right, bottom = min(x + crop.shape[1], x2), min(y + crop.shape[0], y2)
+        if left < right and top < bottom:
+            inside = crop[top - y : bottom - y, left - x : right - x]
+            part[top - y1 : bottom - y1, left - x1 : right - x1] = inside
+        return part
+
+    def bitmap(self) -> NDArray[np.bool_]:
+        """[height, width] bool."""
+        height, width = self.size
+        pixels = np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
+        return np.ascontiguousarray(pixels.reshape(width, height).T)
+
+    def to_coco(self) -> dict[str, Any]:
+        """COCO's compressed RLE: `size` and `counts` (str)."""
+        (counts,) = compress_runs(self.runs, np.array([len(self.runs)]))
+        return {"size": list(self.size), "counts": counts}
+
+    def _foreground(self) -> tuple[Integers, Integers]:
+        """Where each run of the foreground begins and ends, column · height + row."""
+        edges = np.cumsum(self.runs)
+        last = len(edges) - len(edges) % 2
+        starts, ends = edges[0:last:2], edges[1:last:2]
+        there = starts < ends
+        return starts[there], ends[there]
+
 
 # A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
 _LARGEST_COORDINATE = 1e6

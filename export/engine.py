@@ -28,7 +28,7 @@ from comask.export.engine_profile import Profile
 from comask.export.engine_proof import prove_engines, why_not_proved
 from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_graph import with_plugins, without_plugins
-from comask.locks import locked
+from comask.files import locked
 from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.trt.engine_folder import (
     DESCRIPTION,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from comask.rle import rles_from_edges
 from comask.runtime.dlpack import SharedArray
 from comask.runtime.lanes import Batch, Fetched, Lane, Loan
+from comask.segmentation import rles_from_edges
 from comask.structures import Detections
 
 if TYPE_CHECKING:

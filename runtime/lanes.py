@@ -14,12 +14,12 @@ from comask.errors import ImageError
 from comask.kernels.launch_frames import Matrix, Size
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, padded_shape, prepare, resized_shape
-from comask.rle import Integers
 from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
 from comask.runtime.frames import Format, Frame, borrow_frame
 from comask.runtime.session import Array, Stages
+from comask.segmentation import Integers
 
-Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.rle`
+Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comask.data.coco import write_coco
 from comask.data.shapes import ShapesSource
 from comask.data.source import InstanceSource
-from comask.data.write_coco import write_coco
 
 Content = dict[str, Any]
 Change = Callable[[Content], None]

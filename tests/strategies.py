@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from comask.config import ModelConfig
-from comask.data.target import MaskCrops, Target
+from comask.data.training_set import MaskCrops, Target
 from comask.models.comask import CoMask
 from comask.presets import PRESETS
-from comask.training.rois import Rois
+from comask.training.losses import Rois
 
 FEW = settings(deadline=None, max_examples=50)
 seeds = st.integers(0, 2**31 - 1)

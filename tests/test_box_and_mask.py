@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torchvision.ops import box_iou
 
-from comask.data.box_and_mask import Bounds, fits, iou, likely_cause
+from comask.data.check_annotations import Bounds, fits, iou, likely_cause
 
 WIDTH, HEIGHT = 640, 400
 BOUNDS = (200, 100, 260, 220)  # of a mask

@@ -20,8 +20,8 @@ from video_clips import pictures as pictures_of_clip
 
 import comask.preprocess
 from comask.bundle import SCHEMA_VERSION
+from comask.data.coco import write_coco
 from comask.data.shapes import ShapesSource
-from comask.data.write_coco import write_coco
 from comask.evaluate import METRICS, CocoMetrics
 from comask.runtime import Predictor
 from comask.runtime.parity.evaluation import Evaluation

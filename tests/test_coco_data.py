@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 
 from comask.config import PreprocessConfig
-from comask.data.coco import coco_source
+from comask.data.coco import coco_source, write_coco
 from comask.data.loading import Batch, epoch_batches, load_batches
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Key, TrainingSet
-from comask.data.write_coco import write_coco
 from comask.errors import DataError, ImageError
 from comask.segmentation import read_segmentation
 

@@ -14,8 +14,8 @@ import torch
 from conftest import MICRO, settings
 from data_sets import edit
 
+from comask.data.coco import write_coco
 from comask.data.shapes import ShapesSource
-from comask.data.write_coco import write_coco
 from comask.training.checkpoint import load_checkpoint
 from comask.training.record import read_rows
 

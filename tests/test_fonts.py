@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comask import draw, fonts
-from comask.draw import draw_overlay
-from comask.fonts import font_for, has_characters
+from comask import draw
+from comask.draw import draw_overlay, font_for, has_characters
 from comask.structures import Detections
 
 WORDS = ("叶子", "苹果")
@@ -76,7 +75,7 @@ def font_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 def forget() -> None:
     font_for.cache_clear()
-    fonts._machine_fonts.cache_clear()
+    draw._machine_fonts.cache_clear()
     draw._names_without_font.clear()
 
 

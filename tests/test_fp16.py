@@ -26,7 +26,7 @@ from comask.export.engine_profile import Profile
 from comask.export.onnx_export import in_precision
 from comask.models.backbone import ResNet, fold_batch_norms
 from comask.models.comask import CoMask
-from comask.models.msfem import ChannelAttention
+from comask.models.neck import ChannelAttention
 from comask.models.precision import GroupNorm
 from comask.runtime.backends import open_stages
 from comask.runtime.compare import TOLERANCES, Comparison, compare_stages

@@ -20,16 +20,14 @@ from comask.calib.histograms import Histogram
 from comask.config import Config, ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict, override
 from comask.data.check import sound_part
-from comask.data.coco import CocoSource
+from comask.data.coco import CocoSource, write_coco
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category
-from comask.data.write_coco import write_coco
 from comask.errors import ComaskError, DataError, one_line
-from comask.parse_json import parse_json
-from comask.rle import compress_runs, decompress_runs
+from comask.files import parse_json
 from comask.runtime.parity.read_results import read_results
 from comask.runtime.trt.engine_folder import DESCRIPTION, EngineFolder, EngineInfo
-from comask.segmentation import read_segmentation
+from comask.segmentation import compress_runs, decompress_runs, read_segmentation
 
 LEAVES = (
     st.none()

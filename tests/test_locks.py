@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import MICRO, run, settings
 
-from comask import locks
+from comask import files
 from comask.bundle import scratch_folder
-from comask.locks import locked
+from comask.files import locked
 
 WITHOUT_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL]
 
@@ -29,14 +29,14 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    locks._warn.cache_clear()
+    files._warn.cache_clear()
     return request.param
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from comask.locks import locked
+from comask.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -99,7 +99,7 @@ def test_training_and_export_do_without_locks(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    locks._warn.cache_clear()
+    files._warn.cache_clear()
     output = tmp_path / "run"
     trained = run("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", output,
                   *settings(*MICRO))  # fmt: skip

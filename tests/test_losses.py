@@ -22,14 +22,12 @@ from strategies import (
 from torch import Tensor
 from torch.nn import functional
 
-from comask.data.target import Target
+from comask.data.training_set import Target
 from comask.models.boxes import clip_boxes
 from comask.models.collaboration import CollaborativeHead, decode_cells
 from comask.models.comask import CoMask
 from comask.presets import preset
-from comask.training.head_losses import dense_box_loss, head_losses
-from comask.training.losses import Objective
-from comask.training.rois import Rois
+from comask.training.losses import Objective, Rois, dense_box_loss, head_losses
 from comask.training.targets import jitter, mask_targets
 
 BATCHES = {"objects": [FULL, ONE], "one image empty": [EMPTY, ONE], "none": [EMPTY, EMPTY]}

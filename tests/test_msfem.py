@@ -10,8 +10,7 @@ from strategies import parameter_count
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comask.models.fpn import FPN
-from comask.models.msfem import MFPN, MSFEM, ChannelAttention
+from comask.models.neck import FPN, MFPN, MSFEM, ChannelAttention
 
 DOWNSAMPLE = 256 * 256 * 9 + 2 * 256  # convolution without bias, GroupNorm
 SMOOTH = 256 * 256 * 9 + 256

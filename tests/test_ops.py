@@ -16,9 +16,14 @@ from torchvision.ops.poolers import LevelMapper
 from comask.errors import KernelError, KernelUnavailableError
 from comask.kernels import tensors
 from comask.models import nms, roi_align
-from comask.models.dense_roi_align import dense_roi_align
 from comask.models.nms import float32_below, sorted_nms, top_k
-from comask.models.roi_align import STRIDES, pool_rows, pyramid_roi_align, roi_levels
+from comask.models.roi_align import (
+    STRIDES,
+    dense_roi_align,
+    pool_rows,
+    pyramid_roi_align,
+    roi_levels,
+)
 
 BOUNDARIES = (112.0, 224.0, 448.0)
 

@@ -26,7 +26,7 @@ from comask.kernels.launch_masks import (
 from comask.masks import edges_by_kernel, edges_by_numpy, paste_masks, rles_from_mask_probs
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared
-from comask.rle import decompress_runs, rles_from_edges
+from comask.segmentation import decompress_runs, rles_from_edges
 
 LENGTHS = st.integers(1, 70)
 CELLS = st.sampled_from([1, 2, 7, 28, 56])

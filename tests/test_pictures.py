@@ -16,7 +16,7 @@ from comask.data.shapes import ShapesSource
 from comask.data.source import ImageInfo
 from comask.segmentation import read_segmentation
 from comask.structures import Detections
-from comask.training.pictures import picture_grid, true_detections
+from comask.training.figures import picture_grid, true_detections
 
 
 class OneImage:

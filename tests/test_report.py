@@ -13,7 +13,7 @@ from made_runs import CATEGORIES, metrics, write_run
 from PIL import Image
 
 from comask.config import Config, ModelConfig
-from comask.training.curves import draw_curves
+from comask.training.figures import draw_curves
 from comask.training.record import RunRecord
 from comask.training.report import write_report
 

@@ -13,9 +13,15 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from comask.data.target import Target
-from comask.models.anchors import base_anchors, level_anchors
-from comask.models.rpn import RPN, STRIDES, LevelOutput, proposals_from_levels
+from comask.data.training_set import Target
+from comask.models.rpn import (
+    RPN,
+    STRIDES,
+    LevelOutput,
+    base_anchors,
+    level_anchors,
+    proposals_from_levels,
+)
 from comask.training.losses import rpn_losses
 
 SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)

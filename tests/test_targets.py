@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import roi_align
 
-from comask.data.target import Target
+from comask.data.training_set import Target
 from comask.models.boxes import clip_boxes, decode_boxes, encode_boxes, paired_iou
 from comask.training.targets import (
     BACKGROUND,

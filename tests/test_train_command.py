@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import MICRO, run, settings
 
+from comask.data.coco import write_coco
 from comask.data.shapes import ShapesSource
-from comask.data.write_coco import write_coco
 from comask.training.record import read_rows
 
 

@@ -17,18 +17,18 @@ from comask import progress
 from comask.cli import train as train_command
 from comask.config import Config
 from comask.config_reading import from_dict, override
+from comask.data.coco import write_coco
 from comask.data.loading import Batch
 from comask.data.shapes import ShapesSource
-from comask.data.write_coco import write_coco
 from comask.errors import CheckpointError, ConfigError
-from comask.locks import locked
+from comask.files import locked
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.training import losses
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
-from comask.training.machine import fit_to_machine
+from comask.training.optim import fit_to_machine
 from comask.training.record import RunRecord, read_rows
 
 
@@ -125,11 +125,11 @@ def test_resume_refuses_another_model(micro_run: Path) -> None:
 def test_non_finite_loss_stops_and_names_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comask.training import head_losses
-    from comask.training.rois import Term
+    from comask.training import losses
+    from comask.training.losses import Term
 
     nan = Term(torch.tensor(float("nan")), torch.tensor(1.0))
-    monkeypatch.setattr(head_losses, "dense_box_loss", lambda *_: nan)
+    monkeypatch.setattr(losses, "dense_box_loss", lambda *_: nan)
     result = run(*train(tmp_path / "run"))
     assert result.exit_code == 1
     kept = json.loads((tmp_path / "run" / "non_finite.json").read_text())

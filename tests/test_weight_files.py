@@ -24,7 +24,7 @@ from weight_networks import BACKBONE18, TWO, State, mmdetection, network, old_to
 from comask.errors import CheckpointError
 from comask.models.boxes import decode_boxes
 from comask.models.comask import CoMask
-from comask.models.fpn import coarsest
+from comask.models.neck import coarsest
 from comask.training.import_weights import import_weights
 
 

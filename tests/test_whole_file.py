@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from video_clips import decoded, make_clip, pictures
 
 from comask.bundle import scratch_folder
+from comask.files import part_of, whole_file, write_whole
 from comask.runtime.video import OverlayWriter, VideoSource
 from comask.structures import Detections
-from comask.whole_file import part_of, whole_file, write_whole
 
 
 def test_an_error_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_an_error_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> N
 WRITE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from comask.whole_file import whole_file
+from comask.files import whole_file
 with whole_file(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()

@@ -1,20 +1,24 @@
-"""A COCO-format data set on disk."""
+"""A COCO-format data set on disk: read, and written from any source."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import reprlib
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from comask.data.source import Category, Id, ImageInfo
+from comask.data.source import Category, Id, ImageInfo, InstanceSource
 from comask.errors import DataError, ImageError
-from comask.parse_json import parse_json
+from comask.files import parse_json, whole_file, write_whole
 from comask.preprocess import decode_image
 
 T = TypeVar("T", int, str, list[Any])
@@ -238,3 +242,44 @@ def _field(entry: Any, name: str, kind: type[T], expected: str | None = None) ->
             f"{reprlib.repr(entry)}"
         )
     return value
+
+
+def write_coco(
+    source: InstanceSource, folder: Path, advance: Callable[[], None] = lambda: None
+) -> None:
+    """`folder/images/*` and `folder/annotations/instances.json`, as `coco_source` reads them.
+
+    Args:
+        source: to write.
+        folder: made where it is missing.
+        advance: called after each image.
+
+    Raises:
+        DataError: when it cannot be written, or holds a data set already.
+    """
+    annotation_file = folder / "annotations" / "instances.json"
+    formats = Image.registered_extensions()
+    if annotation_file.exists():
+        raise DataError(f"{folder}: holds a data set already; give another folder")
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        annotation_file.parent.mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for index in range(len(source)):
+            info = source.info(index)
+            with whole_file(folder / "images" / info.file_name, durable=False) as file:
+                Image.fromarray(source.image(index)).save(
+                    file, formats[Path(info.file_name).suffix]
+                )
+            images.append(dataclasses.asdict(info))
+            annotations += source.annotations(index)
+            advance()
+        content = {
+            "info": {"description": "written by comask"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [dataclasses.asdict(category) for category in source.categories],
+        }
+        write_whole(annotation_file, json.dumps(content).encode())  # last: then the set is whole
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from comask.data.source import Id
-from comask.data.target import Target
-from comask.data.training_set import Item, Key, TrainingSet
+from comask.data.training_set import Item, Key, Target, TrainingSet
 from comask.errors import ComaskError, TrainingError, is_out_of_memory, one_line
 
 

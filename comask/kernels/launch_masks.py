@@ -57,7 +57,7 @@ def mask_edges_launch(
 
     `edges` is i32 [capacity]: those of mask 0, of mask 1 and so on, each in rising order as
     column · H + row. What exceeds the capacity is left out; `counts` says how many there are. For
-    `comask.rle.rles_from_edges`.
+    `comask.segmentation.rles_from_edges`.
 
     Args:
         masks: N.

@@ -25,7 +25,7 @@ from comask.models.collaboration import (
     decode_cells,
     select_class,
 )
-from comask.models.msfem import MFPN
+from comask.models.neck import MFPN
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
 from comask.models.roi_align import pyramid_roi_align

@@ -11,10 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comask.models.anchors import base_anchors, level_anchors
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
+
+
+def base_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
+    """[A, 4] boxes of area size² around the origin, one a height:width ratio, rounded to pixels."""
+    ratio = torch.tensor(ratios)
+    h = size * torch.sqrt(ratio)
+    w = size / torch.sqrt(ratio)
+    return (torch.stack((-w, -h, w, h), dim=1) / 2).round()
+
+
+def level_anchors(base: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """All anchors of one level.
+
+    Args:
+        base: [A, 4] boxes around the origin.
+        height, width: of the level; a place (i, j) is centred on pixel (j, i) × stride.
+        stride: 4…64, exact whatever the image's size.
+
+    Returns:
+        [height·width·A, 4] in row, column, anchor order.
+    """
+    x = torch.arange(width, device=base.device, dtype=base.dtype) * stride
+    y = torch.arange(height, device=base.device, dtype=base.dtype) * stride
+    grid_y = y[:, None].expand(height, width)
+    grid_x = x[None, :].expand(height, width)
+    shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)  # [height, width, 4]
+    return (shifts[:, :, None] + base).reshape(-1, 4)
+
 
 STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
 # A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from comask.bundle import BEST
 from comask.config import Config
 from comask.data.loading import Batch, epoch_batches, load_batches, micro_batches
-from comask.data.source import Category
+from comask.data.source import Category, Id
 from comask.data.training_set import TrainingSet
+from comask.errors import TrainingError
+from comask.files import write_whole
 from comask.models.comask import CoMask
 from comask.progress import Progress
 from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
-from comask.training.curves import draw_curves
 from comask.training.distributed import (
     Ranks,
     gather,
@@ -31,7 +33,7 @@ from comask.training.distributed import (
     require_agreement,
     share_from_first,
 )
-from comask.training.failures import non_finite, out_of_memory
+from comask.training.figures import draw_curves
 from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
 from comask.training.record import RunRecord
@@ -307,3 +309,46 @@ def _timed(loaded: Iterator[Batch], sizes: list[int]) -> Iterator[tuple[list[Bat
         started = time.perf_counter()
         group = list(islice(loaded, size))
         yield group, time.perf_counter() - started
+
+
+def non_finite(
+    folder: Path, step: int, losses: dict[str, float], image_ids: list[Id]
+) -> TrainingError:
+    """The error of a loss that is not finite; what is needed to find out why is kept in a file.
+
+    Args:
+        folder: of the run; gets `non_finite.json`.
+        step: optimiser steps done.
+        losses: of the step that failed.
+        image_ids: of its images, on all processes; none on any but the first process, which writes.
+    """
+    file = folder / "non_finite.json"
+    if image_ids:
+        # NaN and infinity are not JSON
+        report = {
+            "step": step,
+            "losses": {name: str(loss) for name, loss in losses.items()},
+            "image_ids": image_ids,
+        }
+        write_whole(file, (json.dumps(report, indent=2) + "\n").encode())
+    parts = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    return TrainingError(
+        f"the loss is not finite at step {step} ({parts}); its images {image_ids} are kept in {file}; "
+        f"lower train.learning_rate, raise train.warmup_steps or set train.clip_norm, then go on "
+        f"with --resume"
+    )
+
+
+def out_of_memory(batch: Batch) -> TrainingError:
+    """The error of a batch that is too large for the GPU, naming the settings that shrink it."""
+    count, height, width = batch.images.shape[:3]
+    found = f"out of GPU memory with {count} images of {width}x{height} at once"
+    if count == 1:
+        return TrainingError(
+            f"{found}: go on with --resume --set train.precision=bf16, or start anew with a smaller "
+            f"preprocess.max_side"
+        )
+    return TrainingError(
+        f"{found}: go on with --resume --set train.micro_batch={count // 2} (a step keeps its images, "
+        f"in smaller parts) or train.precision=bf16"
+    )

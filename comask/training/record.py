@@ -1,4 +1,4 @@
-"""What a run writes about itself: `metrics.csv`, `eval.csv` and `per_class.csv`.
+"""What a run writes about itself: `metrics.csv`, `eval.csv`, `per_class.csv`, and what seeds scatter by.
 
 The process may be killed at any moment. Rows are appended, and one that was torn by that is dropped
 on reading; whatever is not appended is replaced as a whole.
@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comask.errors import ConfigError, TrainingError
-from comask.evaluate import METRICS, TASKS, CocoMetrics
-from comask.whole_file import write_whole
+from comask.evaluate import METRICS, TASK_NAMES, TASKS, CocoMetrics
+from comask.files import write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 NONE = (
     "n/a"  # in `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it
 )
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,3 +217,48 @@ def _board(folder: Path, keep_until: int) -> SummaryWriter:
         ) from error
     # The first step to be hidden; the last one kept is still shown, as in the tables.
     return SummaryWriter(str(folder), purge_step=keep_until + 1)
+
+
+SHOWN = ("AP", "AP50", "AP75")
+
+
+def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:
+    """Writes the last evaluation of each run to a JSON file, and gives lines for the user.
+
+    The deviation is that of a sample, with n - 1 below.
+
+    Args:
+        folders: of finished runs, one per seed.
+        file: to write, `{metric: {"values": [...], "mean": m, "deviation": s}}` in AP points.
+    """
+    lasts = {folder.name: read_evaluations(folder)[-1:] for folder in folders}
+    runs = {name: found[0] for name, found in lasts.items() if found}
+    if not runs:
+        yield "no evaluation to compare: train.evaluate_every is 0"
+        return
+    report = {}
+    for name, values in _points(list(runs.values())).items():
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        report[name] = {"values": values, "mean": statistics.fmean(values), "deviation": deviation}
+        text = f"{report[name]['mean']:.2f}"
+        yield f"{name}: {text}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
+    finite = {
+        name: {k: v if k == "values" or math.isfinite(v) else None for k, v in entry.items()}  # type: ignore[arg-type]
+        for name, entry in report.items()
+    }
+    content = {"runs": list(runs), "points": finite}
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
+    yield f"over {len(runs)} seeds, mean ± deviation; wrote {file}"
+
+
+def _points(runs: list[Evaluation]) -> dict[str, list[float]]:
+    """AP points of all runs by metric; what a run lacks, or has no objects for, is left out."""
+    found: dict[str, list[float]] = {}
+    for task in TASKS:
+        for metric in SHOWN:
+            found[f"{TASK_NAMES[task]} {metric}"] = [r.points("final", task, metric) for r in runs]
+    if all("plain" in run.values for run in runs):
+        found["box AP, weighted minus plain average of the cells"] = [
+            run.points("final", "bbox") - run.points("plain", "bbox") for run in runs
+        ]
+    return {name: values for name, values in found.items() if all(map(math.isfinite, values))}

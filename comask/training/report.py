@@ -12,11 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 from comask.data.source import Category
-from comask.evaluate import METRICS, TASKS
+from comask.evaluate import METRICS, TASK_NAMES, TASKS
+from comask.files import write_whole
 from comask.page import facts, page, picture, table
-from comask.training.curves import TASK_NAMES, points_text, second_stage
+from comask.training.figures import points_text, second_stage
 from comask.training.record import Evaluation, read_evaluations, read_rows
-from comask.whole_file import write_whole
 
 # By model.collaboration: what there is to say where boxes are no weighted average
 _OTHER_REFINEMENT = {

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.data.target import MaskCrops, Target
+from comask.data.training_set import MaskCrops, Target
 
 BACKGROUND = -1
 IGNORE = -2

@@ -19,7 +19,7 @@ from comask.runtime.predictor import FOUND_AT, Predictor
 from comask.runtime.torch_session import torch_stages
 from comask.structures import Detections
 from comask.training.distributed import Ranks, gather, share_from_first
-from comask.training.pictures import picture_grid
+from comask.training.figures import picture_grid
 
 PICTURES = 8  # validation images drawn beside their ground truth
 CHUNK = 16  # images held in memory at once

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from comask.data.source import Category
 from comask.errors import CheckpointError
-from comask.training.checkpoint import load_checkpoint
-from comask.training.torch_file import read_torch_file, why_unreadable
+from comask.training.checkpoint import load_checkpoint, read_torch_file, why_unreadable
 
 KNOWN = (
     "a comask checkpoint, torchvision's ResNet, Mask R-CNN or Faster R-CNN, or mmdetection's ResNet "

@@ -14,7 +14,7 @@ from typing import Any
 from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
 from comask.errors import JobError
-from comask.parse_json import parse_json
+from comask.files import parse_json
 from comask.runtime.backends import parse_backend
 from comask.runtime.fleet.folder import Folder
 from comask.runtime.fleet.listing import Listing

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from comask.errors import ComaskError, one_line
+from comask.files import parse_json
 from comask.media_files import (
     VIDEO_SUFFIXES,
     Kind,
@@ -25,7 +26,6 @@ from comask.media_files import (
     kind_of_file,
     match_pattern,
 )
-from comask.parse_json import parse_json
 from comask.runtime.fleet.folder import file_system, is_url
 from comask.runtime.video.address import is_address
 

@@ -39,7 +39,7 @@ def side_by_side(
     """
     import cv2
 
-    from comask.training.pictures import detections_from_coco
+    from comask.training.figures import detections_from_coco
 
     info, categories, image = source.info(index), source.categories, source.image(index)
     known = {category.id for category in categories}

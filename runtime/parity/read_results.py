@@ -8,7 +8,7 @@ from typing import Any
 
 from comask.data.source import Id, ImageInfo, InstanceSource
 from comask.errors import DataError
-from comask.parse_json import parse_json
+from comask.files import parse_json
 from comask.runtime.parity.scores import Results
 from comask.segmentation import read_segmentation
 

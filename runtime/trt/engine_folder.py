@@ -15,7 +15,7 @@ from typing import Any
 from comask.bundle import Bundle, graph_file, sha256
 from comask.config_reading import from_dict
 from comask.errors import ConfigError, EngineError
-from comask.parse_json import parse_json
+from comask.files import parse_json
 from comask.runtime.gpu import Gpu
 
 ENGINES = "engines"  # folder of the bundle

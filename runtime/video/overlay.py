@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from comask.draw import draw_overlay
 from comask.errors import ComaskError, VideoError
+from comask.files import is_folder_fault, part_of
 from comask.preprocess import Pixels
 from comask.runtime.session import Closing
 from comask.runtime.video.container import file_url, import_av, reason
 from comask.runtime.video.hardware import Where, choose_encoder
 from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.structures import Detections
-from comask.whole_file import is_folder_fault, part_of
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream

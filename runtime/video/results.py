@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import ComaskError, VideoError
+from comask.files import is_folder_fault
 from comask.runtime.session import Closing
 from comask.runtime.video.source import SourceFrame
 from comask.structures import Detections
-from comask.whole_file import is_folder_fault
 
 
 class JsonLines(Closing):

@@ -1,4 +1,4 @@
-"""Sheets of ground truth beside predictions: what the numbers of an evaluation look like."""
+"""Pictures of a run: its curves, and ground truth beside predictions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,154 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.source import Category, ImageInfo, InstanceSource
-from comask.draw import draw_tile
-from comask.fonts import font_for
+from comask.draw import draw_tile, font_for
+from comask.evaluate import TASK_NAMES, TASKS
+from comask.files import write_whole
 from comask.segmentation import read_segmentation
 from comask.structures import Detections
-from comask.whole_file import write_whole
+from comask.training.record import Evaluation, read_evaluations, read_rows
 
 if TYPE_CHECKING:
-    from comask.fonts import Font
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from comask.draw import Font
+
+
+_BEFORE, _PLAIN, _GAIN = "#888888", "#9ecae1", "#1f77b4"
+
+
+def draw_curves(folder: Path) -> list[Path]:
+    """Draws what the tables of a run hold; a table without rows gives no picture.
+
+    Args:
+        folder: of the run, with `metrics.csv` and `eval.csv`.
+
+    Returns:
+        Those of `losses.png`, `ap.png` and `second_stage.png` in `folder` that were written.
+    """
+    figures: dict[str, Figure] = {}
+    losses, evaluations = read_rows(folder / "metrics.csv"), read_evaluations(folder)
+    if losses:
+        figures["losses.png"] = _losses(losses)
+    if evaluations:
+        figures["ap.png"] = _precision(evaluations)
+        if "first" in evaluations[-1].values:
+            figures["second_stage.png"] = _second_stage(evaluations[-1])
+    for name, figure in figures.items():
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=120)
+        write_whole(folder / name, content.getvalue())
+    return [folder / name for name in figures]
+
+
+def points_text(value: float, form: str = ".1f") -> str:
+    """AP points in a number format; "n/a" for NaN, where there are no such objects."""
+    return f"{value:{form}}" if math.isfinite(value) else "n/a"
+
+
+def _losses(rows: list[dict[str, str]]) -> Figure:
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    steps = [int(row["step"]) for row in rows]
+    window = max(1, len(steps) // 50)
+    for name in [key for key in rows[0] if key.startswith("loss")]:
+        values = _smoothed(np.array([float(row[name]) for row in rows]), window)
+        axes.plot(steps, values, label=name, linewidth=2.5 if name == "loss" else 1.2)
+    axes.set(
+        xlabel="step",
+        ylabel=f"loss, mean of {window} steps" if window > 1 else "loss",
+        title="training losses",
+        yscale="log",
+    )
+    axes.grid(alpha=0.3)
+    rate_axes = axes.twinx()
+    rate_axes.plot(steps, [float(row["lr"]) for row in rows], color="gray", linestyle=":")
+    rate_axes.set_ylabel("learning rate (dotted)")
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _precision(evaluations: list[Evaluation]) -> Figure:
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    for task, style in zip(TASKS, ("--", "-"), strict=True):
+        for color, name in enumerate(("AP", "AP50", "AP75")):
+            values = [e.points("final", task, name) for e in evaluations]
+            label = f"{TASK_NAMES[task]} {name}"
+            axes.plot(
+                _steps(evaluations), values, style, color=f"C{color}", marker="o", label=label
+            )
+    axes.set(xlabel="step", ylabel="AP points", title="validation")
+    _limit(axes)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _second_stage(evaluation: Evaluation) -> Figure:
+    """AP before the second stage and after it, and of the boxes that an unweighted average gives."""
+    figure = _figure(8, 4)
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    for axes, (task, what) in zip(panels, TASK_NAMES.items(), strict=True):
+        bars = second_stage(evaluation, task)
+        names, values = list(bars), [bars[name] for name in bars]
+        shown = axes.bar(names, np.nan_to_num(values), color=[_BEFORE, _PLAIN, _GAIN][-len(bars) :])
+        axes.bar_label(shown, [points_text(value, ".2f") for value in values], padding=2)
+        axes.set(title=f"{what} AP", ylabel="AP points")
+        axes.set_ylim(0, 1.15 * max([1.0, *(v for v in values if math.isfinite(v))]))
+        axes.tick_params(axis="x", labelsize=8)
+    figure.suptitle(f"What the second stage adds, step {evaluation.step}", fontweight="bold")
+    return figure
+
+
+def second_stage(evaluation: Evaluation, task: str) -> dict[str, float]:
+    """AP points by what they are of, in the order of the network's passes.
+
+    The plain average of the same cells, in which all count alike, tells what the weights by the mask add.
+    It exists for boxes alone, and so does an evaluation with it: at the end of a run.
+    """
+    if task == "segm":
+        stages = {"coarse mask": "first", "final mask": "final"}
+    else:
+        stages = {"proposal": "first", "plain average": "plain", "weighted average": "final"}
+    return {
+        name: evaluation.points(stage, task)
+        for name, stage in stages.items()
+        if stage in evaluation.values
+    }
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, without pyplot and the backend it keeps for all."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _steps(evaluations: list[Evaluation]) -> list[int]:
+    return [evaluation.step for evaluation in evaluations]
+
+
+def _limit(axes: Axes) -> None:
+    """Makes the axes of AP points over steps hold what is drawn, in y 2 points at least."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines])
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 100.0)
+    margin = max(1.0, 0.08 * (high - low))
+    axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there are no half steps
+    axes.grid(alpha=0.3)
+
+
+def _smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """The mean of each of `values` ([N]) and up to window - 1 before it."""
+    sums = np.concatenate(([0.0], values.cumsum()))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
 
 TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
 _GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
