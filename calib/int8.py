@@ -21,11 +21,9 @@ from comask.bundle import (
     scratch_folder,
     sha256,
 )
-from comask.calib.layers import graph_layers, readings
 from comask.calib.predictions import Feeds
-from comask.calib.qdq import quantize_graph
-from comask.calib.search import Search
-from comask.calib.sensitivity import costs, disturbances
+from comask.calib.qdq import graph_layers, quantize_graph, readings
+from comask.calib.search import Search, costs, disturbances
 from comask.calib.validation import Measured, Scorer
 from comask.errors import PrecisionError
 from comask.preprocess import prepare

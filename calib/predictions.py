@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from comask.calib.layers import graph_layers
+from comask.calib.qdq import graph_layers
 from comask.runtime.compare import PYRAMID
 from comask.runtime.ort_session import OrtSession
 from comask.runtime.session import Array
@@ -30,7 +30,7 @@ class Prediction:
     """One tensor of a graph.
 
     Attributes:
-        reading: name of what the layer that gives it reads, see `comask.calib.layers.Reading`.
+        reading: name of what the layer that gives it reads, see `comask.calib.qdq.Reading`.
         tensor: its name in the graph.
     """
 

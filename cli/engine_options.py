@@ -107,8 +107,8 @@ def engine_request(values: dict[str, Any], bundle: Bundle, precision: str) -> En
     Raises:
         ConfigError: for a profile that cannot be.
     """
+    from comask.export.build_options import Profile
     from comask.export.engine import EngineRequest
-    from comask.export.engine_profile import Profile
 
     return EngineRequest(
         flavor=values["engine"],

@@ -138,11 +138,11 @@ def _head(
 
 
 def _altered_scales(bundle: Bundle) -> list[str]:
-    """See `comask.calib.scales`; nothing, with a warning, where there is nothing to compare with."""
+    """See `comask.calib.cache`; nothing, with a warning, where there is nothing to compare with."""
     from comask.errors import CalibrationError
 
     try:
-        from comask.calib.scales import altered_scales
+        from comask.calib.cache import altered_scales
 
         return altered_scales(bundle)
     except (CalibrationError, ImportError) as error:

@@ -188,7 +188,7 @@ def judge_speed(
     from comask.bundle import Manifest, update_manifest
     from comask.calib.speed import measure_speed, require_faster
     from comask.errors import PrecisionError
-    from comask.export.engine_proof import why_not_proved
+    from comask.export.verify import why_not_proved
     from comask.runtime.gpu import find_gpu
     from comask.runtime.trt.engine_folder import find_engines
 

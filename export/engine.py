@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from comask import __version__
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.errors import EngineError
-from comask.export.build_options import BuildOptions, check_options
+from comask.export.build_options import BuildOptions, Profile, check_options
 from comask.export.engine_process import build_in_process
-from comask.export.engine_profile import Profile
-from comask.export.engine_proof import prove_engines, why_not_proved
 from comask.export.layer_precision import asked_precisions, check_precisions
-from comask.export.trt_graph import with_plugins, without_plugins
+from comask.export.trt_functions import with_plugins, without_plugins
+from comask.export.verify import prove_engines, why_not_proved
 from comask.files import locked
 from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.trt.engine_folder import (

@@ -13,14 +13,60 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comask.export.functions import OPSET, add_functions
-from comask.export.graphs import Stage1Graph, Stage2Graph
 from comask.models.backbone import fold_batch_norms
-from comask.models.comask import STAGE1_INPUTS, STAGE1_OUTPUTS, STAGE2_INPUTS, CoMask
+from comask.models.comask import (
+    DIAGNOSTIC_OUTPUTS,
+    STAGE1_INPUTS,
+    STAGE1_OUTPUTS,
+    STAGE2_INPUTS,
+    STAGE2_OUTPUTS,
+    CoMask,
+)
 from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
+
+
+class Stage1Graph(nn.Module):
+    """`images, image_sizes` → `p2 … p5, proposals, proposal_scores`."""
+
+    def __init__(self, model: CoMask) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        """See `CoMask.stage1`."""
+        outputs = self.model.stage1(images, image_sizes)
+        return tuple(outputs[name] for name in STAGE1_OUTPUTS)
+
+
+class Stage2Graph(nn.Module):
+    """`p2 … p5, proposals, proposal_scores, image_sizes` → padded detections."""
+
+    def __init__(self, model: CoMask, *, diagnostics: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.diagnostics = diagnostics
+        self.output_names = STAGE2_OUTPUTS + (DIAGNOSTIC_OUTPUTS if diagnostics else ())
+
+    def forward(
+        self,
+        p2: Tensor,
+        p3: Tensor,
+        p4: Tensor,
+        p5: Tensor,
+        proposals: Tensor,
+        proposal_scores: Tensor,
+        image_sizes: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See `CoMask.stage2`."""
+        outputs = self.model.stage2(
+            p2, p3, p4, p5, proposals, proposal_scores, image_sizes, diagnostics=self.diagnostics
+        )
+        return tuple(outputs[name] for name in self.output_names)
+
 
 # The traced example: three different sizes, so that no two dynamic dimensions look alike.
 BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
@@ -39,7 +85,7 @@ def in_precision(model: CoMask, precision: str, islands: Collection[str] = ()) -
     Args:
         model: f32, in evaluation mode.
         precision: `fp32` or `fp16`.
-        islands: paths of the modules that stay f32 in fp16, see `comask.export.range_scan`.
+        islands: paths of the modules that stay f32 in fp16, see `comask.export.fp16`.
     """
     if precision == "fp32":
         return model

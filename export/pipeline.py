@@ -27,9 +27,8 @@ from comask.bundle import (
 )
 from comask.config import PreprocessConfig
 from comask.errors import BundleError
-from comask.export.float_islands import describe_islands, float_islands
+from comask.export.fp16 import Extreme, describe_islands, float_islands, scan_ranges
 from comask.export.onnx_export import export_stage1, export_stage2, in_precision
-from comask.export.range_scan import Extreme, scan_ranges
 from comask.export.verify import verification_batches, verify
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
 from comask.runtime.compare import TOLERANCES

@@ -10,10 +10,12 @@ Legend: B images with N RoIs each, C channels, S output size, r samples a bin an
 from __future__ import annotations
 
 import onnx
+import onnx.inliner
 import onnx.parser
 
-from comask.export.functions import REACHED_LEVELS, sorted_nms_function
+from comask.export.functions import DOMAIN, REACHED_LEVELS, sorted_nms_function
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
+from comask.runtime.trt.ops import check_fixed
 
 # One GridSample serves all levels, because they lie in one image, the atlas: P2, and to its right P3 over
 # P4 over P5, which 7/8 of P2's height hold. Positions are clamped inside their level first; at its
@@ -187,3 +189,50 @@ def tensorrt_functions() -> list[onnx.FunctionProto]:
         pyramid_roi_align_by_grid_sample(),
         sorted_nms_function(count_type=onnx.TensorProto.FLOAT16),
     ]
+
+
+def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose custom nodes have no function, so that TensorRT looks for their plugins.
+
+    The nodes carry `plugin_namespace` and `plugin_version`.
+
+    Raises:
+        EngineError: for a custom node that our kernels do not compute.
+    """
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            check_fixed(node.op_type, lists_as_tuples)
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(model)
+    _remove_functions(stripped)
+    return stripped
+
+
+def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with standard ops in place of the custom nodes, all of which TensorRT-RTX builds.
+
+    It has no NonZero, NonMaxSuppression or RoiAlign. Counting in NMS is an f16 product: for Turing (SM75)
+    TensorRT-RTX builds no GEMM in fp32, so there it builds the fp16 graphs alone.
+    """
+    replaced = onnx.ModelProto()
+    replaced.CopyFrom(model)
+    _remove_functions(replaced)
+    functions = tensorrt_functions()
+    replaced.functions.extend(functions)
+    inlined = onnx.inliner.inline_selected_functions(
+        replaced, [(f.domain, f.name) for f in functions]
+    )
+    _remove_functions(inlined)
+    kept = [entry for entry in inlined.opset_import if entry.domain != DOMAIN]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(kept)
+    return inlined
+
+
+def _remove_functions(model: onnx.ModelProto) -> None:
+    """Drops the functions of the custom ops."""
+    kept = [function for function in model.functions if function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(kept)

@@ -18,11 +18,10 @@ from onnxruntime.quantization.calibrate import (
     create_calibrator,
 )
 
-import comask.calib.thresholds
-from comask.calib import pieces
-from comask.calib.histograms import BINS, Histogram
-from comask.calib.pieces import Pieces
-from comask.calib.thresholds import LEVELS, entropy_threshold, percentile_threshold
+import comask.calib.histograms
+from comask.calib import ranges
+from comask.calib.histograms import BINS, LEVELS, Histogram, entropy_threshold, percentile_threshold
+from comask.calib.ranges import Pieces
 
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 samples = hnp.arrays(np.float32, st.integers(0, 60), elements=floats)
@@ -125,8 +124,8 @@ def test_entropy_is_onnxruntimes(seed: int) -> None:
     counts[0] += 1
     histogram = Histogram(counts, 0, float(np.flatnonzero(counts)[-1] + rng.random()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comask.calib.thresholds, "BINS", bins)
-        patch.setattr(comask.calib.thresholds, "LEVELS", levels)
+        patch.setattr(comask.calib.histograms, "BINS", bins)
+        patch.setattr(comask.calib.histograms, "LEVELS", levels)
         assert entropy_threshold(histogram) == onnxruntimes_threshold(histogram, levels)
 
 
@@ -164,7 +163,7 @@ def network() -> onnx.ModelProto:
 def test_histograms_are_those_of_onnxruntimes_calibrator(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "WANTED_AT_ONCE", at_once)
+    monkeypatch.setattr(ranges, "WANTED_AT_ONCE", at_once)
     rng = np.random.default_rng(1)
     images = [rng.standard_normal((1, 3, *size)).astype(np.float32) for size in ((9, 14), (20, 7))]
     names = [*"xabcdef", "y"]

@@ -16,7 +16,7 @@ import pytest
 from comask.bundle import Bundle, sha256, write_manifest
 from comask.calib.cache import Calibration
 from comask.calib.histograms import Histogram
-from comask.calib.layers import activations
+from comask.calib.qdq import activations
 from comask.calib.ranges import collect_ranges
 from comask.calib.sampling import CalibrationImage, choose_images
 from comask.data.shapes import ShapesSource

@@ -44,7 +44,9 @@ def test_second_stage_is_shown_beside_what_it_started_from(tmp_path: Path) -> No
     assert figures.second_stage(last, "bbox") == pytest.approx(
         {"proposal": 48, "plain average": 49.5, "weighted average": 50}
     )
-    assert figures.second_stage(last, "segm") == pytest.approx({"coarse mask": 39, "final mask": 40})
+    assert figures.second_stage(last, "segm") == pytest.approx(
+        {"coarse mask": 39, "final mask": 40}
+    )
     masks, boxes = figures._second_stage(last).axes
     assert [bar.get_height() for bar in boxes.patches] == pytest.approx([48, 49.5, 50])
     assert [text.get_text() for text in masks.texts] == ["39.00", "40.00"]

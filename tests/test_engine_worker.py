@@ -12,10 +12,9 @@ import pytest
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ConfigError, EngineError
 from comask.export import engine_process
-from comask.export.build_options import BuildOptions
+from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine_process import build_in_process
-from comask.export.engine_profile import Profile
-from comask.export.trt_graph import with_plugins
+from comask.export.trt_functions import with_plugins
 from comask.runtime.trt.flavors import load_flavor
 
 try:

@@ -16,9 +16,8 @@ from conftest import run
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError
-from comask.export.build_options import BuildOptions
+from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
 from comask.kernels.launch import float32_below
 from comask.runtime.gpu import Gpu
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on

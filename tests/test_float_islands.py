@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, PrecisionError
 from comask.export import pipeline
-from comask.export.build_options import BuildOptions
+from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
-from comask.export.float_islands import describe_islands, float_islands
+from comask.export.fp16 import FP16_END, HEADROOM, Extreme, describe_islands, float_islands
 from comask.export.layer_precision import asked_precisions
 from comask.export.onnx_export import folded, in_precision
-from comask.export.range_scan import FP16_END, HEADROOM, Extreme
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.runtime.torch_session import torch_stages

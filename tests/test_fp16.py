@@ -20,9 +20,8 @@ from comask.bundle import Bundle, sha256
 from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError
 from comask.export import pipeline
-from comask.export.build_options import BuildOptions
+from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
-from comask.export.engine_profile import Profile
 from comask.export.onnx_export import in_precision
 from comask.models.backbone import ResNet, fold_batch_norms
 from comask.models.comask import CoMask

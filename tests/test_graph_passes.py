@@ -19,8 +19,11 @@ from torchvision.ops import roi_align
 
 from comask.bundle import Bundle
 from comask.export.functions import DOMAIN, sorted_nms_function
-from comask.export.trt_functions import pyramid_roi_align_by_grid_sample
-from comask.export.trt_graph import with_plugins, without_plugins
+from comask.export.trt_functions import (
+    pyramid_roi_align_by_grid_sample,
+    with_plugins,
+    without_plugins,
+)
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import STRIDES, roi_levels
 from comask.runtime.compare import TOLERANCES, Comparison, compare_stages

@@ -15,15 +15,14 @@ from onnx import numpy_helper
 
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.calib.int8 import add_int8
-from comask.calib.layers import graph_layers
+from comask.calib.qdq import graph_layers
 from comask.calib.speed import require_faster
 from comask.calib.validation import Scorer, Validation
 from comask.data.coco import coco_source
 from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError, ParityError, PrecisionError
-from comask.export.engine_proof import INT8_TOLERANCE
 from comask.export.layer_precision import asked_precisions
-from comask.export.verify import verification_batches, verify
+from comask.export.verify import INT8_TOLERANCE, verification_batches, verify
 from comask.runtime.ort_session import OrtSession, ort_stages
 from comask.runtime.session import Stages
 from comask.runtime.trt.engine_folder import find_engines

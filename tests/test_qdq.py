@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from comask.bundle import STAGES, graph_file
-from comask.calib.layers import activations, graph_layers, readings
-from comask.calib.qdq import LARGEST, quantize_graph
+from comask.calib.qdq import LARGEST, activations, graph_layers, quantize_graph, readings
 from comask.export.layer_precision import asked_precisions
 from comask.runtime.ort_session import OrtSession
 

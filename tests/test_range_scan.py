@@ -11,8 +11,8 @@ from strategies import tiny_model
 from test_fp16 import pictures
 
 from comask.errors import PrecisionError
+from comask.export.fp16 import FP16_END, HEADROOM, Extreme, scan_ranges
 from comask.export.onnx_export import folded, in_precision
-from comask.export.range_scan import FP16_END, HEADROOM, Extreme, scan_ranges
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.preprocess import prepare

@@ -16,7 +16,7 @@ from triton_server import find_server
 
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file, sha256
 from comask.errors import ComaskError, ConfigError, EngineError
-from comask.export.engine_profile import Profile
+from comask.export.build_options import Profile
 from comask.export.triton.model_config import Name, to_pbtxt
 from comask.export.triton.repository import ServeRequest, write_repository
 from comask.runtime.ort_session import OrtSession

@@ -22,7 +22,7 @@ from standin_engines import PROFILE, assert_equal, picture, write_engines
 
 from comask.bundle import STAGES, Bundle, sha256, write_manifest
 from comask.errors import BackendUnavailableError, EngineError, ParityError
-from comask.export.engine_proof import prove_engines
+from comask.export.verify import prove_engines
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
 from comask.runtime.gpu import find_gpu

@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from comask.bundle import MANIFEST, STAGES, Manifest
 from comask.errors import ComaskError, EngineError, ImageError
-from comask.export.triton.contract import (
+from comask.export.triton.model_config import (
     IMAGE,
     PIXELS,
     TEXT,
