@@ -1,8 +1,8 @@
 """Histograms of |x|, and from one the range that int8 covers: the largest magnitude that is not clipped.
 
 The sum of histograms does not depend on the order: all counts are exact and so is re-binning. The width
-of a bin is a power of two, the smallest with which the largest value fits. A larger value makes bins pairs
-of bins, so a histogram depends on which values were seen and on nothing else.
+of a bin is a power of two, the smallest with which the largest value fits. A larger value makes bins
+pairs of bins, so a histogram depends on which values were seen and on nothing else.
 """
 
 from __future__ import annotations

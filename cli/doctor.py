@@ -13,7 +13,7 @@ from comask.cli.options import command, json_option, write_json
 from comask.errors import one_line
 
 if TYPE_CHECKING:
-    from comask.runtime.diagnosis import Finding
+    from comask.runtime.doctor import Finding
 
 MARKS = {"ok": "ok    ", "absent": "absent", "broken": "BROKEN"}
 
@@ -33,8 +33,7 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
     comask-doctor
     comask-doctor bundle --need gpu --need tensorrt-rtx
     """
-    from comask.runtime.diagnosis import diagnose
-    from comask.runtime.diagnosis_bundle import diagnose_bundle
+    from comask.runtime.doctor import diagnose, diagnose_bundle
 
     findings = diagnose()
     if bundle is not None:

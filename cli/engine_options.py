@@ -84,7 +84,7 @@ def check_flavor(values: dict[str, Any]) -> None:
     if values["engine"] == "none":
         return
     from comask.runtime.gpu import find_gpu
-    from comask.runtime.trt.flavors import load_flavor
+    from comask.runtime.trt.engine import load_flavor
 
     check_options(
         load_flavor(values["engine"]), values["plugin"], _build_options(values), find_gpu()

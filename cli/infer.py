@@ -202,7 +202,7 @@ def _run_videos(
     stop: Interruption,
 ) -> list[dict[str, Any]]:
     """Runs the videos until `stop`; their reports."""
-    from comask.runtime.video.address import file_name, shown_name
+    from comask.runtime.video.container import file_name, shown_name
 
     reports = []
     for address in videos if not stop.signal else ():

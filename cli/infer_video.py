@@ -39,7 +39,7 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
         ComaskError: when inputs name nothing; all of them are named.
     """
     from comask.runtime.video import is_address, is_video
-    from comask.runtime.video.address import address_of_file
+    from comask.runtime.video.container import address_of_file
 
     images: list[Path] = []
     videos: dict[str, None] = {}

@@ -76,6 +76,14 @@ class KernelUnavailableError(KernelError):
     """Kernels cannot be had on this machine: there is no compiler, no driver, or none for the device."""
 
 
+class QueueFullError(ComaskError, RuntimeError):
+    """All slots of a `StreamSession` run a batch."""
+
+
+class FrameDroppedError(ComaskError, RuntimeError):
+    """A newer frame took the place of this one before it ran."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory was not to be had, for which PyTorch and ONNX Runtime have no kind of error."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)

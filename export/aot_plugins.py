@@ -30,8 +30,8 @@ from comask.kernels.launch import (
     float_bits,
 )
 from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.engine_folder import AMPERE
-from comask.runtime.trt.flavors import Flavor
 from comask.runtime.trt.ops import (
     HALVES_A_VECTOR,
     NAMESPACE,

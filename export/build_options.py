@@ -10,8 +10,8 @@ from comask.bundle import Manifest
 from comask.errors import ConfigError, EngineError
 from comask.export.aot_plugins import check_aot
 from comask.runtime.gpu import Gpu
-from comask.runtime.trt.flavors import Flavor
-from comask.runtime.trt.rebuild import STRIDES
+from comask.runtime.trt.engine import Flavor
+from comask.runtime.trt.engine_folder import STRIDES
 
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")

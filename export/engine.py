@@ -29,6 +29,7 @@ from comask.export.trt_functions import with_plugins, without_plugins
 from comask.export.verify import prove_engines, why_not_proved
 from comask.files import locked
 from comask.runtime.gpu import Gpu, find_gpu
+from comask.runtime.trt.engine import Flavor, load_flavor
 from comask.runtime.trt.engine_folder import (
     DESCRIPTION,
     ENGINES,
@@ -37,7 +38,6 @@ from comask.runtime.trt.engine_folder import (
     EngineFolder,
     EngineInfo,
 )
-from comask.runtime.trt.flavors import Flavor, load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 
 # folders beside the finished ones; a dot keeps them from being taken for engines

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comask.errors import EngineError
-from comask.runtime.trt.rtx_wheel import search_path
+from comask.runtime.trt.engine import search_path
 
 LAST_WORDS = 3  # lines of a dead worker's standard error that go into the message
 

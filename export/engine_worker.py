@@ -21,7 +21,7 @@ from comask.errors import ComaskError, EngineError
 from comask.export.aot_plugins import ptx_capability, register_aot_plugins
 from comask.export.layer_precision import engine_layers, network_layers
 from comask.runtime.gpu import find_gpu
-from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.engine import Flavor, load_flavor
 from comask.runtime.trt.plugins import register_plugins
 
 MIB = 2**20

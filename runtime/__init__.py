@@ -3,11 +3,11 @@
 Importing this needs numpy alone; each backend imports what it needs when it is opened.
 """
 
+from comask.errors import FrameDroppedError, QueueFullError
 from comask.runtime.dlpack import SharedArray
-from comask.runtime.future import Future
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Session, Stages, TensorSpec
-from comask.runtime.stream import FrameDroppedError, QueueFullError, StreamSession
+from comask.runtime.stream import Future, StreamSession
 from comask.structures import Detections
 
 __all__ = [

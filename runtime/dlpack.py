@@ -336,3 +336,20 @@ def _export(array: SharedArray) -> object:
 
 def _packed(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
     return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def stream_handle(stream: Any) -> int:
+    """The CUstream behind a handle, an object with `__cuda_stream__`, or a torch or cupy stream.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        found = stream.__cuda_stream__  # a method by now, an attribute in its first version
+        return int((found() if callable(found) else found)[1])
+    for name in ("cuda_stream", "ptr"):  # torch's, cupy's
+        if hasattr(stream, name):
+            return int(getattr(stream, name))
+    raise TypeError(f"a stream is a {type(stream).__name__}; expected a handle or __cuda_stream__")

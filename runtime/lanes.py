@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
@@ -16,8 +17,8 @@ from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, padded_shape, prepare, resized_shape
 from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
 from comask.runtime.frames import Format, Frame, borrow_frame
-from comask.runtime.session import Array, Stages
-from comask.segmentation import Integers
+from comask.segmentation import Integers, rles_from_edges
+from comask.structures import Detections
 
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
 
@@ -37,6 +38,10 @@ class Batch:
     preprocess: PreprocessConfig
     mask_threshold: float
     rle: bool
+
+    def __post_init__(self) -> None:
+        """Raises ImageError where the frames need different canvases."""
+        assert self.canvas
 
     @property
     def sizes(self) -> list[Size]:
@@ -81,8 +86,19 @@ class Fetched:
         edges: of each frame's masks, all D of them; None where nothing was found but on the host.
     """
 
-    outputs: dict[str, Array]
+    outputs: dict[str, NDArray[Any]]
     edges: list[Edges] | None
+
+    def with_rles(self, found: list[Detections]) -> list[Detections]:
+        """The detections of each frame with the RLEs of their masks."""
+        if self.edges is None:
+            rles = [detections.to_rle() for detections in found]
+        else:
+            rles = [
+                rles_from_edges(counts[: len(detections)], edges, detections.image_size)
+                for detections, (counts, edges) in zip(found, self.edges, strict=True)
+            ]
+        return [d.with_rles(r) for d, r in zip(found, rles, strict=True)]
 
 
 class Loan(Protocol):
@@ -161,6 +177,17 @@ class Lanes(Protocol):
         """Frees all; their batches must be past."""
 
 
+class Runner(Protocol):
+    """What the host's lanes need of a backend; see `Stages`."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+
+    def run(self, images: NDArray[Any], image_sizes: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """See `Stages.run`."""
+
+
 class HostLane:
     """Runs batches by a backend that reads and writes the host's memory, in the worker's thread.
 
@@ -169,7 +196,7 @@ class HostLane:
         worker: of all lanes.
     """
 
-    def __init__(self, stages: Stages, worker: futures.Executor) -> None:
+    def __init__(self, stages: Runner, worker: futures.Executor) -> None:
         self._stages, self._worker = stages, worker
         self._loan: HostLoan | None = None
 
@@ -212,7 +239,7 @@ class HostLoan:
         work: that gives its outputs.
     """
 
-    def __init__(self, batch: Batch, work: futures.Future[dict[str, Array]]) -> None:
+    def __init__(self, batch: Batch, work: futures.Future[dict[str, NDArray[Any]]]) -> None:
         self._batch, self._work = batch, work
 
     def wait(self, seconds: float | None) -> bool:
@@ -226,7 +253,7 @@ class HostLoan:
     def wait_read(self, stream: int) -> None:
         """See `Loan`."""
 
-    def arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """Stage 2's outputs, when they are done."""
         return self._work.result()
 
@@ -253,7 +280,7 @@ class HostLanes:
         count: how many.
     """
 
-    def __init__(self, stages: Stages, count: int) -> None:
+    def __init__(self, stages: Runner, count: int) -> None:
         self._stages = stages
         self._worker = futures.ThreadPoolExecutor(1, "comask")
         self._lanes = [HostLane(stages, self._worker) for _ in range(count)]

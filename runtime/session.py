@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comask.config import PreprocessConfig
 from comask.errors import EngineError, is_out_of_memory
 from comask.postprocess import require_finite
-
-if TYPE_CHECKING:
-    from comask.runtime.lanes import Lanes
+from comask.preprocess import Prepared
+from comask.runtime.lanes import HostLanes, Lanes
+from comask.structures import Detections
 
 Array = NDArray[Any]
 
@@ -147,11 +148,23 @@ class Stages(Closing):
             count: of batches that may be on their way at once.
             graphs: whether CUDA graphs are captured and replayed, where the backend can.
         """
-        from comask.runtime.lanes import HostLanes
-
         return HostLanes(self, count)
 
     def close(self) -> None:
         """Closes both sessions."""
         self.stage1.close()
         self.stage2.close()
+
+
+class FramePredictor(Protocol):
+    """What a `StreamSession` needs of the `Predictor` that made it."""
+
+    stages: Stages
+    preprocess: PreprocessConfig
+    mask_threshold: float
+    max_batch: int
+
+    def detections(
+        self, outputs: Mapping[str, Array], batch: Sequence[Prepared]
+    ) -> list[Detections]:
+        """See `Predictor.detections`."""

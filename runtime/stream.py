@@ -1,41 +1,31 @@
-"""`StreamSession`: frames of video in, futures out, in order with the caller's CUDA stream."""
+"""`StreamSession`: frames of video in, futures out, in order with the CUDA stream of the caller."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from comask.config import require_count
-from comask.errors import ComaskError, ConfigError, ImageError
+from comask.errors import ConfigError, FrameDroppedError, ImageError, QueueFullError
 from comask.kernels.launch_frames import Matrix
+from comask.runtime.dlpack import SharedArray, stream_handle
 from comask.runtime.frames import Format
-from comask.runtime.future import Future, stream_handle
-from comask.runtime.lanes import Batch, Lane
-from comask.runtime.session import Closing
-
-if TYPE_CHECKING:
-    from comask.runtime.predictor import Predictor
+from comask.runtime.lanes import Batch, Fetched, Lane, Loan
+from comask.runtime.session import Closing, FramePredictor
+from comask.structures import Detections
 
 WhenFull: TypeAlias = Literal["block", "raise", "drop_oldest"]
 WHEN_FULL = ("block", "raise", "drop_oldest")
 SLOTS = 3  # batches at once where nothing is said: one comes in, one is at work, one goes out
 
 
-class QueueFullError(ComaskError, RuntimeError):
-    """All slots of a session are at work."""
-
-
-class FrameDroppedError(ComaskError, RuntimeError):
-    """A newer frame took the place of this one before it was begun."""
-
-
 class StreamSession(Closing):
     """Runs frames as they come; made by `Predictor.stream`, closed by `with`, or else with its predictor.
 
-    May be shared by threads. Each slot runs a batch; a slot whose batch is complete is used again, its
-    results kept on the host for their future. A session is full while all slots are at work.
+    Threads may share it. Each slot runs a batch; when that is complete, its results are kept on the host
+    for their future, and the slot is used again. A session is full while all slots run.
 
     Args:
         predictor: whose frames they are.
@@ -43,8 +33,7 @@ class StreamSession(Closing):
         when_full: `block` until a slot is free; `raise` QueueFullError; `drop_oldest`: one frame waits
             for a slot, and a newer one takes its place.
         timeout: seconds that `block` takes at most, then QueueFullError; None for no limit.
-        slots: see `Predictor.stream`.
-        graphs: see `Predictor.stream`.
+        slots, graphs: see `Predictor.stream`.
 
     Raises:
         ConfigError: an option that there is not, or that goes with no other one.
@@ -54,7 +43,7 @@ class StreamSession(Closing):
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictor: FramePredictor,
         *,
         cuda_stream: Any = None,
         when_full: WhenFull = "block",
@@ -91,10 +80,9 @@ class StreamSession(Closing):
     ) -> Future:
         """Queues a frame, or a list of frames of one canvas as a batch.
 
-        Nothing is copied to the host, and nothing waits but the GPU. A frame is held until it has been
-        read, and let go at the next use of this session; until then it must not be written, unless by
-        work on a stream that `Future.wait_read` or `wait_on` was called for. A frame in the host's memory
-        is read at once, when the stream that it is written on is through, unless it waits for a slot.
+        Nothing is copied to the host, and only the GPU waits. The session holds a frame until it has read
+        it and is used again. Until then only work on a stream that `Future.wait_read` or `wait_on` was
+        called for may write it. A frame in the host's memory is read at once, unless it waits for a slot.
 
         Args:
             frames: u8 [h, w, 3] or [3, h, w] with `__dlpack__` or `__cuda_array_interface__`, or a numpy
@@ -105,15 +93,13 @@ class StreamSession(Closing):
             format: of the frames.
             matrix: of NV12's colours.
             full_range: whether NV12's Y, U and V use 0..255.
-            rle: whether the results come with COCO's RLEs, so that `to_rle` and `to_coco` have nothing
-                left to find; a GPU finds the edges of masks behind the network.
+            rle: whether the results come with COCO's RLEs; a GPU finds the edges of masks.
 
         Raises:
             ImageError: frames that are none, need different canvases, or lie where the backend cannot
                 read them; a stream, where the backend waits for none.
             QueueFullError: see `when_full`.
-            EngineError: the frames lie outside the engines' profile, memory is missing, or `stream` is
-                none.
+            EngineError: frames outside the engines' profile, no memory, or a `stream` that is none.
             RuntimeError: the session is closed.
         """
         single = not isinstance(frames, list)
@@ -125,13 +111,13 @@ class StreamSession(Closing):
         given = self._cuda_stream if stream is None else stream
         handle = None if given is None else stream_handle(given)
         with self._changed:
-            self._check_open()
+            if self._closed:
+                raise RuntimeError("this session is closed")
             borrowed = [
                 self._lanes.borrow(source, handle, format, matrix, full_range) for source in sources
             ]
-            predictor = self.predictor
-            batch = Batch(tuple(borrowed), predictor.preprocess, predictor.mask_threshold, rle)
-            batch.canvas  # noqa: B018  # raises where there are several
+            own = self.predictor.preprocess, self.predictor.mask_threshold
+            batch = Batch(tuple(borrowed), *own, rle)
             future = Future(self, batch, single=single)
             if self._when_full == "drop_oldest":
                 self._queue(future)
@@ -139,11 +125,7 @@ class StreamSession(Closing):
                 self._start(future, self._free_lane(batch))
         return future
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this session is closed")
-
-    # All below are called with the lock held.
+    # The methods below expect the caller to hold the lock.
 
     def _queue(self, future: Future) -> None:
         self._start_waiting()
@@ -202,7 +184,8 @@ class StreamSession(Closing):
                     "or another when_full"
                 )
             over = not self._await(self._running[0], end)
-            self._check_open()
+            if self._closed:
+                raise RuntimeError("this session is closed")
         return lane
 
     def _await(self, future: Future, end: float | None) -> bool:
@@ -248,12 +231,7 @@ class StreamSession(Closing):
         self._running.remove(future)
         self._idle.append(lane)
 
-    # And these take it.
-
-    def _advance(self, future: Future) -> bool:
-        with self._changed:
-            self._start_waiting()
-            return future._settled or (future._lane is not None and future._lane.past())
+    # The methods below acquire the lock themselves.
 
     def _settle(self, future: Future, timeout: float | None) -> None:
         end = None if timeout is None else time.monotonic() + timeout
@@ -293,4 +271,130 @@ class StreamSession(Closing):
                 self._lanes.close()
 
 
-__all__ = ["FrameDroppedError", "Future", "QueueFullError", "StreamSession", "stream_handle"]
+class Future:
+    """What becomes of one `submit`; its methods may be called from any thread."""
+
+    def __init__(self, session: StreamSession, batch: Batch, *, single: bool) -> None:
+        self._session, self._batch, self._single = session, batch, single
+        self._lane: Lane | None = None  # while it runs
+        self._loan: Loan | None = None
+        self._fetched: Fetched | None = None
+        self._error: Exception | None = None
+        self._detections: Detections | list[Detections] | None = None
+
+    @property
+    def _settled(self) -> bool:
+        return self._fetched is not None or self._error is not None
+
+    def done(self) -> bool:
+        """Whether `result` would return, or raise, without waiting."""
+        with self._session._changed:
+            self._session._start_waiting()
+            return self._settled or (self._lane is not None and self._lane.past())
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The detections, brought to the host when first asked for.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Returns:
+            `Detections`, or a list of them where a list was submitted.
+
+        Raises:
+            TimeoutError: it takes longer.
+            FrameDroppedError: a newer frame took its place.
+            EngineError: the GPU failed.
+        """
+        self._session._settle(self, timeout)
+        if self._error is not None:
+            raise self._error
+        if self._detections is None:
+            assert self._fetched is not None
+            found = self._session.predictor.detections(self._fetched.outputs, self._batch.places())
+            if self._batch.rle:
+                found = self._fetched.with_rles(found)
+            self._detections = found[0] if self._single else found
+        return self._detections
+
+    @property
+    def outputs(self) -> dict[str, SharedArray]:
+        """Stage 2's outputs by name where the backend wrote them; a consumer's stream waits for them.
+
+        `num_detections` [B], `boxes` [B, D, 4] `xyxy` in pixels of the resized frame, `scores` [B, D],
+        `labels` [B, D], `masks` [B, D, 28, 28]. On the host this waits for them, and they stay.
+
+        On a GPU nothing waits, and they are borrowed until the slot is used again, which any use of the
+        session may do once they are complete; `copy` waits for them and keeps them. What a consumer
+        queued by then, on the stream that it gave to `__dlpack__` or that was given to `wait_on`, still
+        reads these values: the slot's next batch comes behind it, so the stream must live until then.
+        `__cuda_array_interface__` does not say who reads: call `wait_on` with the stream that does.
+
+        Raises:
+            RuntimeError: the frame waits for a slot.
+            FrameDroppedError: a newer frame took its place.
+        """
+        return self._borrowed().outputs()
+
+    def bitmaps(self, place: int = 0) -> SharedArray:
+        """Masks of one frame in its own pixels, where the outputs are and borrowed as they are.
+
+        On a GPU nothing waits: the pasting is queued behind the network, and how many masks there are is
+        known there alone. They are those of `Detections.masks`.
+
+        Args:
+            place: of the frame, where a list was submitted.
+
+        Returns:
+            u8 [D, h, w], 1 inside of a mask; zeros from `num_detections` on.
+
+        Raises:
+            IndexError: there is no such frame.
+            RuntimeError: the frame waits for a slot, or the outputs' slot is in use again.
+            FrameDroppedError: a newer frame took its place.
+            EngineError: there is no memory for them.
+        """
+        if not 0 <= place < len(self._batch.frames):
+            raise IndexError(f"no frame {place} in a batch of {len(self._batch.frames)}")
+        return self._borrowed().bitmaps(place)
+
+    def _borrowed(self) -> Loan:
+        with self._session._changed:
+            if self._error is not None:
+                raise self._error
+            if self._loan is None:
+                raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
+            return self._loan
+
+    def wait_on(self, stream: Any) -> None:
+        """Later work on the caller's stream starts after this batch; only on the host the caller waits.
+
+        Args:
+            stream: see `StreamSession.submit`.
+
+        Raises:
+            RuntimeError: the frame waits for a slot.
+            EngineError: the stream is none.
+        """
+        if (loan := self._begun()) is not None:
+            loan.wait_on(stream_handle(stream))
+
+    def wait_read(self, stream: Any) -> None:
+        """Later work on the caller's stream starts after the frames were read, and may overwrite them.
+
+        Args:
+            stream: see `StreamSession.submit`.
+
+        Raises:
+            RuntimeError: the frame waits for a slot.
+            EngineError: the stream is none.
+        """
+        if (loan := self._begun()) is not None:
+            loan.wait_read(stream_handle(stream))
+
+    def _begun(self) -> Loan | None:
+        """None for what will never run."""
+        with self._session._changed:
+            if self._loan is None and not self._settled:
+                raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
+            return self._loan

@@ -31,7 +31,7 @@ from comask.export.aot_plugins import (
 from comask.export.build_options import BuildOptions, check_options
 from comask.kernels import compile
 from comask.runtime.gpu import Gpu
-from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.ops import Op, PyramidRoiAlignOp, SortedNmsOp, TensorDesc
 
 H100 = Gpu("H100", 90, 13000, 2**36)

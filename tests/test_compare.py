@@ -11,9 +11,9 @@ from comask.runtime.compare import (
     Comparison,
     Tolerance,
     compare_stages,
+    match_boxes,
     relative_error,
 )
-from comask.runtime.compare_boxes import match_boxes
 from comask.runtime.session import Array, Stages
 
 

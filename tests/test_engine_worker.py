@@ -15,7 +15,7 @@ from comask.export import engine_process
 from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine_process import build_in_process
 from comask.export.trt_functions import with_plugins
-from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.engine import load_flavor
 
 try:
     load_flavor("tensorrt-rtx")
@@ -112,7 +112,7 @@ def test_a_native_abort_is_an_error_message(
     bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the wheel's missing link TensorRT-RTX calls std::terminate at the first plugin."""
-    from comask.runtime.trt.rtx_wheel import wheel_library
+    from comask.runtime.trt.engine import wheel_library
 
     if wheel_library() is None:
         pytest.skip("this wheel of TensorRT-RTX has its link, so nothing aborts")

@@ -20,8 +20,8 @@ from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
 from comask.kernels.launch import float32_below
 from comask.runtime.gpu import Gpu
+from comask.runtime.trt.engine import load_flavor
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
-from comask.runtime.trt.flavors import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 
 try:

@@ -31,7 +31,7 @@ from comask.export.onnx_export import folded, in_precision
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.runtime.torch_session import torch_stages
-from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.engine import load_flavor
 
 LOUD = 2.0**24  # a power of 2, so that undoing it is exact
 

@@ -32,7 +32,7 @@ from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
 from comask.runtime.ort_session import OrtSession
 from comask.runtime.session import Stages
 from comask.runtime.torch_session import torch_stages
-from comask.runtime.trt.flavors import load_flavor
+from comask.runtime.trt.engine import load_flavor
 
 
 def pictures() -> np.ndarray:

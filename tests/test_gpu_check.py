@@ -156,7 +156,7 @@ def test_each_flavor_and_plugin_has_a_bundle_of_its_own(
         monkeypatch.setattr("comask.runtime.trt.engine_folder.find_engines", lambda bundle: folders)
 
     monkeypatch.setattr("comask.bundle.Bundle.open", lambda folder: folder)
-    monkeypatch.setattr("comask.runtime.trt.flavors.load_flavor", lambda flavor: None)
+    monkeypatch.setattr("comask.runtime.trt.engine.load_flavor", lambda flavor: None)
     monkeypatch.setattr("comask.export.build_options.check_options", lambda *arguments: None)
     monkeypatch.setattr(context.Context, "command", lambda *arguments: "")
     built("aot")

@@ -10,9 +10,14 @@ import pytest
 
 from comask.cli.engine_options import engine_options
 from comask.errors import EngineError
-from comask.runtime.trt import rebuild as rebuild_module
-from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, EngineInfo
-from comask.runtime.trt.rebuild import rebuild, rebuild_arguments
+from comask.runtime.trt import engine_folder as rebuild_module
+from comask.runtime.trt.engine_folder import (
+    ENGINES,
+    EngineFolder,
+    EngineInfo,
+    rebuild,
+    rebuild_arguments,
+)
 
 
 def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from comask.config import PreprocessConfig
 from comask.runtime import Predictor
 from comask.runtime.session import Stages
 from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
-from comask.runtime.video.address import shown_name
+from comask.runtime.video.container import shown_name
 
 pytestmark = pytest.mark.slow
 

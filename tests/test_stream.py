@@ -18,12 +18,12 @@ import torch
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, assert_equal, picture, write_engines
 
-from comask.errors import EngineError, ImageError
+from comask.errors import EngineError, FrameDroppedError, ImageError, QueueFullError
 from comask.kernels import host
 from comask.kernels.launch_frames import Matrix, nv12_to_canvas_launch
 from comask.runtime import Predictor
 from comask.runtime.device import open_device
-from comask.runtime.stream import FrameDroppedError, QueueFullError, stream_handle
+from comask.runtime.dlpack import stream_handle
 from comask.structures import Detections
 
 PICTURES = [picture(96, 128, seed) for seed in range(3)]

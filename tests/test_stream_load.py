@@ -17,15 +17,10 @@ from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import write_engines
 from test_stream import GpuFrame, assert_all_freed
 
+from comask.errors import FrameDroppedError, QueueFullError
 from comask.runtime import Predictor
 from comask.runtime.dlpack import SharedArray
-from comask.runtime.stream import (
-    WHEN_FULL,
-    FrameDroppedError,
-    Future,
-    QueueFullError,
-    StreamSession,
-)
+from comask.runtime.stream import WHEN_FULL, Future, StreamSession
 
 THREADS, ROUNDS, FRAMES = 8, 10, 1000  # frames a round
 WARM = 2  # rounds
@@ -163,7 +158,7 @@ def resident() -> int:
 def ten_thousand_frames(folder: str) -> None:
     import standin_tensorrt
 
-    from comask.runtime.trt.session import SLOTS
+    from comask.runtime.trt.slot_pool import SLOTS
 
     standin_tensorrt.install()
     hollow_out(folder)

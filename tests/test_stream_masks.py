@@ -16,9 +16,10 @@ from standin import counts, run_on_standin, skip_without_pycuda
 from standin_engines import picture
 from test_stream import GpuFrame, assert_all_freed, freeze, start
 
+from comask.errors import FrameDroppedError
 from comask.runtime import Predictor
 from comask.runtime.dlpack import SharedArray
-from comask.runtime.stream import FrameDroppedError, StreamSession
+from comask.runtime.stream import StreamSession
 from comask.structures import Detections
 
 # of one canvas, and of sizes that a resize to it scales by factors of their own

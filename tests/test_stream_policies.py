@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from comask.config import PreprocessConfig
-from comask.errors import ConfigError, EngineError, ImageError
+from comask.errors import ConfigError, EngineError, FrameDroppedError, ImageError, QueueFullError
 from comask.runtime import Predictor
 from comask.runtime.frames import borrow_frame
 from comask.runtime.lanes import Batch, Fetched, HostLanes
 from comask.runtime.session import Stages
-from comask.runtime.stream import FrameDroppedError, QueueFullError, StreamSession
+from comask.runtime.stream import StreamSession
 
 FRAME = np.zeros((64, 64, 3), np.uint8)
 OUTPUTS: dict[str, Any] = {
@@ -251,7 +251,7 @@ def test_a_result_is_found_though_its_lane_runs_another_frame() -> None:
 
 
 def session_future(session: StreamSession) -> Any:
-    from comask.runtime.future import Future
+    from comask.runtime.stream import Future
 
     frame = session._lanes.borrow(FRAME, None, "rgb", "bt709", False)
     predictor = session.predictor

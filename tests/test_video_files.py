@@ -24,8 +24,12 @@ from video_clips import TIME_BASE, make_clip, pictures, tone
 
 from comask.errors import VideoError
 from comask.runtime.video import OverlayWriter, VideoSource, is_video
-from comask.runtime.video.container import file_url, open_container, video_errors
-from comask.runtime.video.orientation import orientation_from_matrix
+from comask.runtime.video.container import (
+    file_url,
+    open_container,
+    orientation_from_matrix,
+    video_errors,
+)
 from comask.structures import Detections
 
 # (a, b, c, d) of the display matrices that turn by quarters or mirror: x goes to (a, b), y to (c, d).

@@ -40,9 +40,9 @@ from comask.runtime.video import (
     hardware,
 )
 from comask.runtime.video import source as video_source
+from comask.runtime.video.container import UPRIGHT, Orientation
 from comask.runtime.video.hardware import MATRICES, Nv12Picture, nv12_problem
-from comask.runtime.video.inference import Inference
-from comask.runtime.video.orientation import UPRIGHT, Orientation
+from comask.runtime.video.pipeline import Inference
 from comask.structures import Detections
 
 NO_GPU = pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU, and this is without")

@@ -23,8 +23,8 @@ from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
 from comask.runtime.session import Stages
 from comask.runtime.video import Tracker, VideoPipeline, VideoSource, is_address, is_video
-from comask.runtime.video.address import file_name, shown_name
-from comask.runtime.video.channel import Channel
+from comask.runtime.video.container import file_name, shown_name
+from comask.runtime.video.pipeline import Channel
 
 
 def test_frames_are_the_decoders_in_time(tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ def build_engine(context: Context, source: Path, flavor: str, precision: str, pl
     from comask.errors import EngineError
     from comask.export.build_options import BuildOptions, check_options
     from comask.runtime.gpu import find_gpu
+    from comask.runtime.trt.engine import load_flavor
     from comask.runtime.trt.engine_folder import find_engines
-    from comask.runtime.trt.flavors import load_flavor
 
     try:
         check_options(load_flavor(flavor), plugin, BuildOptions(), find_gpu())
@@ -162,7 +162,7 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
     context.need_gpu()
     import torch
 
-    from comask.runtime.trt.flavors import load_flavor
+    from comask.runtime.trt.engine import load_flavor
 
     loaded = load_flavor(flavor)
     trt = loaded.trt

@@ -14,7 +14,7 @@ import numpy as np
 
 from comask.bundle import WEIGHTS, Manifest
 from comask.runtime.session import TensorSpec
-from comask.runtime.trt.rebuild import STRIDES
+from comask.runtime.trt.engine_folder import STRIDES
 
 IMAGE, PIXELS = "image", "pixels"
 TEXT = np.dtype(object)  # bytes in UTF-8, as Triton has them in numpy

@@ -15,8 +15,7 @@ from comask.config import require_count
 from comask.errors import BundleError, ConfigError, EngineError
 from comask.export.triton.model_config import client_config, stage_config, to_pbtxt
 from comask.runtime.backends import parse_backend, require_precision
-from comask.runtime.trt.engine_folder import EngineFolder, find_engines
-from comask.runtime.trt.rebuild import rebuild_command
+from comask.runtime.trt.engine_folder import EngineFolder, find_engines, rebuild_command
 
 VERSION = "1"  # of each model
 LARGEST_BATCH = 8  # of graphs, which take any, as of a `Predictor`

@@ -24,11 +24,10 @@ from comask.runtime.bench.vitals import (
     thread_count,
     waited_seconds,
 )
-from comask.runtime.future import Future
 from comask.runtime.gpu import find_gpu
 from comask.runtime.predictor import Predictor
 from comask.runtime.session import Closing
-from comask.runtime.stream import SLOTS
+from comask.runtime.stream import SLOTS, Future
 
 Encoded = Path | bytes  # of an image
 

@@ -9,9 +9,8 @@ from itertools import cycle, islice
 
 from comask.preprocess import Pixels
 from comask.runtime.bench.parts import canvas_of, percentiles
-from comask.runtime.future import Future
 from comask.runtime.predictor import Predictor
-from comask.runtime.stream import SLOTS, StreamSession
+from comask.runtime.stream import SLOTS, Future, StreamSession
 
 CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
 

@@ -27,7 +27,7 @@ from comask.media_files import (
     match_pattern,
 )
 from comask.runtime.fleet.folder import file_system, is_url
-from comask.runtime.video.address import is_address
+from comask.runtime.video.container import is_address
 
 SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
 

@@ -1,27 +1,162 @@
-"""One stage's plan, deserialised: its tensors by name, the sizes it takes, and contexts to run it."""
+"""TensorRT engines: the two flavors of the library, and a plan of either, loaded."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
+import importlib.util
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from comask.errors import EngineError
+from comask.errors import BackendUnavailableError, EngineError
 from comask.runtime.session import TensorSpec
-from comask.runtime.trt.engine_folder import EngineFolder
-from comask.runtime.trt.flavors import Flavor
-from comask.runtime.trt.rebuild import widening_command
+from comask.runtime.trt.engine_folder import EngineFolder, widening_command
+
+LIBRARY = "libtensorrt_rtx.so"
+
+
+def wheel_library() -> Path | None:
+    """The wheel's library where its unversioned name is missing; None where nothing is."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        return None  # installed some other way, with the system's linker in charge
+    folder = Path(spec.origin).parent
+    if (folder / LIBRARY).exists():  # the parser looks beside itself
+        return None
+    versioned = sorted(folder.glob(f"{LIBRARY}.*"))
+    if not versioned or _loads(LIBRARY):
+        return None
+    return versioned[-1]
+
+
+def search_path(folder: Path) -> str | None:
+    """The LD_LIBRARY_PATH under which a new process parses plugins; None where it does anyway.
+
+    Args:
+        folder: an existing one; gets the missing link.
+    """
+    library = wheel_library()
+    if library is None:
+        return None
+    link = folder / LIBRARY
+    if not link.is_symlink():
+        link.symlink_to(library)
+    rest = os.environ.get("LD_LIBRARY_PATH")
+    return f"{folder}:{rest}" if rest else str(folder)
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
+__all__ = ["load_flavor"]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+OLDEST = 10  # IPluginV3 and strong typing
+KEPT_LINES = 50  # of the log, for error messages
+NO_DRIVER = "CUDA driver version is insufficient"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flavor:
+    """One imported TensorRT.
+
+    Attributes:
+        name: `tensorrt` or `tensorrt-rtx`.
+        trt: the module.
+        version: as it names itself.
+        log: TensorRT's `ILogger`; it takes one a process, so everything must use this one.
+        lines: the latest warnings and errors, oldest first, each with whether it is an error.
+        plugin_errors: what our plugins raised inside TensorRT, which drops it.
+    """
+
+    name: str
+    trt: Any
+    version: str
+    log: Any
+    lines: deque[tuple[bool, str]]
+    plugin_errors: list[str]
+
+    def errors(self) -> str:
+        """What went wrong since `clear`, in one line: our plugins' errors, TensorRT's, or its warnings.
+
+        Where several threads run engines it may hold another one's errors too.
+        """
+        lines = self.lines.copy()  # other threads log meanwhile
+        errors = list(self.plugin_errors) or [text for is_error, text in lines if is_error]
+        told = list(dict.fromkeys(errors or [text for _, text in lines]))
+        # every failing call without a GPU adds one of these
+        told = [text for text in told if NO_DRIVER not in text] or told
+        return "; ".join(told) or "it logged nothing"
+
+    def clear(self) -> None:
+        """Forgets what was logged."""
+        self.lines.clear()
+        self.plugin_errors.clear()
+
+
+@functools.cache
+def load_flavor(name: str) -> Flavor:
+    """Imports a flavor.
+
+    Args:
+        name: `tensorrt` or `tensorrt-rtx`.
+
+    Raises:
+        BackendUnavailableError: when it cannot be imported, or is older than 10.
+    """
+    # find_spec proves nothing: the bindings are there without the library in some installations.
+    try:
+        trt: Any = importlib.import_module(MODULES[name])
+        version = str(trt.__version__)
+    except (ImportError, OSError, AttributeError) as error:
+        raise BackendUnavailableError(
+            f"{name} cannot be imported ({' '.join(str(error).split())}): "
+            f"pip install {PACKAGES[name]}"
+        ) from error
+    if name == "tensorrt" and int(version.partition(".")[0]) < OLDEST:
+        raise BackendUnavailableError(
+            f"tensorrt {version} is too old: comask needs {OLDEST} or newer; "
+            f"pip install --upgrade {PACKAGES[name]}"
+        )
+    lines: deque[tuple[bool, str]] = deque(maxlen=KEPT_LINES)
+    return Flavor(name, trt, version, _new_log(trt, lines), lines, [])
+
+
+def _new_log(trt: Any, lines: deque[tuple[bool, str]]) -> Any:
+    severity = trt.ILogger.Severity
+    errors = (severity.INTERNAL_ERROR, severity.ERROR)
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps warnings and errors for our own messages."""
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (*errors, trt.ILogger.Severity.WARNING):
+                lines.append((severity in errors, " ".join(text.split())))
+            logger.debug("%s", text)  # what matters of it comes back in our exceptions
+
+    return Log()
+
 
 PROFILE = 0  # engines are built with one
 JIT_CACHE = "{stage}.jit.cache"  # in the engine's folder
 
 Shape = tuple[int, ...]
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:

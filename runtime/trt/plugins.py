@@ -19,7 +19,7 @@ import numpy as np
 
 from comask.errors import ComaskError, EngineError
 from comask.kernels import driver
-from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
 __all__ = ["register_plugins"]

@@ -12,13 +12,17 @@ from comask.kernels import driver
 from comask.runtime.device import open_device
 from comask.runtime.gpu import Gpu, find_gpu_or_reason
 from comask.runtime.session import Array, Stages
-from comask.runtime.trt.engine import Engine
-from comask.runtime.trt.engine_folder import PLANS, EngineFolder, find_engines
-from comask.runtime.trt.flavors import Flavor, load_flavor
+from comask.runtime.trt.engine import Engine, Flavor, load_flavor
+from comask.runtime.trt.engine_folder import (
+    PLANS,
+    EngineFolder,
+    find_engines,
+    rebuild,
+    rebuild_command,
+)
 from comask.runtime.trt.lane import TrtLanes
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
-from comask.runtime.trt.rebuild import rebuild, rebuild_command
 from comask.runtime.trt.slot_pool import SlotPool
 
 # where several folders fit, by falling preference

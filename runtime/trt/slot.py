@@ -17,8 +17,7 @@ import numpy as np
 from comask.errors import EngineError
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory
 from comask.runtime.session import PROPOSALS, Array
-from comask.runtime.trt.engine import PROFILE, Engine, Shape, manages_memory
-from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
 
 BEST = {name: f"best {name}" for name in PROPOSALS}  # their buffers
 

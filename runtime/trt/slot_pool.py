@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from comask.runtime.device import Device
-from comask.runtime.trt.engine import Engine
-from comask.runtime.trt.flavors import Flavor
+from comask.runtime.trt.engine import Engine, Flavor
 from comask.runtime.trt.slot import Slot
 
 

@@ -3,12 +3,10 @@
 Needs PyAV (`pip install 'comask[video]'`), imported when a source is opened.
 """
 
-from comask.runtime.video.address import is_address
-from comask.runtime.video.container import is_video
+from comask.runtime.video.container import is_address, is_video
 from comask.runtime.video.hardware import Where
-from comask.runtime.video.overlay import OverlayWriter
 from comask.runtime.video.pipeline import Sink, VideoPipeline, VideoReport
-from comask.runtime.video.results import JsonLines
+from comask.runtime.video.sinks import JsonLines, OverlayWriter
 from comask.runtime.video.source import SourceFrame, VideoSource
 from comask.runtime.video.track import Tracker
 

@@ -6,29 +6,154 @@ Every error of PyAV or FFmpeg becomes a VideoError that names the source.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
+import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
 
 from comask.errors import BackendUnavailableError, ComaskError, ImageError, VideoError
 from comask.media_files import VIDEO_SUFFIXES
-from comask.preprocess import opened_image
-from comask.runtime.video.address import address_of_file, camera_device, is_address, shown_name
+from comask.preprocess import Pixels, opened_image
 
 if TYPE_CHECKING:
-    from av import Packet
+    from av import Packet, VideoFrame
     from av.audio.stream import AudioStream
     from av.codec.hwaccel import HWAccel
     from av.container import InputContainer
     from av.stream import Stream
     from av.video.stream import VideoStream
+
+
+SCHEMES = {"rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "srt", "tcp"}
+
+_CAMERA = re.compile(r"camera:(\d+)|(/dev/video\d+)")
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` names a camera or a stream rather than a file."""
+    scheme, separator, _ = text.partition("://")
+    return bool(is_camera(text) or (separator and scheme.lower() in SCHEMES))
+
+
+def is_camera(text: str) -> bool:
+    """Whether `text` names a camera of this machine."""
+    return camera_device(text) is not None
+
+
+def camera_device(text: str) -> str | None:
+    """The device file of a camera: `/dev/video0` for `camera:0`; None where `text` names none."""
+    camera = _CAMERA.fullmatch(text)
+    return camera and (camera[2] or f"/dev/video{camera[1]}")
+
+
+def address_of_file(path: Path) -> str:
+    """What names a local file, even one that is called camera:0."""
+    return f"./{path}" if is_address(str(path)) else str(path)
+
+
+def shown_name(address: str) -> str:
+    """`address` without user, password and query, which hold secrets."""
+    if not is_address(address) or is_camera(address):
+        return address
+    scheme, _, rest = address.partition("://")
+    if "@" in rest and "@" not in re.split("[/?#]", rest, maxsplit=1)[0]:
+        rest = rest.rpartition("@")[2]  # before it may lie a password that is not escaped
+    try:
+        parts = urlsplit(f"{scheme}://{rest}")
+    except ValueError:  # as of an unfinished [IPv6 address
+        return f"{address.partition('://')[0]}://…"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def file_name(address: str) -> str:
+    """A name for the results of `address`: a file's own, or what is left of an address."""
+    if not is_address(address):
+        return Path(address).name
+    name = shown_name(address).partition("://")[2] or address
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.")
+
+
+_TOLERANCE = math.sin(math.radians(1))  # FFmpeg also takes an angle within one degree for exact
+
+
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """How a decoded frame becomes upright: swap the axes first, then mirror them.
+
+    Attributes:
+        transposed: whether rows and columns change places.
+        mirror_x: whether left and right change places, after `transposed`.
+        mirror_y: whether top and bottom change places, after `transposed`.
+    """
+
+    transposed: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    def upright(self, pixels: Pixels) -> Pixels:
+        """`pixels` (u8 [h, w, 3]) as a player shows them, in contiguous memory."""
+        turned = pixels.transpose(1, 0, 2) if self.transposed else pixels
+        turned = turned[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+        return np.ascontiguousarray(turned)
+
+
+UPRIGHT = Orientation()
+
+
+def frame_orientation(frame: VideoFrame) -> Orientation:
+    """The orientation that a frame's display matrix states; `UPRIGHT` for a frame without one.
+
+    Raises:
+        VideoError: the matrix turns by an angle that is not a multiple of 90 degrees, or shears.
+    """
+    # not `frame.side_data`, which makes a circle of references: frames would wait for the collector
+    from av.sidedata.sidedata import SideDataContainer
+
+    container: Any = SideDataContainer  # whose stub lacks the argument
+    matrix = container(frame).get("DISPLAYMATRIX")
+    return UPRIGHT if matrix is None else orientation_from_matrix(bytes(matrix))
+
+
+def orientation_from_matrix(content: bytes) -> Orientation:
+    """The orientation that a display matrix stands for.
+
+    The matrix maps a pixel (x, y) to (a·x + c·y, b·x + d·y), up to scale and shift (ISO/IEC 14496-12,
+    track header; FFmpeg's libavutil/display.h). Players ignore the scale, and a matrix that maps an axis
+    to nothing; so does this function.
+
+    Args:
+        content: nine i32 in the machine's byte order: a, b, u, c, d, v, x, y, w.
+
+    Raises:
+        VideoError: see `frame_orientation`.
+    """
+    a, b, _, c, d, *_ = struct.unpack("=9i", content[:36])
+    lengths = math.hypot(a, b), math.hypot(c, d)
+    if not all(lengths):
+        return UPRIGHT
+    a, b, c, d = a / lengths[0], b / lengths[0], c / lengths[1], d / lengths[1]
+    if max(abs(b), abs(c)) < _TOLERANCE:
+        return Orientation(mirror_x=a < 0, mirror_y=d < 0)
+    if max(abs(a), abs(d)) < _TOLERANCE:
+        return Orientation(transposed=True, mirror_x=c < 0, mirror_y=b < 0)
+    raise VideoError(
+        f"its display matrix turns the picture by {math.degrees(math.atan2(b, a)):.0f} degrees; only "
+        f"multiples of 90 can be shown upright: rotate it by 'ffmpeg -i IN -c:v libx264 OUT', which "
+        f"applies the matrix"
+    )
+
 
 TIMEOUT_SECONDS = 10.0  # without data, after which a stream counts as lost
 MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations

@@ -13,8 +13,7 @@ import numpy as np
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
 from comask.runtime.gpu import find_gpu_or_reason
-from comask.runtime.video.container import import_av, reason
-from comask.runtime.video.orientation import UPRIGHT, Orientation
+from comask.runtime.video.container import UPRIGHT, Orientation, import_av, reason
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -17,20 +17,23 @@ import numpy as np
 from comask.errors import VideoError
 from comask.preprocess import Pixels
 from comask.runtime.session import Closing
-from comask.runtime.video.address import is_address, is_camera, shown_name
 from comask.runtime.video.container import (
     MICROSECONDS,
     TIMEOUT_SECONDS,
     Completeness,
+    Orientation,
     audio_stream,
+    frame_orientation,
+    is_address,
+    is_camera,
     left_out,
     open_container,
     reason,
+    shown_name,
     video_errors,
     video_stream,
 )
 from comask.runtime.video.hardware import Nv12Picture, Where, gpu_decoder, nv12_problem
-from comask.runtime.video.orientation import Orientation, frame_orientation
 from comask.runtime.video.times import FrameTimes
 
 if TYPE_CHECKING:
