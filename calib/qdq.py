@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from comask.runtime.parity.graph_layers import layer_of
+from comask.runtime.parity.layer_runs import layer_of
 
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
 

@@ -72,7 +72,7 @@ def main(
     from comask.evaluate import Truth
     from comask.runtime.parity.contestants import default_backends, open_backends
     from comask.runtime.parity.evaluation import Evaluation
-    from comask.runtime.parity.read_results import most_results
+    from comask.runtime.parity.scores import most_results
 
     check_folders(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
@@ -177,7 +177,7 @@ def _not_judged(report: dict[str, Any]) -> str:
 
 
 def _passed(report: dict[str, Any]) -> bool:
-    from comask.runtime.parity.verdict import has_failed
+    from comask.runtime.parity.judge import has_failed
 
     return not (has_failed(report) or report["not_judged"])
 

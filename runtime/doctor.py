@@ -22,8 +22,7 @@ from comask.errors import (
     KernelUnavailableError,
 )
 from comask.runtime.gpu import find_gpu, find_gpu_or_reason
-from comask.runtime.parity.judge import points_text
-from comask.runtime.parity.verdict import has_failed
+from comask.runtime.parity.judge import has_failed, points_text
 from comask.runtime.trt.engine import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
 from comask.runtime.trt.engine_folder import (
     ENGINES,

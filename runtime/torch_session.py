@@ -19,9 +19,9 @@ from comask.models.comask import (
     STAGE2_INPUTS,
     STAGE2_OUTPUTS,
     CoMask,
+    load_weights,
 )
 from comask.runtime.session import Array, Stages, TensorSpec
-from comask.training.checkpoint import load_weights
 
 
 class TorchSession:

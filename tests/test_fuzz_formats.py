@@ -25,7 +25,7 @@ from comask.data.shapes import ShapesSource
 from comask.data.source import Category
 from comask.errors import ComaskError, DataError, one_line
 from comask.files import parse_json
-from comask.runtime.parity.read_results import read_results
+from comask.runtime.parity.scores import read_results
 from comask.runtime.trt.engine_folder import DESCRIPTION, EngineFolder, EngineInfo
 from comask.segmentation import compress_runs, decompress_runs, read_segmentation
 

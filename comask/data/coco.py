@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -20,9 +21,12 @@ from comask.data.source import Category, Id, ImageInfo, InstanceSource
 from comask.errors import DataError, ImageError
 from comask.files import parse_json, whole_file, write_whole
 from comask.preprocess import decode_image
+from comask.segmentation import read_segmentation
+from comask.structures import Detections
 
 T = TypeVar("T", int, str, list[Any])
 
+TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
 # (images, annotations) of the layouts that are recognised, in this order
 LAYOUTS = {
     "train": [
@@ -186,6 +190,49 @@ def coco_source(folder: Path, split: str) -> CocoSource:
         if any((above / file).is_file() for file in files):
             raise DataError(f"{folder}: is a part of the data set {above}: give that")
     raise DataError(f"{folder}: no data set found; expected {expected}")
+
+
+def detections_from_coco(
+    entries: Sequence[Mapping[str, Any]], info: ImageInfo, categories: Sequence[Category]
+) -> Detections:
+    """COCO annotations or results of one image, crowds and empty boxes left out.
+
+    Boxes are widened to whole pixels inside the image; masks are finer than those of predictions,
+    [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE]. Scores are 1 where there are none.
+
+    Args:
+        entries: each with `category_id`, `bbox`, `segmentation` and, of results, `score`.
+        info: of the image.
+        categories: in label order.
+
+    Raises:
+        DataError: when a segmentation cannot be used.
+    """
+    import cv2
+
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    boxes, scores, labels, masks = [], [], [], []
+    for annotation in entries:
+        x, y, w, h = annotation["bbox"]
+        x1, y1 = max(0, math.floor(x)), max(0, math.floor(y))
+        x2, y2 = min(info.width, math.ceil(x + w)), min(info.height, math.ceil(y + h))
+        if annotation.get("iscrowd") or w <= 0 or h <= 0 or x2 <= x1 or y2 <= y1:
+            continue
+        mask = read_segmentation(annotation["segmentation"], info.height, info.width)
+        crop = mask.part(x1, y1, x2, y2).astype(np.float32)
+        # Means of pixels where it shrinks; where it grows, it only repeats them.
+        masks.append(cv2.resize(crop, (TRUE_MASK_SIZE,) * 2, interpolation=cv2.INTER_AREA))
+        boxes.append((x1, y1, x2, y2))
+        labels.append(label_of[annotation["category_id"]])
+        scores.append(annotation.get("score", 1.0))
+    return Detections(
+        boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
+        scores=np.array(scores, np.float32),
+        labels=np.array(labels, np.int64),
+        mask_probs=np.array(masks, np.float32).reshape(-1, TRUE_MASK_SIZE, TRUE_MASK_SIZE),
+        image_size=(info.height, info.width),
+        class_names=tuple(category.name for category in categories),
+    )
 
 
 def _categories(

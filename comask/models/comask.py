@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from comask.config import ModelConfig, PreprocessConfig
+from comask.errors import CheckpointError
 from comask.models.backbone import ResNet
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
@@ -267,3 +268,18 @@ def drop_duplicates(outputs: dict[str, Tensor], iou: float) -> dict[str, Tensor]
         zero = torch.zeros((), dtype=value.dtype, device=value.device)
         moved[name] = torch.where(kept, value.gather(1, place), zero)
     return moved
+
+
+def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
+    """Copies a whole state dict into `model`.
+
+    Raises:
+        CheckpointError: naming the first weights that are missing, superfluous or of another shape.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter: of what are no tensors
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the weights do not fit the model's configuration: {reason}"
+        ) from error

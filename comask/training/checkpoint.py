@@ -18,7 +18,7 @@ from comask.config_reading import from_dict
 from comask.data.source import Category
 from comask.errors import CheckpointError, ComaskError
 from comask.files import whole_file
-from comask.models.comask import CoMask
+from comask.models.comask import CoMask, load_weights
 
 
 def read_torch_file(path: Path) -> object:
@@ -158,18 +158,3 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> CoMask:
     model = CoMask(checkpoint.config.model, checkpoint.config.preprocess)
     load_weights(model, checkpoint.weights)
     return model.eval()
-
-
-def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
-    """Copies a whole state dict into `model`.
-
-    Raises:
-        CheckpointError: naming the first weights that are missing, superfluous or of another shape.
-    """
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the latter: of what are no tensors
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"the weights do not fit the model's configuration: {reason}"
-        ) from error

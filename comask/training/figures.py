@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.data.source import Category, ImageInfo, InstanceSource
+from comask.data.coco import detections_from_coco
+from comask.data.source import InstanceSource
 from comask.draw import draw_tile, font_for
 from comask.evaluate import TASK_NAMES, TASKS
 from comask.files import write_whole
-from comask.segmentation import read_segmentation
 from comask.structures import Detections
 from comask.training.record import Evaluation, read_evaluations, read_rows
 
@@ -162,7 +161,6 @@ def _smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
-TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
 _GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
 _PAPER, _INK = (250, 250, 250), (32, 32, 32)
 _ONE_COLUMN = 3  # more images than these stand in two columns
@@ -235,49 +233,6 @@ def picture_grid(
 def true_detections(source: InstanceSource, index: int) -> Detections:
     """The objects of image `index`, as `detections_from_coco` makes them."""
     return detections_from_coco(source.annotations(index), source.info(index), source.categories)
-
-
-def detections_from_coco(
-    entries: Sequence[Mapping[str, Any]], info: ImageInfo, categories: Sequence[Category]
-) -> Detections:
-    """COCO annotations or results of one image, crowds and empty boxes left out.
-
-    Boxes are widened to whole pixels inside the image; masks are finer than those of predictions,
-    [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE]. Scores are 1 where there are none.
-
-    Args:
-        entries: each with `category_id`, `bbox`, `segmentation` and, of results, `score`.
-        info: of the image.
-        categories: in label order.
-
-    Raises:
-        DataError: when a segmentation cannot be used.
-    """
-    import cv2
-
-    label_of = {category.id: label for label, category in enumerate(categories)}
-    boxes, scores, labels, masks = [], [], [], []
-    for annotation in entries:
-        x, y, w, h = annotation["bbox"]
-        x1, y1 = max(0, math.floor(x)), max(0, math.floor(y))
-        x2, y2 = min(info.width, math.ceil(x + w)), min(info.height, math.ceil(y + h))
-        if annotation.get("iscrowd") or w <= 0 or h <= 0 or x2 <= x1 or y2 <= y1:
-            continue
-        mask = read_segmentation(annotation["segmentation"], info.height, info.width)
-        crop = mask.part(x1, y1, x2, y2).astype(np.float32)
-        # Means of pixels where it shrinks; where it grows, it only repeats them.
-        masks.append(cv2.resize(crop, (TRUE_MASK_SIZE,) * 2, interpolation=cv2.INTER_AREA))
-        boxes.append((x1, y1, x2, y2))
-        labels.append(label_of[annotation["category_id"]])
-        scores.append(annotation.get("score", 1.0))
-    return Detections(
-        boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
-        scores=np.array(scores, np.float32),
-        labels=np.array(labels, np.int64),
-        mask_probs=np.array(masks, np.float32).reshape(-1, TRUE_MASK_SIZE, TRUE_MASK_SIZE),
-        image_size=(info.height, info.width),
-        class_names=tuple(category.name for category in categories),
-    )
 
 
 def _shortened(text: str, font: Font, width: int) -> str:

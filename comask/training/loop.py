@@ -22,9 +22,9 @@ from comask.data.source import Category, Id
 from comask.data.training_set import TrainingSet
 from comask.errors import TrainingError
 from comask.files import write_whole
-from comask.models.comask import CoMask
+from comask.models.comask import CoMask, load_weights
 from comask.progress import Progress
-from comask.training.checkpoint import Checkpoint, load_weights, save_checkpoint
+from comask.training.checkpoint import Checkpoint, save_checkpoint
 from comask.training.distributed import (
     Ranks,
     gather,

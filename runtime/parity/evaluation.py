@@ -19,16 +19,20 @@ from comask.data.source import Id
 from comask.errors import BackendUnavailableError, NotFiniteError
 from comask.evaluate import Truth
 from comask.preprocess import prepare
-from comask.runtime.parity.agreement import agreement, shared
 from comask.runtime.parity.contestants import looser, precision_of
 from comask.runtime.parity.foreign import explain_results
-from comask.runtime.parity.judge import LEAST_AGREEMENT, ap_tolerance, compare_ap, points
-from comask.runtime.parity.layers import trace_graphs
+from comask.runtime.parity.judge import (
+    LEAST_AGREEMENT,
+    agreement,
+    ap_tolerance,
+    compare_ap,
+    points,
+    shared,
+)
+from comask.runtime.parity.layers import altered_weights, trace_graphs
 from comask.runtime.parity.pictures import SAME, WORST, side_by_side
-from comask.runtime.parity.read_results import read_results
-from comask.runtime.parity.scores import Results, Scores, flat, score_backend
+from comask.runtime.parity.scores import Results, Scores, flat, read_results, score_backend
 from comask.runtime.parity.stages import IMAGES, compare_backends
-from comask.runtime.parity.weights import altered_weights
 from comask.runtime.predictor import Predictor
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
 from comask.preprocess import Pixels, Prepared, padded_shape, prepare
-from comask.runtime.parity.agreement import agreement, shared
+from comask.runtime.parity.judge import agreement, shared
 from comask.runtime.parity.scores import Results, image_results
 from comask.runtime.predictor import Predictor
 

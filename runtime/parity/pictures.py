@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.source import InstanceSource
-from comask.runtime.parity.agreement import Entries, pairs
+from comask.runtime.parity.judge import Entries, pairs
 
 if TYPE_CHECKING:
     from comask.structures import Detections
@@ -39,7 +39,7 @@ def side_by_side(
     """
     import cv2
 
-    from comask.training.figures import detections_from_coco
+    from comask.data.coco import detections_from_coco
 
     info, categories, image = source.info(index), source.categories, source.image(index)
     known = {category.id for category in categories}

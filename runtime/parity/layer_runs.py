@@ -1,0 +1,249 @@
+"""One image through an ONNX graph, and through the network that is held to it (teacher forcing).
+
+A layer goes by the name of its module, as `backbone.layer1.0.conv1`, which its weight has in the graph.
+
+Each layer of the network reads what the graph's layer read, and hands on what the graph's layer gave. So
+what it would have done instead is known of every step by itself, and differences do not add up: that
+matters in int8, where many small roundings lead far away from the network though each step is right. What
+int8 rounds, activations and weights, the network takes from the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from comask.runtime.compare import relative_error
+from comask.runtime.ort_session import OrtSession
+from comask.runtime.session import Array
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+
+    from comask.models.comask import CoMask
+
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm")
+
+Key = tuple[str, int]  # a module's name, and which of its uses
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """Tensors of one use of a layer, f32.
+
+    Attributes:
+        given: what it was given.
+        read: what it computes with; of an int8 layer that is `given` after rounding, else the same.
+        output: what it gives.
+        weight: what it computes with, where int8 rounds it; else None.
+    """
+
+    given: Array
+    read: Array
+    output: Array
+    weight: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphTensors:
+    """What a graph computed.
+
+    Attributes:
+        layers: in the graph's order.
+        shortcuts: by residual block what is added to its last convolution, where int8 rounds it.
+        rois: [B, N, 4] of each RoIAlign, in the graph's order.
+    """
+
+    layers: dict[Key, LayerTensors]
+    shortcuts: dict[str, Array]
+    rois: list[Array]
+
+
+def run_graph(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> GraphTensors:
+    """Runs a graph on the CPU as the file has it, without ONNX Runtime's optimiser.
+
+    Args:
+        model: takes more outputs.
+        feeds: inputs of the graph, and maybe more.
+
+    Raises:
+        BackendUnavailableError: when onnxruntime is not installed.
+        BundleError: when it cannot load the graph.
+    """
+    places, shortcuts = _layer_tensors(model), _shortcuts(model)
+    pooled = [node.input[4] for node in model.graph.node if node.op_type == "PyramidRoiAlign"]
+    there = {entry.name for entry in (*model.graph.input, *model.graph.output)}
+    wanted = [name for names in places.values() for name in names if name]
+    for name in dict.fromkeys([*wanted, *shortcuts.values(), *pooled]):
+        if name not in there:
+            model.graph.output.add().name = name
+    session = OrtSession(model.SerializeToString(), "cpu", optimized=False)
+    found = {**feeds, **session.run(feeds)}
+    session.close()
+
+    def value(name: str) -> Array:
+        return np.asarray(found[name], np.float32)
+
+    return GraphTensors(
+        {
+            key: LayerTensors(
+                value(given), value(read), value(output), value(weight) if weight else None
+            )
+            for key, (given, read, output, weight) in places.items()
+        },
+        {block: value(name) for block, name in shortcuts.items()},
+        [value(name) for name in pooled],
+    )
+
+
+def layer_of(node: onnx.NodeProto) -> str | None:
+    """The module that a node computes, in float or int8; None where it is no layer."""
+    if node.op_type not in LAYERS or not node.input[1].startswith("model."):
+        return None
+    weight: str = node.input[1].removesuffix(".dequantized")
+    return weight.removeprefix("model.").removesuffix(".weight")
+
+
+def _layers(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+    for node in model.graph.node:
+        if (name := layer_of(node)) is not None:
+            yield name, node
+
+
+def _layer_tensors(model: onnx.ModelProto) -> dict[Key, tuple[str, str, str, str | None]]:
+    """Names of the tensors that each layer was given, reads and gives, and of its rounded weight."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    uses: Counter[str] = Counter()
+    found: dict[Key, tuple[str, str, str, str | None]] = {}
+    for name, node in _layers(model):
+        given = node.input[0]
+        for op_type in ("DequantizeLinear", "QuantizeLinear"):
+            if given in producers and producers[given].op_type == op_type:
+                given = producers[given].input[0]
+        weight = node.input[1] if node.input[1] in producers else None
+        found[name, uses[name]] = (given, node.input[0], node.output[0], weight)
+        uses[name] += 1
+    return found
+
+
+def _shortcuts(model: onnx.ModelProto) -> dict[str, str]:
+    """Names of int8 shortcuts, by residual block."""
+    outputs = {node.output[0]: name for name, node in _layers(model)}
+    rounded = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return {
+        outputs[convolved].rpartition(".")[0]: added
+        for node in model.graph.node
+        if node.op_type == "Add"
+        for convolved, added in (node.input, reversed(node.input))
+        if convolved in outputs and added in rounded
+    }
+
+
+Side = Literal["input", "output"]
+SIDES: tuple[Side, ...] = ("input", "output")
+
+
+class ForcedNetwork:
+    """A copy of a network on the CPU.
+
+    Args:
+        model: fp32, in evaluation mode; stays as it is.
+    """
+
+    def __init__(self, model: CoMask) -> None:
+        from torch import nn
+
+        from comask.models.backbone import fold_batch_norms
+
+        self._model = deepcopy(model).cpu()
+        fold_batch_norms(self._model.backbone)  # as in the graphs
+        self._graph = GraphTensors({}, {}, [])
+        self._errors: dict[tuple[Key, Side], float] = {}
+        self._uses: Counter[str] = Counter()
+        for name, module in list(self._model.named_modules()):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                self._hold(name, module)
+            elif hasattr(module, "downsample"):  # a residual block
+                self._hold_shortcut(name, module)
+        self._pool, self._pools = self._model.pool, 0
+        self._model.pool = self._pool_as_graph  # type: ignore[method-assign]
+
+    def compare(
+        self, stage: str, feeds: Mapping[str, Array], graph: GraphTensors, diagnostics: bool
+    ) -> dict[tuple[Key, Side], float]:
+        """How far each layer's tensors in a graph lie off what the network makes of the same.
+
+        Args:
+            stage: `stage1` or `stage2`.
+            feeds: what the graph got.
+            graph: what it computed.
+            diagnostics: whether it has the diagnostics' outputs, which may run layers more.
+
+        Returns:
+            max|a-b| / max|a|, see `relative_error`; nothing of layers that the network does not run.
+        """
+        import torch
+
+        self._graph, self._pools = graph, 0
+        self._errors.clear()
+        self._uses.clear()
+        options = {"diagnostics": True} if diagnostics else {}
+        with torch.no_grad():
+            tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+            getattr(self._model, stage)(**tensors, **options)
+        return dict(self._errors)
+
+    def _hold(self, name: str, module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            key = name, self._uses[name]
+            if key not in self._graph.layers:
+                return None
+            theirs, (own,) = self._graph.layers[key], arguments
+            if theirs.weight is not None:
+                module.weight.data = _forced(module.weight.data, theirs.weight)
+            self._errors[key, "input"] = relative_error(own.numpy(), theirs.given)
+            return (_forced(own, theirs.read),)
+
+        def after(_: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+            key = name, self._uses[name]
+            self._uses[name] += 1
+            if key not in self._graph.layers:
+                return None
+            theirs = self._graph.layers[key].output
+            self._errors[key, "output"] = relative_error(output.numpy(), theirs)
+            return _forced(output, theirs)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def _hold_shortcut(self, name: str, block: nn.Module) -> None:
+        from torch import nn
+
+        def theirs(module: nn.Module, arguments: Any, own: Tensor) -> Tensor:
+            shortcuts = self._graph.shortcuts
+            return _forced(own, shortcuts[name]) if name in shortcuts else own
+
+        shortcut = block.downsample if isinstance(block.downsample, nn.Module) else nn.Identity()
+        shortcut.register_forward_hook(theirs)
+        block.downsample = shortcut  # where there was none, a place for the hook
+
+    def _pool_as_graph(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        theirs = self._graph.rois[self._pools]
+        self._pools += 1
+        return self._pool(pyramid, _forced(rois, theirs), size)
+
+
+def _forced(own: Tensor, theirs: Array) -> Tensor:
+    """A copy of the graph's tensor, as what follows may be in place; if it is useless, the network's."""
+    import torch
+
+    if theirs.shape != own.shape or not np.isfinite(theirs).all():
+        return own
+    return torch.tensor(theirs)
