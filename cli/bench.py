@@ -13,7 +13,8 @@ from comask.cli.bench_sweep import run_sweep
 from comask.cli.bench_timing import Timing, run_timing
 from comask.cli.bench_work import Sweep
 from comask.cli.options import check_folders, command, json_option
-from comask.cli.predictor_options import PredictorOptions, predictor_options
+from comask.cli.predictor_options import predictor_options
+from comask.runtime.backends import LoadOptions
 
 LOSS = 0.5  # AP points
 # Options that are not for every mode, by those that they are for.
@@ -54,7 +55,7 @@ MODES = {
 def main(
     bundle: Path,
     backends: tuple[str, ...],
-    how: PredictorOptions,
+    how: LoadOptions,
     runs: int,
     no_record: bool,
     sweep: bool,
@@ -104,7 +105,7 @@ def main(
 
 
 def _check_usage(
-    mode: str, backends: tuple[str, ...], how: PredictorOptions, values: dict[str, Any]
+    mode: str, backends: tuple[str, ...], how: LoadOptions, values: dict[str, Any]
 ) -> None:
     """Raises `click.UsageError` for numbers and combinations of options that make no sense.
 

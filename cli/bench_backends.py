@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from comask.cli.predictor_options import PredictorOptions
 from comask.errors import BackendUnavailableError, BundleError, EngineError, KernelError
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle
 
 
-def runnable(bundle: Bundle, named: tuple[str, ...], how: PredictorOptions) -> list[str]:
+def runnable(bundle: Bundle, named: tuple[str, ...], how: LoadOptions) -> list[str]:
     """The backends that run here, each opened once to see.
 
     Args:
@@ -28,7 +29,7 @@ def runnable(bundle: Bundle, named: tuple[str, ...], how: PredictorOptions) -> l
     found = []
     for name in dict.fromkeys(named or held_backends(bundle)):
         try:
-            how.load(bundle.folder, name).close()
+            Predictor.open(bundle.folder, name, how).close()
         except (BackendUnavailableError, BundleError, EngineError, KernelError) as error:
             if named:
                 raise

@@ -12,12 +12,12 @@ import click
 
 from comask.cli.interruption import Interruption
 from comask.cli.options import find_files, write_json
-from comask.cli.predictor_options import PredictorOptions
 from comask.errors import ComaskError, ImageError, one_line
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.runtime.bench.soak import Encoded, Soaked
-    from comask.runtime.predictor import Predictor
 
 MOST_IMAGES = 16  # a round of them is over soon
 
@@ -36,7 +36,7 @@ class Soak:
 
     bundle: Path
     backend: str
-    how: PredictorOptions
+    how: LoadOptions
     images: Path | None
     minutes: float
 
@@ -56,7 +56,7 @@ def run_soak(wanted: Soak, plot: Path | None, json_file: str | None) -> None:
     check_vitals()
     stop = Interruption()
     machine = describe_machine(wanted.how.device)  # before there is load
-    with wanted.how.load(wanted.bundle, wanted.backend) as predictor:
+    with Predictor.open(wanted.bundle, wanted.backend, wanted.how) as predictor:
         images, subject = _images(wanted.images, predictor)
         total = max(1, round(60 * wanted.minutes))
         with stop.on_signal(), Progress("soaking", total, unit="seconds") as progress:

@@ -10,9 +10,9 @@ import click
 from comask.cli.bench_backends import runnable
 from comask.cli.bench_work import Sweep, Work
 from comask.cli.options import write_json
-from comask.cli.predictor_options import PredictorOptions
 from comask.config import require_count
 from comask.errors import ConfigError
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.bundle import Manifest
@@ -43,7 +43,7 @@ def run_sweep(sweep: Sweep, plot: Path | None, json_file: str | None) -> None:
     source = open_source(sweep.data, "val", shapes_images=number, shapes_seed=SHAPES_SEED)
     indices = list(range(min(sweep.limit or len(source), len(source))))
     labels_in_data(opened.manifest, source)  # before anything takes long
-    own = PredictorOptions(device=sweep.device, max_batch=1, proposals=None, short_side=None)
+    own = LoadOptions(device=sweep.device, max_batch=1, proposals=None, short_side=None)
     names = runnable(opened, sweep.backends, own)
     work = Work(sweep, opened, source, indices)
     interruption = work.run(names, settings, batches)

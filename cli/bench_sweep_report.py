@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comask.cli.bench_front import Scored, choose, pareto_front
-from comask.cli.predictor_options import PredictorOptions
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.cli.bench_work import Work
@@ -70,7 +70,7 @@ def verdict(chosen: Scored, reference: Scored, max_loss: float) -> str:
     )
 
 
-def usage(bundle: Path, backend: str, how: PredictorOptions) -> tuple[str, str]:
+def usage(bundle: Path, backend: str, how: LoadOptions) -> tuple[str, str]:
     """The command line of `comask-infer` and the Python expression that run a setting."""
     given = {
         "device": how.device, "batch": how.max_batch, "proposals": how.proposals,
@@ -80,7 +80,7 @@ def usage(bundle: Path, backend: str, how: PredictorOptions) -> tuple[str, str]:
     keywords = "".join(
         f", {name}={value!r}"
         for name, value in dataclasses.asdict(how).items()
-        if value is not None
+        if value is not None and name != "on_mismatch"
     )
     return (
         f"comask-infer {shlex.quote(str(bundle))} INPUT --output DIR --backend {backend}{options}",

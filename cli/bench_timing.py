@@ -14,8 +14,9 @@ import click
 
 from comask.cli.bench_backends import runnable
 from comask.cli.options import find_files, write_json
-from comask.cli.predictor_options import PredictorOptions
 from comask.errors import ImageError, one_line
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle, Manifest
@@ -42,7 +43,7 @@ class Timing:
 
     bundle: Path
     backends: tuple[str, ...]
-    how: PredictorOptions
+    how: LoadOptions
     images: Path | None
     size: str | None
     runs: int
@@ -131,7 +132,8 @@ def _measure(
                 click.echo(f"warning: memory of {name}: {memory[name].problem}", err=True)
     with contextlib.ExitStack() as stack:
         predictors = {
-            name: stack.enter_context(timing.how.load(bundle.folder, name)) for name in names
+            name: stack.enter_context(Predictor.open(bundle.folder, name, timing.how))
+            for name in names
         }
         for predictor in predictors.values():
             check_batch(predictor, batch)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from comask.cli.bench_front import Scored, Setting
-from comask.cli.predictor_options import PredictorOptions
 from comask.errors import ComaskError, ConfigError, DataError, EngineError, one_line
 from comask.progress import Progress
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.bundle import Bundle, Manifest
     from comask.data.source import InstanceSource
     from comask.evaluate import CocoMetrics
     from comask.preprocess import Pixels
-    from comask.runtime import Predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,10 @@ class Sweep:
     grid: tuple[str, ...]
     max_loss: float
 
-    def options(self, setting: Setting, manifest: Manifest) -> PredictorOptions:
+    def options(self, setting: Setting, manifest: Manifest) -> LoadOptions:
         """A setting as a user of the bundle would say it: the bundle's own values are left out."""
         own = manifest.model.proposals, manifest.preprocess.short_side
-        return PredictorOptions(
+        return LoadOptions(
             device=self.device,
             max_batch=setting.batch,
             proposals=None if setting.proposals == own[0] else setting.proposals,
@@ -122,8 +122,8 @@ class Work:
         return None
 
     def _open(self, setting: Setting) -> Predictor:
-        how = self.sweep.options(setting, self.bundle.manifest)
-        return how.load(self.bundle.folder, setting.backend)
+        options = self.sweep.options(setting, self.bundle.manifest)
+        return Predictor.open(self.bundle.folder, setting.backend, options)
 
     def _measure(
         self, setting: Setting, batches: list[int], reference: Predictor, title: str

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from comask.cli.options import check_folders, command, json_option, write_json
-from comask.cli.predictor_options import PredictorOptions, predictor_options
+from comask.cli.predictor_options import predictor_options
 from comask.files import write_whole
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 from comask.runtime.parity.scores import labels_in_data
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def main(
     images: int | None,
     tolerance: float | None,
     trace: bool,
-    how: PredictorOptions,
+    how: LoadOptions,
     no_record: bool,
     report_file: str | None,
     json_file: str | None,
@@ -81,7 +83,7 @@ def main(
     required, optional = (list(backends), []) if backends else default_backends(opened)
     with ExitStack() as stack:
         predictors, skipped = open_backends(
-            required, optional, lambda name: how.load(bundle, name), stack
+            required, optional, lambda name: Predictor.open(bundle, name, how), stack
         )
         source = open_source(
             data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED, boxes=boxes
@@ -118,7 +120,7 @@ def main(
 
 
 def _head(
-    bundle: Bundle, data: str, boxes: str, how: PredictorOptions, skipped: dict[str, str]
+    bundle: Bundle, data: str, boxes: str, how: LoadOptions, skipped: dict[str, str]
 ) -> dict[str, Any]:
     """What was compared, where and when."""
     from comask.runtime.bench.machine import describe_machine

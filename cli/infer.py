@@ -17,12 +17,13 @@ from comask.cli.infer_results import Results
 from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
 from comask.cli.interruption import Interruption
 from comask.cli.options import command, json_option, write_json
-from comask.cli.predictor_options import PredictorOptions, predictor_options
+from comask.cli.predictor_options import predictor_options
 from comask.errors import ImageError, VideoError, one_line
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.preprocess import Pixels
-    from comask.runtime.predictor import Predictor
     from comask.runtime.video import Where
 
 KINDS = ("overlay", "masks", "coco", "labels")
@@ -55,7 +56,7 @@ def main(
     backend: str,
     save: str,
     threshold: float,
-    how: PredictorOptions,
+    how: LoadOptions,
     every: int,
     track: bool,
     decode: Where,
@@ -92,7 +93,7 @@ def main(
     stop = Interruption()
     seconds, reports = 0.0, list[dict[str, Any]]()
     try:
-        with how.load(bundle, backend) as predictor:
+        with Predictor.open(bundle, backend, how) as predictor:
             click.echo(f"backend {predictor.stages.backend}", err=True)
             if images:
                 seconds = _run_images(predictor, images, results, failures, stop)

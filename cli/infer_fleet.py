@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,9 +17,9 @@ import click
 
 from comask.cli.interruption import Interruption
 from comask.cli.options import write_json
-from comask.cli.predictor_options import PredictorOptions
 from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
+from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
     from comask.runtime.fleet.job import Job
@@ -98,7 +98,7 @@ def run_fleet(
     inputs: tuple[str, ...],
     output: str,
     backend: str,
-    how: PredictorOptions,
+    how: LoadOptions,
     fleet: FleetOptions,
     json_file: str | None,
 ) -> None:
@@ -140,7 +140,7 @@ def _run(
     inputs: tuple[str, ...],
     output: str,
     backend: str,
-    how: PredictorOptions,
+    how: LoadOptions,
     fleet: FleetOptions,
     stack: ExitStack,
 ) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _run(
         opened.manifest.require_int64_ids("Parquet's category_id: --format jsonl takes any")
     folder = Folder(output if is_url(output) else str(Path(output).absolute()))
     there = Job.terms_in(folder)
-    model = Model(str(bundle.resolve()), backend, asdict(how))
+    model = Model(str(bundle.resolve()), backend, how)
     runner: Runner | None = None
     if backend == "auto":
         if there:
@@ -233,7 +233,7 @@ def _show_failures(job: Job, count: int) -> None:
         click.echo(f"and {count - SHOWN_FAILURES} more", err=True)
 
 
-def _runner(fleet: FleetOptions, how: PredictorOptions, stack: ExitStack) -> Runner:
+def _runner(fleet: FleetOptions, how: LoadOptions, stack: ExitStack) -> Runner:
     from comask.runtime.fleet.runners import LocalRunner
 
     if fleet.runner == "local":

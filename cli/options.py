@@ -61,7 +61,10 @@ def command(function: Callable[..., None]) -> click.Command:
         except ComaskError as error:
             if verbose:
                 raise
-            click.echo(f"error: {one_line(error)}", err=True)
+            text = one_line(error)
+            if text.startswith("short_side:"):  # as an argument of `Predictor.load` is called
+                text = text.replace("short_side", "--short-side", 1)
+            click.echo(f"error: {text}", err=True)
             sys.exit(1)
         except OSError as error:  # a full disk, a folder that may not be written
             if verbose or error.strerror is None:

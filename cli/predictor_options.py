@@ -4,35 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from comask.errors import ConfigError
-
-if TYPE_CHECKING:
-    from comask.runtime import Predictor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictorOptions:
-    """What `Predictor.load` takes besides bundle and backend; see there."""
-
-    device: int | Literal["cpu"] | None
-    max_batch: int
-    proposals: int | None
-    short_side: int | None
-
-    def load(self, bundle: Path, backend: str) -> Predictor:
-        """See `Predictor.load`."""
-        from comask.runtime import Predictor
-
-        try:
-            return Predictor.load(bundle, backend, **asdict(self))
-        except ConfigError as error:  # which names the argument
-            raise ConfigError(str(error).replace("short_side", "--short-side", 1)) from error
+from comask.runtime.backends import LoadOptions
 
 
 class DeviceType(click.ParamType[int | Literal["cpu"]]):
@@ -54,7 +30,7 @@ class DeviceType(click.ParamType[int | Literal["cpu"]]):
 
 
 def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options, which reach the command as `how`: `PredictorOptions`.
+    """The options, which reach the command as `how`: `LoadOptions`.
 
     Args:
         batch: default of `--batch`.
@@ -74,7 +50,7 @@ def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable
         @functools.wraps(function)
         def run(*, batch: int, **arguments: Any) -> None:
             taken = {name: arguments.pop(name) for name in ("device", "proposals", "short_side")}
-            function(how=PredictorOptions(max_batch=batch, **taken), **arguments)
+            function(how=LoadOptions(max_batch=batch, **taken), **arguments)
 
         for option in reversed(options):
             run = option(run)

@@ -28,6 +28,26 @@ Device = int | Literal["cpu"] | None
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Where and how large a bundle runs.
+
+    Attributes:
+        device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
+        on_mismatch: what happens when TensorRT engines do not fit this machine or bundle: `error`, or
+            `rebuild`, which builds them again first.
+        max_batch: images of one canvas that run together.
+        proposals: stage 2 takes so many of the best proposals of an image; None for all of the bundle's.
+        short_side: images are resized to this, in pixels; None for the bundle's.
+    """
+
+    device: Device = None
+    on_mismatch: OnMismatch = "error"
+    max_batch: int = 8
+    proposals: int | None = None
+    short_side: int | None = None
+
+
 def parse_backend(text: str) -> tuple[str, str]:
     """`onnxruntime:int8` → (`onnxruntime`, `int8`); the precision is fp32 where none is named.
 
@@ -59,23 +79,14 @@ def require_precision(bundle: Bundle, precision: str) -> None:
         )
 
 
-def open_stages(
-    bundle: Bundle,
-    backend: str,
-    *,
-    device: Device = None,
-    on_mismatch: OnMismatch = "error",
-    proposals: int | None = None,
-) -> Stages:
+def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None) -> Stages:
     """Both stages of a bundle on a backend.
 
     Args:
         bundle: to run.
         backend: see `parse_backend`; `auto` takes the fastest that runs here and logs why. It takes
             TensorRT in the lowest precision that there are engines of, the others in fp32.
-        device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
-        on_mismatch: whether engines that do not fit are an error or built again.
-        proposals: see `Stages`.
+        options: where and how it runs; the defaults without it.
 
     Raises:
         BackendUnavailableError: when its packages are not installed, or what else it needs is missing.
@@ -83,6 +94,8 @@ def open_stages(
         ConfigError: when `device` is none, or there are not so many proposals.
         EngineError: when engines do not fit, or cannot be opened or built.
     """
+    options = options or LoadOptions()
+    device, proposals = options.device, options.proposals
     index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
     if device not in (None, "cpu") and not index:
         raise ConfigError(
@@ -90,53 +103,43 @@ def open_stages(
         )
     if proposals is not None:
         require_count("proposals", proposals, bundle.manifest.model.proposals)
-    how = Opening(device, on_mismatch, proposals)
     if backend == "auto":
-        return _open_best(bundle, how)
+        return _open_best(bundle, options)
     name, precision = parse_backend(backend)
     require_precision(bundle, precision)
-    return _open(bundle, name, precision, how)
+    return _open(bundle, name, precision, options)
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """How a backend is to be opened; see `open_stages`."""
-
-    device: Device
-    on_mismatch: OnMismatch
-    proposals: int | None
-
-
-def _open(bundle: Bundle, name: str, precision: str | None, how: Opening) -> Stages:
+def _open(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
     """`precision` None: the fastest where there is a choice, else fp32."""
     if name.startswith("tensorrt"):
         from comask.runtime.trt.session import trt_stages
 
-        if how.device == "cpu":
+        if options.device == "cpu":
             raise BackendUnavailableError(
                 f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run there"
             )
         return trt_stages(
             bundle, name, precision,
-            device=how.device or 0, on_mismatch=how.on_mismatch, proposals=how.proposals,
+            device=options.device or 0, on_mismatch=options.on_mismatch, proposals=options.proposals,
         )  # fmt: skip
     precision = precision or "fp32"
     if name == "onnxruntime":
         from comask.runtime.ort_session import ort_stages
 
-        stages = ort_stages(bundle, precision, how.device)
+        stages = ort_stages(bundle, precision, options.device)
     elif precision == "fp32":
-        stages = _torch_stages(bundle, how.device)
+        stages = _torch_stages(bundle, options.device)
     else:
         raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
-    return replace(stages, proposals=how.proposals)
+    return replace(stages, proposals=options.proposals)
 
 
-def _open_best(bundle: Bundle, how: Opening) -> Stages:
+def _open_best(bundle: Bundle, options: LoadOptions) -> Stages:
     reasons = []
     for name in BACKENDS:
         try:
-            stages = _open(bundle, name, None, how)
+            stages = _open(bundle, name, None, options)
         except BackendUnavailableError as error:
             logger.info("backend auto: not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
@@ -147,8 +150,10 @@ def _open_best(bundle: Bundle, how: Opening) -> Stages:
         else:
             logger.info("backend auto: taking %s, the fastest that runs here", stages.backend)
             return stages
-    if isinstance(how.device, int) and find_gpu(how.device) is None:
-        raise BackendUnavailableError(f"there is no GPU {how.device} here; leave the device out")
+    if isinstance(options.device, int) and find_gpu(options.device) is None:
+        raise BackendUnavailableError(
+            f"there is no GPU {options.device} here; leave the device out"
+        )
     raise BackendUnavailableError(f"no backend runs here; {'; '.join(reasons)}")
 
 

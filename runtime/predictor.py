@@ -15,6 +15,7 @@ from comask.config import PreprocessConfig, require_count
 from comask.errors import ImageError
 from comask.postprocess import detections_from_outputs
 from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
+from comask.runtime.backends import LoadOptions, open_stages
 from comask.runtime.session import Array, Closing, Stages
 from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from comask.structures import Detections
@@ -103,23 +104,32 @@ class Predictor(Closing):
                 run with, or `max_batch` is no whole number from 1 on.
             EngineError: when its engines do not fit, or cannot be opened or built.
         """
-        from comask.bundle import Bundle
-        from comask.runtime.backends import open_stages
+        options = LoadOptions(
+            device=device,
+            on_mismatch=on_mismatch,
+            max_batch=max_batch,
+            proposals=proposals,
+            short_side=short_side,
+        )
+        return cls.open(bundle, backend, options)
 
-        require_count("max_batch", max_batch)  # before minutes are spent on engines
+    @classmethod
+    def open(cls, bundle: str | Path, backend: str, options: LoadOptions) -> Predictor:
+        """The same as `load`, by options that are there already."""
+        from comask.bundle import Bundle
+
+        require_count("max_batch", options.max_batch)  # before minutes are spent on engines
         opened = Bundle.open(Path(bundle))
         preprocess = opened.manifest.preprocess
-        if short_side is not None:
-            preprocess = preprocess.resized(short_side)
+        if options.short_side is not None:
+            preprocess = preprocess.resized(options.short_side)
         return cls(
-            open_stages(
-                opened, backend, device=device, on_mismatch=on_mismatch, proposals=proposals
-            ),
+            open_stages(opened, backend, options),
             preprocess,
             class_names=tuple(c.name for c in opened.manifest.categories),
             category_ids=tuple(c.id for c in opened.manifest.categories),
             mask_threshold=opened.manifest.mask_threshold,
-            max_batch=max_batch,
+            max_batch=options.max_batch,
         )
 
     @overload

@@ -18,7 +18,7 @@ from comask.bundle import Bundle
 from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, ConfigError, EngineError
 from comask.runtime import Predictor
-from comask.runtime.backends import open_stages
+from comask.runtime.backends import LoadOptions, open_stages
 from comask.runtime.session import Stages
 
 PICTURES = [picture(96, 128, seed) for seed in range(3)]
@@ -34,7 +34,7 @@ def test_few_proposals_are_the_best_ones(micro_bundle: Path, backend: str) -> No
         for name in ("proposals", "proposal_scores"):
             features[name] = features[name][:, :FEW]
         expected = stages.stage2.run({**features, "image_sizes": sizes})
-    with open_stages(Bundle.open(micro_bundle), backend, proposals=FEW) as stages:
+    with open_stages(Bundle.open(micro_bundle), backend, LoadOptions(proposals=FEW)) as stages:
         seconds: dict[str, float] = {}
         found = stages.run(**feeds, seconds=seconds)  # type: ignore[arg-type]
     for name, array in expected.items():
@@ -126,9 +126,9 @@ def check_cut(folder: str) -> None:
     bundle = Bundle.open(Path(folder))
     sizes = np.full((3, 2), (96, 128), np.int32)
     feeds: dict[str, Any] = {"images": np.stack(PICTURES), "image_sizes": sizes}
-    with open_stages(bundle, "onnxruntime", proposals=FEW) as stages:
+    with open_stages(bundle, "onnxruntime", LoadOptions(proposals=FEW)) as stages:
         expected = stages.run(**feeds)
-    with open_stages(bundle, "tensorrt", proposals=FEW) as stages:
+    with open_stages(bundle, "tensorrt", LoadOptions(proposals=FEW)) as stages:
         for _ in range(2):
             seconds: dict[str, float] = {}
             found = stages.run(**feeds, seconds=seconds)
@@ -140,10 +140,10 @@ def check_cut(folder: str) -> None:
         whole = stages.stage1.run(feeds)
         assert whole["proposals"].shape[1] > FEW
         stages.stage2.run({**whole, "image_sizes": sizes})
-    with Predictor.load(folder, "onnxruntime", proposals=FEW) as predictor:
+    with Predictor.load(folder, "onnxruntime", LoadOptions(proposals=FEW)) as predictor:
         one, pair = predictor(PICTURES[0]), predictor(PICTURES[1:])
     with (
-        Predictor.load(folder, "tensorrt", proposals=FEW) as predictor,
+        Predictor.load(folder, "tensorrt", LoadOptions(proposals=FEW)) as predictor,
         predictor.stream() as session,
     ):
         for _ in range(4):  # the last ones as graphs

@@ -133,7 +133,9 @@ class RayRunner(Closing):
 
     def _placed(self, model: Model) -> Model:
         """On the GPU that Ray gives an actor, the only one that it sees."""
-        return replace(model, settings=model.settings | {"device": None if self._on_gpu else "cpu"})
+        return replace(
+            model, options=replace(model.options, device=None if self._on_gpu else "cpu")
+        )
 
 
 class _Actor:

@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comask.errors import BundleError, ComaskError, ImageError, one_line
 from comask.preprocess import decode_image
+from comask.runtime.backends import LoadOptions
 from comask.runtime.fleet.folder import Readers, file_system, is_url
 from comask.runtime.fleet.job import bundle_digest
 from comask.runtime.fleet.rows import Row, failed_row, found_row
@@ -35,13 +36,13 @@ class Model:
     Attributes:
         bundle: its folder, on each machine that works.
         backend: see `Predictor.load`.
-        settings: its other arguments.
+        options: where and how it runs.
         digest: see `bundle_digest`; None where any bundle will do.
     """
 
     bundle: str
     backend: str
-    settings: dict[str, Any]
+    options: LoadOptions
     digest: str | None = None
 
     def load(self) -> Predictor:
@@ -57,7 +58,7 @@ class Model:
                 f"{self.bundle}: on {platform.node()} is another bundle than the job's: "
                 f"copy it to the same place on each machine"
             )
-        return Predictor.load(self.bundle, self.backend, **self.settings)
+        return Predictor.open(self.bundle, self.backend, self.options)
 
 
 class Worker:
