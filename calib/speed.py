@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from comask.bundle import Bundle
 from comask.errors import PrecisionError
-from comask.runtime.bench.parts import take_turns
+from comask.runtime.bench.timing import take_turns
 from comask.runtime.predictor import Predictor
 from comask.runtime.trt.engine_folder import EngineFolder
 from comask.runtime.trt.session import open_engines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comask.cli.bench_tables import HEADS, machine_line
 from comask.errors import ComaskError, one_line
 from comask.files import write_whole
-from comask.runtime.bench.growth import LIMITS, MIB, PARTS
+from comask.runtime.bench.vitals import LIMITS, MIB, PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -108,7 +108,7 @@ def _warn_if_short(interval: float, total: float) -> None:
         interval: seconds between two samples.
         total: seconds of the run.
     """
-    from comask.runtime.bench.growth import LEAST, PARTS, WARM_UP
+    from comask.runtime.bench.vitals import LEAST, PARTS, WARM_UP
 
     samples = total * (1 - WARM_UP) / interval
     if samples < LEAST * PARTS:
@@ -121,7 +121,7 @@ def _warn_if_short(interval: float, total: float) -> None:
 
 def _longer(minutes: float, samples: float) -> str:
     """The option for a run that can be judged, where so many minutes give too few samples."""
-    from comask.runtime.bench.growth import LEAST, PARTS
+    from comask.runtime.bench.vitals import LEAST, PARTS
 
     return f"--soak {1.2 * minutes * LEAST * PARTS / samples:.2g} or more"
 
@@ -161,7 +161,7 @@ def _judged(soaked: Soaked) -> dict[str, Any]:
     """The report's part on what was run, and what grew."""
     import numpy as np
 
-    from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths, warmed_up
+    from comask.runtime.bench.vitals import LEAST, LIMITS, PARTS, WARM_UP, growths, warmed_up
 
     waited = soaked.series.get("waited", np.empty(0))
     judged = {name: series for name, series in soaked.series.items() if name in LIMITS}

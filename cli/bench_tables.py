@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
-from comask.runtime.bench.growth import MIB
+from comask.runtime.bench.vitals import MIB
 
 if TYPE_CHECKING:
     from rich.console import Console

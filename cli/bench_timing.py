@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.cli.bench_backends import runnable
 from comask.cli.options import find_files, write_json
-from comask.errors import ImageError, one_line
+from comask.errors import (
+    BackendUnavailableError,
+    BundleError,
+    EngineError,
+    ImageError,
+    KernelError,
+    one_line,
+)
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions
 
@@ -23,7 +29,46 @@ if TYPE_CHECKING:
     from comask.config import PreprocessConfig
     from comask.preprocess import Pixels
     from comask.runtime.bench.memory import PeakMemory
-    from comask.runtime.bench.parts import Measured
+    from comask.runtime.bench.timing import Measured
+
+
+def runnable(bundle: Bundle, named: tuple[str, ...], how: LoadOptions) -> list[str]:
+    """The backends that run here, each opened once to see.
+
+    Args:
+        bundle: to run.
+        named: on the command line; what of these does not run is an error. Empty: whatever the bundle
+            holds, PyTorch first; what of these does not run is reported.
+        how: to open them.
+
+    Raises:
+        ComaskError: one that was named does not run, or none does.
+    """
+    found = []
+    for name in dict.fromkeys(named or held_backends(bundle)):
+        try:
+            Predictor.open(bundle.folder, name, how).close()
+        except (BackendUnavailableError, BundleError, EngineError, KernelError) as error:
+            if named:
+                raise
+            click.echo(f"left out: {name}: {' '.join(str(error).split())}", err=True)
+        else:
+            found.append(name)
+    if not found:
+        raise BackendUnavailableError(
+            f"none of the backends that {bundle.folder} is for runs here; comask-doctor says what is "
+            f"missing"
+        )
+    return found
+
+
+def held_backends(bundle: Bundle) -> list[str]:
+    """Every backend and precision that the bundle has graphs or engines for, PyTorch first."""
+    from comask.runtime.trt.engine_folder import find_engines
+
+    engines = {f"{engine.info.flavor}:{engine.info.precision}" for engine in find_engines(bundle)}
+    graphs = [f"onnxruntime:{precision}" for precision in bundle.manifest.precisions]
+    return ["torch", *graphs, *sorted(engines)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +161,13 @@ def _measure(
     """The report's `canvases` and `backends`."""
     from comask.progress import Progress
     from comask.runtime.bench.memory import peak_memory
-    from comask.runtime.bench.parts import canvas_of, check_batch, full_batches, take_turns
-    from comask.runtime.bench.streamed import measure_stream
+    from comask.runtime.bench.timing import (
+        canvas_of,
+        check_batch,
+        full_batches,
+        measure_stream,
+        take_turns,
+    )
 
     batch = timing.how.max_batch
     options = dataclasses.asdict(timing.how)
@@ -172,7 +222,7 @@ def _summary(measured: Measured, reference: Measured) -> dict[str, Any]:
     """One backend's figures; the ratio is of the medians, above 1 where it is faster."""
     import numpy as np
 
-    from comask.runtime.bench.parts import SUM, percentiles
+    from comask.runtime.bench.timing import SUM, percentiles
 
     seconds = {part: np.array(values) for part, values in measured.seconds.items()}
     outside = 1 - (seconds["stage1"] + seconds["stage2"]) / seconds[SUM]
@@ -189,7 +239,7 @@ def _summary(measured: Measured, reference: Measured) -> dict[str, Any]:
 
 def _largest(images: list[Pixels], preprocess: PreprocessConfig) -> tuple[int, int]:
     """(h, w) of the image that takes the largest canvas."""
-    from comask.runtime.bench.parts import canvas_of
+    from comask.runtime.bench.timing import canvas_of
 
     def area(image: Pixels) -> int:
         height, width = canvas_of(image, preprocess)

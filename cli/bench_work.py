@@ -1,15 +1,14 @@
-"""A sweep under way: scores and times one setting after the other."""
+"""A sweep under way: settings scored and timed one after the other, and the choice among them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from comask.cli.bench_front import Scored, Setting
 from comask.errors import ComaskError, ConfigError, DataError, EngineError, one_line
 from comask.progress import Progress
 from comask.runtime import Predictor
@@ -20,6 +19,86 @@ if TYPE_CHECKING:
     from comask.data.source import InstanceSource
     from comask.evaluate import CocoMetrics
     from comask.preprocess import Pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One way to run a bundle.
+
+    Attributes:
+        backend: as `Predictor.load` takes it.
+        proposals: an image.
+        short_side: of resized images, in pixels.
+        batch: images that run together.
+    """
+
+    backend: str
+    proposals: int
+    short_side: int
+    batch: int
+
+    @property
+    def without_batch(self) -> str:
+        """All but the batch, which AP does not depend on."""
+        return f"{self.backend}, {self.proposals} proposals, {self.short_side} px"
+
+    def __str__(self) -> str:
+        return f"{self.without_batch}, batch {self.batch}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A setting and what it is worth.
+
+    Attributes:
+        setting: that was run.
+        box_ap: AP points, 100 × AP.
+        mask_ap: likewise.
+        loss: AP points that boxes or masks lose on the bundle's own setting, whichever lose more;
+            below 0 where both gain.
+        ms_per_batch: median milliseconds of a batch, from pixels to RLE.
+    """
+
+    setting: Setting
+    box_ap: float
+    mask_ap: float
+    loss: float
+    ms_per_batch: float
+
+    @property
+    def ms_per_image(self) -> float:
+        """The batch's share of one image."""
+        return self.ms_per_batch / self.setting.batch
+
+
+def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that no other one beats: as fast with less loss, or with as little loss faster.
+
+    Returns:
+        the fastest first; of several that are equal in both, all.
+    """
+    front: list[Scored] = []
+    for entry in sorted(scored, key=lambda s: (s.ms_per_image, s.loss)):
+        last = front[-1] if front else None
+        if last is None or entry.loss < last.loss or _values(entry) == _values(last):
+            front.append(entry)
+    return front
+
+
+def choose(scored: Sequence[Scored], max_loss: float) -> Scored:
+    """The fastest setting that loses at most `max_loss` points of box and of mask AP.
+
+    Raises:
+        ValueError: there is none; the bundle's own setting, which loses nothing, is always one.
+    """
+    return min(
+        (entry for entry in scored if entry.loss <= max_loss),
+        key=lambda s: (s.ms_per_image, s.loss),
+    )
+
+
+def _values(entry: Scored) -> tuple[float, float]:
+    return entry.ms_per_image, entry.loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,22 +244,22 @@ class Work:
         Other load comes and goes while a sweep takes its time. So each setting takes turns with the
         bundle's own, and its time is its share of the own one's first.
         """
-        from comask.runtime.bench import parts
+        from comask.runtime.bench import timing
 
-        single = parts.full_batches(self._pictures, reference.preprocess, 1)
+        single = timing.full_batches(self._pictures, reference.preprocess, 1)
         for batch in batches:
             timed = dataclasses.replace(setting, batch=batch)
             with self._open(timed) as predictor:
                 try:
-                    parts.check_batch(predictor, batch)
+                    timing.check_batch(predictor, batch)
                 except ComaskError as error:
                     self._skip(timed, error)
                     continue
-                groups = parts.full_batches(self._pictures, predictor.preprocess, batch)
+                groups = timing.full_batches(self._pictures, predictor.preprocess, batch)
                 with Progress(
                     f"{title}, timing batch {batch}", self.sweep.runs, unit="runs"
                 ) as done:
-                    found = parts.take_turns(
+                    found = timing.take_turns(
                         {"own": reference, "tried": predictor},
                         {"own": single, "tried": groups},
                         runs=self.sweep.runs,

@@ -22,8 +22,7 @@ from comask.progress import Progress
 from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
-    from comask.runtime.fleet.job import Job
-    from comask.runtime.fleet.rows import Format
+    from comask.runtime.fleet.job import Format, Job
     from comask.runtime.fleet.runners import Runner
 
 RUNNERS = ("ray", "local")

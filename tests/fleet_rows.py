@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.rows import Row
+from comask.runtime.fleet.job import Row
 
 
 def rows_in(folder: Folder) -> list[Row]:

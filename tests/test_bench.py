@@ -24,22 +24,23 @@ from comask.cli import bench_timing
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError
 from comask.runtime import Predictor
-from comask.runtime.bench import machine, memory, streamed
+from comask.runtime.bench import machine, memory, timing
 from comask.runtime.bench.machine import describe_machine
 from comask.runtime.bench.memory import PeakMemory, peak_memory
-from comask.runtime.bench.parts import (
+from comask.runtime.bench.timing import (
     MOST_WARM_UPS,
     PARTS,
     SUM,
     check_batch,
+    fill_slots,
     full_batches,
     is_steady,
+    measure_stream,
     percentiles,
     take_turns,
     timed,
     warm_up,
 )
-from comask.runtime.bench.streamed import fill_slots, measure_stream
 from comask.runtime.gpu import Gpu
 from comask.runtime.stream import SLOTS
 
@@ -112,7 +113,7 @@ def test_backends_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((predictor, images))
         return dict.fromkeys((*PARTS, SUM), 1.0), 3
 
-    monkeypatch.setattr("comask.runtime.bench.parts.timed", note)
+    monkeypatch.setattr("comask.runtime.bench.timing.timed", note)
     predictors: Any = {"a": "A", "b": "B"}
     batches: Any = {name: [[1, 2], [3, 4]] for name in "ab"}
     measured = take_turns(predictors, batches, runs=3, warm_ups=1)
@@ -268,7 +269,7 @@ def check_stream(folder: str) -> None:
             fill_slots(*arguments)
             replayed -= counts().graph_launches
 
-        with mock.patch.object(streamed, "fill_slots", warm_up):
+        with mock.patch.object(timing, "fill_slots", warm_up):
             found = measure_stream(predictor, batches, runs=3)
         replayed += counts().graph_launches
     for part in ("stage1", "stage2"):

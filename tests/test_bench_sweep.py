@@ -11,12 +11,11 @@ from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.cli.bench_front import Scored, Setting, choose, pareto_front
 from comask.cli.bench_plots import top_of_losses
-from comask.cli.bench_work import Work
+from comask.cli.bench_work import Scored, Setting, Work, choose, pareto_front
 from comask.errors import ComaskError
 from comask.runtime import Predictor
-from comask.runtime.bench import parts
+from comask.runtime.bench import timing
 
 OWN = Scored(
     setting=Setting(backend="torch", proposals=200, short_side=96, batch=1),
@@ -143,7 +142,7 @@ def test_settings_that_cannot_run_are_skipped(
         if batch > 1:
             raise ComaskError("too many together")
 
-    monkeypatch.setattr(parts, "check_batch", narrow)
+    monkeypatch.setattr(timing, "check_batch", narrow)
     grid = ("--grid", "proposals=20", "--grid", "short-side=96", "--json", tmp_path / "r.json")
     done = sweep(micro_bundle, data, *grid, "--grid", "batch=1,2")
     assert done.exit_code == 0, done.output

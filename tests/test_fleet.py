@@ -19,10 +19,11 @@ from PIL import Image
 from comask.data.shapes import ShapesSource
 from comask.errors import ComaskError, EngineError
 from comask.runtime import Predictor
-from comask.runtime.fleet import apart
+from comask.runtime.backends import LoadOptions
+from comask.runtime.fleet import runners
 from comask.runtime.fleet import worker as worker_module
 from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.rows import Row
+from comask.runtime.fleet.job import Row
 from comask.runtime.fleet.worker import Model, Worker
 
 fsspec = pytest.importorskip("fsspec", reason="jobs need comask[fleet]")
@@ -198,7 +199,7 @@ def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_i
         return predict(self, prepared)
 
     monkeypatch.setattr(Predictor, "predict_prepared", choosy)
-    worker = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
+    worker = Worker(Model(str(micro_bundle), "onnxruntime", LoadOptions()).load())
     names = [str(pictures / name) for name in ("0.png", "wide.png", "1.png")]
     first, wide, last = worker(names)
     assert (first["error"], last["error"]) == (None, None)
@@ -216,7 +217,7 @@ def test_a_storage_that_refuses_is_not_the_images_fault(
     names = [f"memory://refusing/{number}::a b.png" for number in range(4)]  # no chains of fsspec's
     for name in names:
         memory.pipe_file(name, (pictures / "0.png").read_bytes())
-    worker = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
+    worker = Worker(Model(str(micro_bundle), "onnxruntime", LoadOptions()).load())
     assert [row["error"] for row in worker(names)] == [None] * 4
     cat, refused = type(memory).cat_file, set(names)
 
@@ -255,13 +256,13 @@ worker.decode_image = deadly
 def test_images_that_kill_their_process_are_reported_and_the_others_run(
     micro_bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apart, "CHILD", DEADLY + apart.CHILD)
-    monkeypatch.setattr(apart, "ATTEMPTS", 1)
-    monkeypatch.setattr(apart, "LONGEST_IMAGE", 6)  # of a sound one on a busy machine
+    monkeypatch.setattr(runners, "CHILD", DEADLY + runners.CHILD)
+    monkeypatch.setattr(runners, "ATTEMPTS", 1)
+    monkeypatch.setattr(runners, "LONGEST_IMAGE", 6)  # of a sound one on a busy machine
     for i, fate in ((1, "deadly"), (3, "endless")):
         (pictures / f"{i}.png").rename(pictures / f"{i}.{fate}.png")
     names = sorted(str(path) for path in pictures.iterdir())[:4]
-    worker = apart.WorkerApart(Model(str(micro_bundle), "onnxruntime", {}))
+    worker = runners.WorkerApart(Model(str(micro_bundle), "onnxruntime", LoadOptions()))
     rows = worker(names)
     assert worker(names[:1]) == rows[:1]  # by yet another process
     child = worker._child
@@ -273,13 +274,13 @@ def test_images_that_kill_their_process_are_reported_and_the_others_run(
     assert [Path(row["file"]).name for row in died] == ["1.deadly.png", "3.endless.png"]
     assert ["SIGSEGV" in row["error"] for row in died] == [True, False]
     assert died[1]["error"].endswith("no answer within 6 s")
-    alone = Worker(Model(str(micro_bundle), "onnxruntime", {}).load())
+    alone = Worker(Model(str(micro_bundle), "onnxruntime", LoadOptions()).load())
     assert [row for row in rows if row not in died] == alone(
         [name for name in names if "deadly" not in name and "endless" not in name]
     )
 
 
 def test_a_bundle_that_cannot_be_loaded_is_nobodys_fault_among_the_images(tmp_path: Path) -> None:
-    worker = apart.WorkerApart(Model(str(tmp_path), "onnxruntime", {}))
+    worker = runners.WorkerApart(Model(str(tmp_path), "onnxruntime", LoadOptions()))
     with pytest.raises(ComaskError, match="no bundle here"):
         worker(["a.jpg"])

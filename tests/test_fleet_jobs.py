@@ -19,16 +19,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from comask.errors import ComaskError, FleetError, JobError
+from comask.runtime.backends import LoadOptions
 from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.job import Job, Terms
+from comask.runtime.fleet.job import FORMATS, Job, Row, Terms, encoded, failed_row
 from comask.runtime.fleet.listing import addresses, write_listing
-from comask.runtime.fleet.rows import FORMATS, Row, encoded, failed_row
 from comask.runtime.fleet.runners import Outcome, Shard, attempt, run_all
 from comask.runtime.fleet.worker import Model
 
 fsspec = pytest.importorskip("fsspec", reason="jobs need comask[fleet]")
 pytest.importorskip("pyarrow", reason="Parquet needs comask[fleet]")
-NO_MODEL = Model("", "torch", {})
+NO_MODEL = Model("", "torch", LoadOptions())
 
 
 def job_of(

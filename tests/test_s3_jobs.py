@@ -25,7 +25,7 @@ from PIL import Image
 
 from comask.data.shapes import ShapesSource
 from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.rows import Row
+from comask.runtime.fleet.job import Row
 
 pytestmark = pytest.mark.slow
 

@@ -107,7 +107,7 @@ def streamed(context: Context, flavor: str) -> Figure:
     import numpy as np
 
     from comask.runtime import Predictor
-    from comask.runtime.bench.streamed import CAPTURED, fill_slots
+    from comask.runtime.bench.timing import CAPTURED, fill_slots
     from comask.runtime.device import Graph
 
     bundle = build_engine(context, context.trained_bundle, flavor, "fp16", "python")

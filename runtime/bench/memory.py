@@ -66,7 +66,7 @@ def main() -> None:
     import numpy as np
 
     from comask.runtime import Predictor
-    from comask.runtime.bench.streamed import CAPTURED, fill_slots
+    from comask.runtime.bench.timing import CAPTURED, fill_slots
     from comask.runtime.stream import SLOTS
 
     task = json.loads(sys.argv[1])

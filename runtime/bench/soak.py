@@ -15,9 +15,10 @@ import numpy as np
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError, ImageError, one_line
 from comask.preprocess import Pixels, decode_image
-from comask.runtime.bench.growth import MIB, Series
 from comask.runtime.bench.memory import free_gpu_memory
 from comask.runtime.bench.vitals import (
+    MIB,
+    Series,
     clock_mhz,
     open_files,
     resident_bytes,

@@ -15,9 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from comask.errors import BackendUnavailableError, ComaskError, FleetError, one_line
-from comask.runtime.fleet.apart import WorkerApart
 from comask.runtime.fleet.job import Job
-from comask.runtime.fleet.runners import Outcome, Shard, attempt
+from comask.runtime.fleet.runners import Outcome, Shard, WorkerApart, attempt
 from comask.runtime.fleet.worker import Model
 from comask.runtime.session import Closing
 

@@ -18,8 +18,7 @@ from comask.errors import BundleError, ComaskError, ImageError, one_line
 from comask.preprocess import decode_image
 from comask.runtime.backends import LoadOptions
 from comask.runtime.fleet.folder import Readers, file_system, is_url
-from comask.runtime.fleet.job import bundle_digest
-from comask.runtime.fleet.rows import Row, failed_row, found_row
+from comask.runtime.fleet.job import Row, bundle_digest, failed_row, found_row
 from comask.runtime.images import ImageRunner
 
 if TYPE_CHECKING:
