@@ -144,7 +144,7 @@ def _altered_scales(bundle: Bundle) -> list[str]:
     from comask.errors import CalibrationError
 
     try:
-        from comask.calib.cache import altered_scales
+        from comask.calib.qdq import altered_scales
 
         return altered_scales(bundle)
     except (CalibrationError, ImportError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -80,3 +82,60 @@ def test_sizes_of_files_and_functions() -> None:
     for folder in SETUPTOOLS["package-dir"].values():
         for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 400, path
+
+
+# What each room may import besides itself; docs/architecture.md says why.
+MAY_IMPORT = {
+    "core": {"data", "kernels"},
+    "data": {"core"},
+    "kernels": {"core"},
+    "models": {"core", "kernels"},
+    "runtime": {"core", "data", "kernels", "models"},
+    "training": {"core", "data", "models", "runtime"},
+    "export": {"core", "kernels", "models", "runtime", "training"},
+    "calib": {"core", "data", "runtime"},
+    "cli": {"core", "data", "runtime", "training", "export", "calib"},
+}
+
+
+def imports() -> dict[str, set[str]]:
+    """The modules of comask that each one imports, wherever in it, and for types alone as well."""
+    files = {
+        ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        ): path
+        for package, folder in SETUPTOOLS["package-dir"].items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[module] = names & files.keys() - {module}
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "core"
+
+
+def test_rooms_import_downwards_alone() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in imports().items()
+        for other in others
+        if room(other) != room(module) and room(other) not in MAY_IMPORT[room(module)]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    try:
+        tuple(graphlib.TopologicalSorter(imports()).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
