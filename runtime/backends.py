@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from comask.bundle import PRECISIONS, Bundle
@@ -20,7 +21,15 @@ from comask.errors import (
 from comask.runtime.gpu import find_gpu
 from comask.runtime.session import Stages
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch")  # by falling speed
+# The module of each backend and the extra that installs it, by falling speed. Its function
+# `open_backend(bundle, name, precision, options)` gives `Stages`; a new backend is a module and a line.
+MODULES = {
+    "tensorrt": ("comask.runtime.trt.session", "gpu"),
+    "tensorrt-rtx": ("comask.runtime.trt.session", "gpu"),
+    "onnxruntime": ("comask.runtime.ort_session", "ort"),
+    "torch": ("comask.runtime.torch_session", "train"),
+}
+BACKENDS = tuple(MODULES)
 
 OnMismatch = Literal["error", "rebuild"]
 Device = int | Literal["cpu"] | None
@@ -112,27 +121,15 @@ def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None
 
 def _open(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
     """`precision` None: the fastest where there is a choice, else fp32."""
-    if name.startswith("tensorrt"):
-        from comask.runtime.trt.session import trt_stages
-
-        if options.device == "cpu":
-            raise BackendUnavailableError(
-                f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run there"
-            )
-        return trt_stages(
-            bundle, name, precision,
-            device=options.device or 0, on_mismatch=options.on_mismatch, proposals=options.proposals,
-        )  # fmt: skip
-    precision = precision or "fp32"
-    if name == "onnxruntime":
-        from comask.runtime.ort_session import ort_stages
-
-        stages = ort_stages(bundle, precision, options.device)
-    elif precision == "fp32":
-        stages = _torch_stages(bundle, options.device)
-    else:
-        raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
-    return replace(stages, proposals=options.proposals)
+    module, extra = MODULES[name]
+    try:
+        opener = importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"the {name} backend cannot be imported ({error}): pip install 'comask[{extra}]'"
+        ) from error
+    stages: Stages = opener.open_backend(bundle, name, precision, options)
+    return stages
 
 
 def _open_best(bundle: Bundle, options: LoadOptions) -> Stages:
@@ -155,23 +152,3 @@ def _open_best(bundle: Bundle, options: LoadOptions) -> Stages:
             f"there is no GPU {options.device} here; leave the device out"
         )
     raise BackendUnavailableError(f"no backend runs here; {'; '.join(reasons)}")
-
-
-def _torch_stages(bundle: Bundle, device: Device) -> Stages:
-    try:
-        import torch
-
-        from comask.runtime.torch_session import model_from_bundle, torch_stages
-    except (ImportError, OSError) as error:
-        raise BackendUnavailableError(
-            f"the torch backend cannot be imported ({error}): pip install 'comask[train]'"
-        ) from error
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device is None:
-        device = 0 if there else "cpu"
-    if device != "cpu" and device >= there:
-        raise BackendUnavailableError(
-            f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
-        )
-    place = device if device == "cpu" else f"cuda:{device}"
-    return torch_stages(model_from_bundle(bundle).to(place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import numpy as np
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError
+from comask.runtime.backends import LoadOptions
 from comask.runtime.session import Array, Stages, TensorSpec
 
 if TYPE_CHECKING:
@@ -125,6 +127,12 @@ def ort_stages(
     )
     place = "cpu" if stage2.provider == CPU_PROVIDER else f"cuda:{device or 0}"
     return Stages(f"onnxruntime:{precision}", stage1, stage2, device=place)
+
+
+def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
+    """See `comask.runtime.backends.MODULES`, and `ort_stages` for its errors."""
+    stages = ort_stages(bundle, precision or "fp32", options.device)
+    return dataclasses.replace(stages, proposals=options.proposals)
 
 
 def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from comask.bundle import WEIGHTS, Bundle
-from comask.errors import BundleError, ComaskError
+from comask.errors import BackendUnavailableError, BundleError, ComaskError
 from comask.models.comask import (
     STAGE1_INPUTS,
     STAGE1_OUTPUTS,
@@ -21,6 +22,7 @@ from comask.models.comask import (
     CoMask,
     load_weights,
 )
+from comask.runtime.backends import LoadOptions
 from comask.runtime.session import Array, Stages, TensorSpec
 
 
@@ -111,3 +113,25 @@ def model_from_bundle(bundle: Bundle) -> CoMask:
     except (SafetensorError, ComaskError) as error:
         raise BundleError(f"{path}: {error}") from error
     return model.eval()
+
+
+def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
+    """See `comask.runtime.backends.MODULES`; the weights are fp32 alone.
+
+    Raises:
+        BackendUnavailableError: PyTorch sees no such GPU.
+        BundleError: for another precision, or see `model_from_bundle`.
+    """
+    if precision not in (None, "fp32"):
+        raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = options.device
+    if device is None:
+        device = 0 if there else "cpu"
+    if device != "cpu" and device >= there:
+        raise BackendUnavailableError(
+            f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
+        )
+    place = device if device == "cpu" else f"cuda:{device}"
+    stages = torch_stages(model_from_bundle(bundle).to(place))
+    return dataclasses.replace(stages, proposals=options.proposals)

@@ -140,10 +140,10 @@ def check_cut(folder: str) -> None:
         whole = stages.stage1.run(feeds)
         assert whole["proposals"].shape[1] > FEW
         stages.stage2.run({**whole, "image_sizes": sizes})
-    with Predictor.load(folder, "onnxruntime", LoadOptions(proposals=FEW)) as predictor:
+    with Predictor.load(folder, "onnxruntime", proposals=FEW) as predictor:
         one, pair = predictor(PICTURES[0]), predictor(PICTURES[1:])
     with (
-        Predictor.load(folder, "tensorrt", LoadOptions(proposals=FEW)) as predictor,
+        Predictor.load(folder, "tensorrt", proposals=FEW) as predictor,
         predictor.stream() as session,
     ):
         for _ in range(4):  # the last ones as graphs

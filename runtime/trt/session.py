@@ -9,6 +9,7 @@ from typing import Literal
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
 from comask.kernels import driver
+from comask.runtime.backends import LoadOptions
 from comask.runtime.device import open_device
 from comask.runtime.gpu import Gpu, find_gpu_or_reason
 from comask.runtime.session import Array, Stages
@@ -84,6 +85,18 @@ class TrtStages(Stages):
     def close(self) -> None:
         """Waits for running calls, then frees everything."""
         self.pool.close()
+
+
+def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
+    """See `comask.runtime.backends.MODULES`, and `trt_stages` for its errors."""
+    if options.device == "cpu":
+        raise BackendUnavailableError(
+            f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run there"
+        )
+    return trt_stages(
+        bundle, name, precision, device=options.device or 0, on_mismatch=options.on_mismatch,
+        proposals=options.proposals,
+    )  # fmt: skip
 
 
 def trt_stages(
