@@ -212,17 +212,23 @@ class Predictor(Closing):
             mask_threshold=self.mask_threshold,
         )
 
-    def detections_by_stage(
-        self, outputs: Mapping[str, Array], batch: Sequence[Prepared]
-    ) -> dict[str, list[Detections]]:
-        """The same for each of `FOUND_AT`; all but `final` need graphs with diagnostics."""
-        return {
-            stage: self.detections(
-                {**outputs, **{name: outputs[other] for name, other in instead.items()}}, batch
-            )
-            for stage, instead in FOUND_AT.items()
-            if outputs.keys() >= set(instead.values())
-        }
+    def predict_stages(self, prepared: Sequence[Prepared]) -> list[dict[str, Detections]]:
+        """Detections of each of `FOUND_AT`, in the order of `prepared`.
+
+        All but `final` need graphs with diagnostics.
+        """
+        results: list[dict[str, Detections]] = [{} for _ in prepared]
+        for places, outputs in self.outputs(prepared):
+            batch = [prepared[i] for i in places]
+            for stage, instead in FOUND_AT.items():
+                if not outputs.keys() >= set(instead.values()):
+                    continue
+                changed = {name: outputs[other] for name, other in instead.items()}
+                for i, found in zip(
+                    places, self.detections({**outputs, **changed}, batch), strict=True
+                ):
+                    results[i][stage] = found
+        return results
 
     def map(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
         """Detections of many images in order, holding few of them in memory at a time."""

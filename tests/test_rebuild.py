@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from comask.runtime.trt.engine_folder import (
     ENGINES,
     EngineFolder,
     EngineInfo,
+    export_command,
     rebuild,
     rebuild_arguments,
 )
@@ -45,8 +49,18 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert parsed.pop("rebuild") is True
     assert (parsed["engine"], parsed["plugin"], parsed["workspace"]) == ("tensorrt", "aot", 512)
     assert parsed["compute_capability"] == (86, 89)
-    monkeypatch.setattr(rebuild_module, "RUN", "print('a'); raise SystemExit('error: no nvcc')")
+    failing = [sys.executable, "-c", "print('a'); raise SystemExit('error: no nvcc')"]
+    monkeypatch.setattr(rebuild_module, "export_command", lambda: failing)
     with pytest.raises(
         EngineError, match=r"cannot be built again: a; error: no nvcc|error: no nvcc; a"
     ):
         rebuild(EngineFolder(tmp_path / "bundle" / ENGINES / "name", info), 0)
+
+
+def test_the_installed_command_builds_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run([*export_command(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--rebuild" in done.stdout
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: [])
+    with pytest.raises(EngineError, match="which is not installed here"):
+        export_command()

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -261,7 +262,7 @@ def choices(folder: str) -> None:
     shutil.rmtree(other.folder.parent)
 
     other = write_engines(folder, gpu="another")
-    rebuild_module.RUN = REBUILDING
+    rebuild_module.export_command = lambda: [sys.executable, "-c", REBUILDING]
     with Predictor.load(folder, "tensorrt", on_mismatch="rebuild") as predictor:
         assert len(predictor(PICTURES[0])) > 0
     with pytest.raises(BackendUnavailableError, match="tensorrt-rtx"):

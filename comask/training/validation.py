@@ -129,11 +129,8 @@ class Validator:
         )
         for start in range(0, len(indices), CHUNK):
             images = list(self._prepared(predictor, indices[start : start + CHUNK]))
-            for places, outputs in predictor.outputs([image for _, image in images]):
-                batch = [images[i][1] for i in places]
-                found = predictor.detections_by_stage(outputs, batch)
-                for row, place in enumerate(places):
-                    yield images[place][0], {stage: d[row] for stage, d in found.items()}
+            found = predictor.predict_stages([image for _, image in images])
+            yield from zip((index for index, _ in images), found, strict=True)
 
     def _prepared(self, predictor: Predictor, indices: list[int]) -> Iterator[tuple[int, Prepared]]:
         for index in indices:

@@ -128,13 +128,11 @@ def image_results(
         labels: see `score_backend`.
     """
     results: dict[str, Results] = {"final": [[] for _ in prepared]}
-    for places, outputs in predictor.outputs(prepared):
-        batch = [prepared[i] for i in places]
-        for stage, detections in predictor.detections_by_stage(outputs, batch).items():
+    for place, stages in enumerate(predictor.predict_stages(prepared)):
+        for stage, found in stages.items():
+            known = dataclasses.replace(found, labels=labels[found.labels], class_names=None)
             rows = results.setdefault(stage, [[] for _ in prepared])
-            for i, found in zip(places, detections, strict=True):
-                known = dataclasses.replace(found, labels=labels[found.labels], class_names=None)
-                rows[i] = coco_results(source, indices[i], known)
+            rows[place] = coco_results(source, indices[place], known)
     return results
 
 

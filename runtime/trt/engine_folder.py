@@ -6,6 +6,7 @@ that is compared before a plan is deserialised, since TensorRT's own message nam
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import re
@@ -216,7 +217,6 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 LAST_WORDS = 3  # lines of a failed command's output that go into the message
-RUN = "from comask.cli.export import main; main()"
 
 
 def rebuild_arguments(
@@ -266,7 +266,7 @@ def rebuild(folder: EngineFolder, device: int) -> None:
     logger.warning("building again, which takes minutes: %s", rebuild_command(folder))
     arguments = rebuild_arguments(_bundle(folder), folder.info, folder.info.profile)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments],
+        [*export_command(), *arguments],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(device)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -278,6 +278,22 @@ def rebuild(folder: EngineFolder, device: int) -> None:
         raise EngineError(
             f"{folder.folder}: cannot be built again: {'; '.join(lines[-LAST_WORDS:])}"
         )
+
+
+def export_command() -> list[str]:
+    """The `comask-export` that is installed with this comask, run by this interpreter.
+
+    Raises:
+        EngineError: there is none, as where comask was only copied.
+    """
+    found = list(importlib.metadata.entry_points(group="console_scripts", name="comask-export"))
+    if not found:
+        raise EngineError(
+            "engines are built again by comask-export, which is not installed here: install comask "
+            "with pip"
+        )
+    name = found[0].attr
+    return [sys.executable, "-c", f"from {found[0].module} import {name}; {name}()"]
 
 
 def _visible(device: int) -> str:
