@@ -7,18 +7,25 @@ single layers, the dearest first, are sent back to int8 where the budget allows 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
+from comask.bundle import Bundle
 from comask.calib.predictions import Feeds, predictions, run_predictions, with_outputs
 from comask.calib.qdq import graph_layers, quantize_graph
 from comask.errors import PrecisionError
+from comask.runtime.bench.timing import take_turns
 from comask.runtime.ort_session import OrtSession
+from comask.runtime.predictor import Predictor
 from comask.runtime.session import Array
+from comask.runtime.trt.engine_folder import EngineFolder
+from comask.runtime.trt.session import open_engines
 
 Loss = Callable[[frozenset[str]], float]
 
@@ -161,3 +168,44 @@ def costs(model: onnx.ModelProto, image: Feeds) -> dict[str, float]:
         found[layer.name] += math.prod(weights) * positions
     session.close()
     return found
+
+
+RUNS = 50
+
+
+def measure_speed(
+    bundle: Bundle, engines: Mapping[str, EngineFolder], images: Sequence[NDArray[np.uint8]]
+) -> dict[str, float]:
+    """Median seconds an image in both graphs, by precision; the engines take turns.
+
+    Args:
+        bundle: of the engines.
+        engines: that run here, by precision.
+        images: u8 [h, w, 3], RGB.
+    """
+    alone = [[image] for image in images]
+    with contextlib.ExitStack() as stack:
+        predictors = {
+            precision: stack.enter_context(
+                Predictor(open_engines(folder, device=0), bundle.manifest.preprocess, max_batch=1)
+            )
+            for precision, folder in engines.items()
+        }
+        measured = take_turns(predictors, dict.fromkeys(predictors, alone), runs=RUNS)
+    return {
+        precision: float(np.median(np.add(found.seconds["stage1"], found.seconds["stage2"])))
+        for precision, found in measured.items()
+    }
+
+
+def require_faster(seconds: Mapping[str, float]) -> None:
+    """Refuses int8 that gains nothing.
+
+    Raises:
+        PrecisionError: when it takes as long as fp16.
+    """
+    if seconds["int8"] >= seconds["fp16"]:
+        raise PrecisionError(
+            f"int8 is not faster than fp16 on this GPU: {1e3 * seconds['int8']:.2f} ms an image against "
+            f"{1e3 * seconds['fp16']:.2f} ms; its engines are removed, use fp16"
+        )

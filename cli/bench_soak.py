@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.cli.interruption import Interruption
-from comask.cli.options import find_files, write_json
+from comask.cli.options import Interruption, find_files, write_json
 from comask.errors import ComaskError, ImageError, one_line
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS
-from comask.cli.engine_options import build_with_progress, check_flavor, check_usage, engine_options
+from comask.cli.engine_options import (
+    build_with_progress,
+    check_flavor,
+    check_usage,
+    engine_options,
+    serve_bundle,
+    serve_options,
+)
 from comask.cli.int8_options import (
     Int8Options,
     add_int8_graphs,
@@ -18,7 +25,6 @@ from comask.cli.int8_options import (
     print_int8,
 )
 from comask.cli.options import command, json_option, write_json
-from comask.cli.serve_options import serve_bundle, serve_options
 from comask.errors import ComaskError
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.cli.interruption import Interruption
-from comask.cli.options import write_json
+from comask.cli.options import Interruption, write_json
 from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
 from comask.runtime.backends import LoadOptions

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.cli.interruption import Interruption
-from comask.cli.options import find_files
+from comask.cli.options import Interruption, find_files
 from comask.errors import ComaskError, EngineError, ImageError, VideoError, one_line
 from comask.progress import LINE_SECONDS, Progress
 

@@ -186,7 +186,7 @@ def judge_speed(
     import shutil
 
     from comask.bundle import Manifest, update_manifest
-    from comask.calib.speed import measure_speed, require_faster
+    from comask.calib.search import measure_speed, require_faster
     from comask.errors import PrecisionError
     from comask.export.verify import why_not_proved
     from comask.runtime.gpu import find_gpu

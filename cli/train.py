@@ -15,8 +15,7 @@ import click
 from click.core import ParameterSource
 
 from comask.bundle import BEST
-from comask.cli.interruption import Interruption
-from comask.cli.options import command
+from comask.cli.options import Interruption, command
 from comask.errors import ConfigError, TrainingError
 from comask.files import locked
 from comask.presets import PRESETS, preset

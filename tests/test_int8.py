@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.calib.int8 import add_int8
 from comask.calib.qdq import graph_layers
-from comask.calib.speed import require_faster
+from comask.calib.search import require_faster
 from comask.calib.validation import Scorer, Validation
 from comask.data.coco import coco_source
 from comask.data.shapes import ShapesSource

@@ -19,11 +19,10 @@ from comask.runtime.device import Device, Graph, Stream
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.frames import Format, Frame, borrow_frame
 from comask.runtime.lanes import Batch, Fetched, Lane
-from comask.runtime.trt.copied import CopiedMemory
 from comask.runtime.trt.engine import Shape
 from comask.runtime.trt.engine_folder import PLANS
 from comask.runtime.trt.lane_masks import LaneMasks
-from comask.runtime.trt.slot import Slot
+from comask.runtime.trt.slot import CopiedMemory, Slot
 from comask.runtime.trt.slot_pool import SlotPool
 
 STAGES = tuple(PLANS)

@@ -8,6 +8,7 @@ calls nothing is allocated and addresses stay, which captured CUDA graphs need.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from comask.errors import EngineError
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory
+from comask.runtime.dlpack import SharedArray
 from comask.runtime.session import PROPOSALS, Array
 from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
 
@@ -278,3 +280,37 @@ class Slot:
         for staged in self._staging.values():
             staged.free()
         self.buffers, self._staging, self._scratch = {}, {}, None
+
+
+class CopiedMemory:
+    """The owner of a copied output; all work on it is done.
+
+    Args:
+        device: of the memory.
+        memory: its own from here on.
+    """
+
+    def __init__(self, device: Device, memory: DeviceMemory) -> None:
+        self._device, self._memory = device, memory
+        weakref.finalize(self, _free, device, memory)
+
+    def shared(self, like: SharedArray) -> SharedArray:
+        """It as an array of the same shape and type as another."""
+        return SharedArray(self._memory.address, like.shape, like.dtype, like.device, self)
+
+    def share(self, stream: int | None) -> int | None:
+        """Nothing to wait for."""
+        return None
+
+    def copy(self, array: SharedArray) -> SharedArray:
+        """See `SharedArray.copy`."""
+        with self._device:
+            memory, stream = self._device.memory(self._memory.size), self._device.stream()
+            stream.copy_over(memory, self._memory.address)
+            stream.close()
+        return CopiedMemory(self._device, memory).shared(array)
+
+
+def _free(device: Device, memory: DeviceMemory) -> None:
+    with device:
+        memory.free()
