@@ -33,7 +33,7 @@ FROZEN = Path(__file__).parent / "api"
 # which docs/embedding.md says who else gives one.
 UNPROMISED = {
     "comask.data.shapes.ShapesSource": "examples/contact_sheet.py",
-    "comask.training.record.read_rows": "examples/reproduce_tables.py",
+    "comask.training.record.read_evaluations": "examples/reproduce_tables.py",
     "comask.runtime.device.open_device": "examples/pynvvideocodec_pipeline.py",
 }
 MEASURED_WITH = re.compile(

@@ -206,7 +206,7 @@ def test_interrupted_sweep_reports_what_it_has(
         (
             ("--sweep", "--data", "shapes", "--grid", "short-side=99999"),
             1,
-            "short_side: expected a canvas of at most",
+            "--short-side: expected a canvas of at most",
         ),
         (("--sweep", "--data", "nowhere"), 1, "nowhere"),
         (("--sweep", "--data", "{other}"), 1, "categories are not the bundle's"),

@@ -23,6 +23,7 @@ from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS, CocoMetrics, Truth
 from comask.masks import paste_masks
 from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 from comask.runtime.parity.evaluation import Evaluation, busiest
 from comask.runtime.parity.judge import ap_tolerance, compare_ap
 from comask.runtime.parity.scores import Scores, image_results
@@ -367,13 +368,13 @@ def test_an_engine_that_cannot_run_is_skipped_unless_asked_for(
 def test_each_backend_is_opened_once(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, load = [], Predictor.load.__func__  # type: ignore[attr-defined]
+    opened, open_ = [], Predictor.open.__func__  # type: ignore[attr-defined]
 
-    def counting(cls: type[Predictor], bundle: Path, backend: str, **how: Any) -> Predictor:
+    def counting(cls: type[Predictor], bundle: Path, backend: str, how: LoadOptions) -> Predictor:
         opened.append(backend)
-        return load(cls, bundle, backend, **how)
+        return open_(cls, bundle, backend, how)
 
-    monkeypatch.setattr(Predictor, "load", classmethod(counting))
+    monkeypatch.setattr(Predictor, "open", classmethod(counting))
     evaluate(micro_bundle, tmp_path, "--no-record")
     assert opened == ["torch", "onnxruntime"]
 
