@@ -22,6 +22,11 @@ _CHUNK = 1 << 16  # values at once, so that what is computed from them stays in 
 Counts = NDArray[np.int64]
 
 
+LARGEST_CODE = 127
+CANDIDATES = 128  # of thresholds, evenly from the largest value's 128th to itself
+LEVELS = 256  # of int8; ONNX Runtime's default of 128 would find the range for 7 bits
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
     """How often magnitudes fell into bins.
@@ -111,11 +116,6 @@ class Histogram:
             raise ValueError(f"the largest value, {largest}, is not in the last bin that has any")
         counts = np.pad(np.array(found, np.int64), (0, BINS - len(found)))
         return cls(counts, exponent - 1, largest)
-
-
-LARGEST_CODE = 127
-CANDIDATES = 128  # of thresholds, evenly from the largest value's 128th to itself
-LEVELS = 256  # of int8; ONNX Runtime's default of 128 would find the range for 7 bits
 
 
 def percentile_threshold(histogram: Histogram, percentile: float) -> float:

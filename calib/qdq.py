@@ -24,6 +24,11 @@ from comask.runtime.parity.layer_runs import layer_of
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
 
 
+LARGEST = 127  # of int8, without the -128 that has no counterpart
+
+LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A convolution or fully connected layer.
@@ -108,9 +113,6 @@ def readings(model: onnx.ModelProto) -> list[Reading]:
 def activations(model: onnx.ModelProto) -> dict[str, str]:
     """The tensors that a graph's readings are of, by the names that all graphs share."""
     return {reading.name: reading.tensor for reading in readings(model)}
-
-
-LARGEST = 127  # of int8, without the -128 that has no counterpart
 
 
 def quantize_graph(
@@ -232,9 +234,6 @@ def _copy(message: NodeProto | TensorProto) -> NodeProto | TensorProto:
     copy = type(message)()
     copy.CopyFrom(message)
     return copy
-
-
-LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11
 
 
 def altered_scales(bundle: Bundle) -> list[str]:

@@ -33,6 +33,9 @@ Array = NDArray[Any]
 WANTED_AT_ONCE = 8  # wanted tensors a piece: fewer save little memory and cost sessions
 
 
+POOLING, ROIS = "PyramidRoiAlign", 4  # the operator, and the place of its RoIs [B, R, 4]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive nodes.
@@ -130,9 +133,6 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-
-
-POOLING, ROIS = "PyramidRoiAlign", 4  # the operator, and the place of its RoIs [B, R, 4]
 
 
 def collect_ranges(

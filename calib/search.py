@@ -30,6 +30,9 @@ from comask.runtime.trt.session import open_engines
 Loss = Callable[[frozenset[str]], float]
 
 
+RUNS = 50
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One evaluation.
@@ -168,9 +171,6 @@ def costs(model: onnx.ModelProto, image: Feeds) -> dict[str, float]:
         found[layer.name] += math.prod(weights) * positions
     session.close()
     return found
-
-
-RUNS = 50
 
 
 def measure_speed(

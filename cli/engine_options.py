@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 FLAVORS = ("tensorrt", "tensorrt-rtx", "none")
 
 
+ENGINE_PARAMETERS = (
+    "engine", "plugin", "profile", "workspace", "optimization_level", "hardware_compatibility",
+    "version_compatible", "compute_capability", "rebuild",
+)  # fmt: skip
+
+SERVERS = ("triton",)
+SERVE_PARAMETERS = ("serve", "backend", "engines", "model_name", "max_batch")
+SHARED_PARAMETERS = ("source", "output", "json_file", "verbose")  # with or without --serve
+
+
 def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     """`--engine` and what only it uses; all arrive in one dictionary, `engine`."""
     options = [
@@ -55,12 +65,6 @@ def engine_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         function = option(function)
     return function
-
-
-ENGINE_PARAMETERS = (
-    "engine", "plugin", "profile", "workspace", "optimization_level", "hardware_compatibility",
-    "version_compatible", "compute_capability", "rebuild",
-)  # fmt: skip
 
 
 def check_usage(values: dict[str, Any]) -> None:
@@ -164,11 +168,6 @@ def build_with_progress(
                 )
             )
     return folders
-
-
-SERVERS = ("triton",)
-SERVE_PARAMETERS = ("serve", "backend", "engines", "model_name", "max_batch")
-SHARED_PARAMETERS = ("source", "output", "json_file", "verbose")  # with or without --serve
 
 
 def serve_options(function: Callable[..., None]) -> Callable[..., None]:

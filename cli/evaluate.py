@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 
 
+WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
+
+
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
@@ -217,9 +220,6 @@ def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
         update_manifest(folder, change)
     except (OSError, BundleError) as error:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)
-
-
-WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
 
 
 def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:

@@ -30,6 +30,23 @@ _UPRIGHT = {"Regular", "Book", "Roman", "Normal", "Medium", "Text"}
 _SECONDS = 10.0  # that fontconfig may take, which builds its cache at first
 
 
+logger = logging.getLogger(__name__)
+_names_without_font: list[str] = []  # for which a warning was given
+
+__all__ = ["class_color", "draw_overlay"]
+
+Color = tuple[int, int, int]
+
+_TAG_CHARACTERS = "#0123456789. Ag|class"  # what stands in tags besides names
+_FILL_OPACITY = 0.25  # objects keep their colours
+_SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
+_LARGEST_COVER = 0.3  # no tag hides more of any box
+# Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
+# four tones make most of those that come close differ in brightness.
+_UNTRACKED = (160, 160, 160)
+_TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
+
+
 @functools.lru_cache(maxsize=4096)
 def font_for(text: str, size: int) -> Font | None:
     """A font that has every character of `text`; None where the machine has none.
@@ -92,23 +109,6 @@ def _ranked(listed: str) -> Iterator[tuple[int, str, int]]:
             continue
         serif = "Serif" in file or "Sans" not in file
         yield 4 * (style not in _UPRIGHT) + 2 * ("Mono" in file) + serif, file, int(index)
-
-
-logger = logging.getLogger(__name__)
-_names_without_font: list[str] = []  # for which a warning was given
-
-__all__ = ["class_color", "draw_overlay"]
-
-Color = tuple[int, int, int]
-
-_TAG_CHARACTERS = "#0123456789. Ag|class"  # what stands in tags besides names
-_FILL_OPACITY = 0.25  # objects keep their colours
-_SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
-_LARGEST_COVER = 0.3  # no tag hides more of any box
-# Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
-# four tones make most of those that come close differ in brightness.
-_UNTRACKED = (160, 160, 160)
-_TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
 
 
 def class_color(label: int) -> Color:

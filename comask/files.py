@@ -21,6 +21,16 @@ _FOLDER_FAULTS = {
 }  # fmt: skip
 
 
+# What file systems without locks answer: Lustre without `-o flock`, NFS without a lock manager, NFS for
+# a folder (it wants a descriptor that is open for writing), and some of FUSE's.
+_WITHOUT_LOCKS = {
+    errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL,
+}  # fmt: skip
+_POLL_SECONDS = 0.2
+
+logger = logging.getLogger(__name__)
+
+
 def is_folder_fault(error: BaseException) -> bool:
     """Whether an error in writing a file would meet every other file of its folder as well."""
     return getattr(error, "errno", None) in _FOLDER_FAULTS
@@ -68,16 +78,6 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Makes `content` the content of `path`; see `whole_file`."""
     with whole_file(path, durable=durable) as file:
         file.write(content)
-
-
-# What file systems without locks answer: Lustre without `-o flock`, NFS without a lock manager, NFS for
-# a folder (it wants a descriptor that is open for writing), and some of FUSE's.
-_WITHOUT_LOCKS = {
-    errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL,
-}  # fmt: skip
-_POLL_SECONDS = 0.2
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,10 @@ Integers = NDArray[np.signedinteger[Any]]
 LONGEST_NUMBER = 12  # characters; 60 bits, of which no image needs as many
 
 
+# A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
+_LARGEST_COORDINATE = 1e6
+
+
 def rles_from_edges(
     edge_counts: Integers, edges: Integers, image_size: tuple[int, int]
 ) -> list[dict[str, Any]]:
@@ -173,10 +177,6 @@ class RunLengthMask:
         starts, ends = edges[0:last:2], edges[1:last:2]
         there = starts < ends
         return starts[there], ends[there]
-
-
-# A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
-_LARGEST_COORDINATE = 1e6
 
 
 def read_segmentation(segmentation: object, height: int, width: int) -> RunLengthMask:

@@ -17,6 +17,12 @@ HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")
 
 
+Range = tuple[int, int, int]  # least, best, largest
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+CANVAS_STEP = 32  # canvases are multiples of this
+LARGEST_BATCH = 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Options of the builder; None leaves TensorRT's default.
@@ -70,12 +76,6 @@ def check_options(flavor: Flavor, plugin: str, options: BuildOptions, gpu: Gpu |
                 "--version-compatible: tensorrt-rtx has no lean runtime to go with such plans; leave "
                 "the option out"
             )
-
-
-Range = tuple[int, int, int]  # least, best, largest
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-CANVAS_STEP = 32  # canvases are multiples of this
-LARGEST_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

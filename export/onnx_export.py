@@ -28,6 +28,9 @@ from comask.models.comask import (
 from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
 
+# The traced example: three different sizes, so that no two dynamic dimensions look alike.
+BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
+
 
 class Stage1Graph(nn.Module):
     """`images, image_sizes` → `p2 … p5, proposals, proposal_scores`."""
@@ -66,10 +69,6 @@ class Stage2Graph(nn.Module):
             p2, p3, p4, p5, proposals, proposal_scores, image_sizes, diagnostics=self.diagnostics
         )
         return tuple(outputs[name] for name in self.output_names)
-
-
-# The traced example: three different sizes, so that no two dynamic dimensions look alike.
-BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
 
 
 def folded(model: CoMask) -> CoMask:

@@ -25,6 +25,23 @@ SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))
 Batch = Sequence[Prepared]
 
 
+# Values at the edge between two codes fall to either side in another arithmetic. Between the same int8
+# graph on an fp16 and on an fp32 base, that moved a trained network's maps by up to 6 % of their largest
+# value, scores by 0.014, mask pixels by 0.14, and exchanged 9 % of proposals. Twice that is allowed; a
+# wrong weight, plugin or layout is off by far more.
+INT8_TOLERANCE = Tolerance(
+    relative=0.12,
+    box=1.0,
+    box_side=0.05,
+    score=0.03,
+    mask=0.3,
+    tie=0.03,
+    contested=0.2,
+    contested_detections=0.2,
+    alike=(0.3, 0.5),
+)
+
+
 def verify(
     reference: Stages,
     other: Stages,
@@ -96,23 +113,6 @@ def verification_batches(
     )
     batches.append([first, mirrored])
     return batches
-
-
-# Values at the edge between two codes fall to either side in another arithmetic. Between the same int8
-# graph on an fp16 and on an fp32 base, that moved a trained network's maps by up to 6 % of their largest
-# value, scores by 0.014, mask pixels by 0.14, and exchanged 9 % of proposals. Twice that is allowed; a
-# wrong weight, plugin or layout is off by far more.
-INT8_TOLERANCE = Tolerance(
-    relative=0.12,
-    box=1.0,
-    box_side=0.05,
-    score=0.03,
-    mask=0.3,
-    tie=0.03,
-    contested=0.2,
-    contested_detections=0.2,
-    alike=(0.3, 0.5),
-)
 
 
 def why_not_proved(info: EngineInfo, gpu: Gpu | None) -> str:

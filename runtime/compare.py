@@ -13,6 +13,9 @@ import numpy as np
 
 from comask.runtime.session import Array, Stages
 
+SPAN_OF_TIES = 20
+PYRAMID = ("p2", "p3", "p4", "p5")
+
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
@@ -83,10 +86,6 @@ def _iou(boxes: Array, box: Array) -> Array:
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
     overlap: Array = intersection / np.maximum(areas - intersection, 1e-6)
     return overlap
-
-
-SPAN_OF_TIES = 20
-PYRAMID = ("p2", "p3", "p4", "p5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,18 @@ _LEAST_IOU = 0.6
 _SAME = 0.8  # IoU from which a changed reading of the box explains it
 
 
+Reading = Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]
+
+Annotation = dict[str, Any]
+Annotations = list[Annotation]
+
+_MAX_OVERSHOOT = 1.0  # pixels outside the image; annotators' tools round
+# f32 tells coordinates apart by 1/128 px at 65536; a box that it makes empty has no logarithm.
+_MIN_SIDE = 0.01
+_NUMBERS = {int, float}
+_LARGEST = 1e9  # anything beyond is no coordinate; such integers may not even fit a float
+
+
 def fits(box: Sequence[float], bounds: Bounds) -> bool:
     """Whether a box is close to the bounds of its mask, by pixels or by overlap."""
     x, y, w, h = box
@@ -65,9 +77,6 @@ def iou(a: Bounds, b: Bounds) -> float:
     return shared / (sum(areas) - shared)
 
 
-Reading = Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]
-
-
 def _centre(a: float, b: float, c: float, d: float) -> tuple[float, float, float, float]:
     return a - c / 2, b - d / 2, a + c / 2, b + d / 2
 
@@ -89,16 +98,6 @@ _READINGS: dict[str, Reading] = {
         a * w / 100, b * h / 100, (a + c) * w / 100, (b + d) * h / 100
     ),
 }  # fmt: skip
-
-
-Annotation = dict[str, Any]
-Annotations = list[Annotation]
-
-_MAX_OVERSHOOT = 1.0  # pixels outside the image; annotators' tools round
-# f32 tells coordinates apart by 1/128 px at 65536; a box that it makes empty has no logarithm.
-_MIN_SIDE = 0.01
-_NUMBERS = {int, float}
-_LARGEST = 1e9  # anything beyond is no coordinate; such integers may not even fit a float
 
 
 def changed_annotations(

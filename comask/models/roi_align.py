@@ -23,6 +23,9 @@ CANONICAL_LEVEL = 4
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
 
 
+DENSE_AREA = 64 * 64  # largest map, in feature pixels, that it is for
+
+
 def roi_levels(rois: Tensor, canonical_size: float) -> Tensor:
     """The place (0 = P2 … 3 = P5) of each RoI's level.
 
@@ -249,9 +252,6 @@ def _pool_by_level(
             )
         pooled[chosen] = part.to(pooled.dtype)  # autocast gives dense_roi_align's products its own
     return pooled
-
-
-DENSE_AREA = 64 * 64  # largest map, in feature pixels, that it is for
 
 
 def dense_roi_align(

@@ -15,6 +15,12 @@ from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
 
+STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
+# A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
+# -18), so no proposal may come near.
+MIN_SCORE = 1e-6
+MIN_SIDE = 1e-3  # pixels; a clipped proposal thinner than this is none
+
 
 def base_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
     """[A, 4] boxes of area size² around the origin, one a height:width ratio, rounded to pixels."""
@@ -41,13 +47,6 @@ def level_anchors(base: Tensor, height: int, width: int, stride: int) -> Tensor:
     grid_x = x[None, :].expand(height, width)
     shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)  # [height, width, 4]
     return (shifts[:, :, None] + base).reshape(-1, 4)
-
-
-STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
-# A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
-# -18), so no proposal may come near.
-MIN_SCORE = 1e-6
-MIN_SIDE = 1e-3  # pixels; a clipped proposal thinner than this is none
 
 
 class LevelOutput(NamedTuple):

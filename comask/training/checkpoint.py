@@ -20,6 +20,12 @@ from comask.errors import CheckpointError, ComaskError
 from comask.files import whole_file
 from comask.models.comask import CoMask, load_weights
 
+FORMAT = 2
+STORED: dict[str, Any] = {  # as they are
+    "model": dict, "ema": dict | None, "optimizer": dict, "scaler": dict, "step": int,
+    "best_ap": int | float, "stale": int, "data": str,
+}  # fmt: skip
+
 
 def read_torch_file(path: Path) -> object:
     """What `torch.save` wrote, on the CPU.
@@ -57,13 +63,6 @@ def why_unreadable(error: Exception) -> str:
     # where torch's own words advise to load the file unsafely, the error's name must do
     detail = type(error).__name__ if not text or "weights_only" in text else text.splitlines()[0]
     return f"neither PyTorch's format nor safetensors, or cut short: {detail}"
-
-
-FORMAT = 2
-STORED: dict[str, Any] = {  # as they are
-    "model": dict, "ema": dict | None, "optimizer": dict, "scaler": dict, "step": int,
-    "best_ap": int | float, "stale": int, "data": str,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _BEFORE, _PLAIN, _GAIN = "#888888", "#9ecae1", "#1f77b4"
 
 
+_GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
+_PAPER, _INK = (250, 250, 250), (32, 32, 32)
+_ONE_COLUMN = 3  # more images than these stand in two columns
+
+
 def draw_curves(folder: Path) -> list[Path]:
     """Draws what the tables of a run hold; a table without rows gives no picture.
 
@@ -159,11 +164,6 @@ def _smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
-
-
-_GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
-_PAPER, _INK = (250, 250, 250), (32, 32, 32)
-_ONE_COLUMN = 3  # more images than these stand in two columns
 
 
 def picture_grid(

@@ -37,6 +37,8 @@ from comask.models.rpn import LevelOutput, proposals_from_levels
 from comask.training.distributed import mean_over_ranks
 from comask.training.targets import choose, jitter, mask_targets, match, sample, without_crowds
 
+Generators = list[torch.Generator]
+
 
 class Term(NamedTuple):
     """A loss before normalisation: a sum and how many items it is over, both scalars f32."""
@@ -64,9 +66,6 @@ def pool_by_image(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], siz
     rows = torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
     config = model.config
     return pool_rows(pyramid, rows, size, config.roi_sampling_ratio, config.roi_canonical_size)
-
-
-Generators = list[torch.Generator]
 
 
 class Objective(nn.Module):

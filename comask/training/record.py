@@ -30,6 +30,9 @@ NONE = (
 )
 
 
+SHOWN = ("AP", "AP50", "AP75")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One evaluation as `eval.csv` holds it.
@@ -217,9 +220,6 @@ def _board(folder: Path, keep_until: int) -> SummaryWriter:
         ) from error
     # The first step to be hidden; the last one kept is still shown, as in the tables.
     return SummaryWriter(str(folder), purge_step=keep_until + 1)
-
-
-SHOWN = ("AP", "AP50", "AP75")
 
 
 def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:

@@ -38,6 +38,10 @@ FIXED = {
 }  # fmt: skip
 
 
+MEMORY = Path("/dev/shm")  # a folder in memory
+_SPARE = 2  # times what is written there; batches pass through it, too
+
+
 def train_run(
     config: Config,
     data: str,
@@ -217,10 +221,6 @@ def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -
 
 def _nothing(line: str) -> None:
     """What other processes than the first say."""
-
-
-MEMORY = Path("/dev/shm")  # a folder in memory
-_SPARE = 2  # times what is written there; batches pass through it, too
 
 
 def open_shared(

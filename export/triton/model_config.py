@@ -26,6 +26,12 @@ CLIENT_INPUTS = (
 )
 
 
+# While one instance prepares images or finds the masks' edges, the other one's are in the network.
+CLIENT_INSTANCES = 2
+QUEUE_DELAY = 1000  # microseconds that a request waits at most for others to share a batch with
+NO_OPTIMIZATION = 2  # in Triton's counting of ONNX Runtime's levels
+
+
 def client_outputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
     """The outputs, padded to D rows with zeros and empty strings.
 
@@ -69,12 +75,6 @@ def graph_tensors(
 
     half = precision != "fp32"
     return specs("inputs"), specs("outputs")
-
-
-# While one instance prepares images or finds the masks' edges, the other one's are in the network.
-CLIENT_INSTANCES = 2
-QUEUE_DELAY = 1000  # microseconds that a request waits at most for others to share a batch with
-NO_OPTIMIZATION = 2  # in Triton's counting of ONNX Runtime's levels
 
 
 class Name(str):

@@ -37,6 +37,9 @@ MOST_WARM_UPS = 20
 STEADY = 0.95  # a run that takes less than this part of all before it shows that more may follow
 
 
+CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
+
+
 @dataclass
 class Measured:
     """What one backend took.
@@ -223,9 +226,6 @@ def percentiles(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, flo
     """`p50`, `p90` and `p99` in milliseconds, interpolated between the two nearest runs."""
     found = np.percentile(np.asarray(seconds), PERCENTILES) * 1000
     return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, found, strict=True)}
-
-
-CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
 
 
 def measure_stream(

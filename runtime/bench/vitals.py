@@ -24,6 +24,16 @@ _RESIDENT = re.compile(r"^VmRSS:\s*(\d+) kB$", re.MULTILINE)
 _CLOCK = re.compile(r"^cpu MHz\s*:\s*([\d.]+)$", re.MULTILINE)
 
 
+Series = NDArray[np.float64]
+
+WARM_UP = 0.2  # of the run: allocators, thread pools and caches take what they need, then keep it
+PARTS = 5  # of what follows; the first is compared with the last
+LEAST = 5  # samples a part, or nothing is judged
+MEDIAN, LOWER_QUARTILE = 0.5, 0.25
+
+MIB = 2**20
+
+
 def check_vitals() -> None:
     """Whether there is something to read.
 
@@ -62,14 +72,6 @@ def clock_mhz() -> float | None:
     return sum(map(float, clocks)) / len(clocks) if clocks else None
 
 
-Series = NDArray[np.float64]
-
-WARM_UP = 0.2  # of the run: allocators, thread pools and caches take what they need, then keep it
-PARTS = 5  # of what follows; the first is compared with the last
-LEAST = 5  # samples a part, or nothing is judged
-MEDIAN, LOWER_QUARTILE = 0.5, 0.25
-
-
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How far a series may grow.
@@ -104,7 +106,6 @@ LIMITS = {
     "stream_p50_ms": Limit("stream latency p50", "ms", 0.2, quantile=LOWER_QUARTILE),
     "stream_p99_ms": Limit("stream latency p99", "ms", 0.5, quantile=LOWER_QUARTILE),
 }
-MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)

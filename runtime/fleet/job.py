@@ -29,6 +29,11 @@ FORMATS = ("parquet", "jsonl")  # as `Format`
 Row = dict[str, Any]
 
 
+TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
+PARTS, DONE = "parts", "done"
+PLAIN = frozenset({"detections.json", "images.json"})  # what runs without --runner write
+
+
 def found_row(address: str, found: Detections) -> Row:
     """The row of an image that was run.
 
@@ -106,11 +111,6 @@ def _schema() -> Any:
             field("detections", list_(detection)),
         ]
     )
-
-
-TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
-PARTS, DONE = "parts", "done"
-PLAIN = frozenset({"detections.json", "images.json"})  # what runs without --runner write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,9 @@ LONGEST_IMAGE = 60  # likewise, on the average of a shard
 CHILD = "from comask.runtime.fleet.runners import serve; serve()"
 
 
+FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
+
+
 class _DiedError(Exception):
     """The process that ran images is gone."""
 
@@ -154,9 +157,6 @@ def _ending(code: int | None) -> str:
         name = signal.Signals(-code).name
         return f"{name}, {'out of memory?' if name == 'SIGKILL' else 'a fault in native code?'}"
     return f"exit code {code}"
-
-
-FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
 
 
 class Shard(NamedTuple):

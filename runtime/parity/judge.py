@@ -20,6 +20,11 @@ MAY_GAIN = ("fp16", "int8")
 LEAST_AGREEMENT = 0.8  # of a pipeline of the user's own, whose tensors nobody sees
 
 
+SAME_OBJECT = 0.5  # boxes of one class that overlap less are of different objects
+
+Entries = Sequence[Mapping[str, Any]]
+
+
 def ap_tolerance(manifest: Manifest, kind: str) -> float:
     """AP points that a contestant may lie off; of int8 the budget that its export was accepted with."""
     budget: float = manifest.verification.get(kind, {}).get("budget", AP_TOLERANCES[kind])
@@ -100,11 +105,6 @@ def compare_ap(
         "worst_classes": worst_classes,
         "failures": failures,
     }
-
-
-SAME_OBJECT = 0.5  # boxes of one class that overlap less are of different objects
-
-Entries = Sequence[Mapping[str, Any]]
 
 
 def pairs(a: Entries, b: Entries) -> list[tuple[int, int, float]]:

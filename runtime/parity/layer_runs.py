@@ -34,6 +34,10 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm")
 Key = tuple[str, int]  # a module's name, and which of its uses
 
 
+Side = Literal["input", "output"]
+SIDES: tuple[Side, ...] = ("input", "output")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
     """Tensors of one use of a layer, f32.
@@ -144,10 +148,6 @@ def _shortcuts(model: onnx.ModelProto) -> dict[str, str]:
         for convolved, added in (node.input, reversed(node.input))
         if convolved in outputs and added in rounded
     }
-
-
-Side = Literal["input", "output"]
-SIDES: tuple[Side, ...] = ("input", "output")
 
 
 class ForcedNetwork:

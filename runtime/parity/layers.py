@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 START = "preprocessing differs: the normalised image, which backbone.conv1 reads, "
 
 
+IMAGE: Key = ("backbone.conv1", 0)  # reads the normalised image
+
+# Relative to a tensor's largest value. BatchNorm is folded in another order; f16 rounds by 2^-11, and
+# int8's codes by half of 1/127 of a channel's largest value.
+LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "int8": 5e-3}
+
+
 def explain_input(
     image: Array,
     image_size: tuple[int, int],
@@ -103,9 +110,6 @@ def _normalisation(
 
 def _numbers(values: NDArray[np.float64]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
-
-
-IMAGE: Key = ("backbone.conv1", 0)  # reads the normalised image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +223,6 @@ def _cause(first: Difference, before: Sequence[Difference]) -> str:
         f"{first.relative:.2g}; every layer before it agrees, the last being {given}: an operation "
         f"between layers differs (normalisation, activation, addition, RoIAlign)"
     )
-
-
-# Relative to a tensor's largest value. BatchNorm is folded in another order; f16 rounds by 2^-11, and
-# int8's codes by half of 1/127 of a channel's largest value.
-LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "int8": 5e-3}
 
 
 def altered_weights(model: CoMask, bundle: Bundle, precision: str) -> list[str]:

@@ -24,6 +24,10 @@ from comask.segmentation import read_segmentation
 Results = list[list[dict[str, Any]]]  # COCO results of each image, with the data's ids
 
 
+LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
+FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What one backend found, and its worth.
@@ -139,10 +143,6 @@ def image_results(
 def flat(results: Results) -> list[dict[str, Any]]:
     """The results of all images in one list."""
     return [result for image in results for result in image]
-
-
-LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
-FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
 
 
 def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> Results:

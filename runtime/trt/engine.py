@@ -23,6 +23,20 @@ from comask.runtime.trt.engine_folder import EngineFolder, widening_command
 LIBRARY = "libtensorrt_rtx.so"
 
 
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+OLDEST = 10  # IPluginV3 and strong typing
+KEPT_LINES = 50  # of the log, for error messages
+NO_DRIVER = "CUDA driver version is insufficient"
+
+logger = logging.getLogger(__name__)
+
+PROFILE = 0  # engines are built with one
+JIT_CACHE = "{stage}.jit.cache"  # in the engine's folder
+
+Shape = tuple[int, ...]
+
+
 def wheel_library() -> Path | None:
     """The wheel's library where its unversioned name is missing; None where nothing is."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
@@ -59,17 +73,6 @@ def _loads(name: str) -> bool:
     except OSError:
         return False
     return True
-
-
-__all__ = ["load_flavor"]
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
-OLDEST = 10  # IPluginV3 and strong typing
-KEPT_LINES = 50  # of the log, for error messages
-NO_DRIVER = "CUDA driver version is insufficient"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,12 +154,6 @@ def _new_log(trt: Any, lines: deque[tuple[bool, str]]) -> Any:
             logger.debug("%s", text)  # what matters of it comes back in our exceptions
 
     return Log()
-
-
-PROFILE = 0  # engines are built with one
-JIT_CACHE = "{stage}.jit.cache"  # in the engine's folder
-
-Shape = tuple[int, ...]
 
 
 class Engine:

@@ -34,6 +34,10 @@ PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 logger = logging.getLogger(__name__)
 
 
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
+LAST_WORDS = 3  # lines of a failed command's output that go into the message
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What `engine.json` holds.
@@ -213,10 +217,6 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
     if wider is None and info.gpu != gpu.name:
         return f"{here}, it was tuned on {info.gpu}"
     return ""
-
-
-STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
-LAST_WORDS = 3  # lines of a failed command's output that go into the message
 
 
 def rebuild_arguments(

@@ -41,6 +41,15 @@ SCHEMES = {"rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "srt
 _CAMERA = re.compile(r"camera:(\d+)|(/dev/video\d+)")
 
 
+_TOLERANCE = math.sin(math.radians(1))  # FFmpeg also takes an angle within one degree for exact
+
+TIMEOUT_SECONDS = 10.0  # without data, after which a stream counts as lost
+MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
+# What FFmpeg also opens as video: images by the names of their files, and text as a terminal shows it.
+_STILL_FORMATS = re.compile(r"image2|.*_pipe|tty|gif|apng")
+_STILL_BRANDS = {"avif", "avis", "heic", "heix", "mif1", "msf1"}
+
+
 def is_address(text: str) -> bool:
     """Whether `text` names a camera or a stream rather than a file."""
     scheme, separator, _ = text.partition("://")
@@ -83,9 +92,6 @@ def file_name(address: str) -> str:
         return Path(address).name
     name = shown_name(address).partition("://")[2] or address
     return re.sub(r"[^\w.-]+", "_", name).strip("_.")
-
-
-_TOLERANCE = math.sin(math.radians(1))  # FFmpeg also takes an angle within one degree for exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +159,6 @@ def orientation_from_matrix(content: bytes) -> Orientation:
         f"multiples of 90 can be shown upright: rotate it by 'ffmpeg -i IN -c:v libx264 OUT', which "
         f"applies the matrix"
     )
-
-
-TIMEOUT_SECONDS = 10.0  # without data, after which a stream counts as lost
-MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
-# What FFmpeg also opens as video: images by the names of their files, and text as a terminal shows it.
-_STILL_FORMATS = re.compile(r"image2|.*_pipe|tty|gif|apng")
-_STILL_BRANDS = {"avif", "avis", "heic", "heix", "mif1", "msf1"}
 
 
 def import_av() -> ModuleType:

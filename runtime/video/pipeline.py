@@ -26,6 +26,10 @@ from comask.structures import Detections
 Item = TypeVar("Item")
 
 
+LIVE_FRAMES = 2  # of a live source that wait; more would only be older
+PAUSE = 0.005  # seconds between looks at a GPU's results while frames are awaited
+
+
 class Channel(Generic[Item]):
     """Hands items from one thread to another.
 
@@ -177,10 +181,6 @@ class Inference(Closing):
     def close(self) -> None:
         """Waits for what runs and frees the session."""
         self._session.close()
-
-
-LIVE_FRAMES = 2  # of a live source that wait; more would only be older
-PAUSE = 0.005  # seconds between looks at a GPU's results while frames are awaited
 
 
 class Sink(Protocol):

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
+# Audio that players expect in MP4; Matroska takes any other.
+MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
+# Numbers of H.273 that swscale has a matrix for, as swscale numbers them.
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
+_DEFAULT_MATRIX, _LIMITED_RANGE = 5, 1
+
+
 class JsonLines(Closing):
     """Writes each frame as a line, which is whole in the file before the next frame comes.
 
@@ -96,13 +103,6 @@ def frame_results(
         "height": height,
         "detections": results,
     }
-
-
-# Audio that players expect in MP4; Matroska takes any other.
-MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
-# Numbers of H.273 that swscale has a matrix for, as swscale numbers them.
-_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
-_DEFAULT_MATRIX, _LIMITED_RANGE = 5, 1
 
 
 class OverlayWriter(Closing):
