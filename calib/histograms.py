@@ -21,7 +21,6 @@ _CHUNK = 1 << 16  # values at once, so that what is computed from them stays in 
 
 Counts = NDArray[np.int64]
 
-
 LARGEST_CODE = 127
 CANDIDATES = 128  # of thresholds, evenly from the largest value's 128th to itself
 LEVELS = 256  # of int8; ONNX Runtime's default of 128 would find the range for 7 bits

@@ -23,7 +23,6 @@ from comask.runtime.parity.layer_runs import layer_of
 
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
 
-
 LARGEST = 127  # of int8, without the -128 that has no counterpart
 
 LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11

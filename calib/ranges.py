@@ -27,11 +27,9 @@ from comask.progress import Progress
 if TYPE_CHECKING:
     import onnxruntime
 
-
 Array = NDArray[Any]
 
 WANTED_AT_ONCE = 8  # wanted tensors a piece: fewer save little memory and cost sessions
-
 
 POOLING, ROIS = "PyramidRoiAlign", 4  # the operator, and the place of its RoIs [B, R, 4]
 

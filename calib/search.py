@@ -29,7 +29,6 @@ from comask.runtime.trt.session import open_engines
 
 Loss = Callable[[frozenset[str]], float]
 
-
 RUNS = 50
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from comask.bundle import Manifest
     from comask.cli.bench_work import Work
 
-
 SHAPES_IMAGES = 200  # of those that comask-eval scores, too
 PROPOSALS = (1.0, 1 / 2, 1 / 4, 1 / 8)  # of the bundle's
 SHORT_SIDES = (0.8, 0.6)  # of the bundle's, which comes first

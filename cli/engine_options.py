@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from comask.export.engine import EngineRequest
     from comask.runtime.trt.engine_folder import EngineFolder
 
-
 FLAVORS = ("tensorrt", "tensorrt-rtx", "none")
-
 
 ENGINE_PARAMETERS = (
     "engine", "plugin", "profile", "workspace", "optimization_level", "hardware_compatibility",

@@ -24,9 +24,7 @@ from comask.runtime.parity.scores import labels_in_data
 if TYPE_CHECKING:
     from comask.bundle import Bundle
 
-
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
-
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
 

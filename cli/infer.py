@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from comask.runtime.video import Where
     from comask.structures import Detections
 
-
 KINDS = ("overlay", "masks", "coco", "labels")
 
 

@@ -19,16 +19,13 @@ from comask.errors import one_line
 from comask.structures import Detections
 
 if TYPE_CHECKING:
-    from PIL import ImageFont
+    from PIL import ImageDraw, ImageFont
 
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-    from PIL import ImageDraw
-
 
 _NO_CHARACTER = "\U0010ffff"  # that no font has: it is drawn as the box for missing ones
 _UPRIGHT = {"Regular", "Book", "Roman", "Normal", "Medium", "Text"}
 _SECONDS = 10.0  # that fontconfig may take, which builds its cache at first
-
 
 logger = logging.getLogger(__name__)
 _names_without_font: list[str] = []  # for which a warning was given
@@ -41,9 +38,9 @@ _TAG_CHARACTERS = "#0123456789. Ag|class"  # what stands in tags besides names
 _FILL_OPACITY = 0.25  # objects keep their colours
 _SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
 _LARGEST_COVER = 0.3  # no tag hides more of any box
+_UNTRACKED = (160, 160, 160)
 # Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
 # four tones make most of those that come close differ in brightness.
-_UNTRACKED = (160, 160, 160)
 _TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
 
 

@@ -20,7 +20,6 @@ _FOLDER_FAULTS = {
     errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE,
 }  # fmt: skip
 
-
 # What file systems without locks answer: Lustre without `-o flock`, NFS without a lock manager, NFS for
 # a folder (it wants a descriptor that is open for writing), and some of FUSE's.
 _WITHOUT_LOCKS = {

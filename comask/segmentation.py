@@ -20,7 +20,6 @@ Integers = NDArray[np.signedinteger[Any]]
 
 LONGEST_NUMBER = 12  # characters; 60 bits, of which no image needs as many
 
-
 # A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
 _LARGEST_COORDINATE = 1e6
 

@@ -16,7 +16,6 @@ from comask.runtime.trt.engine_folder import STRIDES
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")
 
-
 Range = tuple[int, int, int]  # least, best, largest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 CANVAS_STEP = 32  # canvases are multiples of this

@@ -24,7 +24,6 @@ SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))
 
 Batch = Sequence[Prepared]
 
-
 # Values at the edge between two codes fall to either side in another arithmetic. Between the same int8
 # graph on an fp16 and on an fp32 base, that moved a trained network's maps by up to 6 % of their largest
 # value, scores by 0.014, mask pixels by 0.14, and exchanged 9 % of proposals. Twice that is allowed; a

@@ -22,7 +22,6 @@ _PIXELS = 10.0
 _LEAST_IOU = 0.6
 _SAME = 0.8  # IoU from which a changed reading of the box explains it
 
-
 Reading = Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]
 
 Annotation = dict[str, Any]

@@ -19,7 +19,6 @@ from comask.models.nms import sorted_nms, top_k
 
 POOL_SIZE = 7
 
-
 # A regressed delta times this is one of `comask.models.boxes.decode_boxes` (Fast R-CNN's scale).
 DELTA_SCALE = (0.1, 0.1, 0.2, 0.2)
 

@@ -22,7 +22,6 @@ CANONICAL_LEVEL = 4
 # A RoI leaves level k for k + 1 when its side reaches canonical_size × 2^(k + 1 - 4 - 1e-6).
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
 
-
 DENSE_AREA = 64 * 64  # largest map, in feature pixels, that it is for
 
 

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from comask.draw import Font
 
-
 _BEFORE, _PLAIN, _GAIN = "#888888", "#9ecae1", "#1f77b4"
-
 
 _GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
 _PAPER, _INK = (250, 250, 250), (32, 32, 32)

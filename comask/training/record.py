@@ -24,11 +24,9 @@ from comask.files import write_whole
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
 NONE = (
     "n/a"  # in `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it
 )
-
 
 SHOWN = ("AP", "AP50", "AP75")
 

@@ -37,7 +37,6 @@ FIXED = {
     "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
 }  # fmt: skip
 
-
 MEMORY = Path("/dev/shm")  # a folder in memory
 _SPARE = 2  # times what is written there; batches pass through it, too
 

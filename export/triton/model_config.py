@@ -25,7 +25,6 @@ CLIENT_INPUTS = (
     TensorSpec(PIXELS, np.dtype(np.uint8), ("height", "width", 3)),  # RGB
 )
 
-
 # While one instance prepares images or finds the masks' edges, the other one's are in the network.
 CLIENT_INSTANCES = 2
 QUEUE_DELAY = 1000  # microseconds that a request waits at most for others to share a batch with

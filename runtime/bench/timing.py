@@ -36,7 +36,6 @@ PERCENTILES = (50, 90, 99)
 MOST_WARM_UPS = 20
 STEADY = 0.95  # a run that takes less than this part of all before it shows that more may follow
 
-
 CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
 
 

@@ -23,7 +23,6 @@ CPU_FACTS = Path("/proc/cpuinfo")
 _RESIDENT = re.compile(r"^VmRSS:\s*(\d+) kB$", re.MULTILINE)
 _CLOCK = re.compile(r"^cpu MHz\s*:\s*([\d.]+)$", re.MULTILINE)
 
-
 Series = NDArray[np.float64]
 
 WARM_UP = 0.2  # of the run: allocators, thread pools and caches take what they need, then keep it

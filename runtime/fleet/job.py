@@ -23,11 +23,9 @@ from comask.runtime.fleet.listing import Listing
 if TYPE_CHECKING:
     from comask.structures import Detections
 
-
 Format = Literal["parquet", "jsonl"]
 FORMATS = ("parquet", "jsonl")  # as `Format`
 Row = dict[str, Any]
-
 
 TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
 PARTS, DONE = "parts", "done"

@@ -22,7 +22,6 @@ LONGEST_LOAD = 1800  # seconds; what takes longer hangs
 LONGEST_IMAGE = 60  # likewise, on the average of a shard
 CHILD = "from comask.runtime.fleet.runners import serve; serve()"
 
-
 FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
 
 

@@ -19,7 +19,6 @@ JUDGED = {"fp32": METRICS, "fp16": ("AP",), "int8": ("AP",), "results": ("AP",)}
 MAY_GAIN = ("fp16", "int8")
 LEAST_AGREEMENT = 0.8  # of a pipeline of the user's own, whose tensors nobody sees
 
-
 SAME_OBJECT = 0.5  # boxes of one class that overlap less are of different objects
 
 Entries = Sequence[Mapping[str, Any]]

@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
     from comask.models.comask import CoMask
 
-
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 Key = tuple[str, int]  # a module's name, and which of its uses
-
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")

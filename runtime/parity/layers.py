@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
     from comask.models.comask import CoMask
 
-
 START = "preprocessing differs: the normalised image, which backbone.conv1 reads, "
-
 
 IMAGE: Key = ("backbone.conv1", 0)  # reads the normalised image
 

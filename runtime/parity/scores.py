@@ -23,7 +23,6 @@ from comask.segmentation import read_segmentation
 
 Results = list[list[dict[str, Any]]]  # COCO results of each image, with the data's ids
 
-
 LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
 FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
 

@@ -22,7 +22,6 @@ from comask.runtime.trt.engine_folder import EngineFolder, widening_command
 
 LIBRARY = "libtensorrt_rtx.so"
 
-
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 OLDEST = 10  # IPluginV3 and strong typing

@@ -33,7 +33,6 @@ PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 
 logger = logging.getLogger(__name__)
 
-
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 LAST_WORDS = 3  # lines of a failed command's output that go into the message
 

@@ -35,11 +35,9 @@ if TYPE_CHECKING:
     from av.stream import Stream
     from av.video.stream import VideoStream
 
-
 SCHEMES = {"rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "udp", "rtp", "srt", "tcp"}
 
 _CAMERA = re.compile(r"camera:(\d+)|(/dev/video\d+)")
-
 
 _TOLERANCE = math.sin(math.radians(1))  # FFmpeg also takes an angle within one degree for exact
 

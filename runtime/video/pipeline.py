@@ -25,7 +25,6 @@ from comask.structures import Detections
 
 Item = TypeVar("Item")
 
-
 LIVE_FRAMES = 2  # of a live source that wait; more would only be older
 PAUSE = 0.005  # seconds between looks at a GPU's results while frames are awaited
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.video.stream import VideoStream
 
-
 # Audio that players expect in MP4; Matroska takes any other.
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
 # Numbers of H.273 that swscale has a matrix for, as swscale numbers them.
