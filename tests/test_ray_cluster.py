@@ -81,7 +81,11 @@ class Cluster:
     def workers(self) -> dict[int, set[int]]:
         """The processes that run images, of each node."""
         return {
-            node: {pid for pid in descendants(raylet) if b"fleet.apart" in command_line(pid)}
+            node: {
+                pid
+                for pid in descendants(raylet)
+                if b"fleet.runners import serve" in command_line(pid)
+            }
             for node, raylet in enumerate(self.raylets)
         }
 
@@ -213,7 +217,7 @@ def wait_for(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
 def assert_end(pids: set[int]) -> None:
     """Processes end soon."""
     deadline = time.monotonic() + 30
-    while left := [pid for pid in pids if b"fleet.apart" in command_line(pid)]:
+    while left := [pid for pid in pids if b"fleet.runners import serve" in command_line(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

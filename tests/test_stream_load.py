@@ -158,7 +158,7 @@ def resident() -> int:
 def ten_thousand_frames(folder: str) -> None:
     import standin_tensorrt
 
-    from comask.runtime.trt.slot_pool import SLOTS
+    from comask.runtime.trt.session import SLOTS
 
     standin_tensorrt.install()
     hollow_out(folder)

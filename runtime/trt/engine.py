@@ -22,6 +22,8 @@ from comask.runtime.trt.engine_folder import EngineFolder, widening_command
 
 LIBRARY = "libtensorrt_rtx.so"
 
+__all__ = ["load_flavor"]
+
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 OLDEST = 10  # IPluginV3 and strong typing
