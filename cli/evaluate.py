@@ -15,10 +15,11 @@ from comask.cli.options import check_folders, command, json_option, write_json
 from comask.cli.predictor_options import predictor_options
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
+from comask.evaluate import ap_text
 from comask.files import write_whole
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions
-from comask.runtime.parity.judge import change_text, points_text
+from comask.runtime.parity.judge import change_text
 from comask.runtime.parity.scores import labels_in_data
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def main(
     from comask.evaluate import Truth
     from comask.runtime.parity.contestants import default_backends, open_backends
     from comask.runtime.parity.evaluation import Evaluation
-    from comask.runtime.parity.scores import most_results
+    from comask.runtime.parity.scores import read_results
 
     check_folders(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
@@ -93,20 +94,19 @@ def main(
             data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED, boxes=boxes
         )
         indices = list(range(min(images or len(source), len(source))))
+        foreign = {results.name: read_results(results, source, indices)} if results else {}
+        most = max((len(rows) for found in foreign.values() for rows in found), default=0)
         evaluation = Evaluation(
             bundle=opened,
             truth=Truth(source, indices),
-            detections=max(
-                opened.manifest.model.detections,
-                most_results(results, source, indices) if results else 0,
-            ),
+            detections=max(opened.manifest.model.detections, most),
             labels=labels_in_data(opened.manifest, source),
             tolerance=tolerance,
             trace=trace,
             altered_scales=_altered_scales(opened) if "onnxruntime:int8" in predictors else [],
             draw=report_file is not None,
         )
-        report, pictures = evaluation.run(predictors, results)
+        report, pictures = evaluation.run(predictors, foreign)
     report = _head(opened, data, boxes, how, skipped) | report
     report["failures"] += _failures(opened, report)
     report["not_judged"] = _not_judged(report)
@@ -289,7 +289,7 @@ def _table(report: dict[str, Any], task: str, title: str, *, wide: bool) -> Any:
         cells = [values[task][metric] for metric in metrics]
         cells += [values["coco_ap"][task]] if capped else []
         cells += [values[stage][task]["AP"] if values[stage] else -1.0 for stage in stages.values()]
-        table.add_row(name, *map(points_text, cells))
+        table.add_row(name, *map(ap_text, cells))
         if name in report["comparisons"]:
             deltas = report["comparisons"][name]["deltas"][task]
             changes = [change_text(values[task][metric], deltas[metric]) for metric in metrics]

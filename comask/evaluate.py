@@ -117,11 +117,13 @@ class Truth:
             raise DataError("no images to evaluate on")
         self.indices = indices
         self.source = source
-        self._categories = source.categories
+        self._parts: dict[tuple[int, ...], Truth] = {}
 
     def of(self, indices: list[int]) -> Truth:
-        """That of some of the images; itself where those are all."""
-        return self if indices == self.indices else Truth(self.source, indices)
+        """That of some of the images, prepared once as well; itself where those are all."""
+        if indices == self.indices:
+            return self
+        return self._parts.setdefault(tuple(indices), Truth(self.source, indices))
 
     def score(
         self, results: list[dict[str, Any]], *, detections: int = COCO_DETECTIONS
@@ -147,7 +149,7 @@ class Truth:
             coco_ap[task] = _mean(at_coco)
             per_class[task] = {
                 category.name: float(np.mean(precision[:, :, k, 0, -1]))
-                for k, category in enumerate(self._categories)
+                for k, category in enumerate(self.source.categories)
                 if (precision[:, :, k, 0, -1] > -1).any()
             }
         return CocoMetrics(
@@ -187,13 +189,15 @@ class Truth:
                 )
         categories = [
             {"id": number, "name": category.name}
-            for number, category in enumerate(self._categories, start=1)
+            for number, category in enumerate(self.source.categories, start=1)
         ]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     @cached_property
     def _category_numbers(self) -> dict[int | str, int]:
-        return {category.id: number for number, category in enumerate(self._categories, start=1)}
+        return {
+            category.id: number for number, category in enumerate(self.source.categories, start=1)
+        }
 
     @cached_property
     def _image_numbers(self) -> dict[int | str, int]:
@@ -266,9 +270,14 @@ def _twelve(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict
     return {name: _mean(numbers[name]) for name in METRICS}
 
 
+def ap_text(points: float, form: str = ".2f") -> str:
+    """AP points (0..100) as text; `n/a` for NaN and below 0, where there are no such objects."""
+    return f"{points:{form}}" if points >= 0 else "n/a"
+
+
 def points_text(value: float, form: str = ".1f") -> str:
-    """A fraction in points (0..100) as text; `n/a` for -1, where there are no such objects."""
-    return f"{100 * value:{form}}" if value >= 0 else "n/a"
+    """A fraction (0..1) in points; see `ap_text`."""
+    return ap_text(100 * value, form)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -21,8 +21,9 @@ from comask.errors import (
     KernelError,
     KernelUnavailableError,
 )
+from comask.evaluate import ap_text
 from comask.runtime.gpu import find_gpu, find_gpu_or_reason
-from comask.runtime.parity.judge import has_failed, points_text
+from comask.runtime.parity.judge import has_failed
 from comask.runtime.trt.engine import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
 from comask.runtime.trt.engine_folder import (
     ENGINES,
@@ -322,7 +323,7 @@ def _parity(bundle: Bundle) -> list[Finding]:
             numbers = []
             for task, what in (("bbox", "box"), ("segm", "mask")):
                 ap = values[task]["AP"]
-                text = f"{what} AP {points_text(ap)}"
+                text = f"{what} AP {ap_text(ap)}"
                 if compared:
                     text += f" ({compared['deltas'][task]['AP']:+.2f})"
                 numbers.append(text)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from comask.data.coco import detections_from_coco
 from comask.data.source import InstanceSource
 from comask.draw import draw_tile, font_for
-from comask.evaluate import TASK_NAMES, TASKS
+from comask.evaluate import TASK_NAMES, TASKS, ap_text
 from comask.files import write_whole
 from comask.structures import Detections
 from comask.training.record import Evaluation, read_evaluations, read_rows
@@ -54,11 +54,6 @@ def draw_curves(folder: Path) -> list[Path]:
         figure.savefig(content, format="png", dpi=120)
         write_whole(folder / name, content.getvalue())
     return [folder / name for name in figures]
-
-
-def points_text(value: float, form: str = ".1f") -> str:
-    """AP points in a number format; "n/a" for NaN, where there are no such objects."""
-    return f"{value:{form}}" if math.isfinite(value) else "n/a"
 
 
 def _losses(rows: list[dict[str, str]]) -> Figure:
@@ -107,7 +102,7 @@ def _second_stage(evaluation: Evaluation) -> Figure:
         bars = second_stage(evaluation, task)
         names, values = list(bars), [bars[name] for name in bars]
         shown = axes.bar(names, np.nan_to_num(values), color=[_BEFORE, _PLAIN, _GAIN][-len(bars) :])
-        axes.bar_label(shown, [points_text(value, ".2f") for value in values], padding=2)
+        axes.bar_label(shown, [ap_text(value) for value in values], padding=2)
         axes.set(title=f"{what} AP", ylabel="AP points")
         axes.set_ylim(0, 1.15 * max([1.0, *(v for v in values if math.isfinite(v))]))
         axes.tick_params(axis="x", labelsize=8)

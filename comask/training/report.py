@@ -12,10 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 from comask.data.source import Category
-from comask.evaluate import METRICS, TASK_NAMES, TASKS
+from comask.evaluate import METRICS, TASK_NAMES, TASKS, ap_text
 from comask.files import write_whole
 from comask.page import facts, page, picture, table
-from comask.training.figures import points_text, second_stage
+from comask.training.figures import second_stage
 from comask.training.record import Evaluation, read_evaluations, read_rows
 
 # By model.collaboration: what there is to say where boxes are no weighted average
@@ -88,9 +88,7 @@ def _second_stage(folder: Path, last: Evaluation, config: dict[str, Any]) -> str
     rows, sentences = [], []
     for task, what in TASK_NAMES.items():
         points = second_stage(last, task)
-        rows += [
-            (f"{what} AP, {name}", points_text(value, ".2f")) for name, value in points.items()
-        ]
+        rows += [(f"{what} AP, {name}", ap_text(value)) for name, value in points.items()]
     boxes = second_stage(last, "bbox")
     gain = boxes["weighted average"] - boxes["plain average"]
     if config["model"]["collaboration"] != "weighted":
@@ -141,7 +139,7 @@ def _per_class(folder: Path, categories: tuple[Category, ...]) -> str:
     rows = read_rows(folder / "per_class.csv")
     if not rows:
         return ""
-    values = {(row["class"], row["task"]): points_text(100 * float(row["AP"])) for row in rows}
+    values = {(row["class"], row["task"]): ap_text(100 * float(row["AP"]), ".1f") for row in rows}
     tasks = ("segm", "bbox")
     listed = table(
         ("class", *(f"{TASK_NAMES[task]} AP" for task in tasks)),
@@ -174,4 +172,4 @@ def _image(path: Path) -> str:
 
 
 def _points(evaluation: Evaluation, task: str, metric: str = "AP") -> str:
-    return points_text(evaluation.points("final", task, metric))
+    return ap_text(evaluation.points("final", task, metric), ".1f")

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from comask.runtime.parity.judge import (
 )
 from comask.runtime.parity.layers import altered_weights, trace_graphs
 from comask.runtime.parity.pictures import SAME, WORST, side_by_side
-from comask.runtime.parity.scores import Results, Scores, flat, read_results, score_backend
+from comask.runtime.parity.scores import Results, Scores, flat, score_backend
 from comask.runtime.parity.stages import IMAGES, compare_backends
 from comask.runtime.predictor import Predictor
 
@@ -68,13 +67,13 @@ class Evaluation:
     draw: bool
 
     def run(
-        self, predictors: Mapping[str, Predictor], results: Path | None
+        self, predictors: Mapping[str, Predictor], foreign: Mapping[str, Results]
     ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
         """Scores all and compares them with the first.
 
         Args:
             predictors: by name.
-            results: COCO results of another pipeline, which takes part under its file's name.
+            foreign: COCO results of other pipelines by name, of each image of `truth`.
 
         Returns:
             the report, and by contestant captions and JPEGs of the images that differ most.
@@ -83,8 +82,15 @@ class Evaluation:
         base = self._score(first, reference)
         # the others are scored on what the first could decode
         scored = dataclasses.replace(self, truth=base.truth)
-        not_decoded = len(self.truth.indices) - len(base.truth.indices)
-        return scored._run(first, reference, base, others, results, not_decoded)
+        decoded = set(base.truth.indices)
+        foreign = {
+            name: [
+                rows for i, rows in zip(self.truth.indices, results, strict=True) if i in decoded
+            ]
+            for name, results in foreign.items()
+        }
+        not_decoded = len(self.truth.indices) - len(decoded)
+        return scored._run(first, reference, base, others, foreign, not_decoded)
 
     def _run(
         self,
@@ -92,10 +98,9 @@ class Evaluation:
         reference: Predictor,
         base: Scores,
         others: Sequence[tuple[str, Predictor]],
-        results: Path | None,
+        foreign: Mapping[str, Results],
         not_decoded: int,
     ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
-        theirs = read_results(results, self.truth.source, self.truth.indices) if results else None
         report: dict[str, Any] = {
             "reference": first,
             "images": base.final.images,
@@ -114,10 +119,10 @@ class Evaluation:
             if name.startswith("onnxruntime"):
                 self._check_graphs(name, base, found["failures"], report)
             self._add(name, scores, found, base, report, pictures)
-        if results is not None and theirs is not None:
-            scores = self._scored(theirs)
+        for name, results in foreign.items():
+            scores = self._scored(results)
             found = self._compare_foreign(scores, base, reference)
-            self._add(results.name, scores, found, base, report, pictures)
+            self._add(name, scores, found, base, report, pictures)
         return report, pictures
 
     def _add(

@@ -47,11 +47,6 @@ def points(metrics: CocoMetrics) -> dict[str, Any]:
     }
 
 
-def points_text(value: float) -> str:
-    """AP points with two digits; `n/a` for -1, where there are no such objects or no such results."""
-    return f"{value:.2f}" if value >= 0 else "n/a"
-
-
 def change_text(value: float, delta: float) -> str:
     """How far a contestant's `value` in points lies off; `n/a` where it is."""
     return f"{delta:+.3f}" if value >= 0 else "n/a"

@@ -7,11 +7,11 @@ from html import escape
 from typing import Any
 
 from comask.data.source import not_decoded_text
-from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS
+from comask.evaluate import COCO_DETECTIONS, METRICS, TASKS, ap_text
 from comask.page import facts, page, picture, table
 from comask.runtime.compare import PYRAMID, TOLERANCES
 from comask.runtime.parity.contestants import precision_of
-from comask.runtime.parity.judge import change_text, has_failed, points_text
+from comask.runtime.parity.judge import change_text, has_failed
 
 NAMES = {"bbox": "box", "segm": "mask"}
 
@@ -88,9 +88,9 @@ def _accuracy(report: Mapping[str, Any]) -> str:
         found = report["comparisons"].get(name)
         cells = []
         for task in TASKS:
-            cells.append(points_text(values[task]["AP"]))
+            cells.append(ap_text(values[task]["AP"]))
             if values["coco_ap"]:
-                cells[-1] += f" ({points_text(values['coco_ap'][task])})"
+                cells[-1] += f" ({ap_text(values['coco_ap'][task])})"
             change = found and change_text(values[task]["AP"], found["deltas"][task]["AP"])
             cells.append(change or "")
         judged = (f"{found['largest']:.3f}", f"{found['tolerance']:g}") if found else ("", "")
@@ -128,7 +128,7 @@ def _second_stage(report: Mapping[str, Any]) -> str:
         shown = [("first", "bbox"), ("plain", "bbox"), ("final", "bbox"), ("first", "segm"),
                  ("final", "segm")]  # fmt: skip
         cells = (stages[stage].get(task, {}).get("AP", -1.0) for stage, task in shown)
-        rows.append((name, *map(points_text, cells)))
+        rows.append((name, *map(ap_text, cells)))
     head = (
         "AP points",
         "box: proposal",
@@ -233,7 +233,7 @@ def _classes(report: Mapping[str, Any]) -> str:
         rows = []
         for label in classes:
             values = [report["backends"][n]["per_class"][task].get(label, -1.0) for n in names]
-            cells = [points_text(100 * values[0])]
+            cells = [ap_text(100 * values[0])]
             cells += [f"{100 * (v - values[0]):+.2f}" for v in values[1:]]
             rows.append((label, *cells))
         head = ("class", f"{names[0]}, AP", *(f"{name}, difference" for name in names[1:]))
@@ -246,7 +246,7 @@ def _twelve(report: Mapping[str, Any]) -> str:
     for task in TASKS:
         rows = []
         for name, values in report["backends"].items():
-            rows.append((name, *(points_text(values[task][metric]) for metric in METRICS)))
+            rows.append((name, *(ap_text(values[task][metric]) for metric in METRICS)))
             if found := report["comparisons"].get(name):
                 deltas = found["deltas"][task]
                 changes = (change_text(values[task][metric], deltas[metric]) for metric in METRICS)

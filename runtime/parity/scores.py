@@ -172,11 +172,6 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
     return [found[source.info(index).id] for index in indices]
 
 
-def most_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> int:
-    """The most results that a file holds for one of the images; see `read_results`."""
-    return max(map(len, read_results(path, source, indices)))
-
-
 def _checked(entry: object, infos: dict[Id, ImageInfo]) -> dict[str, Any] | None:
     """An entry with its mask as compressed RLE; None where it is of another image."""
     if not isinstance(entry, dict):
