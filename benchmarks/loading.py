@@ -10,7 +10,7 @@ import time
 import click
 
 from comask.data.loading import epoch_batches, load_batches
-from comask.data.open_source import open_source
+from comask.data.open_data import open_source
 from comask.data.training_set import TrainingSet
 from comask.presets import PRESETS, preset
 

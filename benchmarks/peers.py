@@ -29,8 +29,8 @@ from comask.errors import BackendUnavailableError, ComaskError
 from comask.masks import rles_from_mask_probs
 from comask.preprocess import Pixels, Prepared, prepare
 from comask.runtime import Predictor
-from comask.runtime.bench.memory import peak_resident
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
+from comask.runtime.bench.machine import peak_resident
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from comask.cli.bench_tables import machine_line
 from comask.errors import ComaskError
+from comask.runtime.bench.machine import Machine
 
 PARTS = ("prepare", "network", "masks")
 COLORS = ("#9ecae1", "#3182bd", "#e6550d")
@@ -82,7 +82,7 @@ def footnote(report: dict[str, Any]) -> str:
     machine = report["machine"]
     packages = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
     text = (
-        f"{report['when'][:10]}, {machine_line(machine)}, {packages}; PyTorch with "
+        f"{report['when'][:10]}, {Machine(**machine)}, {packages}; PyTorch with "
         f"{report['threads']} threads, ONNX Runtime with its default; medians of {report['runs']} turns."
     )
     for name, reason in report["unavailable"].items():
@@ -117,7 +117,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    machine = machine_line(report["machine"])
+    machine = Machine(**report["machine"])
     figure.suptitle(
         f"median ms of a photo; x: times as fast as {report['reference']}; {machine}",
         fontsize=9,

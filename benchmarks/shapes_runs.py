@@ -28,8 +28,8 @@ from comask.evaluate import evaluate
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.progress import Progress
+from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.predictor import Predictor
-from comask.runtime.torch_session import torch_stages
 from comask.structures import Detections
 from comask.training.losses import Objective
 from comask.training.optim import build_optimizer, learning_rate

@@ -8,6 +8,7 @@ All take turns in one run on the same photo, with as many proposals, pairs in NM
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -38,11 +39,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision_network import CLASSES, export_network
 
 from comask.bundle import Bundle
-from comask.cli.bench_plots import check_plot
 from comask.errors import BackendUnavailableError, ComaskError
 from comask.preprocess import Prepared
 from comask.progress import Progress
 from comask.runtime.bench.machine import cores, describe_machine
+from comask.runtime.bench.plots import check_plot
 
 REFERENCE = "torchvision eager"
 MASK_THRESHOLD = 0.5
@@ -142,7 +143,7 @@ def measure(
     memory = memory_of_each(work, contestants, sides[0], canvases[sides[0]])
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
+        "machine": dataclasses.asdict(machine),
         "threads": torch.get_num_threads(),
         "photo": list(PHOTO),
         "proposals": work.proposals,

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from comask.bundle import Bundle, graph_file
 from comask.calib.histograms import (
@@ -15,6 +14,7 @@ from comask.calib.histograms import (
     error_threshold,
     percentile_threshold,
 )
+from comask.calib.options import Method
 from comask.config import PreprocessConfig
 from comask.config_reading import from_dict
 from comask.errors import CalibrationError, ConfigError
@@ -22,8 +22,6 @@ from comask.files import parse_json, write_whole
 
 FORMAT = 1  # of the file
 CACHE = "calibration.json"
-
-Method = Literal["error", "entropy", "percentile", "minmax"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from comask.bundle import INT8_BASE, STAGES, Bundle
 from comask.calib.cache import CACHE, Calibration
-from comask.runtime.parity.layer_runs import layer_of
+from comask.runtime.parity.layers import layer_of
 
 CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from comask.data.coco import LAYOUTS
-from comask.data.open_source import open_folder
+from comask.data.open_data import open_folder
 from comask.data.source import InstanceSource
 from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
@@ -120,7 +120,7 @@ def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
 def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
     for split, layouts in LAYOUTS.items():
         if any((folder / annotation_file).is_file() for _, annotation_file in layouts):
-            return _of_source(open_folder(folder, split, report=report)[0])
+            return _of_source(open_folder(folder, split, report=report))
     return _of_files(folder, report)
 
 

@@ -11,10 +11,10 @@ from comask.bundle import Bundle
 from comask.data.source import InstanceSource
 from comask.errors import DataError, PrecisionError
 from comask.evaluate import TASK_NAMES, CocoMetrics, Truth
+from comask.runtime.backends.base import Stages
+from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
 from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
 from comask.runtime.predictor import Predictor
-from comask.runtime.session import Stages
-from comask.runtime.torch_session import model_from_bundle, torch_stages
 
 PARTS, ENOUGH = 5, 50  # of the images, for a standard error; with fewer images there is none
 BATCH = 2  # ONNX Runtime without its optimiser takes 0.8 GiB an image of 800×1344 for comask-r50

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import click
+import numpy as np
 from click.core import ParameterSource
 
-from comask.cli.bench_soak import Soak, run_soak
-from comask.cli.bench_sweep import run_sweep
-from comask.cli.bench_timing import Timing, run_timing
-from comask.cli.bench_work import Sweep
-from comask.cli.options import check_folders, command, json_option
+from comask.bundle import Bundle
+from comask.cli.options import check_folders, command, find_files, json_option, write_json
 from comask.cli.predictor_options import predictor_options
+from comask.cli.soak import soak_backend
+from comask.cli.sweep import sweep_settings
+from comask.cli.tables import console, mib, number, table
+from comask.config import PreprocessConfig
+from comask.errors import ImageError, one_line
+from comask.preprocess import Pixels
 from comask.runtime.backends import LoadOptions
+from comask.runtime.bench.latency import (
+    LatencyReport,
+    measure_latency,
+    record_latency,
+    runnable,
+)
+from comask.runtime.bench.plots import check_plot, draw_latency
+from comask.runtime.bench.timing import PARTS, SUM, decoded
 
 LOSS = 0.5  # AP points
 # Options that are not for every mode, by those that they are for.
@@ -56,13 +69,19 @@ def main(
     bundle: Path,
     backends: tuple[str, ...],
     how: LoadOptions,
+    images: Path | None,
+    size: str | None,
     runs: int,
+    warmup: int | None,
     no_record: bool,
     sweep: bool,
+    data: str | None,
+    limit: int | None,
+    max_loss: float | None,
+    grid: tuple[str, ...],
     soak: float | None,
     plot: Path | None,
     json_file: str | None,
-    **rest: Any,
 ) -> None:
     """Time BUNDLE part by part: p50, p90, p99, images/s and memory.
 
@@ -75,47 +94,123 @@ def main(
     comask-bench bundle --sweep --data /data/coco --max-loss 0.3 --plot pareto.png
     comask-bench bundle --sweep --data shapes --grid proposals=100,50 --grid batch=1
     """
-    mode = "--sweep" if sweep else "--soak" if soak is not None else ""
-    _check_usage(mode, backends, how, {"runs": runs, "soak": soak} | rest)
+    _check_usage("--sweep" if sweep else "--soak" if soak is not None else "")
     check_folders(plot=plot, json=json_file)
     if plot is not None:
-        from comask.cli.bench_plots import check_plot
-
         check_plot(plot)
-    if sweep:
-        settings = Sweep(
-            bundle=bundle, backends=backends, device=how.device, runs=runs, data=rest["data"],
-            limit=rest["limit"], grid=rest["grid"],
-            max_loss=LOSS if rest["max_loss"] is None else rest["max_loss"],
+    if data is not None:
+        sweep_settings(
+            bundle, backends, device=how.device, data=data, limit=limit, grid=grid, runs=runs,
+            max_loss=LOSS if max_loss is None else max_loss, plot=plot, json_file=json_file,
         )  # fmt: skip
-        run_sweep(settings, plot, json_file)
-        return
-    if soak is not None:
-        wanted = Soak(
-            bundle=bundle, backend=backends[0] if backends else "auto", how=how,
-            images=rest["images"], minutes=soak,
+    elif soak is not None:
+        backend = backends[0] if backends else "auto"
+        soak_backend(bundle, backend, how, images, minutes=soak, plot=plot, json_file=json_file)
+    else:
+        time_backends(
+            bundle, backends, how, images, size=size, runs=runs, warm_ups=warmup,
+            record=not no_record, plot=plot, json_file=json_file,
         )  # fmt: skip
-        run_soak(wanted, plot, json_file)
-        return
-    timing = Timing(
-        bundle=bundle, backends=backends, how=how, images=rest["images"], size=rest["size"],
-        runs=runs, warm_ups=rest["warmup"], record=not no_record,
-    )  # fmt: skip
-    run_timing(timing, plot, json_file)
 
 
-def _check_usage(
-    mode: str, backends: tuple[str, ...], how: LoadOptions, values: dict[str, Any]
+def time_backends(
+    bundle: Path,
+    backends: tuple[str, ...],
+    how: LoadOptions,
+    images: Path | None,
+    *,
+    size: str | None,
+    runs: int,
+    warm_ups: int | None,
+    record: bool,
+    plot: Path | None,
+    json_file: str | None,
 ) -> None:
+    """Measures, prints, draws and records what `comask-bench` does without --sweep and --soak."""
+    opened = Bundle.open(bundle)
+    most = runs * how.max_batch  # places in all batches
+    pixels, subject = _pixels(images, size, opened.manifest.preprocess, most)
+    names = runnable(opened, backends, how)
+    report = measure_latency(
+        opened, names, how, pixels, subject=subject, runs=runs, warm_ups=warm_ups
+    )
+    print_latency(report, to_stderr=json_file == "-")
+    if plot is not None:
+        draw_latency(report, plot)
+    if record:
+        record_latency(report)
+    write_json(json_file, dataclasses.asdict(report))
+
+
+def _pixels(
+    images: Path | None, size: str | None, preprocess: PreprocessConfig, most: int
+) -> tuple[list[Pixels], str]:
+    """At most `most` images to run, and what they are; noise without `images`."""
+    if images is not None:
+        files = find_files(str(images), "image")
+        pixels = [image for _, image in islice(decoded(files), most)]
+        if not pixels:
+            raise ImageError(f"--images {images}: none of them can be read")
+        return pixels, f"{len(pixels)} images of {images}"
+    height, width = preprocess.short_side, preprocess.max_side
+    if size is not None:
+        parts = size.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise click.UsageError(f"--size {size}: expected HxW in pixels, as in 800x1333")
+        height, width = map(int, parts)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return [noise], f"noise of {height}x{width}"
+
+
+def print_latency(report: LatencyReport, *, to_stderr: bool) -> None:
+    """Milliseconds by part, then one line a backend with everything else."""
+    out = console(to_stderr=to_stderr)
+    title = "milliseconds" if report.batch == 1 else f"milliseconds of a batch of {report.batch}"
+    heads = (head.replace("+", "\n+") for head in (*PARTS.values(), SUM))
+    parts = table(title, "backend", "", *heads)
+    rest = table(
+        "batch after batch", "backend", "images\n/s", "ratio", "outside\nstages",
+        "detections\nan image", "cores\nbusy", "memory\nMiB", "GPU\nMiB",
+    )  # fmt: skip
+    streams = table("as a stream of frames", "backend", "ms\np50", "images\n/s", "GPU\nMiB")
+    for name, found in report.backends.items():
+        for rank in ("p50", "p90", "p99"):
+            values = (number(getattr(found.milliseconds[part], rank)) for part in (*PARTS, SUM))
+            parts.add_row(name if rank == "p50" else "", rank, *values)
+        rest.add_row(
+            name,
+            number(found.images_per_second),
+            f"{found.ratio:.2f}",
+            f"{100 * found.outside_stages:.2f} %",
+            f"{found.detections_per_image:.1f}",
+            f"{found.cores_busy:.1f}",
+            mib(found.resident_bytes),
+            mib(found.gpu_bytes),
+        )
+        if stream := found.stream:
+            rate = f"{stream.images_per_second:.1f}"
+            streams.add_row(name, number(stream.milliseconds.p50), rate, mib(stream.gpu_bytes))
+    for made in (parts, rest, streams):
+        if made.row_count:
+            out.print(made, "")
+    canvases = ", ".join(f"{height}x{width}" for height, width in report.canvases)
+    out.print(
+        f"{one_line(report.subject)} on canvases of {canvases}; {report.runs} runs of each in turn; "
+        f"{report.machine}"
+    )
+
+
+def _check_usage(mode: str) -> None:
     """Raises `click.UsageError` for numbers and combinations of options that make no sense.
 
-    The ranges are here, and not in the options, lest click fill the help with them.
+    The ranges are here, and not in the options, so that click does not fill the help with them.
     """
+    values = click.get_current_context().params
     least = {"runs": 1, "warmup": 0, "limit": 1, "max_loss": 0}
     for name, minimum in least.items():
         if (value := values[name]) is not None and not value >= minimum:
             raise click.UsageError(f"{_option(name)} {value}: expected at least {minimum}")
-    soak = values["soak"]
+    soak, backends = values["soak"], values["backends"]
     if soak is not None and not 0 < soak < float("inf"):
         raise click.UsageError(f"--soak {soak:g}: expected minutes above 0")
     if mode == "--sweep" and soak is not None:
@@ -134,12 +229,12 @@ def _check_usage(
         return
     if values["data"] is None:
         raise click.UsageError("--sweep needs --data: AP is measured on images with known objects")
-    batch = how.max_batch if _given("batch") else None
-    for name, value in (
-        ("proposals", how.proposals), ("short-side", how.short_side), ("batch", batch)
-    ):  # fmt: skip
-        if value is not None:
-            raise click.UsageError(f"--{name} does not go with --sweep: --grid {name}={value}")
+    for name in ("proposals", "short_side", "batch"):
+        if _given(name):
+            option = _option(name)
+            raise click.UsageError(
+                f"{option} does not go with --sweep: --grid {option[2:]}={values[name]}"
+            )
 
 
 def _given(name: str) -> bool:

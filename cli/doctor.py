@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from comask.cli.options import command, json_option, write_json
 from comask.errors import one_line
-
-if TYPE_CHECKING:
-    from comask.runtime.doctor import Finding
 
 MARKS = {"ok": "ok    ", "absent": "absent", "broken": "BROKEN"}
 
@@ -47,21 +43,16 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
         for finding in findings
         if finding.status == "broken" or (finding.status == "absent" and finding.name in needed)
     ]
+    lines = []
     for finding in findings:
-        _print(finding, to_stderr=json_file == "-")
+        found = one_line(f"{finding.name}: {finding.found}")
+        lines.append(f"{MARKS[finding.status]}  {found}")
+        if finding.mend:
+            lines.append(f"        -> {one_line(finding.mend)}")
     named = ", ".join(finding.name for finding in faults)
-    verdict = one_line(f"{len(faults)} to mend: {named}") if faults else "all is well"
-    click.echo(verdict, err=json_file == "-")
-    write_json(
-        json_file,
-        {"healthy": not faults, "findings": [dataclasses.asdict(finding) for finding in findings]},
-    )
+    lines.append(one_line(f"{len(faults)} to mend: {named}") if faults else "all is well")
+    click.echo("\n".join(lines), err=json_file == "-")
+    content = {"healthy": not faults, "findings": [dataclasses.asdict(f) for f in findings]}
+    write_json(json_file, content)
     if faults:
         sys.exit(1)
-
-
-def _print(finding: Finding, *, to_stderr: bool) -> None:
-    line = one_line(f"{finding.name}: {finding.found}")
-    click.echo(f"{MARKS[finding.status]}  {line}", err=to_stderr)
-    if finding.mend:
-        click.echo(f"        -> {one_line(finding.mend)}", err=to_stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +14,18 @@ from comask.cli.options import check_folders, command, json_option, write_json
 from comask.cli.predictor_options import predictor_options
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
-from comask.evaluate import ap_text
+from comask.evaluate import COCO_DETECTIONS, METRICS, ap_text
 from comask.files import write_whole
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions
-from comask.runtime.parity.judge import change_text
+from comask.runtime.parity.report import change_text, parity_page
 from comask.runtime.parity.scores import labels_in_data
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from comask.bundle import Bundle
+    from comask.runtime.parity.report import ParityReport
 
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 
@@ -75,10 +77,10 @@ def main(
     comask-eval bundle --data coco --report report.html
     """
     from comask.bundle import Bundle
-    from comask.data.open_source import open_source
+    from comask.data.open_data import open_source
     from comask.evaluate import Truth
-    from comask.runtime.parity.contestants import default_backends, open_backends
     from comask.runtime.parity.evaluation import Evaluation
+    from comask.runtime.parity.open_backends import default_backends, open_backends
     from comask.runtime.parity.scores import read_results
 
     check_folders(report=report_file, json=json_file)
@@ -98,6 +100,10 @@ def main(
         most = max((len(rows) for found in foreign.values() for rows in found), default=0)
         evaluation = Evaluation(
             bundle=opened,
+            data=data,
+            boxes=boxes,
+            how=how,
+            skipped=skipped,
             truth=Truth(source, indices),
             detections=max(opened.manifest.model.detections, most),
             labels=labels_in_data(opened.manifest, source),
@@ -107,40 +113,14 @@ def main(
             draw=report_file is not None,
         )
         report, pictures = evaluation.run(predictors, foreign)
-    report = _head(opened, data, boxes, how, skipped) | report
-    report["failures"] += _failures(opened, report)
-    report["not_judged"] = _not_judged(report)
-    report["passed"] = _passed(report)
     print_report(report, to_stderr=json_file == "-")
     if not no_record:
-        _record(opened.folder, report, results.name if results else None)
+        _record(opened.folder, report.without(results.name) if results else report)
     if report_file is not None:
-        from comask.runtime.parity.page import parity_page
-
-        write_whole(Path(report_file), parity_page(report, pictures).encode())
-    write_json(json_file, report)
-    if not report["passed"]:
+        write_whole(Path(report_file), parity_page(report, pictures))
+    write_json(json_file, report.to_json())
+    if not report.passed:
         sys.exit(1)
-
-
-def _head(
-    bundle: Bundle, data: str, boxes: str, how: LoadOptions, skipped: dict[str, str]
-) -> dict[str, Any]:
-    """What was compared, where and when."""
-    from comask.runtime.bench.machine import describe_machine
-
-    return {
-        "bundle": str(bundle.folder),
-        "data": data,
-        "boxes": boxes,
-        "proposals": how.proposals,
-        "short_side": how.short_side,  # null: the bundle's
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(how.device),
-        "skipped": skipped,
-        "verification": bundle.manifest.verification,
-        "failures": [],
-    }
 
 
 def _altered_scales(bundle: Bundle) -> list[str]:
@@ -156,39 +136,7 @@ def _altered_scales(bundle: Bundle) -> list[str]:
         return []
 
 
-def _failures(bundle: Bundle, report: dict[str, Any]) -> list[str]:
-    """What concerns the bundle or the reference, not one contestant."""
-    from comask.runtime.parity.stages import altered_preprocessing
-
-    first = report["reference"]
-    trace = report["traces"].get(first, {})
-    causes = [trace["cause"]] if trace.get("first") else []
-    return [
-        *altered_preprocessing(bundle),
-        *(f"{first}: {sentence}" for sentence in causes + report["weights"].get(first, [])[:1]),
-    ]
-
-
-def _not_judged(report: dict[str, Any]) -> str:
-    """Why a comparison without failures shows nothing; empty where it does."""
-    reference = report["backends"][report["reference"]]
-    if reference["segm"]["AP"] < 0:
-        return "the data holds no objects, so there is no AP: give images with annotated objects"
-    if not reference["detections"]:
-        return (
-            "the reference found nothing in these images: train longer, or export again with a lower "
-            "--score-threshold"
-        )
-    return "" if report["comparisons"] else "nothing to compare it with; name another --backend"
-
-
-def _passed(report: dict[str, Any]) -> bool:
-    from comask.runtime.parity.judge import has_failed
-
-    return not (has_failed(report) or report["not_judged"])
-
-
-def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
+def _record(folder: Path, report: ParityReport) -> None:
     """Puts the result into the manifest, in place of an older one of the same subject.
 
     Layers stay out of it, and so does what is not the bundle's. Nothing is recorded where no two of its
@@ -202,13 +150,10 @@ def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
         knobs = boxes, entry.get("proposals"), entry.get("short_side")
         return entry["data"], sorted(entry["backends"]), knobs
 
-    left_out = ("bundle", "traces", "weights", "verification")
-    entry = {key: value for key, value in report.items() if key not in left_out}
-    for key in ("backends", "comparisons"):
-        entry[key] = {name: value for name, value in report[key].items() if name != foreign}
-    if not entry["comparisons"]:
+    if not report.comparisons:
         return
-    entry["passed"] = _passed(entry)
+    left_out = ("bundle", "traces", "weights", "verification")
+    entry = {key: value for key, value in report.to_json().items() if key not in left_out}
 
     def change(manifest: Manifest) -> Manifest:
         kept = [old for old in manifest.parity if subject(old) != subject(entry)]
@@ -220,7 +165,7 @@ def _record(folder: Path, report: dict[str, Any], foreign: str | None) -> None:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)
 
 
-def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
+def print_report(report: ParityReport, *, to_stderr: bool) -> None:
     """AP tables, then a verdict on each contestant with its reasons."""
     from rich.console import Console
 
@@ -229,7 +174,7 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     console = Console(stderr=to_stderr, width=width, markup=False, highlight=False)
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
         heading = (
-            f"{title}, AP points on {report['images']} images, the {report['max_detections']} best "
+            f"{title}, AP points on {report.images} images, the {report.max_detections} best "
             f"detections of each"
         )
         console.print(_table(report, task, heading, wide=console.width >= WIDE))
@@ -237,35 +182,35 @@ def print_report(report: dict[str, Any], *, to_stderr: bool) -> None:
     def say(text: str) -> None:
         console.print(one_line(text), soft_wrap=True)
 
-    if report["not_decoded"]:
-        say(f"{not_decoded_text(report)}; their annotations do not count")
-    for name, reason in report["skipped"].items():
+    if report.not_decoded:
+        text = not_decoded_text(report.not_decoded, report.images)
+        say(f"{text}; their annotations do not count")
+    for name, reason in report.skipped.items():
         say(f"skipped {name}: {reason}")
-    for sentence in report["failures"]:
+    for sentence in report.failures:
         say(f"FAIL {sentence}")
-    if report["not_judged"]:
-        word = "NOT JUDGED" if report["comparisons"] else "SCORED"
-        say(f"{word} {report['reference']}: {report['not_judged']}")
-    for name, found in report["comparisons"].items():
-        if found["passed"] and report["not_judged"]:
+    if report.not_judged:
+        word = "NOT JUDGED" if report.comparisons else "SCORED"
+        say(f"{word} {report.reference}: {report.not_judged}")
+    for name, found in report.comparisons.items():
+        if found.passed and report.not_judged:
             continue
-        off = "below" if found["may_gain"] else "off"
+        off = "below" if found.may_gain else "off"
         say(
-            f"{'PASS' if found['passed'] else 'FAIL'} {name}: at most {found['largest']:.4f} points "
-            f"{off} {report['reference']} (tolerance {found['tolerance']:g}), agreement "
-            f"{found['agreement']:.4f}, {report['backends'][name]['detections']} detections"
+            f"{'PASS' if found.passed else 'FAIL'} {name}: at most {found.largest:.4f} points {off} "
+            f"{report.reference} (tolerance {found.tolerance:g}), agreement {found.agreement:.4f}, "
+            f"{report.backends[name].detections} detections"
         )
-        for sentence in found["failures"]:
+        for sentence in found.failures:
             say(f"     {sentence}")
-    for name, trace in report["traces"].items():
-        worst = max(trace["differences"], key=lambda entry: entry["relative"])
+    for name, trace in report.traces.items():
         say(
-            f"traced {name}: {len(trace['differences'])} tensors of layers, the largest relative "
-            f"error is {worst['relative']:.2g} ({worst['tensor']})"
+            f"traced {name}: {len(trace.differences)} tensors of layers, the largest relative "
+            f"error is {trace.worst.relative:.2g} ({trace.worst.tensor})"
         )
 
 
-def _table(report: dict[str, Any], task: str, title: str, *, wide: bool) -> Any:
+def _table(report: ParityReport, task: str, title: str, *, wide: bool) -> Table:
     """COCO's numbers of each contestant, its differences, and its AP before the second stage.
 
     The last columns are AP with COCO's 100 detections of an image, where more count; AP of the first
@@ -274,24 +219,24 @@ def _table(report: dict[str, Any], task: str, title: str, *, wide: bool) -> Any:
     from rich import box
     from rich.table import Table
 
-    from comask.evaluate import COCO_DETECTIONS, METRICS
-
     metrics = METRICS if wide else METRICS[:NARROW]
     caption = None if wide else f"a window of {WIDE} columns, --json or --report shows all twelve"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1))
     table.add_column("backend", no_wrap=True)
-    capped = report["max_detections"] != COCO_DETECTIONS
-    stages = {"first": "first", "plain": "plain"} if task == "bbox" else {"coarse": "first"}
-    more = ([f"AP@{COCO_DETECTIONS}"] if capped else []) + list(stages)
+    capped = report.max_detections != COCO_DETECTIONS
+    stages = ["first", "plain"] if task == "bbox" else ["coarse"]
+    more = ([f"AP@{COCO_DETECTIONS}"] if capped else []) + stages
     for metric in (*metrics, *more):
         table.add_column(metric, justify="right")
-    for name, values in report["backends"].items():
-        cells = [values[task][metric] for metric in metrics]
-        cells += [values["coco_ap"][task]] if capped else []
-        cells += [values[stage][task]["AP"] if values[stage] else -1.0 for stage in stages.values()]
+    for name, points in report.backends.items():
+        values = points.tasks[task]
+        cells = [values[metric] for metric in metrics]
+        cells += [points.coco_ap[task]] if capped else []
+        for stage, _ in zip((points.first, points.plain), stages, strict=False):
+            cells.append(stage.tasks[task]["AP"] if stage else -1.0)
         table.add_row(name, *map(ap_text, cells))
-        if name in report["comparisons"]:
-            deltas = report["comparisons"][name]["deltas"][task]
-            changes = [change_text(values[task][metric], deltas[metric]) for metric in metrics]
+        if found := report.comparisons.get(name):
+            deltas = found.deltas[task]
+            changes = [change_text(values[metric], deltas[metric]) for metric in metrics]
             table.add_row("  difference", *changes, style="dim")
     return table

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS
-from comask.cli.engine_options import (
-    build_with_progress,
-    check_flavor,
-    check_usage,
-    engine_options,
-    serve_bundle,
-    serve_options,
-)
-from comask.cli.int8_options import (
-    Int8Options,
-    add_int8_graphs,
-    int8_options,
-    judge_speed,
-    print_int8,
-)
+from comask.bundle import BEST, INT8_BASE, MANIFEST, PRECISIONS, Bundle
+from comask.calib.options import QuantizeOptions
+from comask.cli.build import EngineOptions, build_bundle_engines, check_flavor, engine_options
 from comask.cli.options import command, json_option, write_json
+from comask.cli.quantize import quantize_bundle, quantize_options
+from comask.cli.serve import serve_bundle, serve_options
 from comask.errors import ComaskError
+from comask.export.build_options import BuildOptions
+from comask.export.triton.repository import ServeRequest
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from comask.bundle import Bundle
-    from comask.export.triton.repository import ServeRequest
+    from comask.export.fp16 import Fp16Report
+    from comask.export.pipeline import Exported, GraphReport
     from comask.runtime.trt.engine_folder import EngineFolder
 
+    Images = Callable[[], list[NDArray[np.uint8]]]
+
 VERIFY_SEED = 2_000_000  # other images than training and validation see
+
+
+def _parameters(*kinds: type) -> set[str]:
+    """The parameters whose values are the fields of these dataclasses."""
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+
+# the parameters that one job alone uses, besides the option that asks for it
+CHECKPOINT = {"output", "score_threshold", "diagnostics"}
+INT8 = _parameters(QuantizeOptions)
+ENGINE = _parameters(EngineOptions, BuildOptions) - {"engine"}
+SERVE = _parameters(ServeRequest)
+WITH_SERVE = SERVE | {"source", "output", "serve", "json_file", "verbose"}
 
 
 def precision_list(
@@ -61,7 +70,7 @@ def precision_list(
 @click.option("--verify-images", type=click.IntRange(1), default=3, metavar="N",
               help="How many of its images. [3]")  # fmt: skip
 @click.option("--diagnostics", is_flag=True, help="Also output what the second stage starts from.")
-@int8_options
+@quantize_options
 @engine_options
 @serve_options
 @json_option
@@ -73,10 +82,11 @@ def main(
     val_data: str,
     verify_images: int,
     diagnostics: bool,
-    int8: Int8Options,
-    serve: ServeRequest | None,
+    int8: QuantizeOptions,
+    building: EngineOptions,
+    serve: str | None,
+    serving: ServeRequest,
     json_file: str | None,
-    **engine_values: Any,
 ) -> None:
     """Export CHECKPOINT to a bundle that equals PyTorch, or add precisions and engines to BUNDLE.
 
@@ -85,87 +95,119 @@ def main(
     comask-export bundle --precision int8 --calib-data photos --val-data coco --ap-budget 0.3
     comask-export bundle --serve triton --output repository
     """
-    check_usage(engine_values)
+    to_stderr, builds = json_file == "-", building.engine != "none"
+    in_place, given = (source / MANIFEST).exists(), _given()
+    for parameter, option in given.items():
+        if reason := _why_unused(parameter, precisions, serve is not None, builds, in_place):
+            raise click.UsageError(f"{option} {reason}")
     if not source.exists():
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")
     if serve:
-        serve_bundle(source, output, serve, json_file)
+        served = serve_bundle(source, output, serving, to_stderr=to_stderr)
+        write_json(json_file, served.to_dict())
         return
-    if source.is_dir():
-        _refuse_other_folders(source)
-    wanted = int8.wanted(precisions, source)
-    check_flavor(engine_values)  # not only after the export
-    exported = tuple(dict.fromkeys(INT8_BASE if p == "int8" and wanted else p for p in precisions))
-    if source.is_dir():
-        _refuse_in_place(output=output, score_threshold=score_threshold, diagnostics=diagnostics)
-        bundle, added = _extend(source, exported, val_data, verify_images)
+    bundle = _open(source) if source.is_dir() else None
+    quantizes = "int8" in precisions and _needs_int8(bundle, given, int8)
+    if builds:
+        check_flavor(building)  # not only after the export
+    graphs = tuple(dict.fromkeys(INT8_BASE if p == "int8" and quantizes else p for p in precisions))
+    images = functools.cache(lambda: _images(val_data, verify_images))
+    if bundle:
+        bundle, reports = _add_missing(bundle, graphs, images)
     elif output is None:
         raise click.UsageError(
             f"--output is missing: {source} is a file, so a checkpoint, and its bundle needs a folder"
         )
     else:
-        bundle = _export(
-            source, output, exported, val_data, verify_images,
+        bundle, reports = _export(
+            source, output, graphs, images,
             score_threshold=score_threshold, diagnostics=diagnostics,
         )  # fmt: skip
-        added = bundle.manifest.precisions
-    for precision in added:
-        _print_proof(bundle, precision, to_stderr=json_file == "-")
-    if wanted:
-        bundle = add_int8_graphs(bundle, int8, val_data, _report)
-        print_int8(bundle, to_stderr=json_file == "-")
-    engines = []
-    if engine_values["engine"] != "none":
-        engines = build_with_progress(
-            bundle, engine_values, precisions, lambda: _images(val_data, verify_images)
+    for precision, made in reports.items():
+        _print_graphs(bundle.folder, precision, made, to_stderr=to_stderr)
+    if quantizes:
+        bundle = quantize_bundle(bundle, int8, val_data, to_stderr=to_stderr)
+    engines: list[EngineFolder] = []
+    if builds:
+        bundle, engines = build_bundle_engines(
+            bundle, building, precisions, images, to_stderr=to_stderr
         )
-        bundle = judge_speed(bundle, engines, lambda: _images(val_data, verify_images))
-    for folder in engines:
-        _print_engines(folder, to_stderr=json_file == "-")
     if json_file:
         write_json(json_file, _as_json(bundle, engines))
 
 
+def _given() -> dict[str, str]:
+    """Parameters on the command line, and the option of each."""
+    context = click.get_current_context()
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name))
+        is not click.core.ParameterSource.DEFAULT
+    }
+
+
+def _why_unused(
+    parameter: str, precisions: Collection[str], serves: bool, builds: bool, in_place: bool
+) -> str:
+    """Why a parameter changes nothing in this call, as the rest of a sentence; empty where it does."""
+    if serves and parameter not in WITH_SERVE:
+        return "changes a bundle, and --serve takes one as it is: run comask-export twice"
+    if not serves and parameter in SERVE:
+        return "needs --serve"
+    if not builds and parameter in ENGINE:
+        return "needs --engine tensorrt or tensorrt-rtx"
+    if "int8" not in precisions and parameter in INT8:
+        return "is for --precision int8"
+    if in_place and not serves and parameter in CHECKPOINT:
+        return "is for checkpoints; an existing bundle is changed in place"
+    return ""
+
+
+def _needs_int8(bundle: Bundle | None, given: Collection[str], int8: QuantizeOptions) -> bool:
+    """Whether int8 graphs are to be made: there are none, or options ask for others.
+
+    Raises:
+        UsageError: they are, and there are no images to calibrate with.
+    """
+    if bundle and "int8" in bundle.manifest.precisions and INT8.isdisjoint(given):
+        return False
+    if int8.calib_data is None:
+        raise click.UsageError(
+            "--precision int8 needs --calib-data: a folder of images like those that the network "
+            "will see, which nothing else can stand for"
+        )
+    return True
+
+
 def _as_json(bundle: Bundle, engines: list[EngineFolder]) -> dict[str, Any]:
     """The manifest, and `engines`: what each `engine.json` of this call holds, by its folder."""
-    import dataclasses
-    import json
-
     found = {str(folder.folder): dataclasses.asdict(folder.info) for folder in engines}
-    content: dict[str, Any] = json.loads(bundle.manifest.to_json())
-    return content | {"engines": found}
+    return dataclasses.asdict(bundle.manifest) | {"engines": found}
 
 
-def _refuse_other_folders(folder: Path) -> None:
-    """Raises ComaskError where a folder is no bundle."""
+def _open(folder: Path) -> Bundle:
+    """A folder's bundle.
+
+    Raises:
+        ComaskError: when it is no bundle.
+    """
     if (folder / MANIFEST).exists():
-        return
+        return Bundle.open(folder)
     if (folder / BEST).is_file():
         raise ComaskError(f"{folder} is a training run: give {folder / BEST}")
     raise ComaskError(f"{folder}: neither a checkpoint nor a bundle (no {MANIFEST})")
-
-
-def _refuse_in_place(**options: Any) -> None:
-    """A bundle has decided these already.
-
-    Raises:
-        UsageError: naming the first that was given.
-    """
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} is for checkpoints; an existing bundle is changed in place"
-            )
 
 
 def _export(
     checkpoint: Path,
     output: Path,
     precisions: tuple[str, ...],
-    data: str,
-    count: int,
-    **options: Any,
-) -> Bundle:
+    images: Images,
+    *,
+    score_threshold: float | None,
+    diagnostics: bool,
+) -> Exported:
     from comask.export.pipeline import export_bundle
     from comask.training.checkpoint import load_checkpoint
 
@@ -173,108 +215,75 @@ def _export(
         load_checkpoint(checkpoint),
         checkpoint,
         output,
-        _images(data, count),
+        images(),
         precisions=tuple(dict.fromkeys(("fp32", *precisions))),
+        score_threshold=score_threshold,
+        diagnostics=diagnostics,
         report=_report,
-        **options,
     )
 
 
-def _extend(
-    folder: Path, precisions: tuple[str, ...], data: str, count: int
-) -> tuple[Bundle, tuple[str, ...]]:
-    """The bundle with its new graphs, and which precisions those are of."""
-    from comask.bundle import Bundle
+def _add_missing(bundle: Bundle, precisions: tuple[str, ...], images: Images) -> Exported:
+    """The bundle with the graphs of all `precisions`, and reports on those that it lacked."""
+    from comask.export.pipeline import Exported, add_precisions
 
-    bundle = Bundle.open(folder)
     there = bundle.manifest.precisions
     missing = tuple(name for name in precisions if name not in there)
     if kept := [name for name in precisions if name in there]:
-        _report(f"{folder}: holds {', '.join(kept)} graphs already; they stay as they are")
-    if missing:
-        from comask.export.pipeline import add_precisions
-
-        bundle = add_precisions(bundle, missing, _images(data, count), report=_report)
-    return bundle, missing
+        _report(f"{bundle.folder}: holds {', '.join(kept)} graphs already; they stay as they are")
+    if not missing:
+        return Exported(bundle, {})
+    return add_precisions(bundle, missing, images(), report=_report)
 
 
 def _report(line: str) -> None:
     click.echo(line, err=True)
 
 
-def _print_proof(bundle: Bundle, precision: str, *, to_stderr: bool) -> None:
+def _print_graphs(folder: Path, precision: str, made: GraphReport, *, to_stderr: bool) -> None:
     """How far the graphs of one precision are off PyTorch."""
-    proof = bundle.manifest.verification[precision]
+    worst = made.verification.worst
     click.echo(
-        f"{bundle.folder}: {precision} graphs agree with PyTorch on {proof['images']} images: "
-        f"{proof['detections']} detections, boxes within {proof['box']:.1e} px, scores within "
-        f"{proof['score']:.1e}, mask pixels within {proof['mask']:.1e}, maps within "
-        f"{max(proof['relative'].values()):.1e} relative",
+        f"{folder}: {precision} graphs agree with PyTorch on {made.images} images: "
+        f"{worst.detections} detections, boxes within {worst.box:.1e} px, scores within "
+        f"{worst.score:.1e}, mask pixels within {worst.mask:.1e}, maps within "
+        f"{max(worst.relative.values()):.1e} relative",
         err=to_stderr,
     )
-    exchanged = proof["contested_proposals"], proof["contested_detections"]
-    if any(exchanged):
+    if worst.contested_proposals or worst.contested_detections:
+        untrained = ": more than of a trained network, whose scores differ"
         click.echo(
-            f"  of {proof['proposals']} proposals {exchanged[0]}, and {exchanged[1]} detections, have "
-            f"no partner but near-ties"
-            + (
-                ": more than of a trained network, whose scores differ"
-                if proof["degenerate"]
-                else ""
-            ),
+            f"  of {worst.proposals} proposals {worst.contested_proposals}, and "
+            f"{worst.contested_detections} detections, have no partner but near-ties"
+            + (untrained if worst.degenerate else ""),
             err=to_stderr,
         )
-    if precision == "fp16":
-        _print_range(proof, to_stderr=to_stderr)
-    if not proof["detections"]:
+    if made.fp16:
+        _print_range(made.fp16, to_stderr=to_stderr)
+    if not worst.detections:
         _report(
             "warning: PyTorch found nothing in these images, so no detection was compared; name "
             "better ones by --val-data, or lower --score-threshold"
         )
 
 
-def _print_range(proof: dict[str, Any], *, to_stderr: bool) -> None:
+def _print_range(fp16: Fp16Report, *, to_stderr: bool) -> None:
     """What fp16 could not hold, and how much it could hold beyond the largest value that it holds."""
-    for island in proof["float_layers"]:
-        click.echo(f"  kept in fp32: {island['module']}, since {island['reason']}", err=to_stderr)
-    found = proof["range"]
-    place = "" if found["image"] is None else f" on image {found['image']}"
+    from comask.export.fp16 import FP16_END
+
+    for module, extreme in fp16.islands.items():
+        click.echo(f"  kept in fp32: {module}, since {extreme}", err=to_stderr)
+    found = fp16.largest
+    place = "" if found.image is None else f" on image {found.image}"
     click.echo(
-        f"  the largest value in fp16 is {found['largest']:.2e} ({found['kind']} of {found['module']}"
-        f"{place}), 1/{found['end'] / found['largest']:.0f} of what it holds",
-        err=to_stderr,
-    )
-
-
-def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
-    """What was built, and which layers have which precision."""
-    from comask.runtime.trt.engine_folder import PLANS
-
-    info = engines.info
-    for stage, file in PLANS.items():
-        layers = info.layers[stage]
-        where = "network" if layers["engine"] is None else "engine"
-        kinds = ", ".join(f"{count} {kind}" for kind, count in layers[where].items())
-        size = (engines.folder / file).stat().st_size / 2**20
-        click.echo(
-            f"{engines.folder / file}: {size:.0f} MiB, built in {info.seconds[stage]:.1f} s; of "
-            f"{layers['of']} convolutions and products {kinds or 'none'}, read from the {where}",
-            err=to_stderr,
-        )
-    proof = info.verification
-    if "not_run" in proof:
-        _report(f"warning: these engines were not run: {proof['not_run']}")
-        return
-    click.echo(
-        f"{engines.folder}: agrees with {proof['reference']} on {proof['detections']} detections, "
-        f"boxes within {proof['box']:.1e} px, scores within {proof['score']:.1e}, maps within "
-        f"{max(proof['relative'].values()):.1e} relative",
+        f"  the largest value in fp16 is {found.largest:.2e} ({found.kind} of {found.module}{place}), "
+        f"1/{FP16_END / found.largest:.0f} of what it holds",
         err=to_stderr,
     )
 
 
 def _images(data: str, count: int) -> list[NDArray[np.uint8]]:
-    from comask.data.open_source import open_source
+    from comask.data.open_data import open_source
     from comask.data.source import readable_images
 
     source = open_source(data, "val", shapes_images=4 * count, shapes_seed=VERIFY_SEED)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from comask.runtime.backends import LoadOptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from comask.preprocess import Pixels
+    from comask.runtime.images import ImageResult
     from comask.runtime.video import Where
     from comask.structures import Detections
 
@@ -170,28 +170,16 @@ def _run_images(
     stop: Interruption,
 ) -> float:
     """Runs the images until `stop`; the seconds it took."""
-    from comask.preprocess import decode_image
     from comask.progress import Progress
-    from comask.runtime.images import ImageRunner
-
-    def until_stop() -> Iterator[tuple[Path, Callable[[], Pixels]]]:
-        for path in files:
-            if stop.signal:
-                return
-            yield path, functools.partial(decode_image, path)
 
     started = time.perf_counter()
     try:
         with stop.on_signal(), Progress("inferring", len(files), unit="images") as progress:
-            for result in ImageRunner[Path](predictor)(until_stop()):
-                error = result.error
-                if result.found is not None and result.pixels is not None:
-                    try:
-                        results.add(result.key, result.pixels, result.found)
-                    except ImageError as problem:
-                        error = one_line(problem)
-                if error:
-                    failures.add("skipped", str(result.key), error)
+            for result in predictor.map(itertools.takewhile(lambda _: not stop.signal, files)):
+                try:
+                    results.add(result)
+                except ImageError as error:
+                    failures.add("skipped", str(result.item), str(error))
                 progress.advance()
     finally:
         results.finish()  # also of what was done before an error
@@ -279,14 +267,16 @@ class Results:
         with self._writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, path: Path, pixels: Pixels, found: Detections) -> None:
+    def add(self, result: ImageResult[Path]) -> None:
         """The results of one image.
 
         Raises:
-            ImageError: when those of this image cannot be written, as under too long a name.
+            ImageError: when there are none, or they cannot be written, as under too long a name.
         """
         from comask.draw import draw_overlay
 
+        path, pixels, found = result.item, result.pixels, result.detections
+        assert pixels is not None
         name = self.unique(path.name)
         with self._writing(path):
             if "overlay" in self._kinds:

@@ -21,8 +21,8 @@ from comask.progress import Progress
 from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
-    from comask.runtime.fleet.job import Format, Job
-    from comask.runtime.fleet.runners import Runner
+    from comask.runtime.jobs.job import Format, Job
+    from comask.runtime.jobs.runners import Runner
 
 RUNNERS = ("ray", "local")
 FORMATS = ("parquet", "jsonl")  # as `Format`
@@ -145,11 +145,11 @@ def _run(
     """The summary of the job, which is finished then."""
     _require_packages(fleet)
     from comask.bundle import Bundle
-    from comask.runtime.fleet.folder import Folder, is_url
-    from comask.runtime.fleet.job import Job, Terms, bundle_digest, full_name
-    from comask.runtime.fleet.listing import write_listing
-    from comask.runtime.fleet.runners import Shard, run_all
-    from comask.runtime.fleet.worker import Model
+    from comask.runtime.jobs.folder import Folder, is_url
+    from comask.runtime.jobs.job import Job, Terms, bundle_digest, full_name
+    from comask.runtime.jobs.listing import write_listing
+    from comask.runtime.jobs.runners import Shard, run_all
+    from comask.runtime.jobs.worker import Model
 
     opened = Bundle.open(bundle)  # before Ray is started for it
     if fleet.format == "parquet":
@@ -232,10 +232,10 @@ def _show_failures(job: Job, count: int) -> None:
 
 
 def _runner(fleet: FleetOptions, how: LoadOptions, stack: ExitStack) -> Runner:
-    from comask.runtime.fleet.runners import LocalRunner
+    from comask.runtime.jobs.runners import LocalRunner
 
     if fleet.runner == "local":
         return LocalRunner()
-    from comask.runtime.fleet.ray_runner import RayRunner
+    from comask.runtime.jobs.ray_runner import RayRunner
 
     return stack.enter_context(RayRunner(fleet.actors, cpu=how.device == "cpu"))

@@ -129,7 +129,6 @@ def run_video(
         VideoError: when it cannot be opened, or no frame of it can be run.
         ComaskError: when results cannot be written, or the backend fails.
     """
-    from comask.runtime.images import ImageRunner
     from comask.runtime.video import VideoPipeline, VideoSource
 
     with stop.on_signal():  # PyAV swallows what a signal raises while it opens a stream
@@ -156,7 +155,7 @@ def run_video(
             try:
                 pipeline.run()
             except (EngineError, ImageError) as error:
-                ImageRunner[str](predictor).check()  # raises where the backend is to blame
+                predictor.check()  # raises where the backend is to blame
                 raise VideoError(f"{source.name}: cannot be run: {one_line(error)}") from error
     except VideoError as error:
         if pipeline is None or not pipeline.frames:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -24,6 +25,7 @@ from comask.errors import ComaskError, is_out_of_memory, one_line
 from comask.files import write_whole
 from comask.media_files import Kind, PassedOver, find_media
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 MENDS = {
     errno.EROFS: "; take a folder that can be written, and copy a bundle there",
     errno.EACCES: "; ask for the right to read or write there, or take another folder",
@@ -49,7 +51,7 @@ def command(function: Callable[..., None]) -> click.Command:
         cls=_Command,
         name=function.__module__.rsplit(".", 1)[-1],
         help=function.__doc__,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        context_settings=CONTEXT,
     )
     @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
     @click.version_option(__version__, prog_name="comask")
@@ -58,34 +60,11 @@ def command(function: Callable[..., None]) -> click.Command:
         try:
             with _log_on_terminal(verbose), _ended_by_sigterm():
                 function(**arguments)
-        except ComaskError as error:
-            if verbose:
+        except Exception as error:
+            text = _explained(error, function.__module__)
+            if verbose or text is None:
                 raise
-            text = one_line(error)
-            if text.startswith("short_side:"):  # as an argument of `Predictor.load` is called
-                text = text.replace("short_side", "--short-side", 1)
             click.echo(f"error: {text}", err=True)
-            sys.exit(1)
-        except OSError as error:  # a full disk, a folder that may not be written
-            if verbose or error.strerror is None:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            mend = MENDS.get(error.errno or 0, "")
-            click.echo(f"error: {one_line(where + error.strerror + mend)}", err=True)
-            sys.exit(1)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if verbose or package not in EXTRAS:
-                raise
-            extra = "export" if function.__module__ == "comask.cli.export" else EXTRAS[package]
-            click.echo(
-                f"error: {package} is not installed: pip install 'comask[{extra}]'", err=True
-            )
-            sys.exit(1)
-        except (MemoryError, RuntimeError) as error:
-            if verbose or not is_out_of_memory(error):
-                raise
-            click.echo(f"error: not enough memory: take less at once ({one_line(error)})", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -95,6 +74,31 @@ def command(function: Callable[..., None]) -> click.Command:
             sys.exit(error.code)
 
     return run
+
+
+def _explained(error: Exception, module: str) -> str | None:
+    """What its reader can do about an error, in one line; None of one that is our own mistake.
+
+    Args:
+        error: that ended a command.
+        module: of the command.
+    """
+    if isinstance(error, ComaskError):
+        text = one_line(error)
+        if text.startswith("short_side:"):  # as an argument of `Predictor.load` is called
+            return text.replace("short_side", "--short-side", 1)
+        return text
+    if isinstance(error, OSError) and error.strerror is not None:  # a full disk, no right to write
+        where = f"{error.filename}: " if error.filename else ""
+        return one_line(where + error.strerror + MENDS.get(error.errno or 0, ""))
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extra = "export" if module == "comask.cli.export" else EXTRAS.get(package)
+        if package in EXTRAS:
+            return f"{package} is not installed: pip install 'comask[{extra}]'"
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        return f"not enough memory: take less at once ({one_line(error)})"
+    return None
 
 
 class _Command(click.Command):
@@ -128,18 +132,10 @@ def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
     return "".join(plain), error.end
 
 
-class _Terminal(logging.Handler):
-    """Shows what is logged as lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record, without its level and place in the code."""
-        click.echo(self.format(record), err=True)
-
-
 @contextlib.contextmanager
 def _log_on_terminal(verbose: bool) -> Iterator[None]:
     """Shows warnings, and with `verbose` more, while the command runs."""
-    root, handler = logging.getLogger(), _Terminal()
+    root, handler = logging.getLogger(), logging.StreamHandler()  # to stderr
     level, wanted = root.level, logging.INFO if verbose else logging.WARNING
     handler.setLevel(wanted)
     root.addHandler(handler)
@@ -170,6 +166,28 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def gathered(name: str, kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes one argument of several options.
+
+    Args:
+        name: of the argument.
+        kind: a dataclass whose fields are called as the options' parameters; the default of a field
+            stands for an option that was not given.
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            taken = {field: arguments.pop(field) for field in fields}
+            given = {field: value for field, value in taken.items() if value is not None}
+            function(**arguments, **{name: kind(**given)})
+
+        return run
+
+    return decorate
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from comask.training.loop import Trainer
     from comask.training.validation import Validation
 
+OWN_SETTINGS = "--eval-only takes the settings of the checkpoint"
 LOCK_SECONDS = 20.0  # loading processes of a killed run hold its lock for up to five
 
 
@@ -84,37 +84,27 @@ def main(
     missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
     if data is None or output is None:
         raise click.UsageError(f"missing option {' and '.join(missing)}")
-    if resume and eval_only:
-        raise click.UsageError("--resume trains and --eval-only does not: give one of them")
-    if seeds and eval_only:
-        raise click.UsageError("--seeds trains and --eval-only does not: give one of them")
+    for option, given in (("--resume", resume), ("--seeds", seeds)):
+        if given and eval_only:
+            raise click.UsageError(f"{option} trains and --eval-only does not: give one of them")
     if seeds and val is None and data != "shapes":
         raise click.UsageError(
             "--seeds needs --val: the share that is set aside depends on the seed"
         )
 
-    from comask.training.distributed import join, share_from_first
+    from comask.training.distributed import join
 
     with join() as ranks:
         if eval_only:
             context = click.get_current_context()
             if context.get_parameter_source("preset_name") is ParameterSource.COMMANDLINE:
-                raise click.UsageError(
-                    "--eval-only takes the settings of the checkpoint: no --preset"
-                )
+                raise click.UsageError(f"{OWN_SETTINGS}: no --preset")
             if settings:
-                raise ConfigError(
-                    f"--set {settings[0]}: --eval-only takes the settings of the checkpoint"
-                )
+                raise ConfigError(f"--set {settings[0]}: {OWN_SETTINGS}")
             _evaluate(data, val, output, ranks)
             return
         with _folder(output), _lock(output) if ranks.first else nullcontext():
-            share_from_first(None)  # the others look into the folder when it is locked
-            train = functools.partial(_train, data=data, val=val, settings=settings, resume=resume)
-            if seeds is None:
-                train(config, output, ranks)
-                return
-            _train_seeds(config, output, ranks, seeds, train)
+            _train(config, data, val, output, ranks, seeds, settings, resume=resume)
 
 
 @contextmanager
@@ -148,53 +138,38 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _train(
     config: Config,
-    output: Path,
-    ranks: Ranks,
-    *,
     data: str,
     val: str | None,
+    output: Path,
+    ranks: Ranks,
+    seeds: int | None,
     settings: tuple[str, ...],
+    *,
     resume: bool,
-) -> Trainer:
-    """Trains in one folder, and says how it ended; exits where a signal ended it."""
-    from comask.training.run import train_run
-
-    stop = Interruption()
-    with stop.on_signal():
-        trainer = train_run(
-            config,
-            data,
-            val,
-            output,
-            ranks,
-            settings=settings,
-            resume=resume,
-            say=click.echo,
-            signal=lambda: stop.signal,
-        )
-    _end(trainer, output, ranks)
-    return trainer
-
-
-def _train_seeds(
-    config: Config, output: Path, ranks: Ranks, seeds: int, train: Callable[..., Trainer]
 ) -> None:
-    """Trains with one seed after the other, each in a folder of its own, and shows how AP scatters."""
+    """Trains, with several seeds each in a folder of its own, after which it shows how AP scatters."""
     from comask.training.distributed import share_from_first
     from comask.training.record import show_seeds
+    from comask.training.run import train_run
 
-    for number in range(seeds):
-        seed = config.train.seed + number
-        folder = output / f"seed-{seed}"
-        if ranks.first:
+    first, stop = config.train.seed, Interruption()
+    runs = {output: first}
+    if seeds:
+        runs = {output / f"seed-{seed}": seed for seed in range(first, first + seeds)}
+    for folder, seed in runs.items():
+        if seeds and ranks.first:
             folder.mkdir(exist_ok=True)
-            click.echo(f"seed {seed}, {number + 1} of {seeds}")
-        share_from_first(None)
-        settings = dataclasses.replace(config.train, seed=seed)
-        train(dataclasses.replace(config, train=settings), folder, ranks)
-    if ranks.first:
-        folders = [output / f"seed-{config.train.seed + number}" for number in range(seeds)]
-        for line in show_seeds(folders, output / "seeds.json"):
+            click.echo(f"seed {seed}, {seed - first + 1} of {seeds}")
+        share_from_first(None)  # the others look into the folder when it is locked
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        with stop.on_signal():
+            trainer = train_run(
+                seeded, data, val, folder, ranks, settings=settings, resume=resume, say=click.echo,
+                signal=lambda: stop.signal,
+            )  # fmt: skip
+        _end(trainer, folder, ranks)
+    if seeds and ranks.first:
+        for line in show_seeds([*runs], output / "seeds.json"):
             click.echo(line)
 
 

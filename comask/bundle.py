@@ -281,6 +281,24 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
     return Bundle(folder, changed)
 
 
+def with_graphs(
+    manifest: Manifest, files: dict[str, str], verification: dict[str, dict[str, Any]]
+) -> Manifest:
+    """The manifest of a bundle that holds more graphs, or others.
+
+    Args:
+        manifest: as it was.
+        files: sha256 of the graphs by file name.
+        verification: by precision, how they were made and compared.
+    """
+    return dataclasses.replace(
+        manifest,
+        precisions=tuple(p for p in PRECISIONS if p in {*manifest.precisions, *verification}),
+        files=manifest.files | files,
+        verification=manifest.verification | verification,
+    )
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces the manifest of a bundle, whole or not at all."""
     write_whole(folder / MANIFEST, manifest.to_json().encode())

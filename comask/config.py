@@ -8,9 +8,12 @@ Defaults follow the paper, and where it is silent, the authors' configuration (d
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 from comask.errors import ConfigError
 
@@ -36,11 +39,31 @@ def require_count(name: str, value: object, most: int | None = None) -> None:
     """Checks that `value` is a whole number from 1 to `most`, where there is one.
 
     Raises:
-        ConfigError: it is none; the text begins with `name`.
+        ConfigError: when it is not; the text begins with `name`.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     expected = f"a whole number from 1 {'on' if most is None else f'to {most}'}"
     require(whole and 1 <= int(value) <= (most or int(value)), name, expected, value)  # type: ignore[call-overload]
+
+
+# What a setting may be: in words, and whether a value is one.
+Rule = tuple[str, Callable[[Any], bool]]
+AT_LEAST_1: Rule = "at least 1", lambda value: value >= 1
+NOT_NEGATIVE: Rule = "0 or more", lambda value: value >= 0
+POSITIVE: Rule = "above 0", lambda value: value > 0
+FRACTION: Rule = "0 ≤ value < 1", lambda value: 0 <= value < 1
+
+
+def _between(least: int, most: int) -> Rule:
+    return f"{least} to {most}", lambda value: least <= value <= most
+
+
+def _require_each(part: str, config: object, rule: Rule, *names: str) -> None:
+    """Checks by one rule the settings of these names, which are fields of `config`."""
+    expected, holds = rule
+    for name in names:
+        value = getattr(config, name)
+        require(holds(value), f"{part}.{name}", expected, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,61 +138,37 @@ class ModelConfig:
     box_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes)
-        require(
-            1 <= self.msfem_branches <= 4, "model.msfem_branches", "1 to 4", self.msfem_branches
-        )
-        for name in (
-            "norm_groups", "attention_reduction", "rpn_samples", "rpn_top_k_train",
-            "proposals_train", "roi_samples", "classifier_width", "head_rois", "roi_sampling_ratio",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name}", "at least 1", value)
-        require(self.head_convs >= 0, "model.head_convs", "0 or more", self.head_convs)
-        require(
-            self.roi_canonical_size > 0,
-            "model.roi_canonical_size",
-            "above 0",
-            self.roi_canonical_size,
-        )
-        for name in ("anchor_sizes", "anchor_ratios"):
-            value = getattr(self, name)
-            require(bool(value) and min(value) > 0, f"model.{name}", "numbers above 0", value)
-        for name in ("channels", "head_channels"):
-            value, groups = getattr(self, name), self.norm_groups
-            expected = f"a multiple of model.norm_groups = {groups}"
-            require(value > 0 and value % groups == 0, f"model.{name}", expected, value)
-        require(len(self.anchor_sizes) == 5, "model.anchor_sizes", "5 sizes", self.anchor_sizes)
-        require(0 <= self.frozen_stages <= 5, "model.frozen_stages", "0 to 5", self.frozen_stages)
-        # TensorRT's TopK ends at 3840.
-        for name, most in (("rpn_top_k", 3840), ("proposals", 3840), ("detections", CANDIDATES)):
-            value = getattr(self, name)
-            require(1 <= value <= most, f"model.{name}", f"1 to {most}", value)
-        for name in (
-            "rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold", "refined_nms_iou",
-            "mask_threshold",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(0 <= value < 1, f"model.{name}", "0 ≤ value < 1", value)
-        require(
-            self.train_refined_masks or not self.separate_fine_head,
-            "model.separate_fine_head",
-            "model.train_refined_masks=true with it, or nothing trains that head",
-            self.separate_fine_head,
-        )
-        require(
-            self.collaboration != "fc_reg" or not self.train_refined_masks,
-            "model.train_refined_masks",
-            "false with model.collaboration=fc_reg, which has no dense boxes to refine with",
-            self.train_refined_masks,
-        )
-        idle = IDLE.get(self.collaboration, ())
-        for f in (f for f in dataclasses.fields(self) if f.name in idle):
-            expected = (
-                f"{f.default}: it has no effect with model.collaboration={self.collaboration}"
-            )
-            value = getattr(self, f.name)
-            require(value == f.default, f"model.{f.name}", expected, value)
+        check, groups = partial(_require_each, "model", self), self.norm_groups
+        check(
+            AT_LEAST_1, "num_classes", "norm_groups", "attention_reduction", "rpn_samples",
+            "rpn_top_k_train", "proposals_train", "roi_samples", "classifier_width", "head_rois",
+            "roi_sampling_ratio",
+        )  # fmt: skip
+        check(_between(1, 4), "msfem_branches")
+        check(NOT_NEGATIVE, "head_convs")
+        check(POSITIVE, "roi_canonical_size")
+        positive = "numbers above 0", lambda sizes: bool(sizes) and min(sizes) > 0
+        check(positive, "anchor_sizes", "anchor_ratios")
+        multiple = f"a multiple of model.norm_groups = {groups}"
+        check((multiple, lambda v: v > 0 and v % groups == 0), "channels", "head_channels")
+        check(("5 sizes", lambda sizes: len(sizes) == 5), "anchor_sizes")
+        check(_between(0, 5), "frozen_stages")
+        check(_between(1, 3840), "rpn_top_k", "proposals")  # TensorRT's TopK ends there
+        check(_between(1, CANDIDATES), "detections")
+        check(
+            FRACTION, "rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold",
+            "refined_nms_iou", "mask_threshold",
+        )  # fmt: skip
+        if not self.train_refined_masks:
+            needed = "model.train_refined_masks=true with it, or nothing trains that head"
+            check((needed, operator.not_), "separate_fine_head")
+        if self.collaboration == "fc_reg":
+            without = "with model.collaboration=fc_reg, which has no dense boxes to refine with"
+            check((f"false {without}", operator.not_), "train_refined_masks")
+        without = f"it has no effect with model.collaboration={self.collaboration}"
+        for f in dataclasses.fields(self):
+            if f.name in IDLE.get(self.collaboration, ()):
+                check((f"{f.default}: {without}", partial(operator.eq, f.default)), f.name)
 
 
 # What a way of collaborating does not heed.
@@ -193,27 +192,14 @@ class PreprocessConfig:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
-        require_count("preprocess.short_side", self.short_side)
-        require(
-            self.short_side <= self.max_side,
-            "preprocess.short_side",
-            f"1 to max_side = {self.max_side}",
-            self.short_side,
-        )
-        multiple = self.pad_multiple
-        require(
-            multiple % 32 == 0 and multiple > 0,
-            "preprocess.pad_multiple",
-            "a multiple of 32, the stride of P5",
-            multiple,
-        )
-        h, w = (-(-side // multiple) * multiple for side in (self.short_side, self.max_side))
-        require(
-            h * w <= MOST_PIXELS,
-            "preprocess.short_side",
-            f"a canvas of at most {MOST_PIXELS} pixels, as tensors end there, not {h}x{w}",
-            self.short_side,
-        )
+        name, short, multiple = "preprocess.short_side", self.short_side, self.pad_multiple
+        require_count(name, short)
+        require(short <= self.max_side, name, f"1 to max_side = {self.max_side}", short)
+        stride = "a multiple of 32, the stride of P5"
+        require(multiple % 32 == 0 and multiple > 0, "preprocess.pad_multiple", stride, multiple)
+        h, w = (-(-side // multiple) * multiple for side in (short, self.max_side))
+        canvas = f"a canvas of at most {MOST_PIXELS} pixels, as tensors end there, not {h}x{w}"
+        require(h * w <= MOST_PIXELS, name, canvas, short)
 
     def resized(self, short_side: int) -> PreprocessConfig:
         """The same for another `short_side`; `max_side` keeps its ratio to it.
@@ -244,16 +230,11 @@ class DataConfig:
     shapes_val: int = 200
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.flip_probability <= 1,
-            "data.flip_probability",
-            "0 to 1",
-            self.flip_probability,
-        )
-        require(0 < self.val_fraction < 1, "data.val_fraction", "0 < value < 1", self.val_fraction)
-        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-        for name in ("shapes_train", "shapes_val"):
-            require(getattr(self, name) >= 1, f"data.{name}", "at least 1", getattr(self, name))
+        check = partial(_require_each, "data", self)
+        check(_between(0, 1), "flip_probability")
+        check(("0 < value < 1", lambda v: 0 < v < 1), "val_fraction")
+        check(NOT_NEGATIVE, "workers")
+        check(AT_LEAST_1, "shapes_train", "shapes_val")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,25 +273,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "checkpoint_every", "reference_batch"):
-            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in (
-            "micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm", "seed",
-            "weight_decay",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
-        require(self.max_steps >= -1, "train.max_steps", "-1 or more", self.max_steps)
-        require(self.learning_rate > 0, "train.learning_rate", "above 0", self.learning_rate)
-        for name in ("ema_decay", "momentum", "adamw_beta2"):
-            require(
-                0 <= getattr(self, name) < 1, f"train.{name}", "0 ≤ value < 1", getattr(self, name)
-            )
-        require(
-            not self.patience or self.evaluate_every > 0,
-            "train.patience",
-            "train.evaluate_every above 0 with it",
-            self.patience,
-        )
+        check = partial(_require_each, "train", self)
+        check(AT_LEAST_1, "batch_size", "epochs", "checkpoint_every", "reference_batch")
+        check(
+            NOT_NEGATIVE, "micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm",
+            "seed", "weight_decay",
+        )  # fmt: skip
+        check(("-1 or more", lambda v: v >= -1), "max_steps")
+        check(POSITIVE, "learning_rate")
+        check(FRACTION, "ema_decay", "momentum", "adamw_beta2")
+        if not self.evaluate_every:
+            check(("train.evaluate_every above 0 with it", operator.not_), "patience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,7 @@ def score(
     return Truth(source, indices).score(results, detections=detections)
 
 
+@dataclass(eq=False)
 class Truth:
     """The ground truth of some images, prepared once for any number of scorings.
 
@@ -100,24 +101,21 @@ class Truth:
     2⁵³ and strings count like any others. Annotations that `comask.data.check` would leave out are left
     out here, too, so every command scores the same objects.
 
-    Args:
+    Attributes:
         source: the data set.
         indices: which of its images.
-
-    Attributes:
-        source: as given.
-        indices: as given.
 
     Raises:
         DataError: when there are no images to score.
     """
 
-    def __init__(self, source: InstanceSource, indices: list[int]) -> None:
-        if not indices:
+    source: InstanceSource
+    indices: list[int]
+    _parts: dict[tuple[int, ...], Truth] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.indices:
             raise DataError("no images to evaluate on")
-        self.indices = indices
-        self.source = source
-        self._parts: dict[tuple[int, ...], Truth] = {}
 
     def of(self, indices: list[int]) -> Truth:
         """That of some of the images, prepared once as well; itself where those are all."""
@@ -145,8 +143,7 @@ class Truth:
         for task in TASKS:
             precision, recall = self._curves(numbered, task, limit)
             values[task] = _twelve(precision, recall)
-            at_coco = precision[:, :, :, 0, len(_RECALLED) - 1]
-            coco_ap[task] = _mean(at_coco)
+            coco_ap[task] = _mean(precision[:, :, :, 0, len(_RECALLED) - 1])
             per_class[task] = {
                 category.name: float(np.mean(precision[:, :, k, 0, -1]))
                 for k, category in enumerate(self.source.categories)
@@ -188,16 +185,13 @@ class Truth:
                     }
                 )
         categories = [
-            {"id": number, "name": category.name}
-            for number, category in enumerate(self.source.categories, start=1)
+            {"id": self._category_numbers[c.id], "name": c.name} for c in self.source.categories
         ]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     @cached_property
     def _category_numbers(self) -> dict[int | str, int]:
-        return {
-            category.id: number for number, category in enumerate(self.source.categories, start=1)
-        }
+        return {c.id: number for number, c in enumerate(self.source.categories, start=1)}
 
     @cached_property
     def _image_numbers(self) -> dict[int | str, int]:
@@ -211,13 +205,10 @@ class Truth:
         """The results of our images and categories, under our own ids."""
         images, categories = self._image_numbers, self._category_numbers
         return [
-            result
-            | {
-                "image_id": images[result["image_id"]],
-                "category_id": categories[result["category_id"]],
-            }
+            result | {"image_id": images[image], "category_id": categories[category]}
             for result in results
-            if result["image_id"] in images and result["category_id"] in categories
+            if (image := result["image_id"]) in images
+            and (category := result["category_id"]) in categories
         ]
 
     def _curves(

@@ -18,13 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import KernelUnavailableError
-from comask.kernels import compile, host
-from comask.kernels.launch_masks import (
-    MASKS,
-    MAX_CELLS,
-    mask_edge_counts_launch,
-    mask_edges_launch,
-)
+from comask.kernels import compile, run
+from comask.kernels.launch import MASKS, MAX_CELLS, MaskLaunches
 from comask.segmentation import Integers, rles_from_edges
 
 logger = logging.getLogger(__name__)
@@ -139,16 +134,12 @@ def edges_by_kernel(
     probs, corners = (np.ascontiguousarray(x, np.float32) for x in (mask_probs, boxes))
     found = np.array([len(probs)], np.int32)
     addresses = [probs.ctypes.data, corners.ctypes.data]
-    sizes = (len(probs), probs.shape[1], image_size, threshold)
+    launches = MaskLaunches(len(probs), probs.shape[1], image_size, threshold)
     counts = np.empty(len(probs) * (1 + image_size[1]), np.int32)
-    host.launch(
-        mask_edge_counts_launch(*sizes), [*addresses, found.ctypes.data], counts.ctypes.data
-    )
+    run.on_host(launches.edge_counts(), [*addresses, found.ctypes.data], counts.ctypes.data)
     edge_counts = counts[: len(probs)]
     edges = np.empty(edge_counts.sum(), np.int32)
-    host.launch(
-        mask_edges_launch(*sizes, len(edges)), [*addresses, counts.ctypes.data], edges.ctypes.data
-    )
+    run.on_host(launches.edges(len(edges)), [*addresses, counts.ctypes.data], edges.ctypes.data)
     return edge_counts, edges
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,12 @@ _RESULT = re.compile(
     r"|(detections|images)\.json"
 )
 _SHOWN = 3  # names in a line
+_WORDS: dict[Kind, str] = {
+    "result": "results of an earlier run",
+    "other": "files that are neither images nor videos",
+    "image": "images",
+    "video": "videos",
+}
 
 
 def kind_from_content(head: bytes) -> Kind:
@@ -82,30 +89,22 @@ def kind_of_file(path: Path) -> Kind:
 class PassedOver:
     """Counts the files of a folder or pattern that are not run."""
 
-    _names: dict[Kind, list[str]] = field(default_factory=dict)
-    _counts: dict[Kind, int] = field(default_factory=dict)
+    _counts: Counter[Kind] = field(default_factory=Counter)
+    _names: dict[Kind, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: Kind, name: str) -> None:
         """Counts one file."""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        names = self._names.setdefault(kind, [])
-        if len(names) < _SHOWN:
-            names.append(one_line(name))
+        self._counts[kind] += 1
+        if len(self._names[kind]) < _SHOWN:
+            self._names[kind].append(one_line(name))
 
     def lines(self, where: str) -> list[str]:
         """What to tell of them: a line for each kind but hidden files, which are nobody's images."""
-        words = {
-            "result": "results of an earlier run",
-            "other": "files that are neither images nor videos",
-            "image": "images",
-            "video": "videos",
-        }
         lines = []
-        for kind, what in words.items():
-            if count := self._counts.get(kind, 0):  # type: ignore[call-overload]
-                shown = ", ".join(self._names[kind])  # type: ignore[index]
-                more = ", …" if count > _SHOWN else ""
-                lines.append(f"{one_line(where)}: passed over {count} {what}: {shown}{more}")
+        for kind, what in _WORDS.items():
+            if count := self._counts[kind]:
+                shown = ", ".join(self._names[kind]) + (", …" if count > _SHOWN else "")
+                lines.append(f"{one_line(where)}: passed over {count} {what}: {shown}")
         return lines
 
 
@@ -124,30 +123,26 @@ def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> li
         ComaskError: when it names nothing.
     """
     path = Path(text)
-    if path.is_dir():
-        files = []
-        for entry in sorted(path.iterdir()):
-            kind = kind_of_file(entry)
-            if kind in kinds:
-                files.append(entry)
-            elif not entry.is_dir():
-                passed_over.add(kind, entry.name)
-        if not files:
-            what = "image or video" if "video" in kinds else "image"
-            raise ComaskError(
-                f"{text}: no {what} lies directly in it; subfolders are not searched: "
-                f"'{path / '**/*.jpg'}'"
-            )
-        return files
-    named = [path] if path.exists() else sorted(match_pattern(text))
-    if not named:
+    is_folder = path.is_dir()
+    if is_folder:
+        found = {entry: kind_of_file(entry) for entry in sorted(path.iterdir())}
+    else:
+        named = [path] if path.exists() else sorted(match_pattern(text))
+        found = {file: kind_from_name(file.name) for file in named}
+    if not found and not is_folder:
         raise ComaskError(f"{text}: no such file or folder, and no file matches it")
     files = []
-    for file in named:
-        if kind_from_name(file.name) == "result":
-            passed_over.add("result", file.name)
-        else:
+    for file, kind in found.items():
+        if kind in kinds if is_folder else kind != "result":
             files.append(file)
+        elif not file.is_dir():
+            passed_over.add(kind, file.name)
+    if not files and is_folder:
+        what = "image or video" if "video" in kinds else "image"
+        raise ComaskError(
+            f"{text}: no {what} lies directly in it; subfolders are not searched: "
+            f"'{path / '**/*.jpg'}'"
+        )
     return files
 
 

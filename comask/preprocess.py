@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,19 @@ from numpy.typing import NDArray
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
 
+Pixels = NDArray[np.uint8]
+
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from PIL.ImageFile import ImageFile
 
-__all__ = ["Prepared", "decode_image", "padded_shape", "prepare", "resized_shape", "rgb_from_pil"]
+# what a `Predictor` takes for an image
+ImageLike: TypeAlias = "str | Path | PILImage | Pixels"
 
-Pixels = NDArray[np.uint8]
+__all__ = [
+    "Placement", "Prepared", "decode_image", "padded_shape", "prepare", "resized_shape", "rgb_from_pil",
+]  # fmt: skip
+
 # As Pillow names them; the last two where it can: HEIF by pillow-heif, AVIF from Pillow 11.3 on.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "AVIF", "HEIF")
 _HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
@@ -38,23 +44,32 @@ MOST_IMAGE_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """An image on its canvas.
+class Placement:
+    """Where an image lies on its canvas: at the top left, resized.
 
     Attributes:
-        canvas: u8 [H, W, 3], the resized image at the top left, zeros elsewhere.
         size: (h, w) of the resized image in pixels.
         original_size: (h, w) before resizing.
     """
 
-    canvas: Pixels
     size: tuple[int, int]
     original_size: tuple[int, int]
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(y, x): resized pixels an original pixel."""
+        """(y, x): resized pixels per original pixel."""
         return self.size[0] / self.original_size[0], self.size[1] / self.original_size[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Placement):
+    """An image on its canvas.
+
+    Attributes:
+        canvas: u8 [H, W, 3], the resized image at the top left, zeros elsewhere.
+    """
+
+    canvas: Pixels
 
 
 def decode_image(source: str | Path | bytes, *, name: str | None = None) -> Pixels:
@@ -231,6 +246,28 @@ def rgb_from_pil(image: PILImage) -> Pixels:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+def pixels_of(image: ImageLike) -> Pixels:
+    """A path, Pillow image or array as u8 [h, w, 3] RGB.
+
+    Raises:
+        ImageError: when it cannot be decoded, or is not an image.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, str | Path):
+        return decode_image(image)
+    try:
+        return rgb_from_pil(image)
+    except ImageError:
+        raise
+    # whatever Pillow raises where a file is only decoded now, or where this is no image at all
+    except Exception as error:
+        raise ImageError(
+            f"expected a path, a Pillow image or a u8 array [h, w, 3], got "
+            f"{type(image).__name__}: {error}"
+        ) from error
+
+
 def resized_shape(size: tuple[int, int], config: PreprocessConfig) -> tuple[int, int]:
     """(h, w) with the shorter side at `short_side` unless the longer one would pass `max_side`."""
     h, w = size
@@ -262,4 +299,4 @@ def prepare(image: Pixels, config: PreprocessConfig) -> Prepared:
         canvas[: size[0], : size[1]] = resized
     else:
         canvas[: size[0], : size[1]] = image
-    return Prepared(canvas, size, original)
+    return Prepared(size, original, canvas)

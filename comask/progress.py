@@ -39,24 +39,16 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and not self._quiet:
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-            from rich.progress import (
-                Progress as RichProgress,
-            )
 
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
             self._bar.add_task(
@@ -74,9 +66,8 @@ class Progress:
         rate = (self.done - self._done_before) / max(now - self._start, 1e-9)
         timed = self._unit == "seconds"  # a second takes a second
         if self._bar:
-            task = self._bar.task_ids[0]
             shown = "" if timed else f"{rate:.1f} {self._unit}/s"
-            self._bar.update(task, completed=self.done, rate=shown, note=note)
+            self._bar.update(self._bar.task_ids[0], completed=self.done, rate=shown, note=note)
         elif now - self._last_line >= LINE_SECONDS or self.done == self._total:
             self._last_line = now
             line = f"{self._title}: {self.done}/{self._total} {self._unit}"

@@ -124,7 +124,10 @@ class RunLengthMask:
     @property
     def bounds(self) -> tuple[int, int, int, int]:
         """(x1, y1, x2, y2) of the foreground: x1 ≤ x < x2 in pixels; all zero without any."""
-        height, starts, ends = self.size[0], *self._foreground()
+        height, edges = self.size[0], np.cumsum(self.runs)
+        last = len(edges) - len(edges) % 2
+        starts, ends = edges[0:last:2], edges[1:last:2]
+        starts, ends = starts[starts < ends], ends[starts < ends]
         if not len(starts):
             return 0, 0, 0, 0
         left, right = int(starts[0]) // height, int(ends[-1] - 1) // height + 1
@@ -140,42 +143,27 @@ class RunLengthMask:
         Returns:
             (x, y, crop): `crop` is [h, w] bool, its top left pixel lies at (x, y) of the image.
         """
-        x1, y1, x2, y2 = self.bounds
-        height = self.size[0]
-        edges = np.stack(self._foreground(), axis=1).reshape(-1)
-        lengths = np.diff(edges, prepend=x1 * height, append=x2 * height)
-        columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(x2 - x1, height)
-        return x1, y1, np.ascontiguousarray(columns[:, y1:y2].T)
+        bounds = self.bounds
+        return *bounds[:2], self.part(*bounds)
 
     def part(self, x1: int, y1: int, x2: int, y2: int) -> NDArray[np.bool_]:
         """[y2 - y1, x2 - x1] bool: the mask inside a box of whole pixels within the image."""
-        x, y, crop = self.crop()
-        part = np.zeros((y2 - y1, x2 - x1), np.bool_)
-        left, top = max(x, x1), max(y, y1)
-        right, bottom = min(x + crop.shape[1], x2), min(y + crop.shape[0], y2)
-        if left < right and top < bottom:
-            inside = crop[top - y : bottom - y, left - x : right - x]
-            part[top - y1 : bottom - y1, left - x1 : right - x1] = inside
-        return part
+        start, end = x1 * self.size[0], x2 * self.size[0]
+        lengths = np.diff(np.cumsum(self.runs).clip(start, end), prepend=start)
+        columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(
+            x2 - x1, self.size[0]
+        )
+        return np.ascontiguousarray(columns[:, y1:y2].T)
 
     def bitmap(self) -> NDArray[np.bool_]:
         """[height, width] bool."""
         height, width = self.size
-        pixels = np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
-        return np.ascontiguousarray(pixels.reshape(width, height).T)
+        return self.part(0, 0, width, height)
 
     def to_coco(self) -> dict[str, Any]:
         """COCO's compressed RLE: `size` and `counts` (str)."""
         (counts,) = compress_runs(self.runs, np.array([len(self.runs)]))
         return {"size": list(self.size), "counts": counts}
-
-    def _foreground(self) -> tuple[Integers, Integers]:
-        """Where each run of the foreground begins and ends, column · height + row."""
-        edges = np.cumsum(self.runs)
-        last = len(edges) - len(edges) % 2
-        starts, ends = edges[0:last:2], edges[1:last:2]
-        there = starts < ends
-        return starts[there], ends[there]
 
 
 def read_segmentation(segmentation: object, height: int, width: int) -> RunLengthMask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,9 +10,9 @@ from typing import Any, Self
 from comask.bundle import Manifest
 from comask.errors import ConfigError, EngineError
 from comask.export.aot_plugins import check_aot
-from comask.runtime.gpu import Gpu
+from comask.kernels.launch import LEVEL_STRIDES
+from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import Flavor
-from comask.runtime.trt.engine_folder import STRIDES
 
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")
@@ -140,10 +141,7 @@ class Profile:
 
     def ranges(self) -> dict[str, Range]:
         """By name."""
-        return {
-            "batch": self.batch, "height": self.height, "width": self.width,
-            "proposals": self.proposals,
-        }  # fmt: skip
+        return dataclasses.asdict(self)
 
     def shapes(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Shapes]:
         """Least, best and largest shape of each input of a graph.
@@ -161,8 +159,8 @@ class Profile:
         name, shape = entry["name"], entry["shape"]
         batch, height = self.batch[place], self.height[place]
         width, proposals = self.width[place], self.proposals[place]
-        if name in STRIDES:
-            return (batch, shape[1], height // STRIDES[name], width // STRIDES[name])
+        if name in LEVEL_STRIDES:
+            return (batch, shape[1], height // LEVEL_STRIDES[name], width // LEVEL_STRIDES[name])
         return {
             "images": (batch, height, width, 3),
             "image_sizes": (batch, 2),

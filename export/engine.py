@@ -7,9 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +18,15 @@ import onnx
 from numpy.typing import NDArray
 
 from comask import __version__
-from comask.bundle import STAGES, Bundle, graph_file, sha256
+from comask.bundle import STAGES, Bundle, graph_file, scratch_folder, sha256
 from comask.errors import EngineError
 from comask.export.build_options import BuildOptions, Profile, check_options
-from comask.export.engine_process import build_in_process
+from comask.export.engine_process import PlanRequest, build_in_process
 from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_functions import with_plugins, without_plugins
 from comask.export.verify import prove_engines, why_not_proved
 from comask.files import locked
-from comask.runtime.gpu import Gpu, find_gpu
+from comask.runtime.device import Gpu, find_gpu
 from comask.runtime.trt.engine import Flavor, load_flavor
 from comask.runtime.trt.engine_folder import (
     DESCRIPTION,
@@ -40,8 +38,6 @@ from comask.runtime.trt.engine_folder import (
 )
 from comask.runtime.trt.ops import kernels_sha256
 
-# folders beside the finished ones; a dot keeps them from being taken for engines
-BUILDING, REPLACED = ".building-", ".replaced-"
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[str], None]
 Progress = Callable[[str, str, float], None]  # stage, phase, finished share of the phase
@@ -100,39 +96,23 @@ def build_engines(
         return _existing(folder, info, report)
     try:
         folder.parent.mkdir(exist_ok=True)
-        with _lock(folder.parent, report):
+        lock = folder.parent / ".lock"
+        lock.touch()
+        said = f"{folder.parent}: another build is running; waiting for it"
+        with locked(lock, waiting=lambda: report(said)):
             if folder.exists() and not rebuild:  # another build made it meanwhile
                 return _existing(folder, info, report)
-            with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as work:
-                finished = _build_both(Path(work), folder, bundle, info, report, progress)
+            with scratch_folder(bundle.folder, folder.parent) as work:
+                finished = _build_both(work, folder, bundle, info, report, progress)
                 info = _proved(bundle, finished, images, gpu, report)
-                _write_description(finished.folder, info)
-                aside = folder.with_name(f"{REPLACED}{Path(work).name.removeprefix(BUILDING)}")
+                text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
+                (finished.folder / DESCRIPTION).write_text(text, encoding="utf-8")
                 if folder.exists():
-                    folder.rename(aside)
+                    folder.rename(work / "replaced")
                 finished.folder.rename(folder)
-                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise EngineError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return EngineFolder.open(folder)
-
-
-@contextmanager
-def _lock(engines: Path, report: Report) -> Iterator[None]:
-    """Keeps other builds of the bundle waiting, and clears away what a killed one left."""
-    lock = engines / ".lock"
-    lock.touch()
-    said = f"{engines}: another build is running; waiting for it"
-    with locked(lock, waiting=lambda: report(said)) as held:
-        if held:  # without a lock, what seems left may be another build's work
-            _clear(engines)
-        yield
-
-
-def _clear(engines: Path) -> None:
-    """Removes engines that were replaced, and what killed builds left; only under the lock."""
-    for left in (*engines.glob(f"{BUILDING}*"), *engines.glob(f"{REPLACED}*")):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _build_both(
@@ -164,11 +144,6 @@ def _proved(
     report("comparing the engines with PyTorch")
     proof = prove_engines(bundle, engines, images())
     return dataclasses.replace(engines.info, verification=proof)
-
-
-def _write_description(folder: Path, info: EngineInfo) -> None:
-    text = json.dumps(dataclasses.asdict(info), indent=2) + "\n"
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def _describe(
@@ -269,24 +244,21 @@ def _build_stage(
     (work / "graph.onnx").write_bytes(model.SerializeToString())
     plan = finished / PLANS[stage]
     tuned_here = info.flavor == "tensorrt"  # TensorRT-RTX tunes nothing before a plan is loaded
-    result = build_in_process(
-        {
-            "flavor": info.flavor,
-            "plugin": info.plugin,
-            "graph": str(work / "graph.onnx"),
-            "plan": str(plan),
-            "profile": Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"]),
-            "options": info.options,
-            "timing_cache": str(finished / TIMING_CACHE) if tuned_here else None,
-            "tuned_here": tuned_here,
-        },
-        work,
-        progress,
+    request = PlanRequest(
+        flavor=info.flavor,
+        plugin=info.plugin,
+        graph=str(work / "graph.onnx"),
+        plan=str(plan),
+        profile=Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"]),
+        options=BuildOptions(**info.options),
+        timing_cache=str(finished / TIMING_CACHE) if tuned_here else None,
+        tuned_here=tuned_here,
     )
-    layers = check_precisions(asked_precisions(model), result["network"], result["engine"])
+    built = build_in_process(request, work, progress)
+    layers = check_precisions(asked_precisions(model), built.network, built.engine)
     return dataclasses.replace(
         info,
         plans=info.plans | {stage: sha256(plan)},
         layers=info.layers | {stage: layers},
-        seconds=info.seconds | {stage: round(result["seconds"], 3)},
+        seconds=info.seconds | {stage: round(built.seconds, 3)},
     )

@@ -1,40 +1,96 @@
-"""Runs `engine_worker` and turns whatever becomes of it into a result or one error."""
+"""Building one plan in a process of its own: the request, the process that builds, and who waits for it.
+
+TensorRT can end its process instead of raising. So `build_in_process` runs this module as a program,
+which writes lines of JSON to a file descriptor: progress, then the result or an error. Of a process that
+ends without either, `build_in_process` says how it ended.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comask.errors import EngineError
-from comask.runtime.trt.engine import search_path
+from comask.config_reading import from_dict
+from comask.errors import ComaskError, EngineError
+from comask.export.aot_plugins import ptx_capability, register_aot_plugins
+from comask.export.build_options import BuildOptions, Shapes
+from comask.export.layer_precision import engine_layers, network_layers
+from comask.runtime.device import find_gpu
+from comask.runtime.trt.engine import Flavor, load_flavor, search_path
+from comask.runtime.trt.plugins import register_plugins
 
-LAST_WORDS = 3  # lines of a dead worker's standard error that go into the message
+LAST_WORDS = 3  # lines of a dead process's standard error that go into the message
+MIB = 2**20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """One plan to build.
+
+    Attributes:
+        flavor: `tensorrt` or `tensorrt-rtx`.
+        plugin: `python`, `aot` or `none`.
+        graph: path of the ONNX file.
+        plan: path to write to.
+        profile: least, best and largest shape of each input.
+        options: of the builder.
+        timing_cache: path of the cache that is read and written; None: no cache.
+        tuned_here: whether this GPU runs the plan, so that its layers can be read back.
+    """
+
+    flavor: str
+    plugin: str
+    graph: str
+    plan: str
+    profile: dict[str, Shapes]
+    options: BuildOptions
+    timing_cache: str | None
+    tuned_here: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltPlan:
+    """What building one plan told.
+
+    Attributes:
+        seconds: that TensorRT built for.
+        network: precision of each weighty layer of the parsed network, see `network_layers`.
+        engine: the same of the plan, see `engine_layers`; None where it cannot be opened here.
+    """
+
+    seconds: float
+    network: dict[str, str]
+    engine: dict[str, str] | None
 
 
 def build_in_process(
-    request: Mapping[str, Any], folder: Path, progress: Callable[[str, float], None]
-) -> dict[str, Any]:
+    request: PlanRequest, folder: Path, progress: Callable[[str, float], None]
+) -> BuiltPlan:
     """Builds one plan in a process of its own.
 
     Args:
-        request: for `engine_worker.build_plan`.
-        folder: for what is temporary.
+        request: what to build.
+        folder: for temporary files.
         progress: takes the phase and its finished share.
-
-    Returns:
-        what `build_plan` does.
 
     Raises:
         EngineError: when it cannot be built, and when the process ends without a word.
     """
-    (folder / "request.json").write_text(json.dumps(request))
+    request_file = folder / "request.json"
+    request_file.write_text(json.dumps(dataclasses.asdict(request)))
     environment = dict(os.environ)
     reading, writing = os.pipe()
     with (
@@ -43,17 +99,11 @@ def build_in_process(
         # not in the bundle: its path may hold a colon, which ends an entry of LD_LIBRARY_PATH
         tempfile.TemporaryDirectory(prefix="comask-rtx-") as links,
     ):
-        path = search_path(Path(links)) if request["flavor"] == "tensorrt-rtx" else None
+        path = search_path(Path(links)) if request.flavor == "tensorrt-rtx" else None
         if path is not None:
             environment["LD_LIBRARY_PATH"] = path
-        command = [
-            sys.executable,
-            "-m",
-            "comask.export.engine_worker",
-            str(folder / "request.json"),
-        ]
         process = subprocess.Popen(
-            [*command, str(writing)],
+            [sys.executable, "-m", "comask.export.engine_process", str(request_file), str(writing)],
             env=environment,
             pass_fds=(writing,),
             stdin=subprocess.DEVNULL,
@@ -68,17 +118,14 @@ def build_in_process(
             process.kill()  # an interrupt must not leave a build behind
             process.wait()
         if "result" in outcome:
-            result: dict[str, Any] = outcome["result"]
-            return result
+            return BuiltPlan(**outcome["result"])
         if "error" in outcome:
             raise EngineError(outcome["error"])
         words.seek(0)
-        raise EngineError(
-            _obituary(request["flavor"], status, words.read().decode(errors="replace"))
-        )
+        raise EngineError(_obituary(request.flavor, status, words.read().decode(errors="replace")))
 
 
-def _follow(events: Any, progress: Callable[[str, float], None]) -> dict[str, Any]:
+def _follow(events: Iterable[str], progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Reads events to their end; returns the last one that is no progress."""
     steps, outcome = 1, {}
     for line in events:
@@ -102,3 +149,183 @@ def _obituary(flavor: str, status: int, words: str) -> str:
     if status == -signal.SIGKILL:
         hint = "; the system may have run out of memory: give a smaller --profile"
     return f"{flavor}'s build {how} and said last: {said}{hint}"
+
+
+def main(request_file: str, events: str) -> None:
+    """The process: builds what the file asks for and reports on descriptor `events`."""
+    # the build ends with the process that asked for it
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with os.fdopen(int(events), "w", buffering=1) as pipe:
+
+        def emit(event: Mapping[str, Any]) -> None:
+            pipe.write(json.dumps(event) + "\n")
+
+        try:
+            request = from_dict(PlanRequest, json.loads(Path(request_file).read_text()))
+            emit({"result": dataclasses.asdict(build_plan(request, emit))})
+        except (ComaskError, OSError, MemoryError) as error:
+            emit({"error": f"{error}" or type(error).__name__})
+
+
+def build_plan(request: PlanRequest, emit: Emit) -> BuiltPlan:
+    """Parses the graph, builds it and writes the plan.
+
+    Raises:
+        EngineError: when TensorRT refuses the graph, the profile or an option, or the plan cannot be
+            written.
+    """
+    flavor = load_flavor(request.flavor)
+    trt = flavor.trt
+    _register(flavor, request.plugin, request.options)
+    builder = trt.Builder(flavor.log)
+    flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    network = builder.create_network(1 << int(flag))
+    _parse(flavor, network, request.graph)
+    config = builder.create_builder_config()
+    _apply_options(flavor, config, request.options)
+    _add_profile(flavor, builder, config, request.profile)
+    monitor = _monitor(trt, emit)
+    config.progress_monitor = monitor
+    cache = _load_timing_cache(config, request.timing_cache)
+
+    start = time.perf_counter()
+    flavor.clear()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{flavor.name} cannot build it: {flavor.errors()}")
+    seconds = time.perf_counter() - start
+    data = memoryview(plan)
+    try:
+        Path(request.plan).write_bytes(data)
+    except OSError as error:
+        raise EngineError(f"{request.plan}: cannot be written: {error.strerror}") from error
+    if cache is not None and request.timing_cache is not None:
+        Path(request.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return BuiltPlan(
+        seconds=seconds,
+        network=network_layers(network),
+        engine=_inspect(flavor, data) if request.tuned_here else None,
+    )
+
+
+def _register(flavor: Flavor, plugin: str, options: BuildOptions) -> None:
+    if plugin == "python":
+        register_plugins(flavor)
+    elif plugin == "aot":
+        gpu = find_gpu()
+        assert gpu is not None  # or check_options would have refused
+        capability = ptx_capability(gpu, options.hardware_compatibility)
+        register_aot_plugins(flavor, capability)
+
+
+def _inspect(flavor: Flavor, plan: memoryview) -> dict[str, str]:
+    """The layers' precisions in the finished engine, which only its own GPU can open."""
+    trt = flavor.trt
+    runtime = trt.Runtime(flavor.log)
+    runtime.engine_host_code_allowed = True  # a version-compatible plan holds a lean runtime
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(f"{flavor.name} does not open what it built: {flavor.errors()}")
+    inspector = engine.create_engine_inspector()
+    return engine_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _parse(flavor: Flavor, network: Any, graph: str) -> None:
+    parser = flavor.trt.OnnxParser(network, flavor.log)
+    flavor.clear()
+    if parser.parse_from_file(graph):
+        return
+    # the reason behind the parser's "could not create the plugin"
+    found = list(flavor.plugin_errors)
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        node = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
+        found.append(f"{error.desc()}{node}")
+    raise EngineError(
+        f"{flavor.name} {flavor.version} cannot parse the graph: {'; '.join(found) or flavor.errors()}"
+    )
+
+
+def _apply_options(flavor: Flavor, config: Any, options: BuildOptions) -> None:
+    trt = flavor.trt
+    if options.workspace_mib is not None:
+        limit = options.workspace_mib * MIB
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatibility:
+        name = options.hardware_compatibility.upper()
+        level = getattr(trt.HardwareCompatibilityLevel, name, None)
+        if level is None:
+            raise EngineError(
+                f"--hardware-compatibility {name.lower()}: {flavor.name} {flavor.version} does not have "
+                f"it; leave it out, or take a newer TensorRT"
+            )
+        config.hardware_compatibility_level = level
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa are not what fp32 promises
+    # full names let the inspector say which layer has which precision
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for place, capability in enumerate(options.compute_capabilities):
+            config.set_compute_capability(_capability(trt, capability), place)
+
+
+def _capability(trt: Any, capability: int) -> Any:
+    found = getattr(trt.ComputeCapability, f"SM{capability}", None)
+    if found is None:
+        known = sorted(n for n in dir(trt.ComputeCapability) if n.startswith("SM"))
+        raise EngineError(
+            f"compute capability {capability} is none of this TensorRT-RTX's: {', '.join(known)}"
+        )
+    return found
+
+
+def _add_profile(flavor: Flavor, builder: Any, config: Any, shapes: Mapping[str, Shapes]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, best, largest) in shapes.items():
+        profile.set_shape(name, least, best, largest)
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"{flavor.name} refuses the profile: {flavor.errors()}")
+
+
+def _load_timing_cache(config: Any, path: str | None) -> Any:
+    if path is None:
+        return None
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    cache = config.create_timing_cache(data)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        # of another GPU or version: begin a new one, so that it is written anew
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _monitor(trt: Any, emit: Emit) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the outermost phase on; the inner ones come and go too fast to read."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outer: str | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outer = name
+                emit({"phase": name, "done": 0, "steps": steps})
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outer:
+                emit({"phase": name, "done": step + 1})
+            return True  # go on
+
+        def phase_finish(self, name: str) -> None:
+            """The last step said so."""
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,9 +7,10 @@ values within it becomes a *float island*.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from comask.export.onnx_export import folded
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS, FloatTensors
 from comask.preprocess import prepare
+from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.compare import PYRAMID
-from comask.runtime.torch_session import torch_stages
 
 FP16_END = 65504.0
 # Other images reach farther than the few that are scanned: on a trained network, 200 images up to 2.7
@@ -192,33 +193,43 @@ def float_islands(extremes: Sequence[Extreme]) -> dict[str, Extreme]:
     return {path: e for path, e in worst.items() if not _inside(path, worst)}
 
 
-def describe_islands(extremes: Sequence[Extreme], islands: Mapping[str, Extreme]) -> dict[str, Any]:
-    """For the manifest: `float_layers`, and as `range` the largest value that remains in fp16.
+@dataclass(frozen=True, slots=True)
+class Fp16Report:
+    """What fp16 could not hold, and how much room there is in the rest.
 
-    Args:
-        extremes: see `scan_ranges`.
+    Attributes:
         islands: see `float_islands`.
+        largest: the largest value that remains in fp16.
     """
-    halves = [
-        e
-        for e in extremes
-        if not _inside(e.module, islands)
-        and (e.module not in islands or e.kind in ACTIVATIONS)  # its border is fp16
-    ]
-    largest = max(halves, key=lambda e: e.largest)
-    return {
-        "float_layers": [
-            {"module": path, "largest": e.largest, "image": e.image, "reason": str(e)}
-            for path, e in islands.items()
-        ],
-        "range": {
-            "module": largest.module,
-            "kind": largest.kind,
-            "largest": largest.largest,
-            "image": largest.image,
-            "end": FP16_END,
-        },
-    }
+
+    islands: Mapping[str, Extreme]
+    largest: Extreme
+
+    @classmethod
+    def of(cls, extremes: Sequence[Extreme], islands: Mapping[str, Extreme]) -> Self:
+        """The report on a network.
+
+        Args:
+            extremes: see `scan_ranges`.
+            islands: see `float_islands`.
+        """
+        halves = [
+            e
+            for e in extremes
+            if not _inside(e.module, islands)
+            and (e.module not in islands or e.kind in ACTIVATIONS)  # its border is fp16
+        ]
+        return cls(islands, max(halves, key=lambda e: e.largest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest: `float_layers` and `range`."""
+        return {
+            "float_layers": [
+                {"module": path, "largest": e.largest, "image": e.image, "reason": str(e)}
+                for path, e in self.islands.items()
+            ],
+            "range": {**dataclasses.asdict(self.largest), "end": FP16_END},
+        }
 
 
 def _lineage(path: str) -> Iterator[str]:

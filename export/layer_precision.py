@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 
 from comask.errors import EngineError
+from comask.runtime.trt.engine_folder import LayerCounts
 
 WEIGHTY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 WEIGHTY_LAYERS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
@@ -94,7 +95,7 @@ def engine_layers(information: str) -> dict[str, str]:
 
 def check_precisions(
     asked: Mapping[str, str], network: Mapping[str, str], engine: Mapping[str, str] | None
-) -> dict[str, Any]:
+) -> LayerCounts:
     """Compares what was built with what the graph asks for.
 
     Every layer of the parsed network is judged; of the engine those that fusion left recognisable.
@@ -105,8 +106,7 @@ def check_precisions(
         engine: see `engine_layers`; None where the engine could not be opened.
 
     Returns:
-        for `engine.json`: `of`, how many the graph has, and for `network` and `engine` how many of each
-        precision were found again.
+        how many layers the graph has, and how many of each precision were found again.
 
     Raises:
         EngineError: when one differs, or fewer than half were found again in the network.
@@ -125,11 +125,11 @@ def check_precisions(
             f"the precision of {matched} layers out of {len(asked)} could be read back, at least half "
             f"expected: this TensorRT names its layers in a way that comask does not know"
         )
-    return {
-        "of": len(asked),
-        "network": _count(asked, network),
-        "engine": None if engine is None else _count(asked, engine),
-    }
+    return LayerCounts(
+        of=len(asked),
+        network=_count(asked, network),
+        engine=None if engine is None else _count(asked, engine),
+    )
 
 
 def _count(asked: Mapping[str, str], found: Mapping[str, str]) -> dict[str, int]:

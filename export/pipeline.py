@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask import __version__
 from comask.bundle import (
-    PRECISIONS,
     STAGES,
     WEIGHTS,
     Bundle,
@@ -23,22 +23,54 @@ from comask.bundle import (
     graph_file,
     scratch_folder,
     sha256,
+    with_graphs,
     write_manifest,
 )
 from comask.config import PreprocessConfig
 from comask.errors import BundleError
-from comask.export.fp16 import Extreme, describe_islands, float_islands, scan_ranges
+from comask.export.fp16 import Fp16Report, float_islands, scan_ranges
 from comask.export.onnx_export import export_stage1, export_stage2, in_precision
-from comask.export.verify import verification_batches, verify
+from comask.export.verify import Verification, verification_batches, verify
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
+from comask.runtime.backends.base import Stage
+from comask.runtime.backends.ort import ort_stages
+from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
 from comask.runtime.compare import TOLERANCES
-from comask.runtime.ort_session import ort_stages
-from comask.runtime.session import Session
-from comask.runtime.torch_session import model_from_bundle, torch_stages
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphReport:
+    """How the graphs of one precision were made and compared with PyTorch before release.
+
+    Attributes:
+        images: number of images that they were compared on.
+        verification: the graphs in ONNX Runtime.
+        rounded: PyTorch in the same precision, which rounds as a GPU does; None of fp32.
+        fp16: what stays fp32 in it; None of other precisions.
+    """
+
+    images: int
+    verification: Verification
+    rounded: Verification | None = None
+    fp16: Fp16Report | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest's `verification` has it."""
+        found = {"images": self.images, **self.verification.to_dict()}
+        if self.rounded:
+            found["rounded"] = self.rounded.to_dict()
+        return found | (self.fp16.to_dict() if self.fp16 else {})
+
+
+class Exported(NamedTuple):
+    """A bundle, and the reports on the graphs that were added, by precision."""
+
+    bundle: Bundle
+    reports: dict[str, GraphReport]
 
 
 def export_bundle(
@@ -51,7 +83,7 @@ def export_bundle(
     score_threshold: float | None = None,
     diagnostics: bool = False,
     report: Report = lambda line: None,
-) -> Bundle:
+) -> Exported:
     """Writes a bundle that has been compared with PyTorch, or nothing.
 
     Args:
@@ -91,15 +123,15 @@ def export_bundle(
             comask_version=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        bundle = Bundle(folder, manifest)
+        exported = Exported(Bundle(folder, manifest), {})
         for precision in precisions:
-            bundle = _with_graphs(bundle, model, precision, images, diagnostics, report)
-        write_manifest(folder, bundle.manifest)
+            exported = _with_graphs(exported, model, precision, images, diagnostics, report)
+        write_manifest(folder, exported.bundle.manifest)
         folder.chmod(0o755)  # mkdtemp's is private
         if output.exists():
             output.rmdir()
         folder.rename(output)
-    return Bundle(output, bundle.manifest)
+    return Exported(Bundle(output, exported.bundle.manifest), exported.reports)
 
 
 def add_precisions(
@@ -108,7 +140,7 @@ def add_precisions(
     images: Images,
     *,
     report: Report = lambda line: None,
-) -> Bundle:
+) -> Exported:
     """Adds graphs of more precisions to a bundle, or changes nothing.
 
     Args:
@@ -126,43 +158,32 @@ def add_precisions(
     names = {output["name"] for output in bundle.manifest.graphs["stage2"]["outputs"]}
     diagnostics = names.issuperset(DIAGNOSTIC_OUTPUTS)
     with scratch_folder(bundle.folder, bundle.folder) as folder:
-        extended = Bundle(folder, bundle.manifest)
+        exported = Exported(Bundle(folder, bundle.manifest), {})
         for precision in precisions:
-            extended = _with_graphs(extended, model, precision, images, diagnostics, report)
-        made = extended.manifest
-
-        def add(manifest: Manifest) -> Manifest:
-            return dataclasses.replace(
-                manifest,
-                precisions=tuple(
-                    name for name in PRECISIONS if name in {*manifest.precisions, *precisions}
-                ),
-                files=manifest.files | {path.name: made.files[path.name] for path in new},
-                verification=manifest.verification
-                | {name: made.verification[name] for name in precisions},
-            )
-
-        new = list(folder.iterdir())
-        return extend(bundle, folder, add)
+            exported = _with_graphs(exported, model, precision, images, diagnostics, report)
+        made = exported.bundle.manifest
+        files = {name: made.files[name] for name in made.files.keys() - bundle.manifest.files}
+        verification = {precision: made.verification[precision] for precision in precisions}
+        extended = extend(bundle, folder, lambda now: with_graphs(now, files, verification))
+        return Exported(extended, exported.reports)
 
 
 def _with_graphs(
-    bundle: Bundle,
+    exported: Exported,
     model: CoMask,
     precision: str,
     images: Images,
     diagnostics: bool,
     report: Report,
-) -> Bundle:
+) -> Exported:
     """The bundle with graphs of one more precision, compared with PyTorch; writes no manifest."""
-    manifest = bundle.manifest
-    islands, ranges = dict[str, Extreme](), dict[str, Any]()
+    bundle, manifest = exported.bundle, exported.bundle.manifest
+    fp16, rounded = None, None
     if precision == "fp16":
         report(f"looking for values beyond fp16 in {len(images)} images")
         extremes = scan_ranges(model, images, manifest.preprocess)
-        islands = float_islands(extremes)
-        ranges = describe_islands(extremes, islands)
-    converted = in_precision(model, precision, islands)
+        fp16 = Fp16Report.of(extremes, float_islands(extremes))
+    converted = in_precision(model, precision, fp16.islands if fp16 else ())
     report(f"exporting stage 1 (backbone, MFPN, RPN) in {precision}")
     paths = {stage: bundle.folder / graph_file(stage, precision) for stage in STAGES}
     export_stage1(converted, paths["stage1"])
@@ -175,22 +196,18 @@ def _with_graphs(
     reference, tolerance = torch_stages(model), TOLERANCES[precision]
     batches = verification_batches(images, manifest.preprocess)
     with ort_stages(bundle, precision) as graphs:
-        proof = verify(reference, graphs, batches, manifest.model, tolerance)
+        verification = verify(reference, graphs, batches, manifest.model, tolerance)
         contract = {name: _contract(getattr(graphs, name)) for name in STAGES}
     if converted is not model:
         # On a CPU ONNX Runtime computes fp16 graphs in fp32, PyTorch rounds every activation: what
         # overflows shows here alone.
         report(f"comparing PyTorch in {precision} with PyTorch in fp32")
         half = torch_stages(converted)
-        proof["rounded"] = verify(reference, half, batches[:1], manifest.model, tolerance)
-    proof = {"images": len(images), **proof, **ranges}
-    changed = dataclasses.replace(
-        bundle.manifest,
-        precisions=(*manifest.precisions, precision),
-        verification=manifest.verification | {precision: proof},
-        graphs=manifest.graphs or contract,
-    )
-    return Bundle(bundle.folder, changed)
+        rounded = verify(reference, half, batches[:1], manifest.model, tolerance)
+    made = GraphReport(images=len(images), verification=verification, rounded=rounded, fp16=fp16)
+    changed = with_graphs(manifest, written, {precision: made.to_dict()})
+    changed = dataclasses.replace(changed, graphs=manifest.graphs or contract)
+    return Exported(Bundle(bundle.folder, changed), exported.reports | {precision: made})
 
 
 def _write_weights(model: CoMask, preprocess: PreprocessConfig, path: Path) -> None:
@@ -205,7 +222,7 @@ def _write_weights(model: CoMask, preprocess: PreprocessConfig, path: Path) -> N
         raise BundleError(f"{path.name} cannot be written: {error}") from error
 
 
-def _contract(session: Session) -> dict[str, list[dict[str, object]]]:
+def _contract(session: Stage) -> dict[str, list[dict[str, object]]]:
     """A graph's inputs and outputs for the manifest."""
     return {
         side: [{"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape)} for s in specs]

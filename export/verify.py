@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from comask.bundle import Bundle
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import EngineError, ParityError
 from comask.preprocess import Prepared, prepare
+from comask.runtime.backends.base import Stages
 from comask.runtime.compare import TOLERANCES, Comparison, Tolerance, compare_stages
-from comask.runtime.gpu import Gpu
-from comask.runtime.session import Stages
+from comask.runtime.device import Gpu
 from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo, why_not_on
 
 # Canvases, as shares of the configured size: whole, a smaller one, and a strip.
@@ -41,13 +42,34 @@ INT8_TOLERANCE = Tolerance(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How far a backend that was accepted is off its reference.
+
+    Attributes:
+        reference: name of the backend that was taken as right.
+        backend: name of the other one.
+        worst: the largest differences over all images.
+    """
+
+    reference: str
+    backend: str
+    worst: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `manifest.json` and `engine.json`: all in one object, without the absent failures."""
+        worst = dataclasses.asdict(self.worst)
+        del worst["failures"]
+        return {"reference": self.reference, "backend": self.backend, **worst}
+
+
 def verify(
     reference: Stages,
     other: Stages,
     batches: Sequence[Batch],
     model: ModelConfig,
     tolerance: Tolerance,
-) -> dict[str, Any]:
+) -> Verification:
     """Runs images through both and compares every output.
 
     Args:
@@ -57,34 +79,19 @@ def verify(
         model: its thresholds.
         tolerance: for the other's precision.
 
-    Returns:
-        the worst differences, for the manifest.
-
     Raises:
         ParityError: naming the first output that differs.
     """
     comparison = Comparison()
     for batch in batches:
-        compare_stages(
-            reference,
-            other,
-            np.stack([image.canvas for image in batch]),
-            np.array([image.size for image in batch], dtype=np.int32),
-            nms_iou=model.nms_iou,
-            score_threshold=model.score_threshold,
-            tolerance=tolerance,
-            into=comparison,
-            rpn_nms_iou=model.rpn_nms_iou,
-        )
+        compare_stages(reference, other, batch, model, tolerance=tolerance, into=comparison)
     if comparison.failures:
         rest = len(comparison.failures) - 1
         raise ParityError(
             f"{other.backend} does not compute what PyTorch does in fp32: {comparison.failures[0]}"
             + (f" (and {rest} more differences)" if rest else "")
         )
-    result = dataclasses.asdict(comparison)
-    del result["failures"]
-    return {"reference": reference.backend, "backend": other.backend, **result}
+    return Verification(reference=reference.backend, backend=other.backend, worst=comparison)
 
 
 def verification_batches(
@@ -135,15 +142,15 @@ def prove_engines(
         images: u8 [h, w, 3], RGB.
 
     Returns:
-        the worst differences, for `engine.json`.
+        the worst differences and the number of batches, as `engine.json` has them.
 
     Raises:
         ParityError: naming the first output that differs.
         EngineError: when the plans do not open or run, or take none of the images' canvases.
     """
-    from comask.runtime.ort_session import ort_stages
-    from comask.runtime.torch_session import model_from_bundle, torch_stages
-    from comask.runtime.trt.session import open_engines
+    from comask.runtime.backends.ort import ort_stages
+    from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
+    from comask.runtime.backends.trt import open_engines
 
     manifest, info = bundle.manifest, engines.info
     batches = [
@@ -162,8 +169,8 @@ def prove_engines(
         reference = torch_stages(model_from_bundle(bundle))
         tolerance = TOLERANCES[info.precision]
     with open_engines(engines, device=0) as stages, reference:
-        proof = verify(reference, stages, batches, manifest.model, tolerance)
-    return {"batches": len(batches), **proof}
+        verified = verify(reference, stages, batches, manifest.model, tolerance)
+    return {"batches": len(batches), **verified.to_dict()}
 
 
 def _fits(batch: Batch, profile: dict[str, tuple[int, int, int]]) -> bool:

@@ -4,9 +4,10 @@ Importing this needs numpy alone; each backend imports what it needs when it is 
 """
 
 from comask.errors import FrameDroppedError, QueueFullError
+from comask.runtime.backends.base import Stage, Stages, TensorSpec
 from comask.runtime.dlpack import SharedArray
+from comask.runtime.images import ImageResult
 from comask.runtime.predictor import Predictor
-from comask.runtime.session import Session, Stages, TensorSpec
 from comask.runtime.stream import Future, StreamSession
 from comask.structures import Detections
 
@@ -14,10 +15,11 @@ __all__ = [
     "Detections",
     "FrameDroppedError",
     "Future",
+    "ImageResult",
     "Predictor",
     "QueueFullError",
-    "Session",
     "SharedArray",
+    "Stage",
     "Stages",
     "StreamSession",
     "TensorSpec",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from comask.runtime.session import Array, Stages
+from comask.config import ModelConfig
+from comask.preprocess import Prepared
+from comask.runtime.backends.base import Array, Stages
 
 SPAN_OF_TIES = 20
 PYRAMID = ("p2", "p3", "p4", "p5")
@@ -25,11 +28,13 @@ class Boxes:
         boxes: [N, 4] f32 `xyxy` in pixels.
         scores: [N] f32.
         labels: [N] int; boxes of different labels do not compete.
+        masks: [N, 28, 28] f32 probabilities; None of proposals.
     """
 
     boxes: Array
     scores: Array
     labels: Array
+    masks: Array | None = None
 
 
 def match_boxes(a: Array, b: Array, limit: float | Array) -> Array:
@@ -173,71 +178,6 @@ class Comparison:
     failures: list[str] = field(default_factory=list)
 
 
-def compare_stages(
-    reference: Stages,
-    other: Stages,
-    images: Array,
-    image_sizes: Array,
-    *,
-    nms_iou: float,
-    score_threshold: float,
-    tolerance: Tolerance,
-    into: Comparison,
-    rpn_nms_iou: float = 0.7,
-) -> None:
-    """Runs one batch through both backends and adds what differs to `into`.
-
-    Stage 2 of both gets the reference's stage 1 outputs, so that each stage is judged alone.
-
-    Args:
-        reference: usually PyTorch.
-        other: the backend in question.
-        images: u8 [B, H, W, 3].
-        image_sizes: i32 [B, 2].
-        nms_iou: of the detections' NMS.
-        score_threshold: below which there are no detections.
-        tolerance: for the other backend's precision.
-        into: collects the result.
-        rpn_nms_iou: of the proposals' NMS.
-    """
-    feeds = {"images": images, "image_sizes": image_sizes}
-    where = f"canvas {images.shape[2]}x{images.shape[1]}, batch {len(images)}"
-    expected, found = reference.stage1.run(feeds), other.stage1.run(feeds)
-    for name in PYRAMID:
-        error = relative_error(expected[name], found[name])
-        into.relative[name] = max(into.relative.get(name, 0.0), error)
-        if not error <= tolerance.relative:
-            into.failures.append(
-                f"{name}: relative error {error:.2g}, at most {tolerance.relative:g} expected ({where})"
-            )
-    shares = []
-    for i in range(len(images)):
-        wanted, got = _proposals(expected, i), _proposals(found, i)
-        shares.append(tolerance.shares(wanted.scores))
-        place = f"image {i} of {where}"
-        _compare_proposals(wanted, got, place, (rpn_nms_iou, shares[i][0]), tolerance, into)
-
-    feeds = {**expected, "image_sizes": image_sizes}
-    expected, found = reference.stage2.run(feeds), other.stage2.run(feeds)
-    for i in range(len(images)):
-        place = f"image {i} of {where}"
-        counts = [int(outputs["num_detections"][i]) for outputs in (expected, found)]
-        if min(counts) < 0:
-            into.failures.append(
-                f"num_detections: {counts[1]} where {counts[0]} is expected, and -1 says that scores are "
-                f"not finite ({place})"
-            )
-            continue
-        _compare_detections(
-            _detections(expected, i),
-            _detections(found, i),
-            place,
-            (nms_iou, score_threshold, expected["scores"].shape[1], shares[i][1]),
-            tolerance,
-            into,
-        )
-
-
 def relative_error(a: Array, b: Array) -> float:
     """max|a-b| / max|a|; infinite where shapes differ or either holds NaN or infinity."""
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -247,11 +187,59 @@ def relative_error(a: Array, b: Array) -> float:
     return difference / scale if scale else difference
 
 
-def _limits(boxes: Array, tolerance: Tolerance) -> Array:
-    """How far the partner of each of [N, 4] may lie off it, [N] in pixels."""
-    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
-    limits: Array = tolerance.box + tolerance.box_side * sides
-    return limits
+def compare_stages(
+    reference: Stages,
+    other: Stages,
+    batch: Sequence[Prepared],
+    model: ModelConfig,
+    *,
+    tolerance: Tolerance,
+    into: Comparison,
+) -> None:
+    """Runs one batch through both backends and adds what differs to `into`.
+
+    Stage 2 of both gets the reference's stage 1 outputs, so that each stage is judged alone.
+
+    Args:
+        reference: usually PyTorch.
+        other: the backend in question.
+        batch: images on canvases of one size.
+        model: its thresholds.
+        tolerance: for the other backend's precision.
+        into: collects the result.
+    """
+    images = np.stack([image.canvas for image in batch])
+    sizes = np.array([image.size for image in batch], np.int32)
+    where = f"canvas {images.shape[2]}x{images.shape[1]}, batch {len(images)}"
+    places = [f"image {i} of {where}" for i in range(len(images))]
+
+    feeds: dict[str, Array] = {"images": images, "image_sizes": sizes}
+    expected, found = reference.stage1.run(feeds), other.stage1.run(feeds)
+    for name in PYRAMID:
+        error = relative_error(expected[name], found[name])
+        into.relative[name] = max(into.relative.get(name, 0.0), error)
+        if not error <= tolerance.relative:
+            into.failures.append(
+                f"{name}: relative error {error:.2g}, at most {tolerance.relative:g} expected ({where})"
+            )
+    shares = []  # of each image, what near-ties may exchange
+    for i, place in enumerate(places):
+        match = _Match(_proposals(expected, i), _proposals(found, i), place, tolerance, into)
+        shares.append(tolerance.shares(match.expected.scores))
+        match.compare_proposals(model, shares[i][0])
+
+    feeds = {**expected, "image_sizes": sizes}
+    expected, found = reference.stage2.run(feeds), other.stage2.run(feeds)
+    for i, place in enumerate(places):
+        counts = [int(outputs["num_detections"][i]) for outputs in (expected, found)]
+        if min(counts) < 0:
+            into.failures.append(
+                f"num_detections: {counts[1]} where {counts[0]} is expected, and -1 says that scores are "
+                f"not finite ({place})"
+            )
+            continue
+        match = _Match(_detections(expected, i), _detections(found, i), place, tolerance, into)
+        match.compare_detections(model, expected["scores"].shape[1], shares[i][1])
 
 
 def _proposals(outputs: Mapping[str, Array], image: int) -> Boxes:
@@ -262,123 +250,117 @@ def _proposals(outputs: Mapping[str, Array], image: int) -> Boxes:
     return Boxes(outputs["proposals"][image][sound], scores[sound], labels)
 
 
-def _compare_proposals(
-    expected: Boxes,
-    found: Boxes,
-    where: str,
-    limits: tuple[float, float],
-    tolerance: Tolerance,
-    into: Comparison,
-) -> None:
-    """`limits` are NMS IoU and the share that may have no partner."""
-    nms_iou, share = limits
-    partner = match_boxes(expected.boxes, found.boxes, _limits(expected.boxes, tolerance))
-    matched = np.flatnonzero(partner >= 0)
-    into.proposals += len(expected.scores)
-    difference = np.abs(expected.scores[matched] - found.scores[partner[matched]]).max(initial=0.0)
-    if not difference <= tolerance.score:
-        into.failures.append(f"proposal_scores: differ by {difference:.2g} ({where})")
-    cuts = [float(rows.scores[-1]) for rows in (expected, found) if len(rows.scores)]
-    lone = _judge_lone("proposals", expected, found, partner, where, nms_iou, cuts, tolerance, into)
-    into.contested_proposals += lone
-    _limit_lone("proposals", lone, len(expected.scores), (tolerance.contested, share), where, into)
-
-
-@dataclass(frozen=True, slots=True)
-class _Detections(Boxes):
-    """With masks [N, 28, 28] f32."""
-
-    masks: Array
-
-
-def _detections(outputs: Mapping[str, Array], image: int) -> _Detections:
+def _detections(outputs: Mapping[str, Array], image: int) -> Boxes:
     """The sound rows of one image's stage 2 outputs."""
     count = int(outputs["num_detections"][image])
     names = ("boxes", "scores", "labels", "masks")
-    return _Detections(*(outputs[name][image][:count] for name in names))
+    return Boxes(*(outputs[name][image][:count] for name in names))
 
 
-def _compare_detections(
-    expected: _Detections,
-    found: _Detections,
-    where: str,
-    limits: tuple[float, float, int, float],
-    tolerance: Tolerance,
-    into: Comparison,
-) -> None:
-    """`limits` are NMS IoU, score threshold, D, and the share that may have no partner."""
-    nms_iou, score_threshold, full, share = limits
-    partner = np.full(len(expected.scores), -1, dtype=np.int64)
-    for label in np.unique(expected.labels):
-        mine, theirs = (np.flatnonzero(rows.labels == label) for rows in (expected, found))
-        limit = _limits(expected.boxes[mine], tolerance)
-        local = match_boxes(expected.boxes[mine], found.boxes[theirs], limit)
-        partner[mine[local >= 0]] = theirs[local[local >= 0]]
-    matched = np.flatnonzero(partner >= 0)
-    other = partner[matched]
-    into.detections += len(expected.scores)
-    allowed = {
-        "boxes": np.inf,
-        "scores": tolerance.score,
-        "masks": tolerance.mask,
-    }  # partners are near
-    for field_name, name in (("boxes", "box"), ("scores", "score"), ("masks", "mask")):
-        a, b = getattr(expected, field_name)[matched], getattr(found, field_name)[other]
-        difference = float(np.abs(a - b).max(initial=0.0))
-        setattr(into, name, max(getattr(into, name), difference))
-        if not difference <= allowed[field_name]:
-            into.failures.append(
-                f"{field_name}: differ by {difference:.2g}, at most "
-                f"{allowed[field_name]:g} expected ({where})"
+@dataclass(frozen=True)
+class _Match:
+    """The boxes of one image in two backends.
+
+    Attributes:
+        expected: the reference's.
+        found: the other backend's.
+        where: what failures name as the place.
+        tolerance: for the other backend's precision.
+        into: collects the result.
+    """
+
+    expected: Boxes
+    found: Boxes
+    where: str
+    tolerance: Tolerance
+    into: Comparison
+
+    @cached_property
+    def partner(self) -> Array:
+        """The place in `found` of the partner of each of `expected`, i64 [N]; -1 where there is none."""
+        partner = np.full(len(self.expected.scores), -1, dtype=np.int64)
+        for label in np.unique(self.expected.labels):
+            mine, theirs = (
+                np.flatnonzero(rows.labels == label) for rows in (self.expected, self.found)
             )
-    cuts = [score_threshold]
-    cuts += [float(rows.scores[-1]) for rows in (expected, found) if 0 < len(rows.scores) == full]
-    lone = _judge_lone(
-        "detections", expected, found, partner, where, nms_iou, cuts, tolerance, into
-    )
-    into.contested_detections += lone
-    # Where all scores are alike, a tie excuses any detection, but not most of them.
-    usual = tolerance.contested_detections
-    _limit_lone("detections", lone, len(expected.scores), (usual, share), where, into)
+            boxes = self.expected.boxes[mine]
+            sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
+            limits = self.tolerance.box + self.tolerance.box_side * sides
+            local = match_boxes(boxes, self.found.boxes[theirs], limits)
+            partner[mine[local >= 0]] = theirs[local[local >= 0]]
+        return partner
 
+    def compare_proposals(self, model: ModelConfig, share: float) -> None:
+        """Compares what stage 1 proposes; that `share` of it may lack a partner."""
+        self.into.proposals += len(self.expected.scores)
+        difference = self._difference("scores")
+        if not difference <= self.tolerance.score:
+            self._fail(f"proposal_scores: differ by {difference:.2g}")
+        cuts = [float(rows.scores[-1]) for rows in (self.expected, self.found) if len(rows.scores)]
+        shares = self.tolerance.contested, share
+        self.into.contested_proposals += self._lone("proposals", model.rpn_nms_iou, cuts, shares)
 
-def _judge_lone(
-    what: str,
-    expected: Boxes,
-    found: Boxes,
-    partner: Array,
-    where: str,
-    nms_iou: float,
-    cuts: list[float],
-    tolerance: Tolerance,
-    into: Comparison,
-) -> int:
-    """How many boxes without a partner a near-tie explains; each of the others is a failure."""
-    contested = 0
-    surplus = np.setdiff1d(np.arange(len(found.scores)), partner)
-    for kind, rows, places, rivals in (
-        ("missing", expected, np.flatnonzero(partner < 0), found),
-        ("surplus", found, surplus, expected),
-    ):
-        for place in places.tolist():
-            if is_contested(rows, place, rivals, nms_iou, cuts, tolerance.tie):
-                contested += 1
-            else:
-                into.failures.append(
-                    f"{what}: {kind} label {rows.labels[place]} with score "
-                    f"{rows.scores[place]:.4f} at {np.round(rows.boxes[place], 1).tolist()} ({where})"
-                )
-    return contested
+    def compare_detections(self, model: ModelConfig, full: int, share: float) -> None:
+        """Compares what stage 2 detects, `full` at most; that `share` of it may lack a partner."""
+        self.into.detections += len(self.expected.scores)
+        for name, tensor, allowed in (
+            ("box", "boxes", np.inf),  # partners are near
+            ("score", "scores", self.tolerance.score),
+            ("mask", "masks", self.tolerance.mask),
+        ):
+            difference = self._difference(tensor)
+            setattr(self.into, name, max(getattr(self.into, name), difference))
+            if not difference <= allowed:
+                self._fail(f"{tensor}: differ by {difference:.2g}, at most {allowed:g} expected")
+        cuts = [model.score_threshold]
+        for rows in (self.expected, self.found):
+            if 0 < len(rows.scores) == full:
+                cuts.append(float(rows.scores[-1]))
+        # Where all scores are alike, a tie excuses any detection, but not most of them.
+        shares = self.tolerance.contested_detections, share
+        self.into.contested_detections += self._lone("detections", model.nms_iou, cuts, shares)
 
+    def _difference(self, tensor: str) -> float:
+        """The largest one of partners."""
+        matched = np.flatnonzero(self.partner >= 0)
+        a = getattr(self.expected, tensor)[matched]
+        b = getattr(self.found, tensor)[self.partner[matched]]
+        return float(np.abs(a - b).max(initial=0.0))
 
-def _limit_lone(
-    what: str, lone: int, count: int, shares: tuple[float, float], where: str, into: Comparison
-) -> None:
-    """`shares` are what may usually have no partner, and what may here."""
-    usual, most = (max(2, share * count) for share in shares)
-    if lone > most:
-        into.failures.append(
-            f"{what}: {lone} of {count} have no partner but a near-tie, at most {most:.0f} may ({where})"
-        )
-    elif lone > usual:
-        into.degenerate = True
+    def _lone(
+        self, what: str, nms_iou: float, cuts: Sequence[float], shares: tuple[float, float]
+    ) -> int:
+        """How many boxes without a partner a near-tie explains; each of the others is a failure.
+
+        Args:
+            what: the boxes are.
+            nms_iou: of the NMS that they went through.
+            cuts: scores below which boxes were dropped.
+            shares: what may usually lack a partner, and what may here.
+        """
+        lone = 0
+        surplus = np.setdiff1d(np.arange(len(self.found.scores)), self.partner)
+        for kind, rows, places, rivals in (
+            ("missing", self.expected, np.flatnonzero(self.partner < 0), self.found),
+            ("surplus", self.found, surplus, self.expected),
+        ):
+            for place in places.tolist():
+                if is_contested(rows, place, rivals, nms_iou, cuts, self.tolerance.tie):
+                    lone += 1
+                else:
+                    self._fail(
+                        f"{what}: {kind} label {rows.labels[place]} with score "
+                        f"{rows.scores[place]:.4f} at {np.round(rows.boxes[place], 1).tolist()}"
+                    )
+        count = len(self.expected.scores)
+        usual, most = (max(2, share * count) for share in shares)
+        if lone > most:
+            self._fail(
+                f"{what}: {lone} of {count} have no partner but a near-tie, at most {most:.0f} may"
+            )
+        elif lone > usual:
+            self.into.degenerate = True
+        return lone
+
+    def _fail(self, text: str) -> None:
+        self.into.failures.append(f"{text} ({self.where})")

@@ -1,10 +1,11 @@
-"""One GPU: its memory, page-locked host memory and streams, by pycuda.
+"""Which GPU there is, by ctypes on the driver; its memory, streams, events and graphs, by pycuda.
 
-Everything happens in the device's primary context, which PyTorch, ONNX Runtime and whoever hands us a
-stream share. Contexts are current for a thread, so every use of this module's objects, freeing them
-included, stands inside `with device:`; pycuda frees an object in any thread, but only where the very
-same Context object is current, hence one `Device` for each GPU and process. Nothing is left to the
-garbage collector, which would free in whichever thread it happens to run.
+Asking which GPU there is loads no CUDA package and makes no context. Everything else happens in the
+device's primary context, which PyTorch, ONNX Runtime and whoever hands us a stream share. Contexts are
+current for a thread, so every use of a `Device`'s objects, freeing them included, stands inside `with
+device:`; pycuda frees an object in any thread, but only where the very same Context object is current,
+hence one `Device` for each GPU and process. Nothing is left to the garbage collector, which would free in
+whichever thread it happens to run.
 
 pycuda lacks graphs, and events on streams that are not its own; ctypes on the driver does those.
 """
@@ -17,6 +18,7 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import BackendUnavailableError, EngineError
+from comask.kernels.run import CAPABILITY_MAJOR, CAPABILITY_MINOR
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: cheaper to record and to wait for
@@ -34,6 +37,54 @@ MIB = 2**20
 
 _devices: dict[int, Device] = {}
 _opening = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as an engine depends on it.
+
+    Attributes:
+        name: NVIDIA's name of the model.
+        capability: of compute, 90 for 9.0.
+        driver: newest CUDA version that the driver supports, as 13000 for 13.0.
+        memory: bytes in all.
+    """
+
+    name: str
+    capability: int
+    driver: int
+    memory: int
+
+
+def find_gpu(index: int = 0) -> Gpu | None:
+    """The GPU with this index; None where there is no driver or no such GPU."""
+    return find_gpu_or_reason(index)[0]
+
+
+def find_gpu_or_reason(index: int = 0) -> tuple[Gpu | None, str]:
+    """The GPU, or why there is none."""
+    try:
+        cuda: Any = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return None, f"no NVIDIA driver ({error})"
+    status = cuda.cuInit(0)
+    if status:
+        return None, f"the NVIDIA driver does not start (cuInit returned {status})"
+    count, device = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    if index >= count.value:
+        return None, f"the driver sees {count.value} GPUs, number {index} was asked for"
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGetName(name, len(name), device)
+    major, minor, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    memory = ctypes.c_size_t()
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    capability = 10 * major.value + minor.value
+    return Gpu(name.value.decode(), capability, version.value, memory.value), ""
 
 
 def open_device(index: int = 0) -> Device:
@@ -149,10 +200,11 @@ class PinnedMemory:
 
     Attributes:
         bytes: u8 [size]; dead after `free`, as are its views.
+        size: in bytes.
     """
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
-        self.bytes = array
+        self.bytes, self.size = array, array.size
         self._allocation: Any = array.base
 
     def free(self) -> None:

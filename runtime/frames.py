@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import ImageError
-from comask.kernels.launch import Launch
-from comask.kernels.launch_frames import (
+from comask.kernels.launch import (
     COLOUR_SHIFT,
     LUMA_SHARES,
+    Launch,
     Matrix,
     Size,
     colour_coefficients,
@@ -26,33 +26,49 @@ FORMATS = ("rgb", "bgr", "nv12")
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A frame in memory of the caller's.
+class Coding:
+    """What the bytes of a frame are.
 
     Attributes:
-        planes: one of u8 [h, w, 3] or [3, h, w]; for NV12, Y [h, w] and UV [ch, cw, 2] or [ch, 2·cw].
         format: see `FORMATS`.
         matrix: of NV12's colours.
         full_range: whether NV12's Y, U and V use 0..255.
 
     Raises:
-        ImageError: the planes are none of these, or lie on different devices.
+        ImageError: there is no such format or matrix.
     """
 
-    planes: tuple[Borrowed, ...]
     format: Format
     matrix: Matrix
     full_range: bool
 
     def __post_init__(self) -> None:
-        shapes = [plane.shape for plane in self.planes]
         if self.format not in FORMATS:
             raise ImageError(f"no frame format {self.format!r}; known are {', '.join(FORMATS)}")
         if self.matrix not in LUMA_SHARES:
             raise ImageError(
                 f"no colour matrix {self.matrix!r}; known are {', '.join(LUMA_SHARES)}"
             )
-        if self.format == "nv12":
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame in memory of the caller's.
+
+    Attributes:
+        planes: one of u8 [h, w, 3] or [3, h, w]; for NV12, Y [h, w] and UV [ch, cw, 2] or [ch, 2·cw].
+        coding: of its bytes.
+
+    Raises:
+        ImageError: the planes are none of these, or lie on different devices.
+    """
+
+    planes: tuple[Borrowed, ...]
+    coding: Coding
+
+    def __post_init__(self) -> None:
+        shapes = [plane.shape for plane in self.planes]
+        if self.coding.format == "nv12":
             good = (
                 len(shapes) == 2
                 and len(shapes[0]) == 2
@@ -70,8 +86,8 @@ class Frame:
         if not good:
             found = ", ".join(f"{plane.dtype} {list(plane.shape)}" for plane in self.planes)
             raise ImageError(
-                f"{self.format} frame of {found}; expected u8 [h, w, 3] or [3, h, w], for nv12 a pair "
-                "of Y [h, w] and UV [h/2, w/2, 2] or both in one [3/2·h, w], with rows without gaps "
+                f"{self.coding.format} frame of {found}; expected u8 [h, w, 3] or [3, h, w], for nv12 a "
+                "pair of Y [h, w] and UV [h/2, w/2, 2] or both in one [3/2·h, w], with rows without gaps "
                 "between bytes"
             )
         if len({plane.device for plane in self.planes}) > 1:
@@ -90,7 +106,7 @@ class Frame:
 
     @property
     def _planar(self) -> bool:
-        return self.format != "nv12" and self.planes[0].shape[2] != 3
+        return self.coding.format != "nv12" and self.planes[0].shape[2] != 3
 
     @property
     def _chroma_size(self) -> Size:
@@ -104,25 +120,25 @@ class Frame:
             KernelError: it takes no such sizes or strides.
         """
         addresses = [plane.address for plane in self.planes]
-        if self.format == "nv12":
+        if self.coding.format == "nv12":
             luma, chroma = self.planes
             launch = nv12_to_canvas_launch(
                 self.size, self._chroma_size, (luma.strides[0], chroma.strides[0]), resized, canvas,
-                matrix=self.matrix, full_range=self.full_range,
+                matrix=self.coding.matrix, full_range=self.coding.full_range,
             )  # fmt: skip
             return launch, addresses
         first, second, third = self.planes[0].strides
         strides = (second, third, first) if self._planar else (first, second, third)
         return rgb_to_canvas_launch(
-            self.size, strides, resized, canvas, order=self.format
+            self.size, strides, resized, canvas, order=self.coding.format
         ), addresses  # fmt: skip
 
     def pixels(self) -> NDArray[np.uint8]:
         """u8 [h, w, 3] RGB, of a frame on the host; NV12 by the kernel's arithmetic."""
         planes: list[NDArray[np.uint8]] = [np.asarray(plane) for plane in self.planes]
-        if self.format != "nv12":
+        if self.coding.format != "nv12":
             image = planes[0].transpose(1, 2, 0) if self._planar else planes[0]
-            return np.ascontiguousarray(image if self.format == "rgb" else image[:, :, ::-1])
+            return np.ascontiguousarray(image if self.coding.format == "rgb" else image[:, :, ::-1])
         chroma_height, chroma_width = self._chroma_size
         rows = np.minimum(np.arange(self.size[0]) // 2, chroma_height - 1)
         columns = np.minimum(np.arange(self.size[1]) // 2, chroma_width - 1)
@@ -130,7 +146,7 @@ class Frame:
         shared = pairs.reshape(chroma_height, chroma_width, 2)[rows[:, None], columns]
         u, v = (shared[:, :, i].astype(np.int32) - 128 for i in (0, 1))
         black, gain, red_v, green_u, green_v, blue_u = colour_coefficients(
-            self.matrix, full_range=self.full_range
+            self.coding.matrix, full_range=self.coding.full_range
         )
         y = (planes[0].astype(np.int32) - black) * gain + (1 << (COLOUR_SHIFT - 1))
         channels = (y + red_v * v, y + green_u * u + green_v * v, y + blue_u * u)
@@ -142,27 +158,23 @@ class Frame:
             plane.release()
 
 
-def borrow_frame(
-    source: Any, stream: int, format: Format, matrix: Matrix, full_range: bool
-) -> Frame:
+def borrow_frame(source: Any, stream: int, coding: Coding) -> Frame:
     """A frame of the caller's.
 
     Args:
         source: an array of another library, for NV12 of Y with UV below or a (Y, UV) pair; see
             `borrow`.
         stream: of ours, that the producer's work must come before; see `borrow`.
-        format: see `Frame`.
-        matrix: see `Frame`.
-        full_range: see `Frame`.
+        coding: of its bytes.
 
     Raises:
         ImageError: it is no such frame.
     """
     sources = source if isinstance(source, tuple) else (source,)
     planes = tuple(borrow(plane, stream) for plane in sources)
-    if format == "nv12" and len(planes) == 1:
+    if coding.format == "nv12" and len(planes) == 1:
         planes = _nv12_planes(planes[0])
-    return Frame(planes, format, matrix, full_range)
+    return Frame(planes, coding)
 
 
 def _nv12_planes(whole: Borrowed) -> tuple[Borrowed, Borrowed]:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig, require_count
-from comask.errors import ImageError
-from comask.postprocess import detections_from_outputs
-from comask.preprocess import Prepared, decode_image, prepare, rgb_from_pil
+from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare
 from comask.runtime.backends import LoadOptions, open_stages
-from comask.runtime.session import Array, Closing, Stages
+from comask.runtime.backends.base import Array, Closing, Stages
+from comask.runtime.images import FOUND_AT, ImageResult, ImageRunner, batches
 from comask.runtime.stream import SLOTS, StreamSession, WhenFull
-from comask.structures import Detections
+from comask.structures import Detections, detections_from_outputs
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
-
-    ImageLike: TypeAlias = str | Path | PILImage | NDArray[np.uint8]
-
-# What the network found at each point, and the outputs that give it in place of stage 2's own:
-# its result, the proposals with the coarse masks, and the boxes of cells that all count alike.
-FOUND_AT: dict[str, dict[str, str]] = {
-    "final": {},
-    "first": {"boxes": "first_boxes", "masks": "coarse_masks"},
-    "plain": {"boxes": "plain_boxes"},
-}
+Item = TypeVar("Item")
 
 
 class Predictor(Closing):
@@ -154,92 +142,96 @@ class Predictor(Closing):
             return self.predict_prepared([self.prepare(image) for image in images])
         return self.predict_prepared([self.prepare(images)])[0]
 
+    def map(
+        self,
+        items: Iterable[Item],
+        load: Callable[[Item], ImageLike] | None = None,
+        *,
+        isolate: bool = True,
+    ) -> Iterator[ImageResult[Item]]:
+        """Detections of many images, in order, with few of them in memory at a time.
+
+        Args:
+            items: the images, see `__call__`, or whatever `load` makes an image of.
+            load: gives an item's image; its ImageErrors name the image.
+            isolate: an image at which the backend fails while others run gets an error of its own, as one
+                that cannot be decoded does; False: the backend's error is raised.
+
+        Yields:
+            the result of each item; an image that cannot be decoded or run has an `error`.
+
+        Raises:
+            Exception: of any kind, when the backend is to blame and not an image.
+        """
+
+        def decode(item: Item) -> Pixels:
+            return pixels_of(load(item) if load else cast("ImageLike", item))
+
+        return self._runner.run(items, decode, isolate=isolate)
+
+    def check(self) -> None:
+        """Runs an image that is known to be sound.
+
+        Raises:
+            Exception: of any kind, when that is impossible: the backend is to blame for a failure.
+        """
+        self._runner.check()
+
+    @cached_property
+    def _runner(self) -> ImageRunner:
+        return ImageRunner(self)
+
     def prepare(self, image: ImageLike) -> Prepared:
         """Decodes (where needed), resizes and pads one image.
 
         Raises:
-            ImageError: when it cannot be decoded, or is no image.
+            ImageError: when it cannot be decoded, or is not an image.
         """
-        if isinstance(image, str | Path):
-            return prepare(decode_image(image), self.preprocess)
-        if isinstance(image, np.ndarray):
-            return prepare(image, self.preprocess)
-        try:
-            return prepare(rgb_from_pil(image), self.preprocess)
-        except ImageError:
-            raise
-        # whatever Pillow raises where a file is only decoded now, or where this is no image at all
-        except Exception as error:
-            raise ImageError(
-                f"expected a path, a Pillow image or a u8 array [h, w, 3], got "
-                f"{type(image).__name__}: {error}"
-            ) from error
+        return prepare(pixels_of(image), self.preprocess)
 
     def predict_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
         """Detections in the order of `prepared`."""
-        results: list[Detections | None] = [None] * len(prepared)
-        for places, outputs in self.outputs(prepared):
-            batch = [prepared[i] for i in places]
-            for i, found in zip(places, self.detections(outputs, batch), strict=True):
-                results[i] = found
-        return [found for found in results if found is not None]
-
-    def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:
-        """What stage 2 returns for each batch, and the batch's places in `prepared`.
-
-        Images of one canvas share batches. Only those: on another canvas an image has other borders,
-        so other detections.
-        """
-        by_canvas: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(prepared):
-            by_canvas.setdefault(image.canvas.shape, []).append(i)
-        for same in by_canvas.values():
-            for start in range(0, len(same), self.max_batch):
-                places = same[start : start + self.max_batch]
-                sizes = np.array([prepared[i].size for i in places], dtype=np.int32)
-                images = np.stack([prepared[i].canvas for i in places])
-                yield places, self.stages.run(images, sizes)
-
-    def detections(
-        self, outputs: Mapping[str, Array], batch: Sequence[Prepared]
-    ) -> list[Detections]:
-        """Stage 2's outputs for the images of `batch`, as `Detections`."""
-        return detections_from_outputs(
-            outputs,
-            batch,
-            class_names=self.class_names,
-            category_ids=self.category_ids,
-            mask_threshold=self.mask_threshold,
-        )
+        return [stages["final"] for stages in self.predict_stages(prepared)]
 
     def predict_stages(self, prepared: Sequence[Prepared]) -> list[dict[str, Detections]]:
-        """Detections of each of `FOUND_AT`, in the order of `prepared`.
+        """Detections at each point of `FOUND_AT`, in the order of `prepared`.
 
         All but `final` need graphs with diagnostics.
         """
         results: list[dict[str, Detections]] = [{} for _ in prepared]
-        for places, outputs in self.outputs(prepared):
-            batch = [prepared[i] for i in places]
+        for indices, outputs in self.outputs(prepared):
+            batch = [prepared[i] for i in indices]
             for stage, instead in FOUND_AT.items():
                 if not outputs.keys() >= set(instead.values()):
                     continue
                 changed = {name: outputs[other] for name, other in instead.items()}
-                for i, found in zip(
-                    places, self.detections({**outputs, **changed}, batch), strict=True
-                ):
-                    results[i][stage] = found
+                found = self.detections({**outputs, **changed}, batch)
+                for i, detections in zip(indices, found, strict=True):
+                    results[i][stage] = detections
         return results
 
-    def map(self, images: Iterable[NDArray[np.uint8]]) -> Iterator[Detections]:
-        """Detections of many images in order, holding few of them in memory at a time."""
-        waiting: list[Prepared] = []
-        for image in images:
-            waiting.append(self.prepare(image))
-            # enough for a full batch of each of two canvases, as in a set of mixed orientation
-            if len(waiting) == 2 * self.max_batch:
-                yield from self.predict_prepared(waiting)
-                waiting = []
-        yield from self.predict_prepared(waiting)
+    def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:
+        """What stage 2 returns for each batch, and the batch's indices in `prepared`.
+
+        Images of one canvas share batches. Only those: on another canvas an image has other borders,
+        so other detections.
+        """
+        for indices in batches((image.canvas.shape for image in prepared), self.max_batch):
+            sizes = np.array([prepared[i].size for i in indices], dtype=np.int32)
+            images = np.stack([prepared[i].canvas for i in indices])
+            yield indices, self.stages.run(images, sizes)
+
+    def detections(
+        self, outputs: Mapping[str, Array], placements: Sequence[Placement]
+    ) -> list[Detections]:
+        """Stage 2's outputs for the images of a batch, as `Detections`."""
+        return detections_from_outputs(
+            outputs,
+            placements,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            mask_threshold=self.mask_threshold,
+        )
 
     def stream(
         self,

@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 from comask.config import require_count
 from comask.errors import ConfigError, FrameDroppedError, ImageError, QueueFullError
-from comask.kernels.launch_frames import Matrix
+from comask.kernels.launch import Matrix
+from comask.runtime.backends.base import Closing, FramePredictor
 from comask.runtime.dlpack import SharedArray, stream_handle
-from comask.runtime.frames import Format
-from comask.runtime.lanes import Batch, Fetched, Lane, Loan
-from comask.runtime.session import Closing, FramePredictor
+from comask.runtime.frames import Coding, Format
+from comask.runtime.lanes import Batch, Lane
 from comask.structures import Detections
 
 WhenFull: TypeAlias = Literal["block", "raise", "drop_oldest"]
@@ -62,9 +62,9 @@ class StreamSession(Closing):
         self._when_full, self._timeout = when_full, timeout
         self._changed = threading.Condition(threading.Lock())
         self._lanes = predictor.stages.lanes(slots, graphs=graphs)
-        self._idle = list(self._lanes.open())  # the longest idle first
-        self._running: deque[Future] = deque()  # the oldest first
-        self._waiting: Future | None = None
+        self._idle = list(self._lanes.lanes)  # the longest idle first
+        self._running: deque[Batch] = deque()  # the oldest first
+        self._waiting: Batch | None = None
         self._waiters = 0  # threads that wait for a lane without the lock
         self._closed = False
 
@@ -110,64 +110,60 @@ class StreamSession(Closing):
             )
         given = self._cuda_stream if stream is None else stream
         handle = None if given is None else stream_handle(given)
+        coding = Coding(format, matrix, full_range)
         with self._changed:
             if self._closed:
                 raise RuntimeError("this session is closed")
-            borrowed = [
-                self._lanes.borrow(source, handle, format, matrix, full_range) for source in sources
-            ]
+            borrowed = tuple(self._lanes.borrow(source, handle, coding) for source in sources)
             own = self.predictor.preprocess, self.predictor.mask_threshold
-            batch = Batch(tuple(borrowed), *own, rle)
-            future = Future(self, batch, single=single)
+            batch = Batch(borrowed, *own, rle)
             if self._when_full == "drop_oldest":
-                self._queue(future)
+                self._queue(batch)
             else:
-                self._start(future, self._free_lane(batch))
-        return future
+                self._start(batch, self._free_lane(batch))
+        return Future(self, batch, single=single)
 
     # The methods below expect the caller to hold the lock.
 
-    def _queue(self, future: Future) -> None:
+    def _queue(self, batch: Batch) -> None:
         self._start_waiting()
         if self._waiting is not None:
-            self._waiting._error = FrameDroppedError("a newer frame took the place of this one")
-            self._waiting._batch.release()
-        self._waiting = future
+            self._waiting.error = FrameDroppedError("a newer frame took the place of this one")
+            self._waiting.release()
+        self._waiting = batch
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        """Starts the frame that waits, if a lane is free by now."""
-        future = self._waiting
-        lane = self._lane_at_hand(future._batch) if future else None
-        if future is None or lane is None:
+        """Starts the batch that waits, if a lane is free by now."""
+        batch = self._waiting
+        lane = self._lane_at_hand(batch) if batch else None
+        if batch is None or lane is None:
             return
         self._waiting = None
         try:
-            self._start(future, lane)
+            self._start(batch, lane)
         except Exception as error:  # whoever called is another one than whose frame it is
-            future._error = error
+            batch.error = error
 
-    def _start(self, future: Future, lane: Lane) -> None:
+    def _start(self, batch: Batch, lane: Lane) -> None:
         try:
-            lane.start(future._batch)
+            lane.start(batch)
         except BaseException:
             self._idle.append(lane)
             raise
-        future._lane, future._loan = lane, lane.loan()
-        self._running.append(future)
+        batch.lane = lane
+        self._running.append(batch)
 
     def _lane_at_hand(self, batch: Batch) -> Lane | None:
         """A lane that has nothing to do, freed of a complete batch where need be.
 
         Of several one that suits, as graphs are of a lane's last shapes; else the longest idle one.
         """
-        for future in self._running:
-            assert future._lane is not None
-            future._lane.release_read()
+        for running in self._running:
+            assert running.lane is not None
+            running.lane.release_read()
         if not self._idle:
-            for future in self._running:
-                if self._finish(future):
-                    break
+            any(self._finish(running) for running in list(self._running))
         if not self._idle:
             return None
         lane = next((lane for lane in self._idle if lane.suits(batch)), self._idle[0])
@@ -188,61 +184,67 @@ class StreamSession(Closing):
                 raise RuntimeError("this session is closed")
         return lane
 
-    def _await(self, future: Future, end: float | None) -> bool:
-        """Waits for a running future without the lock; False when the time is over.
+    def _await(self, batch: Batch, end: float | None) -> bool:
+        """Waits for a running batch without the lock; False when the time is over.
 
-        Another thread may have finished it by then, and its lane may run another batch.
+        Another thread may have finished it by then, and its lane may run another one.
         """
-        loan, error = future._loan, None
-        assert loan is not None
+        assert batch.lane is not None
+        error = None
         seconds = None if end is None else max(0.0, end - time.monotonic())
         self._waiters += 1
         self._changed.release()
         try:
-            past = loan.wait(seconds)
+            done = batch.lane.wait(batch, seconds)
         except Exception as failure:  # for whoever asks for this result
-            past, error = True, failure
+            done, error = True, failure
         finally:
             self._changed.acquire()
             self._waiters -= 1
             self._changed.notify_all()
-        if error is not None and future._lane is not None:
-            future._error = error
-            self._give_back(future._lane, future)
-        return past
+        if error is not None and not batch.settled:
+            batch.error = error
+            self._give_back(batch, batch.lane)
+        return done
 
-    def _finish(self, future: Future) -> bool:
+    def _finish(self, batch: Batch) -> bool:
         """Brings a complete batch's outputs to the host, which frees its lane."""
-        lane = future._lane
-        if lane is None:
-            return future._settled
+        lane = batch.lane
+        if lane is None or batch.settled:
+            return batch.settled
         try:
-            if not lane.past():
+            if not lane.wait(batch, 0):
                 return False
             lane.release_read()
-            future._fetched = lane.fetch()
+            batch.outputs, batch.edges = lane.fetch(batch)
         except Exception as error:  # for whoever asks for this result
-            future._error = error
-        self._give_back(lane, future)
+            batch.error = error
+        self._give_back(batch, lane)
         return True
 
-    def _give_back(self, lane: Lane, future: Future) -> None:
-        future._lane = None
-        self._running.remove(future)
+    def _give_back(self, batch: Batch, lane: Lane) -> None:
+        self._running.remove(batch)
         self._idle.append(lane)
 
     # The methods below acquire the lock themselves.
 
-    def _settle(self, future: Future, timeout: float | None) -> None:
+    def done(self, batch: Batch) -> bool:
+        """See `Future.done`."""
+        with self._changed:
+            self._start_waiting()
+            return batch.settled or (batch.lane is not None and batch.lane.wait(batch, 0))
+
+    def settle(self, batch: Batch, timeout: float | None) -> None:
+        """Returns when a batch has come to its end; raises TimeoutError after so many seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            while not self._finish(future):
+            while not self._finish(batch):
                 self._start_waiting()
-                if future._settled:
+                if batch.settled:
                     return
-                # a frame that waits for a slot waits for the oldest batch first
-                past = self._await(future if future._lane else self._running[0], end)
-                if not past and not self._finish(future):
+                # a batch that waits for a slot waits for the oldest one first
+                done = self._await(batch if batch.lane else self._running[0], end)
+                if not done and not self._finish(batch):
                     raise TimeoutError(f"no result within {timeout} s")
 
     def close(self) -> None:
@@ -261,8 +263,8 @@ class StreamSession(Closing):
                 self._start_waiting()
                 while self._running:
                     self._await(self._running[0], None)
-                    for future in list(self._running):
-                        self._finish(future)
+                    for batch in list(self._running):
+                        self._finish(batch)
                     self._start_waiting()
                 while self._waiters:
                     self._changed.wait()
@@ -276,21 +278,11 @@ class Future:
 
     def __init__(self, session: StreamSession, batch: Batch, *, single: bool) -> None:
         self._session, self._batch, self._single = session, batch, single
-        self._lane: Lane | None = None  # while it runs
-        self._loan: Loan | None = None
-        self._fetched: Fetched | None = None
-        self._error: Exception | None = None
         self._detections: Detections | list[Detections] | None = None
-
-    @property
-    def _settled(self) -> bool:
-        return self._fetched is not None or self._error is not None
 
     def done(self) -> bool:
         """Whether `result` would return, or raise, without waiting."""
-        with self._session._changed:
-            self._session._start_waiting()
-            return self._settled or (self._lane is not None and self._lane.past())
+        return self._session.done(self._batch)
 
     def result(self, timeout: float | None = None) -> Any:
         """The detections, brought to the host when first asked for.
@@ -306,14 +298,15 @@ class Future:
             FrameDroppedError: a newer frame took its place.
             EngineError: the GPU failed.
         """
-        self._session._settle(self, timeout)
-        if self._error is not None:
-            raise self._error
+        batch = self._batch
+        self._session.settle(batch, timeout)
+        if batch.error is not None:
+            raise batch.error
         if self._detections is None:
-            assert self._fetched is not None
-            found = self._session.predictor.detections(self._fetched.outputs, self._batch.places())
-            if self._batch.rle:
-                found = self._fetched.with_rles(found)
+            assert batch.outputs is not None
+            found = self._session.predictor.detections(batch.outputs, batch.placements)
+            if batch.rle:
+                found = batch.with_rles(found)
             self._detections = found[0] if self._single else found
         return self._detections
 
@@ -334,7 +327,7 @@ class Future:
             RuntimeError: the frame waits for a slot.
             FrameDroppedError: a newer frame took its place.
         """
-        return self._borrowed().outputs()
+        return self._lane().outputs(self._batch)
 
     def bitmaps(self, place: int = 0) -> SharedArray:
         """Masks of one frame in its own pixels, where the outputs are and borrowed as they are.
@@ -356,15 +349,14 @@ class Future:
         """
         if not 0 <= place < len(self._batch.frames):
             raise IndexError(f"no frame {place} in a batch of {len(self._batch.frames)}")
-        return self._borrowed().bitmaps(place)
+        return self._lane().bitmaps(self._batch, place)
 
-    def _borrowed(self) -> Loan:
-        with self._session._changed:
-            if self._error is not None:
-                raise self._error
-            if self._loan is None:
-                raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
-            return self._loan
+    def _lane(self) -> Lane:
+        if self._batch.error is not None:
+            raise self._batch.error
+        if self._batch.lane is None:
+            raise RuntimeError("this frame waits for a slot: it has no outputs before result()")
+        return self._batch.lane
 
     def wait_on(self, stream: Any) -> None:
         """Later work on the caller's stream starts after this batch; only on the host the caller waits.
@@ -376,8 +368,8 @@ class Future:
             RuntimeError: the frame waits for a slot.
             EngineError: the stream is none.
         """
-        if (loan := self._begun()) is not None:
-            loan.wait_on(stream_handle(stream))
+        if (lane := self._begun_lane()) is not None:
+            lane.wait_on(self._batch, stream_handle(stream))
 
     def wait_read(self, stream: Any) -> None:
         """Later work on the caller's stream starts after the frames were read, and may overwrite them.
@@ -389,12 +381,12 @@ class Future:
             RuntimeError: the frame waits for a slot.
             EngineError: the stream is none.
         """
-        if (loan := self._begun()) is not None:
-            loan.wait_read(stream_handle(stream))
+        if (lane := self._begun_lane()) is not None:
+            lane.wait_read(self._batch, stream_handle(stream))
 
-    def _begun(self) -> Loan | None:
+    def _begun_lane(self) -> Lane | None:
         """None for what will never run."""
-        with self._session._changed:
-            if self._loan is None and not self._settled:
-                raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
-            return self._loan
+        lane = self._batch.lane
+        if lane is None and not self._batch.settled:
+            raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
+        return lane

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comask.data.source import Category
 from comask.evaluate import METRICS, TASKS, CocoMetrics
-from comask.training.record import RunRecord
+from comask.training.record import RunRecord, Step
 
 CLASSES = ("cat", 'a,"b"\nc', "<b>&")
 CATEGORIES = tuple(Category(id=i, name=name) for i, name in enumerate(CLASSES, start=1))
@@ -32,7 +32,16 @@ def write_run(
     record = RunRecord(folder, keep_until=0)
     for step in range(1, 10 * max(1, evaluations) + 1):
         losses = {"mask": 1 / step, "box": 2 / step}
-        record.add_losses(step, step // 20, 0.1, losses, seconds=0.5, data_seconds=0.125)
+        record.add_step(
+            Step(
+                step=step,
+                epoch=step // 20,
+                rate=0.1,
+                losses=losses,
+                seconds=0.5,
+                data_seconds=0.125,
+            )
+        )
         if evaluations and step % 10 == 0:
             rise = step / evaluations / 10
             stages = {"final": metrics(0.5 * rise, 0.4 * rise)}

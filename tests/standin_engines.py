@@ -12,7 +12,7 @@ import numpy as np
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.data.shapes import ShapesSource
 from comask.export.build_options import Profile
-from comask.runtime.gpu import find_gpu
+from comask.runtime.device import find_gpu
 from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineFolder, EngineInfo
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.structures import Detections

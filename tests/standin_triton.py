@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
 
 TRITONSERVER_MEMORY_CPU, TRITONSERVER_MEMORY_GPU = "CPU", "GPU"
 repository: Path  # set by `serve`

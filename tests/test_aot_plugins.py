@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from strategies import FEW
 
 from comask.errors import EngineError, KernelError
-from comask.export import engine_worker
+from comask.export import engine_process
 from comask.export.aot_plugins import (
     check_aot,
     register_aot_plugins,
@@ -30,7 +30,7 @@ from comask.export.aot_plugins import (
 )
 from comask.export.build_options import BuildOptions, check_options
 from comask.kernels import compile
-from comask.runtime.gpu import Gpu
+from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.ops import Op, PyramidRoiAlignOp, SortedNmsOp, TensorDesc
 
@@ -287,9 +287,9 @@ def test_who_has_no_aot_plugins() -> None:
 def test_ptx_is_for_all_gpus_that_the_plan_is_for(
     trt: TensorRT, monkeypatch: pytest.MonkeyPatch, compatibility: str | None, capability: int
 ) -> None:
-    monkeypatch.setattr(engine_worker, "find_gpu", lambda: H100)
+    monkeypatch.setattr(engine_process, "find_gpu", lambda: H100)
     compiled = []
     monkeypatch.setattr(compile, "ptx", lambda *arguments: compiled.append(arguments))
-    options = {"hardware_compatibility": compatibility}
-    engine_worker._register(flavor_of(trt), "aot", options)
+    options = BuildOptions(hardware_compatibility=compatibility)
+    engine_process._register(flavor_of(trt), "aot", options)
     assert compiled == [("pyramid_roi_align", capability), ("sorted_nms", capability)]

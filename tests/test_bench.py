@@ -20,28 +20,30 @@ from standin import counts, live, run_on_standin
 from standin_engines import picture, write_engines
 
 from comask.bundle import Bundle, write_manifest
-from comask.cli import bench_timing
+from comask.cli import bench
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError
 from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
 from comask.runtime.bench import machine, memory, timing
+from comask.runtime.bench.latency import LatencyReport, measure_latency
 from comask.runtime.bench.machine import describe_machine
 from comask.runtime.bench.memory import PeakMemory, peak_memory
 from comask.runtime.bench.timing import (
     MOST_WARM_UPS,
     PARTS,
     SUM,
+    Percentiles,
     check_batch,
     fill_slots,
     full_batches,
     is_steady,
     measure_stream,
-    percentiles,
     take_turns,
     timed,
     warm_up,
 )
-from comask.runtime.gpu import Gpu
+from comask.runtime.device import Gpu
 from comask.runtime.stream import SLOTS
 
 SMALL = PreprocessConfig(short_side=64, max_side=96)
@@ -55,7 +57,8 @@ def test_percentiles_by_their_formula(seconds: list[float]) -> None:
         below = int(place)
         above = min(below + 1, len(ordered) - 1)
         expected = ordered[below] + (place - below) * (ordered[above] - ordered[below])
-        assert percentiles(seconds)[f"p{rank}"] == pytest.approx(1000 * expected)
+        found = getattr(Percentiles.of(seconds), f"p{rank}")
+        assert found == pytest.approx(1000 * expected)
 
 
 @given(
@@ -192,14 +195,13 @@ def test_only_the_own_setting_is_recorded_and_nothing_else_is_lost(
         assert ("another setting than its own" in again.stderr) == (option != ("--no-record",))
         assert Bundle.open(bundle).manifest.latency == recorded
 
-    def meanwhile(*arguments: Any) -> dict[str, Any]:
+    def meanwhile(*arguments: Any, **keywords: Any) -> LatencyReport:
         """Another command records what it measured."""
         manifest = Bundle.open(bundle).manifest
         write_manifest(bundle, dataclasses.replace(manifest, parity=[{"backend": "torch"}]))
-        return measure(*arguments)
+        return measure_latency(*arguments, **keywords)
 
-    measure = bench_timing._measure
-    monkeypatch.setattr(bench_timing, "_measure", meanwhile)
+    monkeypatch.setattr(bench, "measure_latency", meanwhile)
     assert short_bench(bundle, "--batch", 2).exit_code == 0
     manifest = Bundle.open(bundle).manifest
     assert manifest.parity == [{"backend": "torch"}]
@@ -209,12 +211,12 @@ def test_only_the_own_setting_is_recorded_and_nothing_else_is_lost(
 def test_the_gpu_is_described_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [Gpu(f"GPU {index}", 90, 13000, 2**30) for index in range(2)]
     monkeypatch.setattr(machine, "find_gpu", gpus.__getitem__)
-    described = [describe_machine(device)["gpu"] for device in ("cpu", None, 1)]  # type: ignore[arg-type]
+    described = [describe_machine(device).gpu for device in ("cpu", None, 1)]  # type: ignore[arg-type]
     assert described == [None, "GPU 0", "GPU 1"]
 
 
 def test_memory_of_a_process_that_fails_says_why(tmp_path: Path) -> None:
-    found = peak_memory(tmp_path, "onnxruntime", (32, 32), {"device": "cpu"})
+    found = peak_memory(tmp_path, "onnxruntime", (32, 32), LoadOptions(device="cpu"))
     assert (found.resident, found.gpu, found.stream) == (None, None, None)
     assert "no bundle here" in found.problem
 
@@ -275,8 +277,8 @@ def check_stream(folder: str) -> None:
     for part in ("stage1", "stage2"):
         assert min(measured.seconds[part]) > 0
     assert measured.images == 6
-    assert found["slots"] == SLOTS
-    assert found["images_per_second"] > 0  # type: ignore[operator]
+    assert found.slots == SLOTS
+    assert found.images_per_second > 0
     assert replayed == 3 + 2 * 4 * SLOTS  # all that is timed, of two canvases
     assert live() == {}
 

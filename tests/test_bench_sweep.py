@@ -7,25 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_reports import sweep_report
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.cli.bench_plots import top_of_losses
-from comask.cli.bench_work import Scored, Setting, Work, choose, pareto_front
 from comask.errors import ComaskError
 from comask.runtime import Predictor
 from comask.runtime.bench import timing
+from comask.runtime.bench.plots import top_of_losses
+from comask.runtime.bench.sweep import Scored, Sweep, choose, pareto_front
 
 OWN = Scored(
-    setting=Setting(backend="torch", proposals=200, short_side=96, batch=1),
-    box_ap=60.0, mask_ap=50.0, loss=0.0, ms_per_batch=20.0,
+    backend="torch", proposals=200, short_side=96, batch=1, box_ap=60.0, mask_ap=50.0, loss=0.0,
+    ms_per_image=20.0, ms_per_batch=20.0,
 )  # fmt: skip
 
 
 def scored(ms: float, loss: float, batch: int = 1) -> Scored:
-    setting = Setting(backend="onnxruntime", proposals=100, short_side=96, batch=batch)
-    return Scored(setting=setting, box_ap=60 - loss, mask_ap=50, loss=loss, ms_per_batch=ms * batch)
+    return Scored(
+        backend="onnxruntime", proposals=100, short_side=96, batch=batch, box_ap=60 - loss,
+        mask_ap=50, loss=loss, ms_per_image=ms, ms_per_batch=ms * batch,
+    )  # fmt: skip
 
 
 POINTS = st.lists(
@@ -170,14 +173,14 @@ def test_a_sweep_shows_that_it_goes_on(micro_bundle: Path, data: Path) -> None:
 def test_interrupted_sweep_reports_what_it_has(
     micro_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Work._measure
+    measure = Sweep._measure
 
-    def stop(self: Work, *arguments: Any) -> None:
+    def stop(self: Sweep, *arguments: Any) -> None:
         if len(self.scored) >= 2:
             raise KeyboardInterrupt
         measure(self, *arguments)
 
-    monkeypatch.setattr(Work, "_measure", stop)
+    monkeypatch.setattr(Sweep, "_measure", stop)
     done = sweep(micro_bundle, data, "--grid", "batch=1,2", "--json", tmp_path / "r.json")
     assert done.exit_code == 130
     report = json.loads((tmp_path / "r.json").read_text())
@@ -248,7 +251,7 @@ def test_data_with_nothing_to_lose_is_refused(
 
 def test_picture_keeps_the_limit_in_sight_of_large_losses() -> None:
     def top(*losses: float) -> float:
-        return top_of_losses({"max_loss": 0.5, "settings": [{"loss": loss} for loss in losses]})
+        return top_of_losses(sweep_report(*losses))
 
     assert 0.5 < top(0.0, 40.0) < 10  # which is drawn on the edge
     assert 1.2 < top(0.0, 1.2) < 2

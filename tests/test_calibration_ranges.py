@@ -22,7 +22,7 @@ from comask.calib.sampling import CalibrationImage, choose_images
 from comask.data.shapes import ShapesSource
 from comask.errors import CalibrationError, ConfigError
 from comask.preprocess import prepare
-from comask.runtime.session import Array
+from comask.runtime.backends.base import Array
 
 
 def ignore(line: str) -> None:

@@ -9,7 +9,7 @@ from strategies import FULL, parameter_count, random_boxes, rois_of, tiny_config
 from torch import Tensor
 from torch.nn import functional
 
-from comask.config import CANDIDATES
+from comask.config import CANDIDATES, ModelConfig
 from comask.errors import ConfigError
 from comask.models.classifier import (
     Chosen,
@@ -64,14 +64,15 @@ def choose(
 
 def test_parameter_count_is_that_of_the_design() -> None:
     with torch.device("meta"):
-        module = Classifier(256, 1024, 80)
+        module = Classifier(ModelConfig())
     layers = (256 * 49 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 81
     assert parameter_count(module) == layers == 13_978_705
 
 
 def test_classifier_is_three_layers_with_two_relus() -> None:
     torch.manual_seed(0)
-    module, x = Classifier(4, 12, 5), torch.randn(3, 4, 7, 7)
+    config = ModelConfig(channels=4, norm_groups=4, classifier_width=12, num_classes=5)
+    module, x = Classifier(config), torch.randn(3, 4, 7, 7)
     hidden = x.reshape(3, 4 * 49)
     for layer in (module.fc1, module.fc2):
         hidden = (hidden @ layer.weight.T + layer.bias).clamp(min=0)

@@ -124,7 +124,7 @@ def test_interrupted_infer_keeps_what_was_done(
     number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
     write_coco(ShapesSource(num_images=7, seed=4), tmp_path)
-    predict = Predictor.predict_prepared
+    predict = Predictor.predict_stages
     count = itertools.count(1)
 
     def interrupted(self: Predictor, prepared: Any) -> Any:
@@ -132,7 +132,7 @@ def test_interrupted_infer_keeps_what_was_done(
             os.kill(os.getpid(), number)
         return predict(self, prepared)
 
-    monkeypatch.setattr(Predictor, "predict_prepared", interrupted)
+    monkeypatch.setattr(Predictor, "predict_stages", interrupted)
     clip = make_clip(tmp_path / "clip.mp4", pictures_of_clip(3), audio=None)
     result = run("infer", micro_bundle, tmp_path / "images", clip, "--output", tmp_path / "out",
                  "--batch", 1, "--json", tmp_path / "r.json")  # fmt: skip

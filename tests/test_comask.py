@@ -9,8 +9,8 @@ import torch
 from strategies import noise_images, parameter_count, tiny_model
 from torch import Tensor
 
+from comask.models.box_refinement import POOL_SIZE, decode_cells
 from comask.models.boxes import clip_boxes
-from comask.models.collaboration import POOL_SIZE, decode_cells
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, STAGE1_OUTPUTS, STAGE2_OUTPUTS, CoMask
 from comask.presets import PRESETS
 

@@ -6,6 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comask.config import ModelConfig, PreprocessConfig
+from comask.preprocess import prepare
+from comask.runtime.backends.base import Array, Stages
 from comask.runtime.compare import (
     TOLERANCES,
     Comparison,
@@ -14,7 +17,6 @@ from comask.runtime.compare import (
     match_boxes,
     relative_error,
 )
-from comask.runtime.session import Array, Stages
 
 
 class Fixed:
@@ -54,10 +56,9 @@ def compare(
 ) -> Comparison:
     result = Comparison()
     a, b = (Stages(name, *map(Fixed, parts)) for name, parts in (("a", first), ("b", second)))
-    compare_stages(
-        a, b, np.zeros((1, 32, 64, 3), np.uint8), np.array([[32, 64]], np.int32),
-        nms_iou=0.3, score_threshold=0.05, tolerance=Tolerance(), into=result,
-    )  # fmt: skip
+    image = prepare(np.zeros((32, 64, 3), np.uint8), PreprocessConfig(short_side=32))
+    model = ModelConfig(num_classes=8, nms_iou=0.3, score_threshold=0.05)
+    compare_stages(a, b, [image], model, tolerance=Tolerance(), into=result)
     return result
 
 

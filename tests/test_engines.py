@@ -19,7 +19,7 @@ from comask.errors import BackendUnavailableError, BundleError, EngineError
 from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
 from comask.kernels.launch import float32_below
-from comask.runtime.gpu import Gpu
+from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import load_flavor
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
 from comask.runtime.trt.ops import kernels_sha256
@@ -68,9 +68,9 @@ def test_both_stages_are_built_with_our_plugins(bundle: Bundle, engines: EngineF
     for stage, op in (("stage1", b"SortedNms"), ("stage2", b"PyramidRoiAlign")):
         assert op in engines.plan(stage).read_bytes()  # a plan names its plugins
         layers = info.layers[stage]
-        assert layers["network"] == {"fp32": layers["of"]}
-        assert layers["engine"] is None  # there is no GPU to open it on
-        assert layers["of"] > 15
+        assert layers.network == {"fp32": layers.of}
+        assert layers.engine is None  # there is no GPU to open it on
+        assert layers.of > 15
     assert [path.name for path in (bundle.folder / ENGINES).glob(".*")] == [".lock"]
 
 
@@ -120,7 +120,7 @@ def test_another_request_is_named_and_rebuilt_when_asked(
     rebuilt = build_engines(copy, wider, rebuild=True)
     assert rebuilt.info.profile["batch"] == (1, 2, 4)
     assert rebuilt.folder.name == engines.folder.name
-    assert not list((copy.folder / ENGINES).glob(".replaced-*"))
+    assert [path.name for path in (copy.folder / ENGINES).glob(".*")] == [".lock"]
 
 
 def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
@@ -240,7 +240,7 @@ def test_models_of_one_capability_have_folders_of_their_own(engines: EngineFolde
 def test_a_second_build_waits_and_finds_the_first(bundle: Bundle, tmp_path: Path) -> None:
     copy = own_copy(bundle, tmp_path)
     shutil.rmtree(copy.folder / ENGINES, ignore_errors=True)
-    left = copy.folder / ENGINES / ".building-killed"
+    left = copy.folder / ENGINES / f".{copy.folder.name}.killed.unfinished"
     left.mkdir(parents=True)
     lines: list[str] = []
     with ThreadPoolExecutor(2) as pool:
@@ -324,7 +324,7 @@ def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None
     assert "there is no GPU" in folder.info.verification["not_run"]
     assert "these engines were not run: there is no GPU" in result.output
     content = json.loads(report.read_text())["engines"][str(folder.folder)]
-    assert content["layers"] == folder.info.layers
+    assert content["layers"] == dataclasses.asdict(folder.info)["layers"]
     assert run("doctor", copy.folder).exit_code == 0
 
     refused = run("export", copy.folder, "--engine", "tensorrt-rtx")
@@ -336,7 +336,7 @@ def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None
 def test_engines_that_are_there_need_no_writing(
     bundle: Bundle, engines: EngineFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("comask.export.engine._lock", None)  # as on a read-only file system
+    monkeypatch.setattr("comask.export.engine.locked", None)  # as on a read-only file system
     assert build_engines(bundle, request(bundle)).info == engines.info
 
 

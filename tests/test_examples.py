@@ -22,7 +22,7 @@ from video_clips import decoded, make_clip, pictures
 
 from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS
-from comask.kernels.launch_frames import Matrix
+from comask.kernels.launch import Matrix
 from comask.presets import PRESETS
 from comask.runtime import Detections, Predictor
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from compared import compare
 from conftest import MICRO, run, settings
 
 from comask.bundle import Bundle
 from comask.data.shapes import ShapesSource
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
-from comask.runtime.compare import Comparison, Tolerance, compare_stages
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
+from comask.runtime.compare import Tolerance
 from comask.structures import Detections
 
 
@@ -51,11 +52,7 @@ def test_every_size_agrees(
 ) -> None:
     images = np.stack([picture(height, width, i) for i in range(batch)])
     sizes = np.array([[height - 11 * i, width - 5 * i] for i in range(batch)], np.int32)
-    result = Comparison()
-    compare_stages(
-        torch_backend, ort_backend, images, sizes,
-        nms_iou=0.3, score_threshold=0.0, tolerance=Tolerance(), into=result,
-    )  # fmt: skip
+    result = compare(torch_backend, ort_backend, images, sizes, Tolerance())
     assert result.failures == []
     assert result.detections > 0
     assert result.proposals > 0

@@ -25,12 +25,12 @@ from comask.errors import BackendUnavailableError, PrecisionError
 from comask.export import pipeline
 from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
-from comask.export.fp16 import FP16_END, HEADROOM, Extreme, describe_islands, float_islands
+from comask.export.fp16 import FP16_END, HEADROOM, Extreme, Fp16Report, float_islands
 from comask.export.layer_precision import asked_precisions
 from comask.export.onnx_export import folded, in_precision
 from comask.models.comask import CoMask
 from comask.models.precision import FLOAT_OUTPUTS
-from comask.runtime.torch_session import torch_stages
+from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.trt.engine import load_flavor
 
 LOUD = 2.0**24  # a power of 2, so that undoing it is exact
@@ -81,9 +81,9 @@ def test_a_network_in_range_is_converted_as_ever() -> None:
     for module in found.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-    described = describe_islands(extremes, {})
-    assert described["float_layers"] == []
-    assert described["range"]["largest"] == max(e.largest for e in extremes)
+    report = Fp16Report.of(extremes, {})
+    assert report.to_dict()["float_layers"] == []
+    assert report.largest.largest == max(e.largest for e in extremes)
 
 
 def test_islands_are_minimal_and_save_what_would_overflow() -> None:
@@ -99,8 +99,8 @@ def test_islands_are_minimal_and_save_what_would_overflow() -> None:
     sound = compare(reference, torch_stages(in_precision(model, "fp16", islands)))
     assert sound.failures == []
     assert sound.detections > 10
-    largest = describe_islands(extremes, islands)["range"]["largest"]
-    quiet = describe_islands(scan(tiny_model()), {})["range"]["largest"]
+    largest = Fp16Report.of(extremes, islands).largest.largest
+    quiet = Fp16Report.of(scan(tiny_model()), {}).largest.largest
     assert largest == pytest.approx(quiet, rel=0.5)
 
 
@@ -122,7 +122,7 @@ def test_a_weight_beyond_f16_keeps_its_layer_alone() -> None:
     extremes = scan(model)
     islands = float_islands(extremes)
     assert islands == {"classifier.logits": Extreme("classifier.logits", "weight", 1e5, None)}
-    (kept,) = describe_islands(extremes, islands)["float_layers"]
+    (kept,) = Fp16Report.of(extremes, islands).to_dict()["float_layers"]
     assert kept["reason"] == "the weight of classifier.logits reaches 1.00e+05, fp16 ends at 65504"
     reference = torch_stages(model)
     assert compare(reference, torch_stages(in_precision(model, "fp16"))).failures
@@ -314,7 +314,7 @@ def test_tensorrt_builds_islands(exported: tuple[Bundle, str]) -> None:
     layers = build_engines(bundle, request).info.layers
     for stage in ("stage1", "stage2"):
         asked = Counter(asked_precisions(onnx.load(bundle.graph(stage, "fp16"))).values())
-        found = layers[stage]["network"]  # as far as TensorRT kept their names
+        found = layers[stage].network  # as far as TensorRT kept their names
         assert found.keys() == asked.keys() == {"fp16", "fp32"}
         assert all(found[kind] <= count for kind, count in asked.items())
 

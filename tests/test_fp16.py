@@ -7,6 +7,7 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
+import compared
 import numpy as np
 import onnx
 import pytest
@@ -28,10 +29,10 @@ from comask.models.comask import CoMask
 from comask.models.neck import ChannelAttention
 from comask.models.precision import GroupNorm
 from comask.runtime.backends import open_stages
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
-from comask.runtime.ort_session import OrtSession
-from comask.runtime.session import Stages
-from comask.runtime.torch_session import torch_stages
+from comask.runtime.backends.base import Stages
+from comask.runtime.backends.ort import OrtSession
+from comask.runtime.backends.pytorch import torch_stages
+from comask.runtime.compare import TOLERANCES, Comparison
 from comask.runtime.trt.engine import load_flavor
 
 
@@ -43,12 +44,8 @@ def pictures() -> np.ndarray:
 
 
 def compare(reference: Stages, other: Stages, batch: int = 2) -> Comparison:
-    result = Comparison()
-    compare_stages(
-        reference, other, pictures()[:batch], SIZES.numpy()[:batch],
-        nms_iou=0.3, score_threshold=0.0, tolerance=TOLERANCES["fp16"], into=result,
-    )  # fmt: skip
-    return result
+    images, sizes = pictures()[:batch], SIZES.numpy()[:batch]
+    return compared.compare(reference, other, images, sizes, TOLERANCES["fp16"])
 
 
 def test_constants_stay_f32_and_the_original_as_it_was() -> None:

@@ -13,9 +13,9 @@ from strategies import FEW, seeds
 
 from comask.config import PreprocessConfig
 from comask.errors import KernelError
-from comask.kernels import compile, host, launch_frames
-from comask.kernels.launch import Launch
-from comask.kernels.launch_frames import nv12_to_canvas_launch, rgb_to_canvas_launch
+from comask.kernels import compile, launch
+from comask.kernels.launch import Launch, nv12_to_canvas_launch, rgb_to_canvas_launch
+from comask.kernels.run import on_host
 from comask.preprocess import padded_shape, prepare, resized_shape
 
 LENGTHS = st.integers(1, 40)
@@ -34,7 +34,7 @@ def run(launch: Launch, inputs: list[int], threads: int = 1) -> np.ndarray:
     """The canvas, which lies between bytes that must not change."""
     height, width = launch.integers[4:6]
     around = np.full(height * width * 3 + 128, 7, np.uint8)
-    host.launch(launch, inputs, around.ctypes.data + 64, threads)
+    on_host(launch, inputs, around.ctypes.data + 64, threads)
     assert (around[:64] == 7).all()
     assert (around[-64:] == 7).all()
     return around[64:-64].reshape(height, width, 3)
@@ -236,5 +236,5 @@ def test_strides_past_int32_are_refused() -> None:
 
 def test_constants_agree() -> None:
     source = (compile.FOLDER / "frame_to_canvas.cu").read_text()
-    assert f"THREADS = {launch_frames.THREADS};" in source
-    assert f"COLOUR_SHIFT = {launch_frames.COLOUR_SHIFT};" in source
+    assert f"THREADS = {launch.FRAME_THREADS};" in source
+    assert f"COLOUR_SHIFT = {launch.COLOUR_SHIFT};" in source

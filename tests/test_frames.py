@@ -16,11 +16,11 @@ from strategies import FEW, seeds
 
 from comask.errors import ImageError
 from comask.runtime.dlpack import UNORDERED
-from comask.runtime.frames import Frame, borrow_frame
+from comask.runtime.frames import Coding, Frame, borrow_frame
 
 
 def nv12(source: Any) -> Frame:
-    return borrow_frame(source, UNORDERED, "nv12", "bt601", False)
+    return borrow_frame(source, UNORDERED, Coding("nv12", "bt601", False))
 
 
 def buffer(height: int, width: int, padding: int, seed: int) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_a_producers_stream_is_that_of_both_planes() -> None:
         }  # fmt: skip
         device = SimpleNamespace(id=1)  # as cupy's arrays have it
 
-    frame = borrow_frame(Producer(), 5, "nv12", "bt709", True)
+    frame = borrow_frame(Producer(), 5, Coding("nv12", "bt709", True))
     assert [plane.stream for plane in frame.planes] == [9, 9]
     assert [plane.address for plane in frame.planes] == [4096, 4096 + 4 * 512]
     assert [plane.shape for plane in frame.planes] == [(4, 4), (2, 4)]

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from compared import compare
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -26,9 +27,9 @@ from comask.export.trt_functions import (
 )
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import STRIDES, roi_levels
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
-from comask.runtime.ort_session import OrtSession
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
+from comask.runtime.backends.ort import OrtSession
+from comask.runtime.compare import TOLERANCES
 
 MAPS = ("p2", "p3", "p4", "p5")
 LACKING = {"NonZero", "NonMaxSuppression", "RoiAlign"}  # in TensorRT-RTX, or without a GPU
@@ -87,11 +88,8 @@ def test_without_plugins_computes_the_same(
         sessions["without plugins"].append(OrtSession(tmp_path / f"{stage}.onnx"))
     images = noise_images(2, height, width).numpy()
     sizes = np.array([[height, width], [height - 9, width - 20]], np.int32)
-    result = Comparison()
-    compare_stages(
-        *(Stages(name, *pair) for name, pair in sessions.items()), images, sizes,
-        nms_iou=0.3, score_threshold=0.0, tolerance=TOLERANCES["fp32"], into=result,
-    )  # fmt: skip
+    backends = (Stages(name, *pair) for name, pair in sessions.items())
+    result = compare(*backends, images, sizes, TOLERANCES["fp32"])
     assert result.failures == []
     assert result.detections > 0
 

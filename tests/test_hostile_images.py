@@ -20,7 +20,7 @@ from PIL import Image
 from comask.errors import EngineError, ImageError
 from comask.preprocess import decode_image, rgb_from_pil, upright_size
 from comask.runtime import Predictor
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

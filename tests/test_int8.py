@@ -14,21 +14,22 @@ from conftest import int8_arguments, run
 from onnx import numpy_helper
 
 from comask.bundle import STAGES, Bundle, graph_file, sha256
-from comask.calib.int8 import add_int8
 from comask.calib.qdq import graph_layers
-from comask.calib.search import require_faster
+from comask.calib.quantize import CalibrationReport, add_int8
+from comask.calib.speed import require_faster
 from comask.calib.validation import Scorer, Validation
 from comask.data.coco import coco_source
 from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError, ParityError, PrecisionError
 from comask.export.layer_precision import asked_precisions
 from comask.export.verify import INT8_TOLERANCE, verification_batches, verify
-from comask.runtime.ort_session import OrtSession, ort_stages
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
+from comask.runtime.backends.ort import OrtSession, ort_stages
 from comask.runtime.trt.engine import load_flavor
 from comask.runtime.trt.engine_folder import find_engines
 
 INT8 = {graph_file(stage, "int8") for stage in STAGES}
+RANGES = CalibrationReport(data="own", images=3, seed=0, method="minmax")
 
 
 def test_the_bundle_gets_int8_graphs_and_their_story(int8_bundle: Path, own_truth: Path) -> None:
@@ -102,10 +103,13 @@ def test_what_must_be_kept_float_is_found(
     lines: list[str] = []
     images = [source.image(i) for i in range(2)]
     scorer = Scorer(bundle, validation)
-    found = add_int8(bundle, spoilt, images, scorer, calibration={}, report=lines.append)
+    found, made = add_int8(bundle, spoilt, images, scorer, calibration=RANGES, report=lines.append)
     proof = found.manifest.verification["int8"]
     assert "classifier.fc1" in {entry["layer"] for entry in proof["float_layers"]}
     assert len(proof["float_layers"]) < proof["layers"] / 2
+    assert [entry["layer"] for entry in proof["float_layers"]] == [
+        f.layer for f in made.float_layers
+    ]
     first = proof["float_layers"][0]
     assert first["rank"] == 1
     assert "% noise into the predictions" in first["reason"]
@@ -151,8 +155,8 @@ def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) 
     (engines,) = find_engines(Bundle.open(Path(folder)))
     for stage in STAGES:
         layers = engines.info.layers[stage]
-        assert layers["network"]["int8"] > 0.8 * layers["of"]
-        assert set(layers["network"]) <= {"int8", "fp16"}
+        assert layers.network["int8"] > 0.8 * layers.of
+        assert set(layers.network) <= {"int8", "fp16"}
 
 
 def test_graphs_that_do_not_get_smaller_are_refused(
@@ -163,7 +167,7 @@ def test_graphs_that_do_not_get_smaller_are_refused(
     source = coco_source(own_truth, "val")
     scorer = Scorer(bundle, Validation(source=source, indices=[0, 1], name="own", budget=100))
     with pytest.raises(PrecisionError, match="nothing gets smaller"):
-        add_int8(bundle, {}, [source.image(0)], scorer, calibration={})
+        add_int8(bundle, {}, [source.image(0)], scorer, calibration=RANGES)
     assert {path.name for path in bundle.folder.iterdir()} == {p.name for p in micro_fp16.iterdir()}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from comask.errors import KernelError
-from comask.kernels import compile, launch, tensors
+from comask.kernels import compile, launch, run
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import LEVEL_FACTORS, pyramid_roi_align
 from comask.runtime.trt import ops
@@ -38,7 +38,7 @@ NVCC = shutil.which("nvcc")
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COMASK_CACHE", str(tmp_path))
-    caches = (compile._cache_folder, compile.host_library, tensors.available)
+    caches = (compile._cache_folder, compile.host_library, run.available)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path / "kernels"
@@ -197,7 +197,7 @@ def test_without_a_compiler_the_operators_are_torchvisions(
     kernels = results()
     monkeypatch.setenv("CXX", "no-such-compiler")
     compile.host_library.cache_clear()
-    tensors.available.cache_clear()
+    run.available.cache_clear()
     with caplog.at_level(logging.WARNING):
         for ours, theirs in zip(kernels, results() and results(), strict=True):
             assert ours.dtype == theirs.dtype
@@ -223,7 +223,7 @@ def test_constants_agree() -> None:
 def test_importing_kernels_needs_the_standard_library_alone() -> None:
     code = (
         "import sys; before = set(sys.modules)\n"
-        "from comask.kernels import compile, driver, host, launch\n"
+        "from comask.kernels import compile, launch, run\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
         "print(new - set(sys.stdlib_module_names) - {'comask'})"
     )

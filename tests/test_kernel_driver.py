@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from comask.errors import KernelError
-from comask.kernels import compile, driver
+from comask.kernels import compile, run
 from comask.kernels.launch import nms_launch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
@@ -20,7 +20,7 @@ SCRIPT = """
 import ctypes, threading
 import numpy as np
 from comask.errors import KernelError
-from comask.kernels import driver, host
+from comask.kernels import run
 from comask.kernels.launch import nms_launch, roi_align_launch
 
 class Record(ctypes.Structure):
@@ -31,8 +31,8 @@ random = np.random.default_rng(0)
 def both(launch, inputs, output):
     addresses = [array.ctypes.data for array in inputs]
     expected = np.zeros_like(output)
-    host.launch(launch, addresses, expected.ctypes.data)
-    driver.launch(launch, addresses, output.ctypes.data, stream=0x1234)
+    run.on_host(launch, addresses, expected.ctypes.data)
+    run.on_gpu(launch, addresses, output.ctypes.data, stream=0x1234)
     record = Record.in_dll(ctypes.CDLL("libcuda.so.1"), "standin_record")
     assert record.grid[:] == [launch.grid, 1, 1] and record.block[:] == [launch.block, 1, 1]
     assert record.shared == 0 and record.stream == 0x1234
@@ -48,20 +48,20 @@ nms = nms_launch(3, 40, 0.3)
 pooled, kept = np.empty((12, 70, 7, 7), np.float32), np.empty((3, 40), np.uint8)
 
 try:
-    driver.launch(nms, [0, 0], 0, 0)
+    run.on_gpu(nms, [0, 0], 0, 0)
 except KernelError as error:
     print(error)
-driver.use_primary_context(0)
-driver.prepare("sorted_nms")
+run.use_primary_context(0)
+run.prepare("sorted_nms")
 def work():
-    driver.use_primary_context(0)
+    run.use_primary_context(0)
     both(roi_align, [*maps, rois], pooled)
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 record = both(nms, [boxes, np.zeros((3, 40), np.int32)], kept)
 record = both(roi_align, [*maps, rois], np.empty_like(pooled))
-driver.launch(nms_launch(0, 40, 0.3), [0, 0], 0, 0)  # nothing to launch
+run.on_gpu(nms_launch(0, 40, 0.3), [0, 0], 0, 0)  # nothing to launch
 print(record.launches, "launches of", record.loads, "modules", kept.sum() < 120)
 """
 
@@ -91,7 +91,7 @@ def test_kernels_get_their_arguments_grid_and_stream(standin: dict[str, str]) ->
 
 
 def test_no_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver._library.cache_clear()
+    run._library.cache_clear()
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(f"no {name}")))
     with pytest.raises(KernelError, match=r"no libcuda\.so\.1; install NVIDIA's driver"):
-        driver.launch(nms_launch(1, 4, 0.5), [0, 0], 0, 0)
+        run.on_gpu(nms_launch(1, 4, 0.5), [0, 0], 0, 0)

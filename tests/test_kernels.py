@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
 from comask.errors import KernelError, KernelUnavailableError
-from comask.kernels import compile, host
+from comask.kernels import compile, run
 from comask.kernels.launch import nms_launch, roi_align_launch
 
 STRIDES = (4, 8, 16, 32)
@@ -70,7 +70,7 @@ def kernels(
     )  # fmt: skip
     pooled = guarded(shape(len(rois), size, size), dtype, shift)
     around = pooled.untyped_storage()
-    host.launch(launch, [x.data_ptr() for x in (*inputs, rois)], pooled.data_ptr(), threads)
+    run.on_host(launch, [x.data_ptr() for x in (*inputs, rois)], pooled.data_ptr(), threads)
     everything = torch.empty(0, dtype=dtype).set_(around)
     assert everything[: 64 + shift].isnan().all()
     assert everything[64 + shift + pooled.numel() :].isnan().all()
@@ -198,7 +198,7 @@ def test_offsets_past_two_to_the_31() -> None:
     x, y = width * 4 - 4, height * 4 - 2  # between the last two pixels of the last row
     roi, pooled = np.array([x, y, x, y], np.float32), np.zeros(channels, np.float16)
     inputs = [values, small, small, small, roi]
-    host.launch(launch, [array.ctypes.data for array in inputs], pooled.ctypes.data)
+    run.on_host(launch, [array.ctypes.data for array in inputs], pooled.ctypes.data)
     assert pooled.tolist() == [0] * 16 + [3]
 
 
@@ -267,7 +267,7 @@ def keeps(boxes: np.ndarray, groups: np.ndarray, threshold: float, threads: int 
     keep = np.full(groups.size + 64, 7, np.uint8)  # with some to spare
     boxes, groups = boxes.astype(np.float32), groups.astype(np.int32)
     launch = nms_launch(*groups.shape, threshold)
-    host.launch(launch, [boxes.ctypes.data, groups.ctypes.data], keep.ctypes.data, threads)
+    run.on_host(launch, [boxes.ctypes.data, groups.ctypes.data], keep.ctypes.data, threads)
     assert (keep[groups.size :] == 7).all()
     assert (keep[: groups.size] <= 1).all()
     return keep[: groups.size].reshape(groups.shape) == 1

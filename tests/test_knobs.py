@@ -19,7 +19,7 @@ from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, ConfigError, EngineError
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions, open_stages
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
 
 PICTURES = [picture(96, 128, seed) for seed in range(3)]
 FEW = 20

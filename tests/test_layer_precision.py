@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from comask.errors import EngineError
 from comask.export.layer_precision import asked_precisions, check_precisions, engine_layers
+from comask.runtime.trt.engine_folder import LayerCounts
 
 ASKED = {"conv": "fp16", "gemm": "fp16", "int": "int8", "float": "fp32"}
 AS_ASKED = dict(ASKED)
@@ -48,10 +49,9 @@ def test_the_graph_asks_by_the_type_of_its_weights() -> None:
 
 def test_what_is_as_asked_is_counted() -> None:
     found = check_precisions(ASKED, AS_ASKED | {"other": "fp32"}, {"conv": "fp16"})
-    assert found == {
-        "of": 4, "network": {"fp16": 2, "fp32": 1, "int8": 1}, "engine": {"fp16": 1},
-    }  # fmt: skip
-    assert check_precisions(ASKED, AS_ASKED, None)["engine"] is None
+    network = {"fp16": 2, "fp32": 1, "int8": 1}
+    assert found == LayerCounts(of=4, network=network, engine={"fp16": 1})
+    assert check_precisions(ASKED, AS_ASKED, None).engine is None
 
 
 @pytest.mark.parametrize("where", ["network", "engine"])

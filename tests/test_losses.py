@@ -22,9 +22,10 @@ from strategies import (
 from torch import Tensor
 from torch.nn import functional
 
+from comask.config import ModelConfig
 from comask.data.training_set import Target
+from comask.models.box_refinement import CollaborativeHead, decode_cells
 from comask.models.boxes import clip_boxes
-from comask.models.collaboration import CollaborativeHead, decode_cells
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.training.losses import Objective, Rois, dense_box_loss, head_losses
@@ -134,7 +135,8 @@ def test_iou_loss_has_a_gradient_for_every_cell_at_initialisation() -> None:
     torch.manual_seed(3)
     truth = torch.tensor([[20.0, 20, 90, 60]]).expand(8, 4)
     rois = jitter(truth, 0.15, 200, 200)
-    head = CollaborativeHead(16, 16, 4, convs=2, norm_groups=4)
+    config = ModelConfig(num_classes=4, channels=16, head_channels=16, head_convs=2, norm_groups=4)
+    head = CollaborativeHead(config)
     _, offsets = head(torch.randn(8, 16, 14, 14))
     offsets.retain_grad()
     mean_box_loss(decode_cells(offsets, rois), truth, torch.ones(8, 7, 7)).backward()

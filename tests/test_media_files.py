@@ -27,7 +27,7 @@ from comask.media_files import (
     match_pattern,
 )
 from comask.preprocess import decode_image
-from comask.runtime.fleet.listing import addresses
+from comask.runtime.jobs.listing import addresses
 
 FORMATS = {
     "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "mpo": "MPO", "png": "PNG",
@@ -230,7 +230,6 @@ class Choosy:
 def test_an_image_that_the_backend_refuses_does_not_end_the_others() -> None:
     from comask.config import PreprocessConfig
     from comask.runtime import Predictor
-    from comask.runtime.images import ImageRunner
 
     predictor = Predictor(Choosy(), PreprocessConfig(short_side=32, max_side=64))  # type: ignore[arg-type]
     images = [np.full((32, 32, 3), value, np.uint8) for value in (0, 255, 9, 255, 7)]
@@ -238,13 +237,20 @@ def test_an_image_that_the_backend_refuses_does_not_end_the_others() -> None:
     def undecodable() -> np.ndarray:
         raise ImageError("5: broken")
 
-    wanted = [(i, lambda image=image: image) for i, image in enumerate(images)]
-    results = list(ImageRunner[int](predictor)([*wanted, (5, undecodable)]))
-    assert [result.key for result in results] == list(range(6))
+    def load(number: int) -> np.ndarray:
+        return images[number] if number < 5 else undecodable()
+
+    results = list(predictor.map(range(6), load))
+    assert [result.item for result in results] == list(range(6))
     assert [bool(result.error) for result in results] == [False, True, False, True, False, True]
-    assert results[1].error == "1: cannot be run: no such canvas"
-    assert results[5].error == "5: broken"
+    assert str(results[1].error) == "1: cannot be run: no such canvas"
+    assert str(results[5].error) == "5: broken"
     assert results[5].pixels is None
+    with pytest.raises(ImageError, match="5: broken"):
+        _ = results[5].detections
+    with pytest.raises(RuntimeError, match="no such canvas"):
+        list(predictor.map(range(6), load, isolate=False))
+    assert str(list(predictor.map(images))[1].error) == "image 1: cannot be run: no such canvas"
     predictor.stages.run = lambda *_: (_ for _ in ()).throw(RuntimeError("gone"))  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="gone"):  # the backend's fault, and no image's
-        list(ImageRunner[int](predictor)(wanted))
+        list(predictor.map(images))

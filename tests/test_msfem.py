@@ -10,6 +10,7 @@ from strategies import parameter_count
 from torch import Tensor, nn
 from torch.nn import functional
 
+from comask.config import ModelConfig
 from comask.models.neck import FPN, MFPN, MSFEM, ChannelAttention
 
 DOWNSAMPLE = 256 * 256 * 9 + 2 * 256  # convolution without bias, GroupNorm
@@ -18,9 +19,15 @@ ATTENTION = 2 * 256 * 64
 MODES = ("independent", "chain", "tied")
 
 
+def settings(channels: int, mode: Any, branches: int, **others: Any) -> ModelConfig:
+    return ModelConfig(
+        channels=channels, msfem_mode=mode, msfem_branches=branches, head_channels=256, **others
+    )
+
+
 def msfem(mode: str = "independent", branches: int = 4, channels: int = 16) -> MSFEM:
     torch.manual_seed(1)
-    return MSFEM(channels, branches=branches, mode=mode, reduction=4, norm_groups=channels // 8)
+    return MSFEM(settings(channels, mode, branches, norm_groups=channels // 8))
 
 
 @pytest.mark.parametrize(
@@ -38,14 +45,14 @@ def test_parameter_count_is_the_sum_of_the_parts(
     mode: str, branches: int, downsamples: int
 ) -> None:
     with torch.device("meta"):
-        module = MSFEM(256, branches=branches, mode=mode, reduction=4, norm_groups=32)
+        module = MSFEM(settings(256, mode, branches))
     reduce = branches * 256 * 256 + 256
     assert parameter_count(module) == downsamples * DOWNSAMPLE + reduce + ATTENTION + SMOOTH
 
 
 def test_default_module_has_the_parameters_of_the_design() -> None:
     with torch.device("meta"):
-        module = MSFEM(256, branches=4, mode="independent", reduction=4, norm_groups=32)
+        module = MSFEM(ModelConfig())
     assert parameter_count(module) == 4_427_264
 
 
@@ -164,9 +171,8 @@ def test_fpn_adds_the_coarser_map() -> None:
 
 def mfpn_of(**options: Any) -> MFPN:
     torch.manual_seed(2)
-    mfpn = MFPN(
-        (4, 6, 8, 10), 16, branches=4, mode="independent", reduction=4, norm_groups=4, **options
-    )
+    config = settings(16, "independent", 4, norm_groups=4, **options)
+    mfpn = MFPN((4, 6, 8, 10), config)
     with torch.no_grad():
         for parameter in mfpn.parameters():  # unlike the identity that it starts as
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -190,7 +196,7 @@ def test_mfpn_is_one_module_after_each_of_five_levels(
 
 
 def test_modules_can_replace_the_fpns_convolutions() -> None:
-    mfpn, features = mfpn_of(place="replace"), backbone_features(64, 96)
+    mfpn, features = mfpn_of(msfem_place="replace"), backbone_features(64, 96)
     pyramid = mfpn(features)
     assert len(set(mfpn.modules_per_level)) == 4
     assert not any(isinstance(module, nn.Conv2d) for module in mfpn.fpn.output)
@@ -202,7 +208,8 @@ def test_modules_can_replace_the_fpns_convolutions() -> None:
 
 def test_residual_attention_is_the_authors() -> None:
     torch.manual_seed(4)
-    module = MSFEM(16, branches=2, mode="independent", reduction=4, residual=True, norm_groups=4)
+    config = settings(16, "independent", 2, norm_groups=4, residual_attention=True)
+    module = MSFEM(config)
     x = torch.randn(2, 16, 9, 7)
     attended = module.attention(module.reduce(torch.cat(module.multi_scale(x), dim=1)))
     assert module.norm is not None
@@ -213,7 +220,7 @@ def test_residual_attention_is_the_authors() -> None:
 @pytest.mark.parametrize("branches", [1, 2, 4])
 def test_a_new_module_is_the_identity(branches: int) -> None:
     torch.manual_seed(5)
-    module = MSFEM(64, branches=branches, mode="independent", reduction=4, norm_groups=16)
+    module = MSFEM(settings(64, "independent", branches, norm_groups=16))
     x = torch.randn(2, 64, 12, 20) * 5
     torch.testing.assert_close(module(x), x)
     module(x).square().sum().backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
 from comask.errors import KernelError, KernelUnavailableError
-from comask.kernels import tensors
+from comask.kernels import run
 from comask.models import nms, roi_align
 from comask.models.nms import float32_below, sorted_nms, top_k
 from comask.models.roi_align import (
@@ -304,15 +304,15 @@ def test_nms_of_boxes_that_lie_between_vectors(
 
     def launch(kernel: object, inputs: list[Tensor], output: Tensor) -> None:
         seen.append(inputs[0].data_ptr() % 16)
-        tensors.launch(kernel, inputs, output)  # type: ignore[arg-type]
+        run.on_tensors(kernel, inputs, output)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(nms, "launch", launch)
+    monkeypatch.setattr(nms, "on_tensors", launch)
     assert torch.equal(sorted_nms(view, groups, 0.5), sorted_nms(boxes, groups, 0.5))
     assert seen == [0, 0]
 
 
 def test_only_a_missing_compiler_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = tensors.available.__wrapped__
+    available = run.available.__wrapped__
     for error, falls_back in ((KernelUnavailableError("none"), True), (KernelError("bad"), False)):
 
         def fail(source: str, error: KernelError = error) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from comask.runtime.ort_session import CUDA_PROVIDER, OrtSession
+from comask.runtime.backends.ort import CUDA_PROVIDER, OrtSession
 
 CPU_PROVIDER = "CPUExecutionProvider"
 

@@ -23,9 +23,9 @@ from comask.config import PreprocessConfig
 from comask.data.shapes import ShapesSource
 from comask.errors import DataError
 from comask.runtime import Predictor
-from comask.runtime.parity.judge import agreement, pairs, shared
-from comask.runtime.parity.layers import explain_input
+from comask.runtime.parity.causes import explain_input
 from comask.runtime.parity.scores import read_results
+from comask.runtime.parity.verdict import agreement, pairs, shared
 
 
 def own_results(

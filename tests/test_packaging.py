@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from install_wheel import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+DATA = {".cu", ".h", ".jinja"}  # what is read beside the modules
 # Every command, video, the kernels' sources, all modules; `make test-wheel` runs the whole suite.
 SUBSET = ("test_api.py", "test_layout.py", "test_structures.py")
 
@@ -33,9 +35,14 @@ def test_wheel_is_one_package_with_its_data(released: Path) -> None:
     (wheel,) = (released / "dist").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"comask"}
-    kernels = {f"comask/kernels/{file.name}" for file in (ROOT / "comask/kernels").glob("*.[ch]*")}
-    assert kernels
-    assert {"comask/py.typed", *kernels} <= names
+    data = {
+        f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder)}"
+        for package, folder in SETUPTOOLS["package-dir"].items()
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in DATA
+    }
+    assert {Path(name).suffix for name in data} == DATA
+    assert {"comask/py.typed", *data} <= names
 
 
 def test_sdist_is_what_git_has(released: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import onnx
 import pytest
 from conftest import run
 from evaluated import edit_manifest, entry, evaluate
+from markupsafe import escape
 from onnx import helper, numpy_helper
 from pycocotools import mask as coco_mask
 
@@ -25,8 +25,8 @@ from comask.masks import paste_masks
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions
 from comask.runtime.parity.evaluation import Evaluation, busiest
-from comask.runtime.parity.judge import ap_tolerance, compare_ap
 from comask.runtime.parity.scores import Scores, image_results
+from comask.runtime.parity.verdict import ap_tolerance, compare_ap
 
 
 def broken(
@@ -233,8 +233,8 @@ def test_what_rounds_may_gain_and_int8_may_lose_its_budget(
     manifest = dataclasses.replace(manifest, verification={"int8": {"budget": 1.0}})
     tolerance = ap_tolerance(manifest, kind)
     found = compare_ap(metrics(0.5 + points / 100), metrics(0.5), kind, tolerance)
-    assert (found["failures"] == []) is passes
-    assert found["deltas"]["segm"]["AP"] == pytest.approx(points)
+    assert (found.failures == []) is passes
+    assert found.deltas["segm"]["AP"] == pytest.approx(points)
 
 
 def test_what_computes_nan_is_traced_to_its_layer(micro_bundle: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_an_engine_that_cannot_run_is_skipped_unless_asked_for(
     def default(_: object) -> tuple[list[str], list[str]]:
         return ["torch", "onnxruntime"], ["tensorrt:fp32"]
 
-    monkeypatch.setattr("comask.runtime.parity.contestants.default_backends", default)
+    monkeypatch.setattr("comask.runtime.parity.open_backends.default_backends", default)
     code, report, page = evaluate(micro_bundle, tmp_path, "--no-record")
     assert code == 0
     assert set(report["backends"]) == {"torch", "onnxruntime"}

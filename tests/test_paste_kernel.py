@@ -17,16 +17,12 @@ from strategies import FEW, seeds
 
 from comask import masks
 from comask.errors import KernelError
-from comask.kernels import compile, host, launch_masks
-from comask.kernels.launch_masks import (
-    mask_edge_counts_launch,
-    mask_edges_launch,
-    paste_masks_launch,
-)
+from comask.kernels import compile, launch, run
+from comask.kernels.launch import MaskLaunches
 from comask.masks import edges_by_kernel, edges_by_numpy, paste_masks, rles_from_mask_probs
-from comask.postprocess import detections_from_outputs
-from comask.preprocess import Prepared
+from comask.preprocess import Placement
 from comask.segmentation import decompress_runs, rles_from_edges
+from comask.structures import detections_from_outputs
 
 LENGTHS = st.integers(1, 70)
 CELLS = st.sampled_from([1, 2, 7, 28, 56])
@@ -88,8 +84,8 @@ def bitmaps(
     around = np.full(count * size[0] * size[1] + 128, 7, np.uint8)
     number = np.array([count if found is None else found], np.int32)
     inputs = [probs.ctypes.data, boxes.ctypes.data, number.ctypes.data]
-    launch = paste_masks_launch(count, cells, size, threshold, scale)
-    host.launch(launch, inputs, around.ctypes.data + 64, threads)
+    launch = MaskLaunches(count, cells, size, threshold, scale).bitmaps()
+    run.on_host(launch, inputs, around.ctypes.data + 64, threads)
     assert (around[:64] == 7).all()
     assert (around[-64:] == 7).all()
     return around[64:-64].reshape(count, *size)
@@ -123,9 +119,9 @@ def test_boxes_of_a_resized_image_and_rows_without_masks(
     }
     arrays = {name: np.asarray(row) for name, row in rows.items()}
     arrays |= {"boxes": resized[None], "masks": probs[None]}
-    image = Prepared(np.empty(0, np.uint8), (1, 1), size)
-    with mock.patch.object(Prepared, "scale", scale):
-        (detections,) = detections_from_outputs(arrays, [image])
+    placement = Placement((1, 1), size)
+    with mock.patch.object(Placement, "scale", scale):
+        (detections,) = detections_from_outputs(arrays, [placement])
     expected = np.zeros((count, *size), np.uint8)
     expected[:found] = detections.masks
     pasted = bitmaps(probs, resized, size, 0.5, found=found, scale=scale)
@@ -134,12 +130,12 @@ def test_boxes_of_a_resized_image_and_rows_without_masks(
     number = np.array([found], np.int32)
     inputs = [probs.ctypes.data, resized.ctypes.data]
     by_column = np.full(count * (1 + width), -7, np.int32)
-    launch = mask_edge_counts_launch(count, cells, size, 0.5, scale)
-    host.launch(launch, [*inputs, number.ctypes.data], by_column.ctypes.data)
+    launches = MaskLaunches(count, cells, size, 0.5, scale)
+    run.on_host(launches.edge_counts(), [*inputs, number.ctypes.data], by_column.ctypes.data)
     assert not by_column[found:count].any()
     edges = np.full(by_column[:count].sum() + 1, -7, np.int32)
-    launch = mask_edges_launch(count, cells, size, 0.5, len(edges) - 1, scale)
-    host.launch(launch, [*inputs, by_column.ctypes.data], edges.ctypes.data)
+    launch = launches.edges(len(edges) - 1)
+    run.on_host(launch, [*inputs, by_column.ctypes.data], edges.ctypes.data)
     assert rles_from_edges(by_column[:found], edges[:-1], size) == detections.to_rle()
     assert edges[-1] == -7
 
@@ -173,14 +169,16 @@ def test_edges_do_not_depend_on_threads_and_stay_within_the_capacity() -> None:
     inputs = [probs.ctypes.data, boxes.ctypes.data]
     for threads in (1, 3):
         by_column = np.full(30 * 51 + 1, -7, np.int32)
-        launch = mask_edge_counts_launch(30, 28, size, 0.5)
-        host.launch(launch, [*inputs, found.ctypes.data], by_column.ctypes.data, threads)
+        launches = MaskLaunches(30, 28, size, 0.5)
+        run.on_host(
+            launches.edge_counts(), [*inputs, found.ctypes.data], by_column.ctypes.data, threads
+        )
         np.testing.assert_array_equal(by_column[:30], counts)
         np.testing.assert_array_equal(by_column[30:-1].reshape(30, 50)[:, -1], counts)
         for capacity in (0, 1, len(edges) // 2, len(edges) + 9):
             found = np.full(len(edges) + 10, -7, np.int32)
-            launch = mask_edges_launch(30, 28, size, 0.5, capacity)
-            host.launch(launch, [*inputs, by_column.ctypes.data], found.ctypes.data, threads)
+            launch = launches.edges(capacity)
+            run.on_host(launch, [*inputs, by_column.ctypes.data], found.ctypes.data, threads)
             written = min(capacity, len(edges))
             np.testing.assert_array_equal(found[:written], edges[:written])
             assert (found[written:] == -7).all()
@@ -258,13 +256,12 @@ def test_masks_too_fine_for_the_kernel_are_pasted_all_the_same() -> None:
 )
 def test_what_the_kernels_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:
     arguments = {"masks": 3, "cells": 28, "image_size": (4, 4), "threshold": 0.5}
-    for launch in (mask_edge_counts_launch, paste_masks_launch):
-        launch(**arguments)
-        with pytest.raises(KernelError, match=message):
-            launch(**(arguments | change))
+    MaskLaunches(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match=message):
+        MaskLaunches(**(arguments | change))
 
 
 def test_constants_agree() -> None:
     source = (compile.FOLDER / "paste_masks.cu").read_text()
-    for name in ("THREADS", "MAX_CELLS"):
-        assert f"{name} = {getattr(launch_masks, name)};" in source
+    assert f"THREADS = {launch.MASK_THREADS};" in source
+    assert f"MAX_CELLS = {launch.MAX_CELLS};" in source

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.calib.search import Search
+from comask.calib.precision_search import Search
 from comask.errors import PrecisionError
 
 amounts = st.floats(0, 1, allow_subnormal=False)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from comask.bundle import STAGES, graph_file
 from comask.calib.qdq import LARGEST, activations, graph_layers, quantize_graph, readings
 from comask.export.layer_precision import asked_precisions
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
 
 
 def fake_quantized(x: np.ndarray, scale: np.ndarray) -> np.ndarray:

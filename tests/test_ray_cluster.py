@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fleet_rows import rows_in
+from job_rows import rows_in
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
-from comask.runtime.fleet.folder import Folder
+from comask.runtime.jobs.folder import Folder
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ class Cluster:
             node: {
                 pid
                 for pid in descendants(raylet)
-                if b"fleet.runners import serve" in command_line(pid)
+                if b"jobs.runners import serve" in command_line(pid)
             }
             for node, raylet in enumerate(self.raylets)
         }
@@ -217,7 +217,7 @@ def wait_for(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
 def assert_end(pids: set[int]) -> None:
     """Processes end soon."""
     deadline = time.monotonic() + 30
-    while left := [pid for pid in pids if b"fleet.runners import serve" in command_line(pid)]:
+    while left := [pid for pid in pids if b"jobs.runners import serve" in command_line(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

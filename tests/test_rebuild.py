@@ -11,7 +11,7 @@ from typing import Any
 import click
 import pytest
 
-from comask.cli.engine_options import engine_options
+from comask.cli.build import EngineOptions, engine_options
 from comask.errors import EngineError
 from comask.runtime.trt import engine_folder as rebuild_module
 from comask.runtime.trt.engine_folder import (
@@ -41,14 +41,21 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
         "--hardware-compatibility", "ampere_plus", "--compute-capability", "86",
         "--compute-capability", "89", "--rebuild",
     ]  # fmt: skip
-    parsed: dict[str, Any] = {}
-    command = click.Command("export", callback=lambda **values: parsed.update(values))
-    command.params = [click.Argument(["bundle"]), click.Option(["--precision"])]
+    parsed: list[EngineOptions] = []
+
+    @click.command
+    @click.argument("bundle")
+    @click.option("--precision")
+    @engine_options
+    def command(building: EngineOptions, **values: Any) -> None:
+        parsed.append(building)
+
     arguments = rebuild_arguments(Path("my bundle"), info, info.profile)
-    engine_options(command)(arguments, standalone_mode=False)
-    assert parsed.pop("rebuild") is True
-    assert (parsed["engine"], parsed["plugin"], parsed["workspace"]) == ("tensorrt", "aot", 512)
-    assert parsed["compute_capability"] == (86, 89)
+    command(arguments, standalone_mode=False)
+    (building,) = parsed
+    assert (building.rebuild, building.engine, building.plugin) == (True, "tensorrt", "aot")
+    assert building.builder.workspace_mib == 512
+    assert building.builder.compute_capabilities == (86, 89)
     failing = [sys.executable, "-c", "print('a'); raise SystemExit('error: no nvcc')"]
     monkeypatch.setattr(rebuild_module, "export_command", lambda: failing)
     with pytest.raises(

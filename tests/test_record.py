@@ -16,7 +16,7 @@ from made_runs import CLASSES, metrics, write_run
 
 from comask.errors import ConfigError, TrainingError
 from comask.evaluate import METRICS, TASKS
-from comask.training.record import RunRecord, read_evaluations, read_rows
+from comask.training.record import RunRecord, Step, read_evaluations, read_rows
 
 
 def test_rows_hold_what_was_added(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_run_killed_anywhere_goes_on(name: str, where: float, keep: int) -> No
         assert read_rows(path) == kept
         assert not list(folder.glob(".*"))
         for step in (40, 41):
-            record.add_losses(step, 9, 0.1, {"mask": 0.5, "box": 0.25})
+            record.add_step(Step(step=step, epoch=9, rate=0.1, losses={"mask": 0.5, "box": 0.25}))
             record.add_metrics(step, 9, {"final": metrics(0.5, 0.4)})
         rows = read_rows(path)
         if name != "per_class.csv":
@@ -110,7 +110,7 @@ def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"metrics\.csv: has the columns step, epoch, .*--resume"
     ):
-        record.add_losses(2, 0, 0.1, {"mask": 1.0})
+        record.add_step(Step(step=2, epoch=0, rate=0.1, losses={"mask": 1.0}))
     assert len(read_rows(tmp_path / "metrics.csv")) == 1
 
 
@@ -131,7 +131,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
         sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
     )
     record = RunRecord(tmp_path, keep_until=3, tensorboard=True)
-    record.add_losses(4, 0, 0.1, {"mask": 2.0, "box": 1.0})
+    record.add_step(Step(step=4, epoch=0, rate=0.1, losses={"mask": 2.0, "box": 1.0}))
     record.add_metrics(4, 0, {"final": metrics(0.5, 0.4), "first": metrics(-1.0, 0.3)})
     record.close()
     assert calls == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ class Page(HTMLParser):
 
 
 def report(folder: Path, **model: Any) -> Page:
-    config = dataclasses.asdict(Config(model=ModelConfig(num_classes=3, **model)))
+    config = Config(model=ModelConfig(num_classes=3, **model))
     return Page(write_report(folder, config=config, categories=CATEGORIES, title="run <i>"))
 
 

@@ -25,7 +25,7 @@ from video_clips import decoded, make_clip, pictures, sound_packets
 
 from comask.config import PreprocessConfig
 from comask.runtime import Predictor
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
 from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
 from comask.runtime.video.container import shown_name
 

@@ -20,12 +20,12 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
-from fleet_rows import rows_in
+from job_rows import rows_in
 from PIL import Image
 
 from comask.data.shapes import ShapesSource
-from comask.runtime.fleet.folder import Folder
-from comask.runtime.fleet.job import Row
+from comask.runtime.jobs.folder import Folder
+from comask.runtime.jobs.job import Row
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from conftest import MICRO, run, settings
 
-from comask.cli.bench_work import Work
 from comask.export import pipeline
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
+from comask.runtime.bench.sweep import Sweep
 from comask.training.checkpoint import load_checkpoint
 from comask.training.loop import LAST, Trainer
 from comask.training.record import read_rows
@@ -198,15 +198,15 @@ def test_a_data_set_is_not_taken_for_whole(
 def test_a_terminated_sweep_reports_what_it_has(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Work._measure
+    measure = Sweep._measure
 
-    def terminated(self: Work, *arguments: Any) -> None:
+    def terminated(self: Sweep, *arguments: Any) -> None:
         if self.scored:
             os.kill(os.getpid(), TERM)
         measure(self, *arguments)
 
-    monkeypatch.setattr(Work, "_measure", terminated)
-    monkeypatch.setattr("comask.cli.bench_work._check_reference", lambda metrics: None)
+    monkeypatch.setattr(Sweep, "_measure", terminated)
+    monkeypatch.setattr("comask.runtime.bench.sweep._check_reference", lambda metrics: None)
     done = run("bench", micro_bundle, "--backend", "onnxruntime", "--sweep", "--data", "shapes",
                "--limit", 1, "--runs", 1, "--grid", "short-side=96", "--grid", "batch=1", "--json",
                tmp_path / "r.json")  # fmt: skip

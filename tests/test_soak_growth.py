@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.runtime.bench.vitals import LEAST, LIMITS, PARTS, WARM_UP, growths
+from comask.runtime.bench.growth import LEAST, LIMITS, PARTS, WARM_UP, growths
 
 SAMPLES = 200
 SECONDS = np.arange(1.0, SAMPLES + 1)

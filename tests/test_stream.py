@@ -19,8 +19,8 @@ from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, assert_equal, picture, write_engines
 
 from comask.errors import EngineError, FrameDroppedError, ImageError, QueueFullError
-from comask.kernels import host
-from comask.kernels.launch_frames import Matrix, nv12_to_canvas_launch
+from comask.kernels import run
+from comask.kernels.launch import Matrix, nv12_to_canvas_launch
 from comask.runtime import Predictor
 from comask.runtime.device import open_device
 from comask.runtime.dlpack import stream_handle
@@ -73,7 +73,7 @@ def test_host_nv12_is_the_kernels(predictor: Predictor) -> None:
     launch = nv12_to_canvas_launch(
         size, (33, 38), (80, chroma.strides[0]), size, size, matrix=matrix, full_range=False
     )
-    host.launch(launch, [luma.ctypes.data, chroma.ctypes.data], canvas.ctypes.data)
+    run.on_host(launch, [luma.ctypes.data, chroma.ctypes.data], canvas.ctypes.data)
     with predictor.stream() as session:
         found = session.submit((luma, chroma), format="nv12", matrix=matrix).result()
     assert_equal(found, predictor(canvas))

@@ -35,7 +35,7 @@ def queue_read(shared: SharedArray, stream: int) -> np.ndarray:
 
 
 def slots(predictor: Any) -> int:
-    return len(predictor.stages.pool._slots)
+    return len(predictor.stages.pool._all)
 
 
 def readers_come_before_the_next_batch(folder: str) -> None:
@@ -151,12 +151,12 @@ def waits_are_for_a_batch(folder: str) -> None:
     predictor, expected = start(folder)
     with predictor.stream(slots=1) as session:
         first = session.submit(PICTURES[0])
-        loan = first._loan
-        assert loan is not None
+        batch, lane = first._batch, first._batch.lane
+        assert lane is not None
         second = session.submit(PICTURES[1])
         freeze(True)
         for seconds in (0.0, None):
-            assert loan.wait(seconds)
+            assert lane.wait(batch, seconds)
             assert not second.done()
         freeze(False)
         assert_equal(first.result(), expected[0])
@@ -166,24 +166,24 @@ def waits_are_for_a_batch(folder: str) -> None:
 
 
 def sessions_that_fail_or_are_forgotten(folder: str) -> None:
-    from comask.runtime.trt import lane, slot_pool
+    from comask.runtime.trt import contexts, lane
 
     predictor, _ = start(folder)
     predictor(PICTURES[0])
     before, few = live(), slots(predictor)
 
-    new_slot, made = slot_pool.SlotPool._new_slot, []
+    lend, made = contexts.ContextPool.lend, []
 
-    def failing(pool: Any) -> Any:
+    def failing(pool: Any, make: Any) -> Any:
         made.append(True)
         if len(made) == 3:
             raise EngineError("no memory for another context")
-        return new_slot(pool)
+        return lend(pool, make)
 
-    slot_pool.SlotPool._new_slot = failing  # type: ignore[method-assign]
+    contexts.ContextPool.lend = failing  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="another context"):
         predictor.stream(slots=3)
-    slot_pool.SlotPool._new_slot = new_slot  # type: ignore[method-assign]
+    contexts.ContextPool.lend = lend  # type: ignore[method-assign]
 
     class Failing(lane.LaneMasks):
         def __init__(self, *_: Any) -> None:
@@ -270,7 +270,7 @@ def page_locked_for_host_frames_alone(folder: str) -> None:
     predictor, expected = start(folder)
     frame = GpuFrame(PICTURES[0])
     with predictor.stream(slots=1) as session:
-        staging = session._idle[0]._slot._staging  # type: ignore[attr-defined]
+        staging = session._idle[0]._staging  # type: ignore[attr-defined]
         assert_equal(session.submit(frame).result(), expected[0])
         assert "images" not in staging
         assert_equal(session.submit(PICTURES[0]).result(), expected[0])
@@ -283,7 +283,7 @@ def page_locked_for_host_frames_alone(folder: str) -> None:
 
 
 def a_timed_run_that_fails(folder: str) -> None:
-    from comask.runtime.trt import slot
+    from comask.runtime.trt.contexts import Contexts
 
     predictor, _ = start(folder)
     predictor(PICTURES[0])
@@ -292,11 +292,11 @@ def a_timed_run_that_fails(folder: str) -> None:
     def fail(*_: Any) -> None:
         raise EngineError("it does not start")
 
-    enqueue, slot.Slot.enqueue = slot.Slot.enqueue, fail  # type: ignore[method-assign,assignment]
+    enqueue, Contexts.enqueue = Contexts.enqueue, fail  # type: ignore[method-assign,assignment]
     sizes = np.array([[96, 128]], np.int32)
     with pytest.raises(EngineError, match="does not start"):
         predictor.stages.run(PICTURES[0][None], sizes, seconds={})
-    slot.Slot.enqueue = enqueue  # type: ignore[method-assign]
+    Contexts.enqueue = enqueue  # type: ignore[method-assign]
     assert live() == before
     predictor.close()
     assert_all_freed()

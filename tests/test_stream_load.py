@@ -142,7 +142,7 @@ def assert_is_of(found: Any, grey: int) -> None:
 def fill_pool(predictor: Predictor, slots: int) -> None:
     """Shows every size to every slot: else how threads take turns decides in which round one is made."""
     if slots > 1:
-        with predictor.stages.pool.slot():  # the last one back is the next one out
+        with predictor.stages.pool.contexts():  # the last one back is the next one out
             fill_pool(predictor, slots - 1)
     for size in SIZES:
         predictor(np.zeros((*size, 3), np.uint8))
@@ -158,13 +158,13 @@ def resident() -> int:
 def ten_thousand_frames(folder: str) -> None:
     import standin_tensorrt
 
-    from comask.runtime.trt.session import SLOTS
+    from comask.runtime.backends.trt import CALLS
 
     standin_tensorrt.install()
     hollow_out(folder)
     write_engines(folder)
     first, second = (Predictor.load(folder, "tensorrt", short_side=SHORT_SIDE) for _ in range(2))
-    fill_pool(second, SLOTS)
+    fill_pool(second, CALLS)
     rles = {size: second(np.zeros((*size, 3), np.uint8)).to_rle() for size in SIZES}
     seen: Counter[str] = Counter()
     sizes, held = [], []

@@ -150,9 +150,9 @@ def bytes_of(copied: SharedArray) -> np.ndarray:
 
 
 def more_edges_than_room(folder: str) -> None:
-    from comask.runtime.trt import lane_masks
+    from comask.runtime.trt import masks
 
-    lane_masks.EDGES_A_COLUMN = 0  # none to begin with
+    masks.EDGES_A_COLUMN = 0  # none to begin with
     predictor, _ = start(folder)
     expected = [predictor(image) for image in PICTURES]
     with predictor.stream(slots=1) as session:
@@ -176,14 +176,14 @@ def copies_are_of_their_batch(folder: str) -> None:
     predictor, _ = start(folder)
     expected = predictor(PICTURES[0])
     copying, submitted = threading.Event(), threading.Event()
-    copy = TrtLane.copy
+    copied = TrtLane._copied
 
     def slow_copy(lane: TrtLane, array: Any) -> Any:
         copying.set()
         submitted.wait(0.5)  # which it must not be before the copy
-        return copy(lane, array)
+        return copied(lane, array)
 
-    TrtLane.copy = slow_copy  # type: ignore[method-assign]
+    TrtLane._copied = slow_copy  # type: ignore[method-assign]
     with predictor.stream(slots=1) as session:
         first = session.submit(PICTURES[0])
         first.result()
@@ -195,10 +195,10 @@ def copies_are_of_their_batch(folder: str) -> None:
 
         other = threading.Thread(target=submit)
         other.start()
-        copied = first.outputs["scores"].copy()
+        copy = first.outputs["scores"].copy()
         other.join()
-    np.testing.assert_array_equal(bytes_of(copied)[0, : len(expected)], expected.scores)
-    del copied
+    np.testing.assert_array_equal(bytes_of(copy)[0, : len(expected)], expected.scores)
+    del copy
     predictor.close()
     assert_all_freed()
 

@@ -15,9 +15,9 @@ import pytest
 from comask.config import PreprocessConfig
 from comask.errors import ConfigError, EngineError, FrameDroppedError, ImageError, QueueFullError
 from comask.runtime import Predictor
-from comask.runtime.frames import borrow_frame
-from comask.runtime.lanes import Batch, Fetched, HostLanes
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
+from comask.runtime.frames import Coding, borrow_frame
+from comask.runtime.lanes import Batch, HostLanes
 from comask.runtime.stream import StreamSession
 
 FRAME = np.zeros((64, 64, 3), np.uint8)
@@ -157,48 +157,40 @@ class FakeLane:
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.batches = 0
+        self.batch: Batch | None = None
         self.error: Exception | None = None
 
     def suits(self, batch: Batch) -> bool:
         return True
 
     def start(self, batch: Batch) -> None:
-        self.batches += 1
+        self.batch = batch
         self.event.clear()
 
-    def past(self) -> bool:
+    def wait(self, batch: Batch, seconds: float | None) -> bool:
+        end = time.monotonic() + (60 if seconds is None else seconds)
+        while not (done := self.batch is not batch or self.done()) and time.monotonic() < end:
+            time.sleep(0.0005)
+        return done
+
+    def done(self) -> bool:
         if self.error is not None:
             raise self.error
         return self.event.is_set()
 
     def release_read(self) -> None: ...
 
-    def loan(self) -> Any:
-        number = self.batches
-
-        def wait(seconds: float | None) -> bool:
-            end = time.monotonic() + (60 if seconds is None else seconds)
-            while not (past := self.batches != number or self.past()) and time.monotonic() < end:
-                time.sleep(0.0005)
-            return past
-
-        return SimpleNamespace(wait=wait)
-
-    def fetch(self) -> Fetched:
-        return Fetched(OUTPUTS, None)
+    def fetch(self, batch: Batch) -> Any:
+        return OUTPUTS, None
 
 
 class FakeLanes(HostLanes):
     def __init__(self, count: int) -> None:
-        self.fakes = [FakeLane() for _ in range(count)]
+        self.lanes: Any = [FakeLane() for _ in range(count)]
         self.closed = 0
 
-    def open(self) -> Any:
-        return list(self.fakes)
-
-    def borrow(self, source: Any, stream: Any, *how: Any) -> Any:
-        return borrow_frame(source, -1, *how)
+    def borrow(self, source: Any, stream: Any, coding: Coding) -> Any:
+        return borrow_frame(source, -1, coding)
 
     def close(self) -> None:
         self.closed += 1
@@ -224,7 +216,7 @@ def fake_predictor() -> Predictor:
 def test_a_result_is_found_though_its_lane_runs_another_frame() -> None:
     predictor = fake_predictor()
     session = predictor.stream(slots=1)
-    lane = predictor.stages.made[0].fakes[0]  # type: ignore[attr-defined]
+    lane = predictor.stages.made[0].lanes[0]  # type: ignore[attr-defined]
     future = session.submit(FRAME)
     outcome: list[Any] = []
 
@@ -242,7 +234,7 @@ def test_a_result_is_found_though_its_lane_runs_another_frame() -> None:
         time.sleep(0.001)
     with session._changed:  # nobody looks in between
         lane.event.set()
-        session._start(other := session_future(session), session._free_lane(other._batch))
+        session._start(other := batch_of(session), session._free_lane(other))
     waiter.join()
     assert outcome[0] == 0
     assert outcome[1] < 10  # though the other frame never ended
@@ -250,29 +242,26 @@ def test_a_result_is_found_though_its_lane_runs_another_frame() -> None:
     session.close()
 
 
-def session_future(session: StreamSession) -> Any:
-    from comask.runtime.stream import Future
-
-    frame = session._lanes.borrow(FRAME, None, "rgb", "bt709", False)
+def batch_of(session: StreamSession) -> Batch:
+    frame = session._lanes.borrow(FRAME, None, Coding("rgb", "bt709", False))
     predictor = session.predictor
-    batch = Batch((frame,), predictor.preprocess, predictor.mask_threshold, False)
-    return Future(session, batch, single=True)
+    return Batch((frame,), predictor.preprocess, predictor.mask_threshold, False)
 
 
 def test_a_result_that_comes_with_the_last_second_is_no_timeout() -> None:
     predictor = fake_predictor()
     with predictor.stream(slots=1) as session:
-        lane = predictor.stages.made[0].fakes[0]  # type: ignore[attr-defined]
+        lane = predictor.stages.made[0].lanes[0]  # type: ignore[attr-defined]
         future = session.submit(FRAME)
-        assert future._loan is not None
-        wait = future._loan.wait
+        wait = lane.wait
 
-        def too_late(seconds: float | None) -> bool:
-            found = wait(seconds)
-            lane.event.set()
-            return found
+        def too_late(batch: Batch, seconds: float | None) -> bool:
+            found = wait(batch, seconds)
+            if seconds:
+                lane.event.set()
+            return bool(found)
 
-        future._loan.wait = too_late  # type: ignore[method-assign]
+        lane.wait = too_late
         assert len(future.result(0.01)) == 0
 
 
@@ -282,7 +271,7 @@ def test_a_gpu_that_fails_stops_no_closing() -> None:
     futures = [session.submit(FRAME) for session in sessions]
     made, closed = predictor.stages.made, predictor.stages.closed  # type: ignore[attr-defined]
     for lanes in made:
-        for lane in lanes.fakes:
+        for lane in lanes.lanes:
             lane.error = EngineError("the GPU failed")
     made[1].close = lambda: (_ for _ in ()).throw(EngineError("cannot be freed"))
     with pytest.raises(EngineError, match="cannot be freed"):

@@ -28,8 +28,8 @@ from comask.training import losses
 from comask.training.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from comask.training.distributed import Ranks
 from comask.training.loop import Trainer
-from comask.training.optim import fit_to_machine
-from comask.training.record import RunRecord, read_rows
+from comask.training.record import RunRecord, Step, read_rows
+from comask.training.run import fit_to_machine
 
 
 def train(output: Path, *extra: str) -> list[object]:
@@ -193,7 +193,7 @@ def test_a_failed_save_leaves_the_old_file(
 def test_record_drops_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, keep_until=0)
     for step in range(1, 6):
-        record.add_losses(step, 0, 0.1, {"mask": 1 / 3})
+        record.add_step(Step(step=step, epoch=0, rate=0.1, losses={"mask": 1 / 3}))
     RunRecord(tmp_path, keep_until=3)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,8 @@ def started(repository: Path, monkeypatch: pytest.MonkeyPatch, largest: int = 10
     """The repository's `model.py`, run and initialised as the server does it."""
     triton.serve(repository, largest)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
-    monkeypatch.delitem(sys.modules, "comask.export.triton.server_model", raising=False)
+    for name in ("runtime.triton_model", "export.triton.server_model"):
+        monkeypatch.delitem(sys.modules, f"comask.{name}", raising=False)
     folder = repository / "comask"
     model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
     config = {
@@ -59,6 +61,19 @@ def started(repository: Path, monkeypatch: pytest.MonkeyPatch, largest: int = 10
         }
     )
     return model
+
+
+def test_a_repository_of_an_older_comask_is_served(
+    repository: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its `model.py` names the module that held the model then."""
+    older = Path(shutil.copytree(repository, tmp_path / "repository"))
+    model = older / "comask" / "1" / "model.py"
+    now, then = "comask.runtime.triton_model", "comask.export.triton.server_model"
+    assert now in model.read_text()
+    model.write_text(model.read_text().replace(now, then))
+    (response,) = started(older, monkeypatch).execute([request(pixels=IMAGES[0][None])])
+    assert_tells(0, outputs(response), predictor([IMAGES[0]])[0])
 
 
 def request(*wanted: str, **inputs: np.ndarray) -> triton.InferenceRequest:

@@ -19,7 +19,7 @@ from comask.errors import ComaskError, ConfigError, EngineError
 from comask.export.build_options import Profile
 from comask.export.triton.model_config import Name, to_pbtxt
 from comask.export.triton.repository import ServeRequest, write_repository
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
 from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineInfo
 
 NUMPY_TYPES = {

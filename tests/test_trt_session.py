@@ -26,7 +26,7 @@ from comask.errors import BackendUnavailableError, EngineError, ParityError
 from comask.export.verify import prove_engines
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
-from comask.runtime.gpu import find_gpu
+from comask.runtime.device import find_gpu
 from comask.runtime.trt import engine_folder as rebuild_module
 from comask.runtime.trt.engine_folder import DESCRIPTION, PLANS
 

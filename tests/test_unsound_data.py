@@ -13,7 +13,7 @@ from data_sets import Change, Content, cut_off, edit, exact_results, shapes_set
 
 from comask.calib.sampling import choose_images
 from comask.config import DataConfig
-from comask.data.open_source import open_source, open_training_data
+from comask.data.open_data import open_source, open_training_data
 from comask.errors import DataError
 from comask.evaluate import score
 

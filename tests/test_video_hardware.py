@@ -28,9 +28,9 @@ from video_gpu import GpuDecoded, decoded_like, gpu_decoding, noise
 
 from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
+from comask.runtime.device import Gpu, find_gpu
 from comask.runtime.dlpack import borrow
-from comask.runtime.frames import borrow_frame
-from comask.runtime.gpu import Gpu, find_gpu
+from comask.runtime.frames import Coding, borrow_frame
 from comask.runtime.video import (
     JsonLines,
     OverlayWriter,
@@ -73,7 +73,7 @@ class Nv12OnHost(VideoSource):
 
 
 def rgb_of(luma: np.ndarray, chroma: np.ndarray, picture: Nv12Picture) -> np.ndarray:
-    frame = borrow_frame((luma, chroma), -1, "nv12", picture.matrix, picture.full_range)
+    frame = borrow_frame((luma, chroma), -1, Coding("nv12", picture.matrix, picture.full_range))
     return frame.pixels()
 
 
@@ -88,7 +88,7 @@ def test_colours_are_read_as_ffmpeg_reads_them(colorspace: int, full: bool) -> N
     theirs = frame.to_ndarray(format="rgb24").astype(int)
     assert picture.full_range == full
     for matrix in set(MATRICES.values()):
-        ours = borrow_frame(picture.planes, -1, "nv12", matrix, full).pixels()
+        ours = borrow_frame(picture.planes, -1, Coding("nv12", matrix, full)).pixels()
         # swscale adds up tables of its own that cut off instead of rounding
         assert (np.abs(ours - theirs).max() <= 3) == (matrix == picture.matrix)
 
@@ -101,7 +101,9 @@ def test_nv12_of_real_clips(shared_data: Path, micro_bundle: Path, name: str) ->
             found[kind] = Kept()
             VideoPipeline(predictor, kind(clip, every=60), [found[kind]], batch=4).run()
         converted = [
-            borrow_frame(picture.planes, -1, "nv12", picture.matrix, picture.full_range).pixels()
+            borrow_frame(
+                picture.planes, -1, Coding("nv12", picture.matrix, picture.full_range)
+            ).pixels()
             for picture in (frame.picture for frame in found[Nv12OnHost].frames)
         ]
         expected = predictor(converted)

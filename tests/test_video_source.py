@@ -21,7 +21,7 @@ from video_clips import make_clip, pictures, uneven_times
 from comask.config import PreprocessConfig
 from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
-from comask.runtime.session import Stages
+from comask.runtime.backends.base import Stages
 from comask.runtime.video import Tracker, VideoPipeline, VideoSource, is_address, is_video
 from comask.runtime.video.container import file_name, shown_name
 from comask.runtime.video.pipeline import Channel

@@ -8,7 +8,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from comask.runtime.ort_session import OrtSession
+from comask.runtime.backends.ort import OrtSession
 
 
 class TritonPythonModel:

@@ -116,7 +116,7 @@ def build_engine(context: Context, source: Path, flavor: str, precision: str, pl
     from comask.bundle import Bundle
     from comask.errors import EngineError
     from comask.export.build_options import BuildOptions, check_options
-    from comask.runtime.gpu import find_gpu
+    from comask.runtime.device import find_gpu
     from comask.runtime.trt.engine import load_flavor
     from comask.runtime.trt.engine_folder import find_engines
 
@@ -143,7 +143,7 @@ def open_onnxruntime(context: Context, bundle: Any, precision: str) -> Any:
     """
     import onnxruntime
 
-    from comask.runtime.ort_session import CUDA_PROVIDER, ort_stages
+    from comask.runtime.backends.ort import CUDA_PROVIDER, ort_stages
 
     stages = ort_stages(bundle, precision)
     providers = {stage.provider for stage in (stages.stage1, stages.stage2)}
@@ -206,25 +206,25 @@ def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figu
 
     from comask.data.shapes import ShapesSource
     from comask.export.verify import verification_batches, verify
+    from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
     from comask.runtime.compare import TOLERANCES
-    from comask.runtime.torch_session import model_from_bundle, torch_stages
 
     # else PyTorch's convolutions on CUDA have the ten bits of TensorFloat-32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     source, manifest = ShapesSource(num_images=4, seed=4_000_000), bundle.manifest
-    proof = verify(
+    worst = verify(
         torch_stages(model_from_bundle(bundle)),
         stages,
         verification_batches([source.image(i) for i in range(4)], manifest.preprocess),
         manifest.model,
         TOLERANCES[precision],
-    )
+    ).worst
     note = (
-        f"{proof['detections']} detections, boxes within {proof['box']:.1e} px, scores within "
-        f"{proof['score']:.1e}"
+        f"{worst.detections} detections, boxes within {worst.box:.1e} px, scores within "
+        f"{worst.score:.1e}"
     )
-    worst = max(proof["relative"].values())
-    return Figure(value=worst, unit="relative", most=TOLERANCES[precision].relative, note=note)
+    error = max(worst.relative.values())
+    return Figure(value=error, unit="relative", most=TOLERANCES[precision].relative, note=note)
 
 
 def _checks() -> dict[str, Callable[[Context], Figure]]:

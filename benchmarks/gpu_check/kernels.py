@@ -127,7 +127,7 @@ def need_kernels(context: Context) -> None:
     import torch
 
     from comask.kernels.launch import NMS, ROI_ALIGN
-    from comask.kernels.tensors import available
+    from comask.kernels.run import available
 
     device = torch.device(context.device, 0) if context.device == "cuda" else torch.device("cpu")
     if not all(available(source, device) for source in (ROI_ALIGN, NMS)):

@@ -16,7 +16,7 @@ PACKAGES = (
 def facts() -> dict[str, Any]:
     """Operating system, Python, GPU, driver and versions, in the order of the table's head."""
     from comask import __version__
-    from comask.runtime.gpu import find_gpu_or_reason
+    from comask.runtime.device import find_gpu_or_reason
 
     gpu, reason = find_gpu_or_reason()
     return {
@@ -35,7 +35,7 @@ def facts() -> dict[str, Any]:
 
 def why_no_gpu() -> str | None:
     """The reason why no row can run; None where torch sees a GPU."""
-    from comask.runtime.gpu import find_gpu_or_reason
+    from comask.runtime.device import find_gpu_or_reason
 
     gpu, reason = find_gpu_or_reason()
     if gpu is None:

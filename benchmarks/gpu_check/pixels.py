@@ -26,7 +26,7 @@ EDGES_A_COLUMN = 4  # room for; compact masks have two
 def rgb_canvas(context: Context) -> Figure:
     """A frame of RGB against OpenCV's resize, in grey levels."""
     from comask.config import PreprocessConfig
-    from comask.kernels.launch_frames import rgb_to_canvas_launch
+    from comask.kernels.launch import rgb_to_canvas_launch
     from comask.preprocess import prepare
 
     frame = np.random.default_rng(0).integers(0, 256, (*FULL_HD, 3), np.uint8)
@@ -41,13 +41,13 @@ def rgb_canvas(context: Context) -> Figure:
 
 def nv12_canvas(context: Context) -> Figure:
     """A frame of NV12 against the same kernel on the CPU, in grey levels."""
-    from comask.kernels import host
+    from comask.kernels import run
 
     launch, planes, canvas = _nv12(context)
     _run(launch, planes, canvas)
     expected = np.empty(tuple(canvas.shape), np.uint8)
     on_host = [plane.cpu().numpy() for plane in planes]
-    host.launch(launch, [plane.ctypes.data for plane in on_host], expected.ctypes.data)
+    run.on_host(launch, [plane.ctypes.data for plane in on_host], expected.ctypes.data)
     worst = np.abs(canvas.cpu().numpy().astype(int) - expected).max()
     return Figure(value=float(worst), unit="levels", most=0)
 
@@ -67,13 +67,13 @@ def mask_edges(context: Context) -> Figure:
 
 def bitmaps(context: Context) -> Figure:
     """Pixels of pasted masks that differ from numpy's."""
-    from comask.kernels.launch_masks import paste_masks_launch
+    from comask.kernels.launch import MaskLaunches
     from comask.masks import paste_masks
 
     probs, boxes = _instances(context)
     size = (context.sizes.height, context.sizes.width)
     pasted = _empty(context, (DETECTIONS, *size), "uint8")
-    launch = paste_masks_launch(DETECTIONS, CELLS, size, 0.5)
+    launch = MaskLaunches(DETECTIONS, CELLS, size, 0.5).bitmaps()
     _run(launch, _inputs(context, probs, boxes), pasted)
     expected = paste_masks(probs, boxes, size, 0.5)
     wrong = int((pasted.cpu().numpy() != expected).sum())
@@ -131,23 +131,22 @@ def _edges(
     context: Context, inputs: Sequence[Tensor], counts: Tensor | None = None,
     edges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from comask.kernels.launch_masks import mask_edge_counts_launch, mask_edges_launch
+    from comask.kernels.launch import MaskLaunches
 
     size = (context.sizes.height, context.sizes.width)
     capacity = DETECTIONS * size[1] * EDGES_A_COLUMN
     if counts is None or edges is None:
         counts = _empty(context, (DETECTIONS * (1 + size[1]),), "int32")
         edges = _empty(context, (capacity,), "int32")
-    step1 = mask_edge_counts_launch(DETECTIONS, CELLS, size, 0.5)
-    step2 = mask_edges_launch(DETECTIONS, CELLS, size, 0.5, capacity)
-    _run(step1, inputs, counts)
-    _run(step2, [*inputs[:2], counts], edges)
+    launches = MaskLaunches(DETECTIONS, CELLS, size, 0.5)
+    _run(launches.edge_counts(), inputs, counts)
+    _run(launches.edges(capacity), [*inputs[:2], counts], edges)
     return counts, edges
 
 
 def _nv12(context: Context) -> tuple[Launch, list[Tensor], Tensor]:
     from comask.config import PreprocessConfig
-    from comask.kernels.launch_frames import nv12_to_canvas_launch
+    from comask.kernels.launch import nv12_to_canvas_launch
     from comask.preprocess import padded_shape, resized_shape
 
     (height, width), pitch = FULL_HD, 2048
@@ -180,11 +179,11 @@ def _empty(context: Context, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def _run(launch: Launch, inputs: Sequence[Tensor], output: Tensor) -> None:
-    from comask.kernels import tensors
+    from comask.kernels import run
 
-    if not tensors.available(launch.source, output.device):
+    if not run.available(launch.source, output.device):
         raise UnavailableError("the kernels cannot be compiled here; comask-doctor says why")
-    tensors.launch(launch, inputs, output)
+    run.on_tensors(launch, inputs, output)
 
 
 CHECKS = {

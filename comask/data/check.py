@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Literal, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.check_annotations import Annotations, changed_annotations
-from comask.data.problems import EXAMPLES, NOTES, REMEDIES, Findings, Kind, Problem, describe
+from comask.data.problems import EXAMPLES, NOTES, Findings, Kind, Problem, describe
 from comask.data.source import Category, Id, ImageInfo, InstanceSource
 from comask.errors import DataError, ImageError, one_line
 from comask.preprocess import upright_size
@@ -58,17 +59,9 @@ def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
 
 def with_sound_files(source: FileSource, indices: list[int], findings: Findings) -> list[int]:
     """Those of the images whose file is there and has the annotated size."""
-
-    def look(index: int) -> tuple[Kind, str] | None:
-        try:
-            path = source.path(index)
-        except ImageError:
-            return Kind.ELSEWHERE, ""
-        return _file_problem(path, source.info(index))
-
     # Around all threads, since filters belong to the process: theirs overlap, and this one ends them.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
-        problems = list(pool.map(look, indices))
+        problems = list(pool.map(partial(_file_problem, source), indices))
     sound = []
     for index, problem in zip(indices, problems, strict=True):
         if problem is None:
@@ -78,8 +71,13 @@ def with_sound_files(source: FileSource, indices: list[int], findings: Findings)
     return sound
 
 
-def _file_problem(path: Path, info: ImageInfo) -> tuple[Kind, str] | None:
+def _file_problem(source: FileSource, index: int) -> tuple[Kind, str] | None:
     """What `decode_image` would find wrong, or a size that differs from the entry's."""
+    info = source.info(index)
+    try:
+        path = source.path(index)
+    except ImageError:
+        return Kind.ELSEWHERE, ""
     try:
         height, width = upright_size(path)
     except ImageError as error:
@@ -125,11 +123,11 @@ def sound_part(
     _look_for_crowds(source, indices, changed, findings)
     problems = [
         Problem(
-            kind=kind.value[0],
+            kind=kind.words,
             count=len(found),
-            examples=tuple(one_line(example) for example in found[:EXAMPLES]),
-            consequence=kind.value[1],
-            remedy=REMEDIES.get(kind, ""),
+            examples=tuple(map(one_line, found[:EXAMPLES])),
+            consequence=kind.consequence,
+            remedy=kind.remedy,
         )
         for kind, found in findings.items()
         if found
@@ -175,7 +173,7 @@ def _look_for_crowds(
 
 
 class _SoundPart:
-    """Some images of a source, with other annotations where some were mended or left out."""
+    """Some images of a source, with other annotations where some were corrected or left out."""
 
     def __init__(
         self, source: InstanceSource, indices: list[int], changed: dict[int, Annotations]

@@ -1,4 +1,4 @@
-"""Which annotations of a data set are sound, and those that can be mended.
+"""Which annotations of a data set are sound, and which become so by a correction.
 
 Masks are judged by `read_segmentation`, which will read them again in training.
 """
@@ -16,13 +16,12 @@ from comask.errors import DataError
 from comask.segmentation import read_segmentation
 
 Bounds = Sequence[float]
+Corners = tuple[float, float, float, float]
 
 # Annotators round, and draw boxes apart from outlines: some of COCO's boxes lie 3 to 7 pixels beside.
 _PIXELS = 10.0
 _LEAST_IOU = 0.6
 _SAME = 0.8  # IoU from which a changed reading of the box explains it
-
-Reading = Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]
 
 Annotation = dict[str, Any]
 Annotations = list[Annotation]
@@ -36,8 +35,7 @@ _LARGEST = 1e9  # anything beyond is no coordinate; such integers may not even f
 
 def fits(box: Sequence[float], bounds: Bounds) -> bool:
     """Whether a box is close to the bounds of its mask, by pixels or by overlap."""
-    x, y, w, h = box
-    corners = (x, y, x + w, y + h)
+    corners = _from_corner(*box)
     beside = max(abs(a - b) for a, b in zip(corners, bounds, strict=True))
     return beside <= _PIXELS or iou(corners, bounds) >= _LEAST_IOU
 
@@ -51,18 +49,17 @@ def likely_cause(box: Sequence[float], bounds: Bounds, width: int, height: int) 
         width: of the image in pixels.
         height: of the image in pixels.
     """
+    a, b, c, d = box
     for words, read in _READINGS.items():
-        a, b, c, d = box
         if iou(read(a, b, c, d, width, height), bounds) >= _SAME:
             return words
-    x, y, w, h = box
     x1, y1, x2, y2 = bounds
-    scale = (x2 - x1) / w
-    if iou((x * scale, y * scale, (x + w) * scale, (y + h) * scale), bounds) >= _SAME:
+    scale, corners = (x2 - x1) / c, _from_corner(*box)
+    if iou([side * scale for side in corners], bounds) >= _SAME:
         return f"of the image at {1 / scale:.2g} times its size"
-    if iou((0, 0, w, h), (0, 0, x2 - x1, y2 - y1)) >= _SAME:
+    if iou((0, 0, c, d), (0, 0, x2 - x1, y2 - y1)) >= _SAME:
         return "displaced"
-    return "" if iou((x, y, x + w, y + h), bounds) else "of another object"
+    return "" if iou(corners, bounds) else "of another object"
 
 
 def iou(a: Bounds, b: Bounds) -> float:
@@ -76,25 +73,29 @@ def iou(a: Bounds, b: Bounds) -> float:
     return shared / (sum(areas) - shared)
 
 
-def _centre(a: float, b: float, c: float, d: float) -> tuple[float, float, float, float]:
-    return a - c / 2, b - d / 2, a + c / 2, b + d / 2
+def _from_corner(x: float, y: float, w: float, h: float) -> Corners:
+    return x, y, x + w, y + h
+
+
+def _from_centre(x: float, y: float, w: float, h: float) -> Corners:
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
 # Each takes the four numbers, width and height of the image, and gives the corners that were meant.
-_READINGS: dict[str, Reading] = {
+_READINGS: dict[str, Callable[[float, float, float, float, int, int], Corners]] = {
     "corners x1, y1, x2, y2": lambda a, b, c, d, w, h: (a, b, c, d),
-    "centre and size": lambda a, b, c, d, w, h: _centre(a, b, c, d),
+    "centre and size": lambda a, b, c, d, w, h: _from_centre(a, b, c, d),
     "corners y1, x1, y2, x2": lambda a, b, c, d, w, h: (b, a, d, c),
-    "x and y swapped": lambda a, b, c, d, w, h: (b, a, b + d, a + c),
-    "width and height swapped": lambda a, b, c, d, w, h: (a, b, a + d, b + c),
-    "y from the lower edge": lambda a, b, c, d, w, h: (a, h - b - d, a + c, h - b),
-    "normalised x, y, width, height": lambda a, b, c, d, w, h: (
-        a * w, b * h, (a + c) * w, (b + d) * h
+    "x and y swapped": lambda a, b, c, d, w, h: _from_corner(b, a, d, c),
+    "width and height swapped": lambda a, b, c, d, w, h: _from_corner(a, b, d, c),
+    "y from the lower edge": lambda a, b, c, d, w, h: _from_corner(a, h - b - d, c, d),
+    "normalised x, y, width, height": lambda a, b, c, d, w, h: _from_corner(
+        a * w, b * h, c * w, d * h
     ),
-    "normalised centre and size": lambda a, b, c, d, w, h: _centre(a * w, b * h, c * w, d * h),
+    "normalised centre and size": lambda a, b, c, d, w, h: _from_centre(a * w, b * h, c * w, d * h),
     "normalised corners": lambda a, b, c, d, w, h: (a * w, b * h, c * w, d * h),
-    "percent of the image": lambda a, b, c, d, w, h: (
-        a * w / 100, b * h / 100, (a + c) * w / 100, (b + d) * h / 100
+    "percent of the image": lambda a, b, c, d, w, h: _from_corner(
+        a * w / 100, b * h / 100, c * w / 100, d * h / 100
     ),
 }  # fmt: skip
 
@@ -129,11 +130,11 @@ def changed_annotations(
                 findings[Kind.REPEATED_ANNOTATION].append(name)
                 continue
             try:
-                kept, mended_fields = _mended(annotation, info, categories, boxes)
+                kept, corrections = _corrected(annotation, info, categories, boxes)
             except UnsoundError as error:
                 findings[error.kind].append(f"{name}{error}")
                 continue
-            for kind, words in mended_fields:
+            for kind, words in corrections:
                 findings[kind].append(f"{name}: {words}")
             # Left out, such objects would be taken for background, and only their ids are bad.
             if not named or id_ in first:
@@ -151,7 +152,7 @@ def changed_annotations(
     return changed
 
 
-def _mended(
+def _corrected(
     annotation: Annotation,
     info: ImageInfo,
     categories: set[Id],
@@ -169,30 +170,31 @@ def _mended(
         raise UnsoundError(Kind.UNKNOWN_CATEGORY, f": category {shortened(category)}")
     if annotation.get("iscrowd") not in (0, 1, None):
         raise UnsoundError(Kind.BAD_CROWD, f": iscrowd {shortened(annotation['iscrowd'])}")
-    mended, problems = annotation, []
+    changes: Annotation = {}
+    problems = []
     segmentation = annotation.get("segmentation")
     sound_segmentation, bounds = _sound_segmentation(segmentation, info)
+    x1, y1, x2, y2 = bounds
     if sound_segmentation is not segmentation:
-        mended = mended | {"segmentation": sound_segmentation}
+        changes["segmentation"] = sound_segmentation
         problems.append((Kind.SOME_SHORT, shortened(segmentation)))
     if boxes == "mask":
-        x1, y1, x2, y2 = bounds
-        mended = mended | {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+        changes["bbox"] = [x1, y1, x2 - x1, y2 - y1]
     else:
         sound_box = _sound_box(box, info)
         if sound_box is not box:
-            mended = mended | {"bbox": sound_box}
+            changes["bbox"] = sound_box
             problems.append((Kind.CLIPPED, shortened(box)))
         assert box is not None  # see above
         if not fits(box, bounds):
             cause = likely_cause(box, bounds, info.width, info.height)
-            x1, y1, x2, y2 = bounds
             spans = f"{shortened(box)}, its mask spans x {x1}..{x2}, y {y1}..{y2}"
             problems.append((Kind.BESIDE_MASK, f"{spans} ({cause}?)" if cause else spans))
+    corrected = annotation | changes if changes else annotation
     if not _is_number(annotation.get("area", 0)):
-        mended = {field: value for field, value in mended.items() if field != "area"}
+        corrected = {field: value for field, value in corrected.items() if field != "area"}
         problems.append((Kind.BAD_AREA, shortened(annotation["area"])))
-    return mended, problems
+    return corrected, problems
 
 
 def _is_number(value: object) -> bool:

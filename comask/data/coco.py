@@ -8,7 +8,6 @@ import json
 import math
 import reprlib
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -243,16 +242,9 @@ def _categories(
         raise DataError("its categories are empty: expected one object with id and name per class")
     categories = [Category(id=_id(entry), name=_field(entry, "name", str)) for entry in entries]
     categories.sort(key=lambda category: (isinstance(category.id, str), category.id))
-    used = {repr(annotation.get("category_id")) for annotation in annotations}
-    with_objects = {c.name for c in categories if repr(c.id) in used}
-    by_name = Counter(category.name for category in categories)
-    namesakes = tuple(
-        category
-        for category in categories
-        if by_name[category.name] > 1
-        and category.name in with_objects
-        and repr(category.id) not in used
-    )
+    used_ids = {repr(annotation.get("category_id")) for annotation in annotations}
+    used_names = {category.name for category in categories if repr(category.id) in used_ids}
+    namesakes = tuple(c for c in categories if repr(c.id) not in used_ids and c.name in used_names)
     kept = tuple(category for category in categories if category not in namesakes)
     first: dict[Id | tuple[str], Category] = {}
     for category in kept:

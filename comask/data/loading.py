@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from comask.data.source import Id
-from comask.data.training_set import Item, Key, Target, TrainingSet
+from comask.data.training_set import Item, Key, Target, TrainingSet, moved_tensors
 from comask.errors import ComaskError, TrainingError, is_out_of_memory, one_line
 
 
@@ -37,22 +36,15 @@ class Batch:
     image_ids: list[Id]
 
     def pin_memory(self) -> Batch:
-        """What a loader calls where there is a GPU; see `Target.pin_memory`."""
-        return Batch(
-            images=self.images.pin_memory(),
-            image_sizes=self.image_sizes.pin_memory(),
-            targets=[target.pin_memory() for target in self.targets],
-            image_ids=self.image_ids,
-        )
+        """The same in pinned memory, from where a GPU fetches it while the CPU goes on.
+
+        PyTorch's loader calls this where there is a GPU.
+        """
+        return moved_tensors(self, Tensor.pin_memory)
 
     def share_memory(self) -> Batch:
         """The same in memory that another process can map."""
-        return Batch(
-            images=self.images.share_memory_(),
-            image_sizes=self.image_sizes.share_memory_(),
-            targets=[target.share_memory() for target in self.targets],
-            image_ids=self.image_ids,
-        )
+        return moved_tensors(self, Tensor.share_memory_)
 
 
 def epoch_batches(
@@ -66,7 +58,7 @@ def epoch_batches(
     rng = np.random.default_rng([seed, epoch])
     order = [dataset.indices[i] for i in rng.permutation(len(dataset.indices))]
     groups: dict[bool, list[Key]] = {False: [], True: []}
-    batches, rest = [], []
+    batches = []
     for index in order:
         info = dataset.source.info(index)
         group = groups[info.width >= info.height]
@@ -111,9 +103,9 @@ def load_batches(
     """
     loader: DataLoader[Batch | _Failure] = DataLoader(
         _BatchLoading(dataset),
-        batch_sampler=batches,
+        batch_size=None,  # an item is a batch
+        sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -168,8 +160,8 @@ class _BatchLoading(Dataset["Batch | _Failure"]):
     def __init__(self, dataset: TrainingSet) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
-        """The batch of these keys; PyTorch's fetcher calls this where it is defined."""
+    def __getitem__(self, keys: list[Key]) -> Batch | _Failure:
+        """The batch of these keys."""
         name = ""
         try:
             items = []
@@ -181,10 +173,6 @@ class _BatchLoading(Dataset["Batch | _Failure"]):
             return batch.share_memory() if get_worker_info() else batch
         except Exception as error:
             return _Failure(_message(error, name), traceback.format_exc())
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _message(error: Exception, name: str) -> str:
@@ -225,14 +213,14 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def collate(items: list[Item]) -> Batch:
     """Images of differing canvases on one that holds them all."""
-    height = max(canvas.shape[0] for canvas, _, _, _ in items)
-    width = max(canvas.shape[1] for canvas, _, _, _ in items)
+    canvases, sizes, targets, image_ids = zip(*items, strict=True)
+    height, width = (max(canvas.shape[axis] for canvas in canvases) for axis in (0, 1))
     images = torch.zeros((len(items), height, width, 3), dtype=torch.uint8)
-    for image, (canvas, _, _, _) in zip(images, items, strict=True):
+    for image, canvas in zip(images, canvases, strict=True):
         image[: canvas.shape[0], : canvas.shape[1]] = canvas
     return Batch(
         images=images,
-        image_sizes=torch.tensor([size for _, size, _, _ in items], dtype=torch.int32),
-        targets=[target for _, _, target, _ in items],
-        image_ids=[image_id for _, _, _, image_id in items],
+        image_sizes=torch.tensor(sizes, dtype=torch.int32),
+        targets=list(targets),
+        image_ids=list(image_ids),
     )

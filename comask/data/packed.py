@@ -8,8 +8,11 @@ array stay where they are.
 from __future__ import annotations
 
 import pickle
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +20,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.coco import ImageFolder
+from comask.data.problems import Problem
 from comask.data.source import Category, Id, ImageInfo, InstanceSource
 
-_REST = "rest.pickle"
+MEMORY = Path("/dev/shm")  # a folder in memory
+_SPARE = 2  # times what is written there; batches pass through it, too
 
 
 class Records:
     """Python values that are pickled into one array, and come out as copies.
 
     Args:
-        content: u8, the pickles one after the other.
-        ends: i64 [N], where each ends.
+        values: each may be freed before the next one is made.
     """
 
-    def __init__(self, content: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
-        self._content, self._ends = content, ends
-
-    @classmethod
-    def of(cls, values: Iterable[Any]) -> Records:
-        """Packs values, each of which may be freed before the next one is made."""
-        content, ends = bytearray(), []
+    def __init__(self, values: Iterable[Any]) -> None:
+        content, ends = bytearray(), [0]
         for value in values:
             content += pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
             ends.append(len(content))
-        return cls(np.frombuffer(content, np.uint8), np.array(ends, np.int64))
-
-    @classmethod
-    def open(cls, folder: Path, name: str) -> Records:
-        """What `save` wrote, read from the disk where and when it is needed."""
-        content, ends = (
-            np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("content", "ends")
-        )
-        return cls(content, ends)
-
-    def save(self, folder: Path, name: str) -> None:
-        """Writes two files into a folder."""
-        np.save(folder / f"{name}.content.npy", self._content)
-        np.save(folder / f"{name}.ends.npy", self._ends)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory or disk that the values take."""
-        return self._content.nbytes + self._ends.nbytes
+        self._content, self._ends = np.frombuffer(content, np.uint8), np.array(ends)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        start = self._ends[index - 1] if index else 0
-        return pickle.loads(self._content[start : self._ends[index]].data)  # our own
+        start, end = self._ends[index : index + 2]
+        return pickle.loads(self._content[start:end].data)  # our own
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PackedSource:
     """An `InstanceSource` over image files whose entries are `Records`.
 
-    Args:
+    Attributes:
         categories: in label order.
-        folder: of the image files.
+        images: the image files.
         infos: (id, file_name, height, width) of each image.
-        annotations: of each image.
+        entries: the annotations of each image.
         objects: how many objects each category has, crowds apart; by id.
+        problems: what is wrong with the rest of the data set.
     """
 
-    def __init__(
-        self,
-        categories: tuple[Category, ...],
-        folder: ImageFolder,
-        infos: Records,
-        annotations: Records,
-        objects: dict[Id, int],
-    ) -> None:
-        self.categories, self.objects = categories, objects
-        self._folder, self._infos, self._annotations = folder, infos, annotations
+    categories: tuple[Category, ...]
+    images: ImageFolder
+    infos: Records
+    entries: Records
+    objects: dict[Id, int]
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
-    def of(cls, source: InstanceSource, folder: ImageFolder) -> PackedSource:
-        """Packs a source whose images lie in `folder`."""
+    def of(
+        cls, source: InstanceSource, images: ImageFolder, problems: Iterable[Problem] = ()
+    ) -> PackedSource:
+        """Packs a source whose image files are `images`."""
         indices = range(len(source))
         infos = map(source.info, indices)
         objects = Counter(
@@ -102,53 +83,59 @@ class PackedSource:
             if not annotation.get("iscrowd")
         )
         return cls(
-            source.categories,
-            folder,
-            Records.of((info.id, info.file_name, info.height, info.width) for info in infos),
-            Records.of(map(source.annotations, indices)),
-            dict(objects),
+            categories=source.categories,
+            images=images,
+            infos=Records((info.id, info.file_name, info.height, info.width) for info in infos),
+            entries=Records(map(source.annotations, indices)),
+            objects=dict(objects),
+            problems=tuple(problems),
         )
-
-    @classmethod
-    def open(cls, folder: Path) -> PackedSource:
-        """What `save` wrote; every process that opens it shares the same memory."""
-        categories, images, objects = pickle.loads((folder / _REST).read_bytes())
-        infos, annotations = (Records.open(folder, name) for name in ("infos", "annotations"))
-        return cls(categories, images, infos, annotations, objects)
-
-    def save(self, folder: Path) -> None:
-        """Writes the entries into a folder, for processes of this machine."""
-        self._infos.save(folder, "infos")
-        self._annotations.save(folder, "annotations")
-        rest = (self.categories, self._folder, self.objects)
-        (folder / _REST).write_bytes(pickle.dumps(rest))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory or disk that the entries take."""
-        return self._infos.nbytes + self._annotations.nbytes
 
     def with_categories(self, categories: tuple[Category, ...]) -> PackedSource:
         """The same with some of its categories, which all of its objects must be of."""
-        return PackedSource(categories, self._folder, self._infos, self._annotations, self.objects)
+        return replace(self, categories=categories)
 
     def __len__(self) -> int:
-        return len(self._infos)
+        return len(self.infos)
 
     def info(self, index: int) -> ImageInfo:
         """See `InstanceSource`."""
-        id_, file_name, height, width = self._infos[index]
+        id_, file_name, height, width = self.infos[index]
         return ImageInfo(id=id_, file_name=file_name, height=height, width=width)
 
     def path(self, index: int) -> Path:
         """See `ImageFolder`."""
-        return self._folder.path(self.info(index).file_name)
+        return self.images.path(self.info(index).file_name)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """See `ImageFolder`."""
-        return self._folder.image(self.info(index))
+        return self.images.image(self.info(index))
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """See `InstanceSource`."""
-        annotations: list[dict[str, Any]] = self._annotations[index]
+        annotations: list[dict[str, Any]] = self.entries[index]
         return annotations
+
+
+def write_arrays(value: object) -> Path:
+    """Writes a value for processes of this machine; its arrays become files of their own.
+
+    Returns:
+        A new folder, in memory where that has room, which the caller removes.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    needed = sum(buffer.raw().nbytes for buffer in buffers)
+    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > _SPARE * needed
+    folder = Path(tempfile.mkdtemp(prefix="comask-", dir=MEMORY if room else None))
+    (folder / "rest.pickle").write_bytes(rest)
+    for number, buffer in enumerate(buffers):
+        (folder / f"{number}.array").write_bytes(buffer.raw())
+    return folder
+
+
+def open_arrays(folder: Path) -> Any:
+    """What `write_arrays` wrote; every process that opens it shares the same memory."""
+    files = [folder / f"{number}.array" for number in range(len(list(folder.glob("*.array"))))]
+    arrays = [np.memmap(file, np.uint8, mode="r") for file in files]
+    return pickle.loads((folder / "rest.pickle").read_bytes(), buffers=arrays)  # our own

@@ -8,8 +8,26 @@ from enum import Enum
 EXAMPLES = 3  # of each kind of problem
 
 
+_BOXES = "a bbox is [x, y, width, height] in pixels from the image's upper left corner"
+_MASKS = (
+    "a segmentation is a list of polygons [x1, y1, x2, …] in pixels or an RLE of its image's size"
+)
+_IDS = "give annotations the id of {}, of the same type (1 is not '1')"
+_ONLY_BOXES = "CoMask learns masks: give annotations a segmentation, boxes alone do not do"
+_CROWDS = (
+    "crowds are not learnt, and CVAT marks every painted mask so: set iscrowd to 0 where an "
+    "annotation is one object (jq '.annotations[].iscrowd = 0' old.json > new.json)"
+)
+
+
 class Kind(Enum):
-    """Every kind of problem and its consequence, in the order of the report."""
+    """Every kind of problem, in the order of the report.
+
+    Attributes:
+        words: what is wrong, in the plural.
+        consequence: what is done about it.
+        remedy: what to do where a kind leaves no object; empty where it cannot.
+    """
 
     NO_SIZE = "images annotated with a side below 1 pixel", "left out"
     SHARED_ID = "images sharing an id with a different one", "all left out"
@@ -18,19 +36,25 @@ class Kind(Enum):
     NO_FILE = "images without a file", "left out"
     BAD_HEADER = "images with an unreadable header", "left out"
     OTHER_SIZE = "images of another size than annotated", "left out"
-    UNKNOWN_IMAGE = "annotations of unknown images", "left out"
+    UNKNOWN_IMAGE = "annotations of unknown images", "left out", _IDS.format("an image")
     REPEATED_ANNOTATION = "annotations listed again", "left out"
-    NO_FIELD = "annotations without bbox or category_id", "left out"
-    UNKNOWN_CATEGORY = "annotations of unknown categories", "left out"
-    BAD_CROWD = "annotations with an iscrowd other than 0 and 1", "left out"
-    BAD_BOX = "boxes that are not four numbers", "left out"
-    NO_AREA = "boxes without area", "left out"
-    OUTSIDE = "boxes outside the image", "left out"
-    NO_SEGMENTATION = "annotations without segmentation", "left out"
-    ONLY_SHORT = "annotations with only polygons of fewer than 3 points", "left out"
-    NO_POLYGONS = "segmentations neither polygons nor RLE", "left out"
-    BAD_RLE = "masks in RLE that cannot be of the image", "left out"
-    NO_PIXEL = "masks without a pixel", "left out"
+    NO_FIELD = (
+        "annotations without bbox or category_id", "left out",
+        "give annotations a bbox and a category_id",
+    )  # fmt: skip
+    UNKNOWN_CATEGORY = "annotations of unknown categories", "left out", _IDS.format("a category")
+    BAD_CROWD = (
+        "annotations with an iscrowd other than 0 and 1", "left out",
+        "iscrowd is 0 for one object and 1 for a crowd",
+    )  # fmt: skip
+    BAD_BOX = "boxes that are not four numbers", "left out", _BOXES
+    NO_AREA = "boxes without area", "left out", _BOXES
+    OUTSIDE = "boxes outside the image", "left out", _BOXES
+    NO_SEGMENTATION = "annotations without segmentation", "left out", _ONLY_BOXES
+    ONLY_SHORT = "annotations with only polygons of fewer than 3 points", "left out", _MASKS
+    NO_POLYGONS = "segmentations neither polygons nor RLE", "left out", _MASKS
+    BAD_RLE = "masks in RLE that cannot be of the image", "left out", _MASKS
+    NO_PIXEL = "masks without a pixel", "left out", _MASKS
     CLIPPED = "boxes partly outside the image", "clipped"
     BESIDE_MASK = (
         "boxes far from their masks",
@@ -39,32 +63,14 @@ class Kind(Enum):
     SOME_SHORT = "annotations with a polygon of fewer than 3 points", "polygon left out"
     BAD_AREA = "annotations with an area that is no number", "area ignored"
     NO_ID = "annotations without a unique id", "given a new one"
-    MOSTLY_CROWDS = "annotations marked as crowds by iscrowd 1", "more than half of all; not learnt"
+    MOSTLY_CROWDS = (
+        "annotations marked as crowds by iscrowd 1", "more than half of all; not learnt", _CROWDS
+    )  # fmt: skip
     NAMESAKE = "categories without an object, called like one with objects", "left out"
 
+    def __init__(self, words: str, consequence: str, remedy: str = "") -> None:
+        self.words, self.consequence, self.remedy = words, consequence, remedy
 
-_BOXES = "a bbox is [x, y, width, height] in pixels from the image's upper left corner"
-_MASKS = (
-    "a segmentation is a list of polygons [x1, y1, x2, …] in pixels or an RLE of its image's size"
-)
-# What to do where a kind leaves no object.
-REMEDIES = {
-    Kind.UNKNOWN_IMAGE: "give annotations the id of an image, of the same type (1 is not '1')",
-    Kind.NO_FIELD: "give annotations a bbox and a category_id",
-    Kind.UNKNOWN_CATEGORY: "give annotations the id of a category, of the same type (1 is not '1')",
-    Kind.BAD_CROWD: "iscrowd is 0 for one object and 1 for a crowd",
-    Kind.BAD_BOX: _BOXES,
-    Kind.NO_AREA: _BOXES,
-    Kind.OUTSIDE: _BOXES,
-    Kind.NO_SEGMENTATION: "CoMask learns masks: give annotations a segmentation, boxes alone do not do",
-    Kind.ONLY_SHORT: _MASKS,
-    Kind.NO_POLYGONS: _MASKS,
-    Kind.BAD_RLE: _MASKS,
-    Kind.NO_PIXEL: _MASKS,
-    Kind.MOSTLY_CROWDS: "crowds are not learnt, and CVAT marks every painted mask so: set iscrowd to 0 "
-    "where an annotation is one object "
-    "(jq '.annotations[].iscrowd = 0' old.json > new.json)",
-}
 
 NOTES = {Kind.BESIDE_MASK, Kind.MOSTLY_CROWDS}  # of what is used as it is
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -62,14 +62,9 @@ class InstanceSource(Protocol):
         """
 
 
-def not_decoded_text(report: Mapping[str, Any]) -> str:
-    """How many images of a report were not scored, and why.
-
-    Args:
-        report: with the numbers of `images` that were scored and those that were `not_decoded`.
-    """
-    count = report["not_decoded"]
-    return f"{count} of {count + report['images']} images cannot be decoded"
+def not_decoded_text(not_decoded: int, scored: int) -> str:
+    """How many images of a report were not scored, and why, given the numbers of both."""
+    return f"{not_decoded} of {not_decoded + scored} images cannot be decoded"
 
 
 def readable_images(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from comask.errors import ImageError, one_line
 from comask.preprocess import prepare
 from comask.segmentation import read_segmentation
 
+T = TypeVar("T")
 Crop = tuple[int, int, NDArray[np.bool_]]  # x, y of the top left pixel in the image, and [h, w]
 
 
@@ -60,6 +63,18 @@ class MaskCrops:
         return whole
 
 
+def moved_tensors(value: T, move: Callable[[Tensor], Tensor]) -> T:
+    """A copy of nested dataclasses and lists in which `move` gives each tensor."""
+    if isinstance(value, Tensor):
+        return move(value)  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [moved_tensors(part, move) for part in value]  # type: ignore[return-value]
+    if not is_dataclass(value):
+        return value
+    parts = {f.name: moved_tensors(getattr(value, f.name), move) for f in fields(value)}
+    return replace(value, **parts)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """The ground truth of one image with G objects and C crowd regions.
@@ -82,27 +97,8 @@ class Target:
 
     def to(self, device: torch.device) -> Target:
         """The same on `device`."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Target:
-        """The same in pinned memory, from where a GPU fetches it while the CPU goes on."""
-        return self._moved(lambda tensor: tensor.pin_memory())
-
-    def share_memory(self) -> Target:
-        """The same in memory that another process can map."""
-        places = self.masks.places.share_memory_()
-        moved = self._moved(lambda tensor: tensor.share_memory_())
-        return replace(moved, masks=replace(moved.masks, places=places))
-
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Target:
-        return replace(
-            self,
-            boxes=move(self.boxes),
-            crowds=move(self.crowds),
-            labels=move(self.labels),
-            masks=replace(self.masks, pixels=move(self.masks.pixels)),
-            mask_scale=move(self.mask_scale),
-        )
+        moved = moved_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, masks=replace(moved.masks, places=self.masks.places))
 
     def generator(self) -> torch.Generator:
         """What draws this image's samples: the same whatever batch or process it is in."""
@@ -114,10 +110,11 @@ Item = tuple[Tensor, tuple[int, int], Target, Id]  # canvas, size on it, target,
 _reported: set[str] = set()  # this process's messages about images, which name their files
 
 
+@dataclass(eq=False)
 class TrainingSet(Dataset[Item]):
     """Images and targets of a source, ready for the network but for batching.
 
-    Args:
+    Attributes:
         source: where they come from.
         indices: the images of `source` to use.
         preprocess: resize and padding.
@@ -125,21 +122,16 @@ class TrainingSet(Dataset[Item]):
         seed: of the flips.
     """
 
-    def __init__(
-        self,
-        source: InstanceSource,
-        indices: list[int],
-        preprocess: PreprocessConfig,
-        *,
-        flip_probability: float,
-        seed: int,
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self._preprocess = preprocess
-        self._flip_probability = flip_probability
-        self._seed = seed
-        self._label_of = {c.id: label for label, c in enumerate(source.categories)}
+    source: InstanceSource
+    indices: list[int]
+    preprocess: PreprocessConfig
+    _: KW_ONLY
+    flip_probability: float
+    seed: int
+
+    @cached_property
+    def _label_of(self) -> dict[Id, int]:
+        return {category.id: label for label, category in enumerate(self.source.categories)}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -169,8 +161,8 @@ class TrainingSet(Dataset[Item]):
             mask = read_segmentation(annotation["segmentation"], info.height, info.width)
             crops.append(mask.crop())
         box, crowd = (np.array(b, dtype=np.float32).reshape(-1, 4) for b in (boxes, crowds))
-        rng = np.random.default_rng([self._seed, epoch, index])
-        if rng.random() < self._flip_probability:
+        rng = np.random.default_rng([self.seed, epoch, index])
+        if rng.random() < self.flip_probability:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
             for corners in (box, crowd):
                 corners[:, [0, 2]] = info.width - corners[:, [2, 0]]
@@ -178,7 +170,7 @@ class TrainingSet(Dataset[Item]):
                 (info.width - x - crop.shape[1], y, np.ascontiguousarray(crop[:, ::-1]))
                 for x, y, crop in crops
             ]
-        prepared = prepare(pixels, self._preprocess)
+        prepared = prepare(pixels, self.preprocess)
         scale_y, scale_x = prepared.scale
         scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
         target = Target(

@@ -8,7 +8,7 @@
 // The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output.
 #include "portable.h"
 
-constexpr int THREADS = 256;          // as in launch_frames.py
+constexpr int THREADS = 256;          // as in launch.py
 constexpr int WEIGHT_ONE = 2048;      // 2^11
 constexpr int COLOUR_SHIFT = 16;      // likewise; of the colour matrix
 

@@ -3,20 +3,26 @@
 Every kernel takes its input pointers, then `integers`, then the output pointer, the order of TensorRT's
 AOT plugins. Floats travel as the int32 of their bits, so one cubin serves every setting.
 
-Legend: B batch, C channels, R RoIs, S output size; G rows of M boxes.
+Legend: B batch, C channels, R RoIs, S output size; G rows of M boxes; N masks of M x M cells.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from comask.errors import KernelError
 
 ROI_ALIGN = "pyramid_roi_align"  # names of sources
 NMS = "sorted_nms"
+FRAME = "frame_to_canvas"
+MASKS = "paste_masks"
+
+# Of the maps that RoIs are pooled from, by the names of the graphs' tensors.
+LEVEL_STRIDES: Mapping[str, int] = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
 # As in pyramid_roi_align.cu.
 MAX_SAMPLES = 128  # S × sampling ratio
@@ -24,8 +30,22 @@ CHANNEL_BYTES = 256  # a block's share of a pixel
 THREADS = 128
 # As in sorted_nms.cu.
 MAX_THREADS = 1024
+# As in frame_to_canvas.cu.
+FRAME_THREADS = 256
+COLOUR_SHIFT = 16
+# As in paste_masks.cu.
+MASK_THREADS = 128
+MAX_CELLS = 56  # M
 
+STRIPS = 8  # blocks that share a bitmap
 INT32_MAX = 2**31 - 1
+
+Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
+Matrix = Literal["bt601", "bt709", "bt2020"]
+# (Kr, Kb), the shares of red and blue in Y: ITU-T H.273, table 4 (BT.2020: non-constant luminance)
+LUMA_SHARES: Mapping[str, tuple[float, float]] = {
+    "bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,175 @@ def nms_launch(rows: int, boxes: int, iou_threshold: float) -> Launch:
         block=min(MAX_THREADS, max(THREADS, -(-boxes // 32) * 32)),
         integers=(rows, boxes, float_bits(float32_below(iou_threshold))),
     )
+
+
+def rgb_to_canvas_launch(
+    frame_size: Size,
+    strides: tuple[int, int, int],
+    resized_size: Size,
+    canvas_size: Size,
+    *,
+    order: Literal["rgb", "bgr"] = "rgb",
+) -> Launch:
+    """`frame_to_canvas_rgb(pixels) → canvas`, for packed and planar frames alike.
+
+    The canvas is u8 [H, W, 3] RGB: the frame resized as `comask.preprocess.prepare` does at the top left,
+    zeros elsewhere. For frames of RGB it is the same bit by bit.
+
+    Args:
+        frame_size: of the frame.
+        strides: bytes from one row, column and channel to the next, of any sign: (pitch, 3, 1) for
+            packed pixels, (pitch, 1, bytes of a plane) for planes.
+        resized_size: `comask.preprocess.resized_shape`.
+        canvas_size: `comask.preprocess.padded_shape`.
+        order: of the channels.
+
+    Raises:
+        KernelError: the kernel cannot do it.
+    """
+    _check_sizes(frame_size, resized_size, canvas_size)
+    row, column, channel = strides
+    if max(abs(row), abs(column), abs(2 * channel)) > INT32_MAX:
+        raise KernelError(f"a frame has strides {list(strides)}; the kernel takes less than 2^30")
+    red, blue = (0, 2 * channel) if order == "rgb" else (2 * channel, 0)
+    integers = (*frame_size, *resized_size, *canvas_size, row, column, red, channel, blue)
+    return Launch(FRAME, f"{FRAME}_rgb", canvas_size[0], FRAME_THREADS, integers)
+
+
+def nv12_to_canvas_launch(
+    frame_size: Size,
+    chroma_size: Size,
+    pitches: tuple[int, int],
+    resized_size: Size,
+    canvas_size: Size,
+    *,
+    matrix: Matrix,
+    full_range: bool,
+) -> Launch:
+    """`frame_to_canvas_nv12(luma, chroma) → canvas`.
+
+    Luma is u8 [h, pitch]; chroma is u8 [ch, pitch], pairs of U and V. Every two rows and columns take
+    the pair they share, not one interpolated between pairs: so do swscale's and OpenCV's converters and
+    NVIDIA's samples. Each pixel of the frame is rounded to u8 RGB before the resize, as it is where a
+    frame is converted first.
+
+    Args:
+        frame_size: of the luma.
+        chroma_size: of the pairs, half the luma's; for an odd length rounded up, as FFmpeg has it, or
+            down, when the last row or column takes the pair before it.
+        pitches: bytes from one row to the next, of luma and chroma.
+        resized_size: `comask.preprocess.resized_shape`.
+        canvas_size: `comask.preprocess.padded_shape`.
+        matrix: of the colours.
+        full_range: Y, U and V use 0..255, else Y 16..235, U and V 16..240.
+
+    Raises:
+        KernelError: the kernel cannot do it.
+    """
+    _check_sizes(frame_size, resized_size, canvas_size)
+    for length, halved in zip(frame_size, chroma_size, strict=True):
+        if halved < 1 or halved not in (length // 2, (length + 1) // 2):
+            raise KernelError(
+                f"NV12 of {list(frame_size)} pixels has chroma of {list(chroma_size)} pairs; expected "
+                f"half of the size, rounded up or down, and one at least"
+            )
+    if pitches[0] < frame_size[1] or pitches[1] < 2 * chroma_size[1]:
+        raise KernelError(
+            f"NV12 rows of {frame_size[1]} and {2 * chroma_size[1]} bytes have pitches {list(pitches)}; "
+            "expected at least as many bytes"
+        )
+    if matrix not in LUMA_SHARES:
+        raise KernelError(f"no colour matrix {matrix!r}; known are {', '.join(LUMA_SHARES)}")
+    integers = (
+        *frame_size, *resized_size, *canvas_size, *pitches, *chroma_size,
+        *colour_coefficients(matrix, full_range=full_range),
+    )  # fmt: skip
+    return Launch(FRAME, f"{FRAME}_nv12", canvas_size[0], FRAME_THREADS, integers)
+
+
+def colour_coefficients(matrix: Matrix, *, full_range: bool) -> tuple[int, ...]:
+    """Black's Y, then 2^16 × the factors of Y, V in red, U and V in green, and U in blue."""
+    red, blue = LUMA_SHARES[matrix]
+    green = 1 - red - blue
+    black, luma, chroma = (0, 1.0, 1.0) if full_range else (16, 255 / 219, 255 / 224)
+    of_v, of_u = 2 * (1 - red) * chroma, 2 * (1 - blue) * chroma
+    factors = (luma, of_v, -of_u * blue / green, -of_v * red / green, of_u)
+    return (black, *(round(factor * 2**COLOUR_SHIFT) for factor in factors))
+
+
+def _check_sizes(frame: Size, resized: Size, canvas: Size) -> None:
+    if min(*frame, *resized) < 1 or resized[0] > canvas[0] or resized[1] > canvas[1]:
+        raise KernelError(
+            f"a frame of {list(frame)} pixels cannot become {list(resized)} on a canvas of "
+            f"{list(canvas)}; sizes are at least 1, and the canvas at least as large as the resized frame"
+        )
+
+
+@dataclass(frozen=True)
+class MaskLaunches:
+    """The launches that paste masks into an image, for `paste_masks.cu`.
+
+    All take mask_probs f32 [N, M, M], probabilities over the boxes, and boxes f32 [N, 4], `xyxy` in
+    pixels of the resized image, and paste as `comask.masks.paste_masks` does, pixel by pixel, into the
+    image before it was resized. `found` i32 [1] says how many of the N rows hold masks.
+
+    Attributes:
+        masks: N.
+        cells: M.
+        image_size: (H, W) in pixels.
+        threshold: a pixel belongs to the mask when its probability is at least this.
+        scale: (y, x), resized pixels a pixel of the image.
+
+    Raises:
+        KernelError: the kernels cannot do it.
+    """
+
+    masks: int
+    cells: int
+    image_size: Size
+    threshold: float
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        masks, cells, (height, width) = self.masks, self.cells, self.image_size
+        if not 1 <= cells <= MAX_CELLS:
+            raise KernelError(
+                f"masks have {cells} x {cells} cells; the kernel takes 1 to {MAX_CELLS}"
+            )
+        if min(height, width) < 1 or max(height * width, masks * (width + 1)) > INT32_MAX:
+            raise KernelError(
+                f"{masks} masks in an image of {height} x {width}: the kernel takes images with up to "
+                "2^31 - 1 pixels, and as many columns in all"
+            )
+        if not self.threshold > 0:
+            raise KernelError(f"mask threshold {self.threshold}; it must be above 0")
+
+    def edge_counts(self) -> Launch:
+        """`mask_edge_counts(mask_probs, boxes, found) → counts`, the first step to COCO's RLE.
+
+        An edge is where a walk over the image, column by column, enters or leaves the mask. `counts` is
+        i32 [N + N·W]: each mask's number of edges, then those of each mask up to the end of each column.
+        """
+        return self._launch("mask_edge_counts", self.masks)
+
+    def edges(self, capacity: int) -> Launch:
+        """`mask_edges(mask_probs, boxes, counts) → edges` i32 [capacity], the second step.
+
+        Those of mask 0, of mask 1 and so on, each in rising order as column · H + row, for
+        `comask.segmentation.rles_from_edges`. What exceeds the capacity is left out; `counts` says how
+        many there are. A compact mask has about two a column.
+        """
+        return self._launch("mask_edges", self.masks, capacity)
+
+    def bitmaps(self) -> Launch:
+        """`paste_masks(mask_probs, boxes, found) → bitmaps` u8 [N, H, W], 1 inside of the mask."""
+        return self._launch("paste_masks", self.masks * STRIPS, STRIPS)
+
+    def _launch(self, entry: str, grid: int, *last: int) -> Launch:
+        y_scale, x_scale = self.scale
+        floats = (float_bits(value) for value in (x_scale, y_scale, self.threshold))
+        integers = (self.masks, self.cells, *self.image_size, *floats, *last)
+        return Launch(MASKS, entry, grid, MASK_THREADS, integers)
 
 
 def pack(launch: Launch, inputs: Sequence[int], output: int) -> ctypes.Array[ctypes.c_void_p]:

@@ -10,13 +10,13 @@
 // contraction of products and sums, and with divisions that round as IEEE 754 has it.
 //
 // Boxes are in pixels of a resized image, `x_scale` by `y_scale` of them a pixel of the image, and lie in
-// it after a division in float, as `comask.postprocess` divides. Rows from `found` on hold no mask: how
+// it after a division in float, as `comask.structures` divides. Rows from `found` on hold no mask: how
 // many do is known on the device alone.
 //
 // The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output.
 #include "portable.h"
 
-constexpr int THREADS = 128;      // as in launch_masks.py
+constexpr int THREADS = 128;      // as in launch.py
 constexpr int MAX_CELLS = 56;     // likewise
 constexpr int BORDERED = MAX_CELLS + 2;
 

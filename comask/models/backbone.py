@@ -64,23 +64,12 @@ class ResNet(nn.Module):
         layer = partial(GroupNorm, GROUPS) if norm == "group" else nn.BatchNorm2d
         net, self.out_channels = build_resnet(name, layer)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            net.layer1,
-            net.layer2,
-            net.layer3,
-            net.layer4,
-        )
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
         self.norm = norm
-        stages = [
-            [self.conv1, self.bn1],
-            [self.layer1],
-            [self.layer2],
-            [self.layer3],
-            [self.layer4],
-        ]
-        for stage in stages[:frozen_stages]:
-            for module in stage:
-                module.requires_grad_(False)
+        stem = nn.ModuleList([self.conv1, self.bn1])
+        for stage in [stem, self.layer1, self.layer2, self.layer3, self.layer4][:frozen_stages]:
+            stage.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ResNet:
         """Switches the mode, leaving frozen BatchNorm layers in evaluation mode."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comask.config import CANDIDATES
+from comask.config import CANDIDATES, ModelConfig
 from comask.models.nms import sorted_nms, top_k
 
 POOL_SIZE = 7
@@ -27,25 +27,21 @@ class Classifier(nn.Module):
     """FC, ReLU, FC, ReLU, FC.
 
     Args:
-        channels: C, of the pooled features.
-        width: of the hidden layers.
-        num_classes: K.
-        regress: also regress one box a RoI, for all classes.
+        config: of the network; with `fc_reg` it also regresses one box a RoI, for all classes.
     """
 
-    def __init__(
-        self, channels: int, width: int, num_classes: int, *, regress: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels * POOL_SIZE**2, width)
+        width = config.classifier_width
+        self.fc1 = nn.Linear(config.channels * POOL_SIZE**2, width)
         self.fc2 = nn.Linear(width, width)
-        self.logits = nn.Linear(width, num_classes + 1)
+        self.logits = nn.Linear(width, config.num_classes + 1)
         for layer in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.logits.weight, std=0.01)
         nn.init.zeros_(self.logits.bias)
-        self.deltas = nn.Linear(width, 4) if regress else None
+        self.deltas = nn.Linear(width, 4) if config.collaboration == "fc_reg" else None
         if self.deltas:
             nn.init.normal_(self.deltas.weight, std=0.001)
             nn.init.zeros_(self.deltas.bias)

@@ -14,11 +14,8 @@ from torch import Tensor
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import CheckpointError
 from comask.models.backbone import ResNet
-from comask.models.boxes import clip_boxes, decode_boxes
-from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
-from comask.models.classifier import Classifier, choose_detections, scores_are_numbers
-from comask.models.collaboration import POOL_SIZE as HEAD_POOL
-from comask.models.collaboration import (
+from comask.models.box_refinement import POOL_SIZE as HEAD_POOL
+from comask.models.box_refinement import (
     CollaborativeHead,
     average_box,
     cell_confidence,
@@ -26,6 +23,9 @@ from comask.models.collaboration import (
     decode_cells,
     select_class,
 )
+from comask.models.boxes import clip_boxes, decode_boxes
+from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
+from comask.models.classifier import Classifier, choose_detections, scores_are_numbers
 from comask.models.neck import MFPN
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
@@ -60,40 +60,14 @@ class CoMask(FloatTensors):
         self.register_buffer("mean", torch.tensor(preprocess.mean), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
         self.backbone = ResNet(
-            config.backbone,
-            norm=config.backbone_norm,
-            frozen_stages=config.frozen_stages,
+            config.backbone, norm=config.backbone_norm, frozen_stages=config.frozen_stages
         )
-        self.mfpn = MFPN(
-            self.backbone.out_channels,
-            config.channels,
-            place=config.msfem_place,
-            branches=config.msfem_branches,
-            mode=config.msfem_mode,
-            reduction=config.attention_reduction,
-            residual=config.residual_attention,
-            norm_groups=config.norm_groups,
-        )
+        self.mfpn = MFPN(self.backbone.out_channels, config)
         self.rpn = RPN(config.channels, config.anchor_sizes, config.anchor_ratios)
-        regress = config.collaboration == "fc_reg"
-        self.classifier = Classifier(
-            config.channels, config.classifier_width, config.num_classes, regress=regress
-        )
-        self.head = self._new_head(regress=not regress)
-        self.fine_head = self._new_head(regress=False) if config.separate_fine_head else None
-
-    def _new_head(self, *, regress: bool) -> CollaborativeHead:
-        config = self.config
-        return CollaborativeHead(
-            config.channels,
-            config.head_channels,
-            config.num_classes,
-            convs=config.head_convs,
-            norm_groups=config.norm_groups,
-            mask_kernel=config.mask_kernel,
-            activation=config.offset_activation,
-            regress=regress,
-        )
+        self.classifier = Classifier(config)
+        self.head = CollaborativeHead(config, regress=config.collaboration != "fc_reg")
+        separate = config.separate_fine_head
+        self.fine_head = CollaborativeHead(config, regress=False) if separate else None
 
     def half(self) -> Self:
         """See `FloatTensors`."""

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comask.models.precision import GroupNorm
+from comask.config import ModelConfig
+from comask.models.precision import GroupNorm, with_norm
 
 
 class FPN(nn.Module):
@@ -52,11 +53,8 @@ def coarsest(p5: Tensor) -> Tensor:
 
 def downsample(channels: int, norm_groups: int) -> nn.Sequential:
     """C₂ of equation 1: 3×3 convolution of stride 2, with GN and ReLU so that a chain is not linear."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
-        GroupNorm(norm_groups, channels),
-        nn.ReLU(inplace=True),
-    )
+    conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(*with_norm(conv, norm_groups))
 
 
 class ChannelAttention(nn.Module):
@@ -79,41 +77,31 @@ class MSFEM(nn.Module):
     """One level's module: branches at falling resolution, fused, weighted by channel, smoothed.
 
     Args:
-        channels: of input and output.
-        branches: 1 to 4; branch i sees the input after i stride-2 convolutions.
-        mode: `independent` gives every branch its own convolutions (i of them), `chain` continues
-            from branch i-1, `tied` also shares the one convolution, as equation 1 is written.
-        reduction: of the attention's hidden layer.
-        residual: end with ReLU(x + GN(conv(x))), as in the authors' code, instead of equation 7.
-        norm_groups: of the GroupNorm after each stride-2 convolution.
+        config: of the network. Branch i of `msfem_branches` sees the input after i stride-2
+            convolutions. The mode `independent` gives every branch its own convolutions (i of them),
+            `chain` continues from branch i-1, `tied` also shares the one convolution, as equation 1 is
+            written. With `residual_attention` it ends with ReLU(x + GN(conv(x))), as in the authors'
+            code, instead of equation 7.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        branches: int,
-        mode: str,
-        reduction: int,
-        residual: bool = False,
-        norm_groups: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mode = mode
+        channels, branches = config.channels, config.msfem_branches
+        self.mode = config.msfem_mode
         depths = {
             "independent": list(range(1, branches)),
             "chain": [1] * (branches - 1),
             "tied": [1] * min(branches - 1, 1),
-        }[mode]
+        }[self.mode]
         self.branches = nn.ModuleList(
-            nn.Sequential(*(downsample(channels, norm_groups) for _ in range(depth)))
+            nn.Sequential(*(downsample(channels, config.norm_groups) for _ in range(depth)))
             for depth in depths
         )
         self.num_branches = branches
         self.reduce = nn.Conv2d(channels * branches, channels, 1)
-        self.attention = ChannelAttention(channels, reduction)
+        self.attention = ChannelAttention(channels, config.attention_reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = GroupNorm(norm_groups, channels) if residual else None
+        self.norm = GroupNorm(config.norm_groups, channels) if config.residual_attention else None
         # It starts as the identity, so that what stands before and behind it (an FPN and an RPN of
         # other weights, or their first gradients) fits together from the first step: F₀ alone passes,
         # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½. (Not so a residual one,
@@ -155,38 +143,16 @@ class MFPN(nn.Module):
 
     Args:
         in_channels: of C2..C5.
-        channels: of every level.
-        place: `after` as in the paper; `replace` puts four modules in the place of the FPN's 3×3
-            convolutions and takes P6 from the last of them, as in the authors' code.
-        branches, mode, reduction, residual, norm_groups: see `MSFEM`.
+        config: of the network, see `MSFEM`. The place `after` is the paper's; `replace` puts four modules
+            in the place of the FPN's 3×3 convolutions and takes P6 from the last of them, as in the
+            authors' code.
     """
 
-    def __init__(
-        self,
-        in_channels: tuple[int, ...],
-        channels: int,
-        *,
-        place: str = "after",
-        branches: int,
-        mode: str,
-        reduction: int,
-        residual: bool = False,
-        norm_groups: int,
-    ) -> None:
+    def __init__(self, in_channels: tuple[int, ...], config: ModelConfig) -> None:
         super().__init__()
-        self.after = place == "after"
-        self.fpn = FPN(in_channels, channels, smooth=self.after)
-        self.modules_per_level = nn.ModuleList(
-            MSFEM(
-                channels,
-                branches=branches,
-                mode=mode,
-                reduction=reduction,
-                residual=residual,
-                norm_groups=norm_groups,
-            )
-            for _ in range(5 if self.after else 4)
-        )
+        self.after = config.msfem_place == "after"
+        self.fpn = FPN(in_channels, config.channels, smooth=self.after)
+        self.modules_per_level = nn.ModuleList(MSFEM(config) for _ in range(5 if self.after else 4))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """C2..C5 → multi-scale P2..P6, each [B, channels, H/2^i, W/2^i]."""

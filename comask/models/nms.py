@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from comask.kernels.launch import NMS, float32_below, nms_launch
-from comask.kernels.tensors import available, launch
+from comask.kernels.run import available, on_tensors
 
 VECTOR_BYTES = 16  # the kernel reads a box as one vector
 
@@ -47,7 +47,7 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
 
 @torch.library.custom_op("comask::sorted_nms", mutates_args=())
 def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
-    """The kernel on tensors, or torchvision's operator where it cannot be had.
+    """The kernel on tensors, or torchvision's operator where nothing compiles it.
 
     Raises:
         ValueError: shapes do not fit together, or the tensors are on two devices.
@@ -65,7 +65,7 @@ def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tenso
     boxes = boxes.float().contiguous()
     if boxes.data_ptr() % VECTOR_BYTES:
         boxes = boxes.clone()
-    launch(nms_launch(rows, count, iou_threshold), [boxes, ids], keep)
+    on_tensors(nms_launch(rows, count, iou_threshold), [boxes, ids], keep)
     return keep
 
 

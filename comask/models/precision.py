@@ -38,6 +38,11 @@ class GroupNorm(nn.GroupNorm):
         return normed.to(self.weight.dtype)
 
 
+def with_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm_groups: int) -> list[nn.Module]:
+    """A convolution, its GroupNorm and a ReLU."""
+    return [conv, GroupNorm(norm_groups, conv.out_channels), nn.ReLU(inplace=True)]
+
+
 def half_around(model: nn.Module, islands: Collection[str]) -> None:
     """Converts a network to f16 in place, but for its float islands: their layers compute in f32.
 

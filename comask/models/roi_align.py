@@ -14,10 +14,10 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.kernels.launch import ROI_ALIGN, roi_align_launch
-from comask.kernels.tensors import available, launch
+from comask.kernels.launch import LEVEL_STRIDES, ROI_ALIGN, roi_align_launch
+from comask.kernels.run import available, on_tensors
 
-STRIDES = (4, 8, 16, 32)  # of P2..P5
+STRIDES = tuple(LEVEL_STRIDES.values())  # of P2..P5
 CANONICAL_LEVEL = 4
 # A RoI leaves level k for k + 1 when its side reaches canonical_size × 2^(k + 1 - 4 - 1e-6).
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
@@ -129,7 +129,7 @@ def _pyramid_roi_align(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """The kernel on tensors, or torchvision's operators where it cannot be had.
+    """The kernel on tensors, or torchvision's operators where nothing compiles it.
 
     Args:
         p2, p3, p4, p5: [B, C, H, W] of any layout; of other types than f32 and f16 by way of f32.
@@ -168,22 +168,13 @@ def _pyramid_roi_align(
     )  # fmt: skip
     shape = (len(rois), p2.shape[1], output_size, output_size)
     pooled = torch.empty(shape, dtype=maps[0].dtype, device=p2.device, memory_format=layout)
-    launch(kernel, [*maps, rois.float().contiguous()], pooled)
+    on_tensors(kernel, [*maps, rois.float().contiguous()], pooled)
     return pooled.to(dtype)
 
 
 @_pyramid_roi_align.register_fake
-def _fake(
-    p2: Tensor,
-    p3: Tensor,
-    p4: Tensor,
-    p5: Tensor,
-    rois: Tensor,
-    rois_per_image: int,
-    output_size: int,
-    sampling_ratio: int,
-    canonical_size: float,
-) -> Tensor:
+def _fake(*inputs: Any) -> Tensor:
+    p2, p3, p4, p5, rois, _, output_size, *_ = inputs
     shape = (rois.shape[0], p2.shape[1], output_size, output_size)
     layout = _layout([p2, p3, p4, p5])
     return torch.empty(shape, dtype=p2.dtype, device=p2.device, memory_format=layout)
@@ -216,10 +207,9 @@ _pyramid_roi_align.register_autograd(_backward, setup_context=_save)
 
 def _layout(maps: list[Tensor]) -> torch.memory_format:
     """Channels-last where all maps are, so that none is copied."""
-    if all(features.is_contiguous() for features in maps):
-        return torch.contiguous_format
-    if all(features.is_contiguous(memory_format=torch.channels_last) for features in maps):
-        return torch.channels_last
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if all(features.is_contiguous(memory_format=layout) for features in maps):
+            return layout
     return torch.contiguous_format
 
 

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
 
-STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
+STRIDES = (*LEVEL_STRIDES.values(), 64)  # of P2..P6
 # A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
 # -18), so no proposal may come near.
 MIN_SCORE = 1e-6
-MIN_SIDE = 1e-3  # pixels; a clipped proposal thinner than this is none
+MIN_SIDE = 1e-3  # pixels; thinner clipped proposals are dropped
 
 
 def base_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:

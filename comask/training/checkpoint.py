@@ -80,7 +80,7 @@ class Checkpoint:
             learning rate and the place in the data, so none of those is stored.
         best_ap: the best mask AP so far (0..1); -1 before the first evaluation.
         stale: evaluations since then.
-        data: digest of the images it trains and is evaluated on, see `data_digest`.
+        data: digest of the images it trains and is evaluated on, see `TrainingData.digest`.
     """
 
     config: Config

@@ -132,7 +132,7 @@ def share_on_machine(value: T) -> T:
 
 
 def require_agreement(value: object) -> None:
-    """Makes sure that all processes hold the first one's `value`, before they would wait in vain.
+    """Makes sure that all processes hold the first one's `value`; else they would wait without end.
 
     Raises:
         TrainingError: on a process that does not.

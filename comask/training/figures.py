@@ -17,7 +17,7 @@ from comask.draw import draw_tile, font_for
 from comask.evaluate import TASK_NAMES, TASKS, ap_text
 from comask.files import write_whole
 from comask.structures import Detections
-from comask.training.record import Evaluation, read_evaluations, read_rows
+from comask.training.record import Evaluation, Step, read_evaluations, read_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def draw_curves(folder: Path) -> list[Path]:
         Those of `losses.png`, `ap.png` and `second_stage.png` in `folder` that were written.
     """
     figures: dict[str, Figure] = {}
-    losses, evaluations = read_rows(folder / "metrics.csv"), read_evaluations(folder)
+    losses, evaluations = read_steps(folder), read_evaluations(folder)
     if losses:
         figures["losses.png"] = _losses(losses)
     if evaluations:
@@ -56,13 +56,13 @@ def draw_curves(folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
-def _losses(rows: list[dict[str, str]]) -> Figure:
+def _losses(rows: list[Step]) -> Figure:
     figure = _figure(8, 4.5)
     axes = figure.subplots()
-    steps = [int(row["step"]) for row in rows]
+    steps = [row.step for row in rows]
     window = max(1, len(steps) // 50)
-    for name in [key for key in rows[0] if key.startswith("loss")]:
-        values = _smoothed(np.array([float(row[name]) for row in rows]), window)
+    for name in rows[0].numbers:
+        values = _smoothed(np.array([row.numbers[name] for row in rows]), window)
         axes.plot(steps, values, label=name, linewidth=2.5 if name == "loss" else 1.2)
     axes.set(
         xlabel="step",
@@ -72,7 +72,7 @@ def _losses(rows: list[dict[str, str]]) -> Figure:
     )
     axes.grid(alpha=0.3)
     rate_axes = axes.twinx()
-    rate_axes.plot(steps, [float(row["lr"]) for row in rows], color="gray", linestyle=":")
+    rate_axes.plot(steps, [row.rate for row in rows], color="gray", linestyle=":")
     rate_axes.set_ylabel("learning rate (dotted)")
     axes.legend(fontsize=8, ncols=2)
     return figure

@@ -80,7 +80,7 @@ def import_weights(model: CoMask, source: str, categories: tuple[Category, ...])
         categories: the model's classes in label order.
 
     Raises:
-        CheckpointError: when the weights cannot be had or read, or do not fit.
+        CheckpointError: when the weights cannot be loaded, or do not fit.
     """
     targets = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
     if source == "none":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -18,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from comask.bundle import BEST
 from comask.config import Config
 from comask.data.loading import Batch, epoch_batches, load_batches, micro_batches
-from comask.data.source import Category, Id
+from comask.data.open_data import TrainingData
+from comask.data.source import Id
 from comask.data.training_set import TrainingSet
 from comask.errors import TrainingError
 from comask.files import write_whole
@@ -36,7 +36,7 @@ from comask.training.distributed import (
 from comask.training.figures import draw_curves
 from comask.training.losses import Objective
 from comask.training.optim import average_weights, build_optimizer, learning_rate
-from comask.training.record import RunRecord
+from comask.training.record import RunRecord, Step
 from comask.training.report import write_report
 from comask.training.validation import Validation, Validator
 
@@ -49,10 +49,8 @@ class Trainer:
     Args:
         model: to train, in place, on the device of `ranks`.
         config: all settings.
-        dataset: training images.
-        categories: the classes in label order.
+        data: its training images are learnt; checkpoints keep its digest and its categories.
         output: `checkpoint-last.pt`, `checkpoint-best.pt`, `metrics.csv` and `eval.csv` go here.
-        data: digest of the images, kept in checkpoints.
         ranks: this process among its kind.
         evaluate: scores a model on the validation images; None leaves the last checkpoint the best.
         resume: where to go on.
@@ -67,20 +65,25 @@ class Trainer:
         self,
         model: CoMask,
         config: Config,
-        dataset: TrainingSet,
-        categories: tuple[Category, ...],
+        data: TrainingData,
         output: Path,
         *,
-        data: str,
         ranks: Ranks,
         evaluate: Validator | None,
         resume: Checkpoint | None = None,
         signal: Callable[[], int] = lambda: 0,
     ) -> None:
         train = config.train
-        self.model, self.config, self.dataset, self.ranks = model, config, dataset, ranks
-        self.categories, self.output, self.data = categories, output, data
+        self.model, self.config, self.ranks, self.output = model, config, ranks, output
         self.evaluate, self._signal, self.ended_by = evaluate, signal, 0
+        self.categories, self.digest = data.train.categories, data.digest
+        self.dataset = TrainingSet(
+            data.train,
+            data.train_indices,
+            config.preprocess,
+            flip_probability=config.data.flip_probability,
+            seed=train.seed,
+        )
         self.optimizer = build_optimizer(model, train)
         self.ema = average_weights(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
@@ -90,7 +93,7 @@ class Trainer:
             self._restore(resume)
         elif ranks.first:  # what is there is of a run that was killed before its first LAST
             (output / BEST).unlink(missing_ok=True)
-        require_agreement((data, self.step))
+        require_agreement((self.digest, self.step))
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
         if train.compile:
@@ -105,7 +108,7 @@ class Trainer:
         self.record = None
         if ranks.first:
             self.record = RunRecord(output, keep_until=self.step, tensorboard=train.tensorboard)
-        self.steps_per_epoch = math.ceil(len(dataset) / train.batch_size)
+        self.steps_per_epoch = math.ceil(len(self.dataset) / train.batch_size)
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps >= 0:
             self.total_steps = min(self.total_steps, train.max_steps)
@@ -209,10 +212,15 @@ class Trainer:
             self.ema.update_parameters(self.model)
         self.step += 1
         if self.record:
-            seconds = time.perf_counter() - started + data_seconds
-            self.record.add_losses(
-                self.step, epoch, rate, losses, seconds=seconds, data_seconds=data_seconds
+            done = Step(
+                step=self.step,
+                epoch=epoch,
+                rate=rate,
+                losses=losses,
+                seconds=time.perf_counter() - started + data_seconds,
+                data_seconds=data_seconds,
             )
+            self.record.add_step(done)
         return f"loss {total:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, float]:
@@ -265,10 +273,7 @@ class Trainer:
     def _report(self) -> None:
         draw_curves(self.output)
         write_report(
-            self.output,
-            config=dataclasses.asdict(self.config),
-            categories=self.categories,
-            title=self.output.name,
+            self.output, config=self.config, categories=self.categories, title=self.output.name
         )
 
     def save(self, name: str) -> None:
@@ -287,7 +292,7 @@ class Trainer:
                 step=self.step,
                 best_ap=self.best_ap,
                 stale=self.stale,
-                data=self.data,
+                data=self.digest,
             ),
         )
 

@@ -20,10 +20,7 @@ from torchvision.ops import box_iou
 
 from comask.config import ModelConfig
 from comask.data.training_set import Target
-from comask.models.boxes import clip_boxes, encode_boxes, paired_giou, paired_iou
-from comask.models.classifier import DELTA_SCALE
-from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
-from comask.models.collaboration import (
+from comask.models.box_refinement import (
     CELLS,
     MASK_SIZE,
     POOL_SIZE,
@@ -31,6 +28,9 @@ from comask.models.collaboration import (
     decode_cells,
     select_class,
 )
+from comask.models.boxes import clip_boxes, encode_boxes, paired_giou, paired_iou
+from comask.models.classifier import DELTA_SCALE
+from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.comask import CoMask
 from comask.models.roi_align import pool_rows
 from comask.models.rpn import LevelOutput, proposals_from_levels

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from comask.config import Config, TrainConfig
-from comask.errors import ConfigError
-from comask.models.comask import CoMask
-from comask.training.distributed import Ranks
+from comask.config import TrainConfig
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -25,13 +22,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         )
     # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays matrices and
     # kernels only.
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and "bias" not in name]
-    decayed = {id(p) for p in weights}
-    groups = [
-        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and "bias" not in name].append(parameter)
+    decays = [
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+        for decayed, parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adamw_beta2), fused=True)
+    return torch.optim.AdamW(decays, lr=0.0, betas=(0.9, config.adamw_beta2), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -70,29 +69,3 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
                 average.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()
-
-
-def fit_to_machine(model: CoMask, config: Config, ranks: Ranks) -> CoMask:
-    """`model` on the device of `ranks`, with BatchNorm that sees all processes' images.
-
-    Raises:
-        ConfigError: when a setting cannot be honoured on this machine.
-    """
-    train, cpu = config.train, ranks.device.type == "cpu"
-    if train.batch_size % ranks.world:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size}: expected a multiple of the {ranks.world} processes"
-        )
-    if train.precision == "fp16" and cpu:
-        raise ConfigError("train.precision=fp16: needs a GPU; on a CPU give bf16 or fp32")
-    model.to(ranks.device)
-    if config.model.backbone_norm == "batch" and ranks.world > 1:
-        if cpu:
-            raise ConfigError(
-                "model.backbone_norm=batch: several processes need GPUs for it, since PyTorch "
-                "synchronises BatchNorm there only; give group or frozen, or one process"
-            )
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert isinstance(synced, CoMask)
-        model = synced
-    return model

@@ -11,9 +11,10 @@ import io
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,36 @@ from comask.files import write_whole
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-NONE = (
-    "n/a"  # in `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it
-)
-
+# In `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it.
+NONE = "n/a"
 SHOWN = ("AP", "AP50", "AP75")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optimiser step as `metrics.csv` holds it.
+
+    Attributes:
+        step: its number, from 1.
+        epoch: from 0.
+        rate: learning rate.
+        losses: by name, already weighted: their sum is the loss.
+        seconds: what the step took; 0 where not measured.
+        data_seconds: of those, waiting for data.
+    """
+
+    step: int
+    epoch: int
+    rate: float
+    losses: dict[str, float]
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The loss, and then its parts, by their columns."""
+        parts = {f"loss_{name}": value for name, value in self.losses.items()}
+        return {"loss": sum(self.losses.values()), **parts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +99,16 @@ class RunRecord:
         for path in (self._metrics, self._eval, self._per_class):
             _replace(path, [row for row in read_rows(path) if int(row["step"]) <= keep_until])
 
-    def add_losses(
-        self,
-        step: int,
-        epoch: int,
-        rate: float,
-        losses: dict[str, float],
-        *,
-        seconds: float = 0.0,
-        data_seconds: float = 0.0,
-    ) -> None:
+    def add_step(self, step: Step) -> None:
         """One row of `metrics.csv`, in full precision.
-
-        Args:
-            step: the optimiser step, from 1.
-            epoch: from 0.
-            rate: learning rate.
-            losses: by name, already weighted: their sum is the loss.
-            seconds: what the step took; 0 where not measured.
-            data_seconds: of those, waiting for data.
 
         Raises:
             TrainingError: when the file has other columns.
         """
-        row = {"step": step, "epoch": epoch, "split": "train", "lr": rate}
-        numbers = {"loss": sum(losses.values())}
-        numbers |= {f"loss_{name}": value for name, value in losses.items()}
-        row |= numbers | {"seconds": seconds, "data_seconds": data_seconds}
-        _append(self._metrics, [row])
-        self._show("train", {"lr": rate} | numbers, step)
+        row = {"step": step.step, "epoch": step.epoch, "split": "train", "lr": step.rate}
+        seconds = {"seconds": step.seconds, "data_seconds": step.data_seconds}
+        _append(self._metrics, [row | step.numbers | seconds])
+        self._show("train", {"lr": step.rate} | step.numbers, step.step)
 
     def add_metrics(self, step: int, epoch: int, stages: Mapping[str, CocoMetrics]) -> None:
         """One row of `eval.csv` per stage and task; `per_class.csv` anew.
@@ -159,21 +166,37 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+def read_steps(folder: Path) -> list[Step]:
+    """The steps of the run in `folder`, in their order, without one that was torn."""
+    return [
+        Step(
+            step=int(row["step"]),
+            epoch=int(row["epoch"]),
+            rate=float(row["lr"]),
+            losses={
+                k.removeprefix("loss_"): float(v) for k, v in row.items() if k.startswith("loss_")
+            },
+            seconds=float(row.get("seconds", 0)),
+            data_seconds=float(row.get("data_seconds", 0)),
+        )
+        for row in read_rows(folder / "metrics.csv")
+    ]
+
+
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """The evaluations of the run in `folder`, in their order, without one that was torn."""
-    evaluations: dict[int, Evaluation] = {}
-    for row in read_rows(folder / "eval.csv"):
-        step = int(row["step"])
-        new = Evaluation(step=step, epoch=int(row["epoch"]), values={})
-        stage = evaluations.setdefault(step, new).values.setdefault(row["stage"], {})
-        stage[row["task"]] = {
-            name: -1.0 if row[name] == NONE else float(row[name]) for name in METRICS
-        }
-    for evaluation in evaluations.values():
-        for name, tasks in list(evaluation.values.items()):
-            if len(tasks) < len(TASKS):  # torn
-                del evaluation.values[name]
-    return [evaluation for evaluation in evaluations.values() if "final" in evaluation.values]
+    evaluations = []
+    rows = read_rows(folder / "eval.csv")
+    for (step, epoch), group in groupby(rows, lambda row: (int(row["step"]), int(row["epoch"]))):
+        values: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for row in group:
+            values[row["stage"]][row["task"]] = {
+                name: -1.0 if row[name] == NONE else float(row[name]) for name in METRICS
+            }
+        whole = {stage: tasks for stage, tasks in values.items() if len(tasks) == len(TASKS)}
+        if "final" in whole:
+            evaluations.append(Evaluation(step=step, epoch=epoch, values=whole))
+    return evaluations
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -240,12 +263,9 @@ def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:
         report[name] = {"values": values, "mean": statistics.fmean(values), "deviation": deviation}
         text = f"{report[name]['mean']:.2f}"
         yield f"{name}: {text}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
-    finite = {
-        name: {k: v if k == "values" or math.isfinite(v) else None for k, v in entry.items()}  # type: ignore[arg-type]
-        for name, entry in report.items()
-    }
-    content = {"runs": list(runs), "points": finite}
-    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
+    text = json.dumps({"runs": list(runs), "points": report})
+    finite = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN
+    write_whole(file, (json.dumps(finite, indent=2) + "\n").encode())
     yield f"over {len(runs)} seeds, mean ± deviation; wrote {file}"
 
 

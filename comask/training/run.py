@@ -6,19 +6,17 @@ import dataclasses
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from comask.bundle import BEST
 from comask.config import Config, DataConfig
-from comask.data.open_source import TrainingData, open_training_data
-from comask.data.packed import PackedSource
+from comask.data.open_data import TrainingData, open_training_data
+from comask.data.packed import PackedSource, open_arrays, write_arrays
 from comask.data.source import InstanceSource
-from comask.data.training_set import TrainingSet
 from comask.errors import CheckpointError, ComaskError, ConfigError
 from comask.files import write_whole
 from comask.models.comask import CoMask
@@ -26,7 +24,6 @@ from comask.training.checkpoint import Checkpoint, load_checkpoint, model_from_c
 from comask.training.distributed import Ranks, leads_its_machine, share_on_machine
 from comask.training.import_weights import import_weights
 from comask.training.loop import LAST, Trainer
-from comask.training.optim import fit_to_machine
 from comask.training.validation import Validation, Validator
 
 Say = Callable[[str], None]
@@ -36,9 +33,6 @@ FIXED = {
     "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
     "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
 }  # fmt: skip
-
-MEMORY = Path("/dev/shm")  # a folder in memory
-_SPARE = 2  # times what is written there; batches pass through it, too
 
 
 def train_run(
@@ -83,13 +77,6 @@ def train_run(
     opened = open_shared(config.data, data, val, config.train.seed, ranks)
     config = _with_classes(config, settings, opened.train)
     checkpoint = _checkpoint_to_resume(output, config, opened.digest, say) if resume else None
-    dataset = TrainingSet(
-        opened.train,
-        opened.train_indices,
-        config.preprocess,
-        flip_probability=config.data.flip_probability,
-        seed=config.train.seed,
-    )
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
@@ -105,10 +92,8 @@ def train_run(
     trainer = Trainer(
         model,
         config,
-        dataset,
-        opened.train.categories,
+        opened,
         output,
-        data=opened.digest,
         ranks=ranks,
         evaluate=_validator(opened, config, ranks, output) if config.train.evaluate_every else None,
         resume=checkpoint,
@@ -164,6 +149,32 @@ def _import_weights(
             f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
             f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group"
         )
+
+
+def fit_to_machine(model: CoMask, config: Config, ranks: Ranks) -> CoMask:
+    """`model` on the device of `ranks`, with BatchNorm that sees all processes' images.
+
+    Raises:
+        ConfigError: when a setting cannot be honoured on this machine.
+    """
+    train, cpu = config.train, ranks.device.type == "cpu"
+    if train.batch_size % ranks.world:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size}: expected a multiple of the {ranks.world} processes"
+        )
+    if train.precision == "fp16" and cpu:
+        raise ConfigError("train.precision=fp16: needs a GPU; on a CPU give bf16 or fp32")
+    model.to(ranks.device)
+    if config.model.backbone_norm == "batch" and ranks.world > 1:
+        if cpu:
+            raise ConfigError(
+                "model.backbone_norm=batch: several processes need GPUs for it, since PyTorch "
+                "synchronises BatchNorm there only; give group or frozen, or one process"
+            )
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert isinstance(synced, CoMask)
+        model = synced
+    return model
 
 
 def _validator(
@@ -233,10 +244,12 @@ def open_shared(
     """
     if ranks.world == 1:
         return open_training_data(config, data, val, seed)
-    offer: _Offer | ComaskError | None = None
+    offer: TrainingData | Path | ComaskError | None = None
     if leads_its_machine():
         try:
-            offer = _offered(open_training_data(config, data, val, seed))
+            offer = open_training_data(config, data, val, seed)
+            if isinstance(offer.train, PackedSource):  # `shapes` are a seed, and not worth a file
+                offer = write_arrays(offer)
         except ComaskError as error:
             offer = error
     offer = share_on_machine(offer)
@@ -245,46 +258,12 @@ def open_shared(
             raise offer
         sys.exit(1)
     assert offer is not None
+    if isinstance(offer, TrainingData):
+        return offer
     try:
-        return offer.taken()
+        opened: TrainingData = open_arrays(offer)
+        return opened
     finally:
         share_on_machine(None)  # everybody has it open
-        if leads_its_machine() and offer.folder:
-            shutil.rmtree(offer.folder, ignore_errors=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """How the other processes of a machine get at its data.
-
-    Attributes:
-        folder: of the packed data sets, `train` and `val`; empty where sources are cheap to hand over.
-        data: without the packed sources.
-    """
-
-    folder: str
-    data: TrainingData
-
-    def taken(self) -> TrainingData:
-        if not self.folder:
-            return self.data
-        train = PackedSource.open(Path(self.folder, "train"))
-        val = Path(self.folder, "val")
-        opened = PackedSource.open(val) if val.exists() else train
-        return TrainingData(train, self.data.train_indices, opened, self.data.val_indices)
-
-
-def _offered(opened: TrainingData) -> _Offer:
-    packed = {"train": opened.train}
-    if opened.val is not opened.train:
-        packed["val"] = opened.val
-    sources = {name: s for name, s in packed.items() if isinstance(s, PackedSource)}
-    if len(sources) < len(packed):  # `shapes` are a seed, and not worth a file
-        return _Offer("", opened)
-    needed = sum(source.nbytes for source in sources.values())
-    room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > _SPARE * needed
-    folder = tempfile.mkdtemp(prefix="comask-", dir=MEMORY if room else None)
-    for name, source in sources.items():
-        Path(folder, name).mkdir()
-        source.save(Path(folder, name))
-    return _Offer(folder, opened.without_sources())
+        if leads_its_machine():
+            shutil.rmtree(offer, ignore_errors=True)

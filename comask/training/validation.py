@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comask.config import PreprocessConfig
 from comask.data.source import InstanceSource
-from comask.errors import ImageError
 from comask.evaluate import CocoMetrics, Truth, coco_results
 from comask.models.comask import CoMask
-from comask.preprocess import Prepared
-from comask.progress import Progress
-from comask.runtime.predictor import FOUND_AT, Predictor
-from comask.runtime.torch_session import torch_stages
+from comask.runtime.backends.pytorch import torch_stages
+from comask.runtime.images import FOUND_AT
+from comask.runtime.parity.scores import detect
+from comask.runtime.predictor import Predictor
 from comask.structures import Detections
 from comask.training.distributed import Ranks, gather, share_from_first
 from comask.training.figures import picture_grid
 
 PICTURES = 8  # validation images drawn beside their ground truth
-CHUNK = 16  # images held in memory at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +72,7 @@ class Validator:
     def __call__(self, model: CoMask, step: int, *, last: bool) -> Validation:
         """Scores `model`, which is in evaluation mode, after `step` optimiser steps.
 
-        Images that cannot be decoded are reported and not scored.
+        Images that cannot be decoded are logged and not scored.
 
         Args:
             model: to score.
@@ -89,14 +85,18 @@ class Validator:
         scored: list[int] = []
         pictured: dict[int, Detections] = {}
         mine = self._indices[self._ranks.rank :: self._ranks.world]
-        with Progress("evaluating", len(mine), unit="images", quiet=not self._ranks.first) as bar:
-            for index, found in self._predictions(model, mine, all_stages=last):
-                scored.append(index)
-                for stage, detections in found.items():
-                    results[stage] += coco_results(self._source, index, detections)
-                if index in drawn:
-                    pictured[index] = found["final"]
-                bar.advance()
+        predictor = Predictor(
+            torch_stages(model, diagnostics=last),
+            self._preprocess,
+            mask_threshold=self._mask_threshold,
+        )
+        quiet = not self._ranks.first
+        for index, found in detect(predictor, self._source, mine, "evaluating", quiet=quiet):
+            scored.append(index)
+            for stage in stages:
+                results[stage] += coco_results(self._source, index, found[stage])
+            if index in drawn:
+                pictured[index] = found["final"]
         parts = gather((scored, results, pictured))
         if not self._ranks.first:
             return share_from_first(None)  # type: ignore[return-value]  # the first one's answer
@@ -117,24 +117,3 @@ class Validator:
             path = self._pictures / f"step-{step:06d}.png"
             picture_grid(self._source, order, [shown[i] for i in order], path)
         return share_from_first(Validation(**metrics))
-
-    def _predictions(
-        self, model: CoMask, indices: list[int], *, all_stages: bool
-    ) -> Iterator[tuple[int, dict[str, Detections]]]:
-        """Image by image: its index, and the detections of each stage."""
-        predictor = Predictor(
-            torch_stages(model, diagnostics=all_stages),
-            self._preprocess,
-            mask_threshold=self._mask_threshold,
-        )
-        for start in range(0, len(indices), CHUNK):
-            images = list(self._prepared(predictor, indices[start : start + CHUNK]))
-            found = predictor.predict_stages([image for _, image in images])
-            yield from zip((index for index, _ in images), found, strict=True)
-
-    def _prepared(self, predictor: Predictor, indices: list[int]) -> Iterator[tuple[int, Prepared]]:
-        for index in indices:
-            try:
-                yield index, predictor.prepare(self._source.image(index))
-            except ImageError as error:
-                print(f"warning: {error}; not evaluated", file=sys.stderr, flush=True)

@@ -131,7 +131,7 @@ def read_hub(backbone: str) -> WeightFile:
     """Torchvision's ImageNet weights of a backbone, downloaded once.
 
     Raises:
-        CheckpointError: when there are none or they cannot be had.
+        CheckpointError: when there are none, or they cannot be loaded.
     """
     try:
         weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
@@ -170,10 +170,9 @@ def read_weights(path: Path) -> WeightFile:
             start = stream.read(9)
         # safetensors begins with eight bytes of length and JSON
         content: object = load_file(path) if start[8:] == b"{" else read_torch_file(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot be loaded ({error}); {known}") from error
     except Exception as error:  # safetensors' own among them
-        raise CheckpointError(f"cannot be loaded ({why_unreadable(error)}); {known}") from error
+        why = error if isinstance(error, CheckpointError) else why_unreadable(error)
+        raise CheckpointError(f"cannot be loaded ({why}); {known}") from error
     if isinstance(content, dict) and {"format", "config", "categories"} <= content.keys():
         return _read_checkpoint(path)
     meta: object = None
@@ -231,13 +230,12 @@ def _tensors(content: object) -> dict[str, Tensor]:
 
 
 def _renamed(layout: Layout, values: dict[str, Tensor]) -> WeightFile:
-    ours: dict[str, str] = {}  # the file's name → ours
-    for name in values:
-        for pattern, replacement in layout.names:
-            match = re.fullmatch(pattern, name)
-            if match:
-                ours[name] = match.expand(replacement)
-                break
+    ours = {  # the file's name → ours; no two patterns match one name
+        name: match.expand(replacement)
+        for name in values
+        for pattern, replacement in layout.names
+        if (match := re.fullmatch(pattern, name))
+    }
     left = {name: "" for name in values if name not in ours}
     for start, count in layout.whole:
         members = [name for name in values if name.startswith(start)]

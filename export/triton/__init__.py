@@ -1,1 +1,1 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server; `server_model` runs inside it."""
+"""A bundle as a model repository of NVIDIA Triton Inference Server."""

@@ -13,67 +13,13 @@ from typing import Any
 import numpy as np
 
 from comask.bundle import WEIGHTS, Manifest
-from comask.runtime.session import TensorSpec
-from comask.runtime.trt.engine_folder import STRIDES
-
-IMAGE, PIXELS = "image", "pixels"
-TEXT = np.dtype(object)  # bytes in UTF-8, as Triton has them in numpy
-
-# A request has one of them.
-CLIENT_INPUTS = (
-    TensorSpec(IMAGE, TEXT, (1,)),  # an encoded image: JPEG, PNG, …
-    TensorSpec(PIXELS, np.dtype(np.uint8), ("height", "width", 3)),  # RGB
-)
+from comask.runtime.backends.base import TensorSpec
+from comask.runtime.triton_tensors import CLIENT_INPUTS, client_outputs, graph_tensors, stage_name
 
 # While one instance prepares images or finds the masks' edges, the other one's are in the network.
 CLIENT_INSTANCES = 2
 QUEUE_DELAY = 1000  # microseconds that a request waits at most for others to share a batch with
 NO_OPTIMIZATION = 2  # in Triton's counting of ONNX Runtime's levels
-
-
-def client_outputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    """The outputs, padded to D rows with zeros and empty strings.
-
-    `boxes` are `xyxy` in pixels of the client's image. `rle_counts` with `image_size`, (height, width),
-    are COCO's RLE. `error` says why an image has no detections; it is empty where all went well.
-    """
-    most = manifest.model.detections
-    whole, small, real = (np.dtype(t) for t in (np.int64, np.int32, np.float32))
-    return (
-        TensorSpec("num_detections", small, (1,)),
-        TensorSpec("boxes", real, (most, 4)),
-        TensorSpec("scores", real, (most,)),
-        TensorSpec("labels", whole, (most,)),
-        TensorSpec("category_ids", whole, (most,)),
-        TensorSpec("class_names", TEXT, (most,)),
-        TensorSpec("rle_counts", TEXT, (most,)),
-        TensorSpec("image_size", small, (2,)),
-        TensorSpec("error", TEXT, (1,)),
-    )
-
-
-def stage_name(model: str, stage: str) -> str:
-    """The model in the server that is `stage1` or `stage2` of `model`."""
-    return f"{model}_{stage}"
-
-
-def graph_tensors(
-    manifest: Manifest, stage: str, precision: str
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of a stage's graph in `precision`; the manifest has them in fp32."""
-
-    def specs(side: str) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(
-                entry["name"],
-                np.dtype("float16" if half and entry["name"] in STRIDES else entry["dtype"]),
-                tuple(entry["shape"][1:]),
-            )
-            for entry in manifest.graphs[stage][side]
-        )
-
-    half = precision != "fp32"
-    return specs("inputs"), specs("outputs")
 
 
 class Name(str):

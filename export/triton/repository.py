@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from comask.config import require_count
 from comask.errors import BundleError, ConfigError, EngineError
 from comask.export.triton.model_config import client_config, stage_config, to_pbtxt
 from comask.runtime.backends import parse_backend, require_precision
+from comask.runtime.triton_tensors import stage_name
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines, rebuild_command
 
 VERSION = "1"  # of each model
@@ -22,7 +24,7 @@ LARGEST_BATCH = 8  # of graphs, which take any, as of a `Predictor`
 SERVED = ("onnxruntime", "tensorrt")
 CLIENT_MODEL = '''"""Triton loads this; the model is in comask, which the server's Python needs."""
 
-from comask.export.triton.server_model import TritonPythonModel
+from comask.runtime.triton_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
@@ -64,17 +66,40 @@ class StageFiles:
     needs: dict[str, str] = field(default_factory=dict)
 
 
-def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A bundle in a model repository.
+
+    Attributes:
+        repository: its folder.
+        model: what clients ask for.
+        backend: of the stages, with the precision.
+        max_batch_size: most images of a request.
+        weights_sha256: of the bundle.
+        needs: what the server must have; of engines `tensorrt_version`, `target` and `gpu`.
+    """
+
+    repository: str
+    model: str
+    backend: str
+    max_batch_size: int
+    weights_sha256: str
+    needs: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: all in one object."""
+        values = dataclasses.asdict(self)
+        needs: dict[str, str] = values.pop("needs")
+        return {**values, **needs}
+
+
+def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> ServedModel:
     """Writes a model repository.
 
     Args:
         bundle: to serve.
         output: folder of the repository, to which the models are added; made where it is missing.
         request: what is to be served.
-
-    Returns:
-        `repository`, `model`, `backend`, `max_batch_size`, `weights_sha256`, and what the server must
-        have: of engines `tensorrt_version`, `target` and `gpu`.
 
     Raises:
         BundleError: when `output` holds models of these names, or is no repository; when the bundle
@@ -115,19 +140,19 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> dic
         (version / "model.py").write_text(CLIENT_MODEL, encoding="utf-8")
         (version / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _move(folder, output, _models(name))
-    return {
-        "repository": str(output),
-        "model": name,
-        "backend": backend,
-        "max_batch_size": max_batch,
-        "weights_sha256": manifest.files[WEIGHTS],
-        **files.needs,
-    }
+    return ServedModel(
+        repository=str(output),
+        model=name,
+        backend=backend,
+        max_batch_size=max_batch,
+        weights_sha256=manifest.files[WEIGHTS],
+        needs=files.needs,
+    )
 
 
 def _models(name: str) -> list[str]:
     """The folders of a bundle in a repository; last the one that clients ask."""
-    return [*(f"{name}_{stage}" for stage in STAGES), name]
+    return [*(stage_name(name, stage) for stage in STAGES), name]
 
 
 def _check_room(output: Path, name: str) -> None:

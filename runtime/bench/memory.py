@@ -6,17 +6,21 @@ as a user's program does and runs a full batch twice: what it takes is what that
 
 from __future__ import annotations
 
-import ctypes
+import dataclasses
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from comask.runtime.gpu import find_gpu
+import numpy as np
 
-STATUS = Path("/proc/self/status")
+from comask.runtime.backends import LoadOptions
+from comask.runtime.bench.machine import peak_resident, used_gpu_memory
+from comask.runtime.bench.timing import CAPTURED, fill_slots
+from comask.runtime.predictor import Predictor
+from comask.runtime.stream import SLOTS
+
 RUNS = 2  # the second finds all buffers grown
 
 
@@ -39,17 +43,20 @@ class PeakMemory:
 
 
 def peak_memory(
-    bundle: Path, backend: str, size: tuple[int, int], options: dict[str, Any]
+    bundle: Path, backend: str, size: tuple[int, int], options: LoadOptions
 ) -> PeakMemory:
-    """Memory that one backend takes; seconds, as it loads everything.
+    """Memory that one backend takes. This takes seconds, as a process starts and loads everything.
 
     Args:
         bundle: to run.
         backend: as `Predictor.load` takes it.
         size: (h, w) in pixels of the images, of which there are `max_batch`.
-        options: of `Predictor.load`.
+        options: where and how it runs.
     """
-    task = {"bundle": str(bundle), "backend": backend, "size": size, "options": options}
+    task = {
+        "bundle": str(bundle), "backend": backend, "size": size,
+        "options": dataclasses.asdict(options),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "comask.runtime.bench.memory", json.dumps(task)],
         capture_output=True,
@@ -63,23 +70,19 @@ def peak_memory(
 
 def main() -> None:
     """What the fresh process does."""
-    import numpy as np
-
-    from comask.runtime import Predictor
-    from comask.runtime.bench.timing import CAPTURED, fill_slots
-    from comask.runtime.stream import SLOTS
-
     task = json.loads(sys.argv[1])
-    options = task["options"]
-    index = options["device"]
-    free = free_gpu_memory(index or 0) if index != "cpu" else None
+    options = LoadOptions(**task["options"])
+    index = None if options.device == "cpu" else options.device or 0
+    before = None if index is None else used_gpu_memory(index)
     image = np.random.default_rng(0).integers(0, 256, (*task["size"], 3), dtype=np.uint8)
 
     def taken() -> int | None:
         # before anything is freed; backends keep what they once took
-        return None if free is None else max(0, free - (free_gpu_memory(index or 0) or 0))
+        if index is None or before is None:
+            return None
+        return max(0, (used_gpu_memory(index) or 0) - before)
 
-    with Predictor.load(task["bundle"], task["backend"], **options) as predictor:
+    with Predictor.open(task["bundle"], task["backend"], options) as predictor:
         batch = [image] * predictor.max_batch
         for _ in range(RUNS):
             predictor(list(batch))
@@ -89,34 +92,6 @@ def main() -> None:
                 fill_slots(session, batch, CAPTURED)
                 found["stream"] = taken()
     print(json.dumps(found))
-
-
-def peak_resident() -> int | None:
-    """The most bytes that this process ever held; None where the system does not tell."""
-    # Not getrusage's: on Linux a process inherits that from the one which started it.
-    if not STATUS.exists():
-        return None
-    for line in STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def free_gpu_memory(index: int) -> int | None:
-    """Bytes of a GPU that nobody uses, with this process's CUDA context made; None without a GPU."""
-    if find_gpu(index) is None:
-        return None
-    cuda: Any = ctypes.CDLL("libcuda.so.1")
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    status = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-    if status:
-        return None
-    cuda.cuCtxPushCurrent_v2(context)
-    status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-    cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
-    return None if status else free.value
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""One backend under load for as long as is asked for, and what its process takes meanwhile."""
+"""One backend under load for as long as is asked for, and whether its process grows meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,79 +15,116 @@ import numpy as np
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError, ImageError, one_line
 from comask.preprocess import Pixels, decode_image
-from comask.runtime.bench.memory import free_gpu_memory
-from comask.runtime.bench.vitals import (
+from comask.progress import Progress
+from comask.runtime.backends import LoadOptions
+from comask.runtime.bench.growth import LEAST, PARTS, WARM_UP, Growth, Series, growths, warmed_up
+from comask.runtime.bench.machine import (
     MIB,
-    Series,
+    Report,
     clock_mhz,
+    describe_machine,
     open_files,
     resident_bytes,
     thread_count,
+    used_gpu_memory,
     waited_seconds,
 )
-from comask.runtime.gpu import find_gpu
+from comask.runtime.bench.timing import streamed
 from comask.runtime.predictor import Predictor
-from comask.runtime.session import Closing
-from comask.runtime.stream import SLOTS, Future
 
 Encoded = Path | bytes  # of an image
 
 SAMPLES = 1000  # at most, whatever the length: a run that kept more would grow by itself
 SESSION_ROUNDS = 10  # between streams that are opened for one frame, beside the one that stays open
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Soaked:
-    """What a run did.
+
+@dataclass(frozen=True, kw_only=True)
+class SoakReport(Report):
+    """What a run did, and whether something grew.
 
     Attributes:
+        runs_as: backend and precision.
+        device: that it ran on: `cpu`, `cuda:0`, ….
+        subject: the images, in words.
+        batch: images that ran together.
+        proposals: an image; None for the bundle's.
+        short_side: of resized images, in pixels; None for the bundle's.
+        minutes: that were asked for.
+        interrupted: whether it was stopped early, as by a signal.
         seconds: that it took.
+        waited: median of the series of that name; None without samples.
         rounds: through all images.
         images: that were looked at, each twice a round: by a call and in a stream.
         detections: in them.
         unreadable: attempts to read an image that failed.
-        times: [N] f64, seconds since the start, of each sample.
-        series: [N] f64 each, by the names of `growth.LIMITS`; `waited`, the share of a call's time in
-            which other processes had the processor, which latencies are without; and `clock_mhz` where
-            it is known.
-        problem: what ended it early, or None.
+        judged: whether there were samples enough.
+        passed: whether it was judged, nothing grew beyond its limit, and it did not break down.
+        verdict: the result in a line.
+        warm_up_seconds: that are not judged; None without samples.
+        growth: of each series, see `growths`.
+        times: seconds since the start, of each sample.
+        series: the samples, by the names of `growth.LIMITS`; `waited`, the share of a call's time in
+            which other processes had the processor, which latencies exclude; and `clock_mhz` where it is
+            known.
     """
 
+    runs_as: str
+    device: str
+    subject: str
+    batch: int
+    proposals: int | None
+    short_side: int | None
+    minutes: float
+    interrupted: bool
     seconds: float
+    waited: float | None
     rounds: int
     images: int
     detections: int
     unreadable: int
-    times: Series
-    series: dict[str, Series]
-    problem: str | None
+    judged: bool
+    passed: bool
+    verdict: str
+    warm_up_seconds: float | None
+    growth: dict[str, Growth]
+    times: list[float]
+    series: dict[str, list[float]]
 
 
 def soak(
     predictor: Predictor,
     images: Sequence[Encoded],
-    seconds: float,
+    minutes: float,
     *,
+    bundle: Path,
+    how: LoadOptions,
+    subject: str,
     stopped: Callable[[], bool] = lambda: False,
-    tell: Callable[[float, str], None] = lambda seconds, note: None,
-) -> Soaked:
+) -> SoakReport:
     """Goes through the images again and again, and samples after whole rounds, which are all alike.
 
     Args:
         predictor: under load.
         images: files or their content, broken ones among them.
-        seconds: to go on for.
+        minutes: to go on for.
+        bundle: that the predictor runs.
+        how: the predictor was opened.
+        subject: the images, in words.
         stopped: whether to end after the image in hand.
-        tell: is given seconds since the start and a few words, after each sample.
     """
-    load, problem = _Load(predictor, images, stopped), None
+    machine = describe_machine(how.device)  # before there is load
+    load, problem, seconds = _Load(predictor, images, stopped), "", 60 * minutes
+    total = max(1, round(seconds))
+    shown = Progress("soaking", total, unit="seconds")
     started = time.perf_counter()
     now = last = 0.0
-    kept = np.full((0, 0), np.nan)
+    kept = np.empty((0, 1))
     names: list[str] = []
     count = 0
     try:
-        with load:
+        with load.stream, shown:
             while now < seconds and not stopped():
                 load.round()
                 now = time.perf_counter() - started
@@ -96,30 +133,54 @@ def soak(
                 values = load.sample()
                 if not names:  # memory for all samples, before there is anything to compare
                     names, kept = list(values), np.full((SAMPLES + 2, len(values) + 1), np.nan)
+                if count == 1:  # the first round is slower
+                    _warn_if_short(now - last, seconds)
                 kept[count], count, last = (now, *values.values()), count + 1, now
-                tell(now, _in_words(values))
+                shown.advance(min(int(now), total) - shown.done, _in_words(values))
     # what a leak ends with, too: no memory, no files, no threads
     except (ComaskError, OSError, MemoryError, RuntimeError) as error:
         problem = one_line(error) or type(error).__name__
-    return Soaked(
-        seconds=time.perf_counter() - started,
-        rounds=load.rounds,
-        images=load.images,
-        detections=load.detections,
-        unreadable=load.unreadable,
-        times=kept[:count, 0] if names else np.empty(0),
-        series={name: kept[:count, i] for i, name in enumerate(names, 1)},
-        problem=problem,
+    now = time.perf_counter() - started
+    times, series = kept[:count, 0], dict(zip(names, kept[:count, 1:].T, strict=True))
+    growth = growths(times, series)
+    failures = [str(found) for found in growth.values() if not found.passed]
+    if problem:
+        failures.append(f"the run broke down after {now / 60:.1f} minutes: {problem}")
+    return SoakReport(
+        bundle=str(bundle), machine=machine, runs_as=predictor.stages.backend,
+        device=predictor.stages.device, subject=subject, batch=predictor.max_batch,
+        proposals=how.proposals, short_side=how.short_side, minutes=minutes, interrupted=stopped(),
+        seconds=now, waited=float(np.median(series["waited"])) if count else None,
+        rounds=load.rounds, images=load.images, detections=load.detections,
+        unreadable=load.unreadable, judged=bool(growth), passed=bool(growth) and not failures,
+        verdict="; ".join(failures) or _verdict(times, now / 60, judged=bool(growth)),
+        warm_up_seconds=WARM_UP * float(times[-1]) if count else None, growth=growth,
+        times=times.tolist(), series={name: values.tolist() for name, values in series.items()},
+    )  # fmt: skip
+
+
+def _verdict(times: Series, minutes: float, *, judged: bool) -> str:
+    """The result of a run in which nothing grew and nothing failed."""
+    if judged:
+        return f"nothing grew beyond its limit in {minutes:.3g} minutes"
+    count = int(warmed_up(times).sum())
+    return (
+        f"too short to judge: {count} samples after the warm-up in {minutes:.2g} minutes, expected "
+        f"{LEAST * PARTS}; give {_longer(minutes, max(1, count))}"
     )
 
 
-class _Load(Closing):
+class _Load:
     """What a program does with a predictor all day.
 
     Args:
         predictor: under load.
         images: of a round.
         stopped: whether to end within a round.
+
+    Attributes:
+        stream: that is open all the time.
+        rounds: and `images`, `detections`, `unreadable`: counts, see `SoakReport`.
     """
 
     def __init__(
@@ -130,9 +191,7 @@ class _Load(Closing):
         self._groups = [images[i : i + batch] for i in range(0, len(images), batch)]
         kind, _, index = predictor.stages.device.partition(":")
         self._gpu = int(index or 0) if kind == "cuda" else None
-        gpu = None if self._gpu is None else find_gpu(self._gpu)
-        self._gpu_memory = gpu.memory if gpu else 0
-        self._stream = predictor.stream()
+        self.stream = predictor.stream()
         self.rounds = self.images = self.detections = self.unreadable = 0
         self._calls: list[float] = []  # seconds, since the last sample
         self._frames: list[float] = []
@@ -141,6 +200,7 @@ class _Load(Closing):
 
     def round(self) -> None:
         """Every image by a call, from its file to RLEs, and then as a frame of a stream."""
+        frame: Pixels | None = None
         for group in self._groups:
             started, waited = time.perf_counter(), waited_seconds()
             pixels = list(self._readable(group))
@@ -150,16 +210,13 @@ class _Load(Closing):
                 self._calls.append(time.perf_counter() - started)
                 self._waited += waited_seconds() - waited
                 self.images += len(pixels)
-        waiting: deque[tuple[float, Future]] = deque()
-        frame: Pixels | None = None
-        for frame in self._readable(self._images):
-            if len(waiting) == SLOTS:
-                self._finish(*waiting.popleft())
-            waiting.append((time.perf_counter(), self._stream.submit(frame, rle=True)))
-        while waiting:
-            self._finish(*waiting.popleft())
+                frame = pixels[-1]
+        for seconds, detections in streamed(self.stream, self._readable(self._images)):
+            self._frames.append(seconds)
+            self.detections += detections
+            self.images += 1
         with contextlib.suppress(ImageError):
-            self._stream.submit(np.empty((0, 0, 3), np.uint8))
+            self.stream.submit(np.empty((0, 0, 3), np.uint8))
         if self.rounds % SESSION_ROUNDS == 0 and frame is not None:
             with self._predictor.stream() as stream:
                 stream.submit(frame, rle=True).result()
@@ -177,7 +234,7 @@ class _Load(Closing):
         waited, self._waited = min(1.0, self._waited / sum(self._calls)), 0.0
         values: dict[str, float | None] = {
             "resident_bytes": resident_bytes(),
-            "gpu_bytes": self._gpu_bytes(),
+            "gpu_bytes": None if self._gpu is None else used_gpu_memory(self._gpu),
             "threads": thread_count(),
             "files": open_files(),
             "unreadable": unreadable / rounds,
@@ -192,10 +249,6 @@ class _Load(Closing):
             seconds.clear()
         return {name: float(value) for name, value in values.items() if value is not None}
 
-    def close(self) -> None:
-        """Closes the stream that was open all the time."""
-        self._stream.close()
-
     def _readable(self, images: Sequence[Encoded]) -> Iterator[Pixels]:
         for image in images:
             if self._stopped():
@@ -207,24 +260,33 @@ class _Load(Closing):
             else:
                 yield pixels
 
-    def _finish(self, started: float, future: Future) -> None:
-        found = future.result()
-        assert not isinstance(found, list)  # it was a single frame
-        self.detections += len(found.to_rle())
-        self._frames.append(time.perf_counter() - started)
-        self.images += 1
-
-    def _gpu_bytes(self) -> int | None:
-        """Memory in use on the predictor's GPU, whoever uses it; None where it runs on none."""
-        free = None if self._gpu is None else free_gpu_memory(self._gpu)
-        return None if free is None else self._gpu_memory - free
-
 
 def _in_words(values: dict[str, float]) -> str:
     return (
         f"{values['resident_bytes'] / MIB:.0f} MiB, {values['threads']:.0f} threads, "
         f"{values['files']:.0f} files, p50 {values['call_p50_ms']:.1f} ms"
     )
+
+
+def _warn_if_short(interval: float, total: float) -> None:
+    """Logs after two rounds already that there will be too few samples to judge.
+
+    Args:
+        interval: seconds between two samples.
+        total: seconds of the run.
+    """
+    samples = total * (1 - WARM_UP) / interval
+    if samples < LEAST * PARTS:
+        logger.warning(
+            "warning: a round takes %.2g s, so this run will be too short to judge; give %s",
+            interval,
+            _longer(total / 60, samples),
+        )
+
+
+def _longer(minutes: float, samples: float) -> str:
+    """The option for a run that can be judged, where so many minutes give too few samples."""
+    return f"--soak {1.2 * minutes * LEAST * PARTS / samples:.2g} or more"
 
 
 def noise_images(preprocess: PreprocessConfig) -> list[Encoded]:
@@ -243,6 +305,7 @@ def noise_images(preprocess: PreprocessConfig) -> list[Encoded]:
     return encoded
 
 
-def broken_images(sound: bytes) -> list[Encoded]:
-    """What is no image, and a half of one."""
-    return [b"no image", sound[: len(sound) // 2]]
+def broken_images(sound: Encoded) -> list[Encoded]:
+    """What is no image, and the first half of a sound one."""
+    content = sound.read_bytes() if isinstance(sound, Path) else sound
+    return [b"no image", content[: len(content) // 2]]

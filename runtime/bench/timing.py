@@ -5,38 +5,71 @@ Decoding is no part of it: images are in memory.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
-from comask.errors import ComaskError
-from comask.preprocess import Pixels, padded_shape, resized_shape
+from comask.errors import ComaskError, ImageError, one_line
+from comask.preprocess import Pixels, decode_image, padded_shape, resized_shape
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS, Future, StreamSession
 
-# What a prediction consists of, in order. The stages are timed by the GPU's clock where TensorRT runs
-# them; `other` is what else a backend does around them.
+# What a prediction consists of, in order, and the names of it for people. `prepare` resizes, pads and
+# stacks; the stages are timed by the GPU's clock where TensorRT runs them; `other` is what else a backend
+# does around them (copies to and from a GPU, freeing maps); `results` makes `Detections`.
 PARTS = {
-    "prepare": "resize, pad, stack",
-    "stage1": "stage 1",
-    "stage2": "stage 2",
-    "other": "copies to and from a GPU, freeing maps",
-    "results": "Detections",
-    "encode": "paste and RLE",
-}
+    "prepare": "prepare", "stage1": "stage 1", "stage2": "stage 2", "other": "other",
+    "results": "results", "encode": "paste+RLE",
+}  # fmt: skip
 SUM = "sum"
-PERCENTILES = (50, 90, 99)
 MOST_WARM_UPS = 20
 STEADY = 0.95  # a run that takes less than this part of all before it shows that more may follow
 
 CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
+
+Encoded = TypeVar("Encoded", Path, bytes, Path | bytes)  # an image's file, or its content
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of several runs, in milliseconds, interpolated between the two nearest runs."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float] | NDArray[np.float64]) -> Percentiles:
+        """The percentiles of the seconds that each run took."""
+        return cls(*(1000 * np.percentile(np.asarray(seconds), (50, 90, 99))).tolist())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTiming:
+    """Batches of frames in a `Predictor.stream`, from host memory to RLE.
+
+    Attributes:
+        milliseconds: of a batch that is alone.
+        images_per_second: when as many batches are under way as there are slots.
+        slots: of the stream.
+        gpu_bytes: of the GPU's memory that a process takes meanwhile; None where that is unknown.
+    """
+
+    milliseconds: Percentiles
+    images_per_second: float
+    slots: int
+    gpu_bytes: int | None = None
 
 
 @dataclass
@@ -119,6 +152,15 @@ def timed(predictor: Predictor, images: Sequence[Pixels]) -> tuple[dict[str, flo
         SUM: marks[-1] - marks[0],
     }
     return seconds, sum(map(len, found))
+
+
+def decoded(images: Iterable[Encoded]) -> Iterator[tuple[Encoded, Pixels]]:
+    """Decodes images one after the other; those that cannot be decoded are logged and passed over."""
+    for image in images:
+        try:
+            yield image, decode_image(image)
+        except ImageError as error:
+            logger.warning("skipped: %s", one_line(error))
 
 
 def full_batches(
@@ -221,23 +263,13 @@ def take_turns(
     return measured
 
 
-def percentiles(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
-    """`p50`, `p90` and `p99` in milliseconds, interpolated between the two nearest runs."""
-    found = np.percentile(np.asarray(seconds), PERCENTILES) * 1000
-    return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, found, strict=True)}
-
-
 def measure_stream(
     predictor: Predictor, batches: Sequence[Sequence[Pixels]], *, runs: int
-) -> dict[str, object]:
-    """Frames in host memory to RLE; batches as `full_batches` gives them.
+) -> StreamTiming:
+    """Times batches, as `full_batches` gives them, in a stream.
 
-    One canvas is measured after the other: a slot's graph is of the last canvas it ran, and a camera has
-    but one.
-
-    Returns:
-        `milliseconds` of a batch that is alone, as `percentiles`, and `images_per_second` and `slots`
-        when as many batches are under way.
+    One canvas is measured after the other, since a slot's graph is of the last canvas that it ran, and a
+    camera has but one.
     """
     by_canvas: dict[tuple[int, int], list[Sequence[Pixels]]] = {}
     for batch in islice(cycle(batches), runs):
@@ -247,39 +279,45 @@ def measure_stream(
     for same in by_canvas.values():
         with predictor.stream(slots=SLOTS) as session:
             fill_slots(session, same[0], CAPTURED)
-            alone += [_alone(session, batch) for batch in same]
+            alone += [next(streamed(session, [list(batch)]))[0] for batch in same]
             seconds += _overlapped(session, same)
     rate = sum(map(len, islice(cycle(batches), runs))) / seconds
-    return {"milliseconds": percentiles(alone), "images_per_second": rate, "slots": SLOTS}
+    return StreamTiming(milliseconds=Percentiles.of(alone), images_per_second=rate, slots=SLOTS)
 
 
 def fill_slots(session: StreamSession, batch: Sequence[Pixels], times: int) -> None:
     """Runs a batch in every slot of a session of `SLOTS`: each grows and captures for itself."""
     for _ in range(times):
-        for future in [session.submit(list(batch), rle=True) for _ in range(SLOTS)]:
-            _finish(future)
-
-
-def _alone(session: StreamSession, batch: Sequence[Pixels]) -> float:
-    started = time.perf_counter()
-    _finish(session.submit(list(batch), rle=True))
-    return time.perf_counter() - started
+        list(streamed(session, [list(batch)] * SLOTS))
 
 
 def _overlapped(session: StreamSession, batches: Sequence[Sequence[Pixels]]) -> float:
     """Seconds that `batches` take while all slots are at work."""
     runs = max(len(batches), 4 * SLOTS)  # else filling and draining the slots is most of it
-    waiting: deque[Future] = deque()
     started = time.perf_counter()
-    for batch in islice(cycle(batches), runs):
-        if len(waiting) == SLOTS:
-            _finish(waiting.popleft())
-        waiting.append(session.submit(list(batch), rle=True))
-    while waiting:
-        _finish(waiting.popleft())
+    list(streamed(session, map(list, islice(cycle(batches), runs))))
     return (time.perf_counter() - started) * len(batches) / runs
 
 
-def _finish(future: Future) -> None:
-    for detections in future.result():
-        detections.to_rle()
+def streamed(
+    session: StreamSession, batches: Iterable[Pixels | list[Pixels]]
+) -> Iterator[tuple[float, int]]:
+    """Runs frames or batches in a session of `SLOTS` slots, as many at once.
+
+    Yields:
+        for each in turn, the seconds from submission to RLEs, and how many detections there are.
+    """
+    waiting: deque[tuple[float, Future]] = deque()
+
+    def finish() -> tuple[float, int]:
+        started, future = waiting.popleft()
+        found = future.result()
+        count = sum(len(one.to_rle()) for one in (found if isinstance(found, list) else [found]))
+        return time.perf_counter() - started, count
+
+    for batch in batches:
+        if len(waiting) == SLOTS:
+            yield finish()
+        waiting.append((time.perf_counter(), session.submit(batch, rle=True)))
+    while waiting:
+        yield finish()

@@ -1,4 +1,4 @@
-"""All contestants against the first of them: AP, stages, layers, images that differ most."""
+"""Scores the backends of a bundle, compares them with the first of them, and finds where they part."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +19,32 @@ from comask.data.source import Id
 from comask.errors import BackendUnavailableError, NotFiniteError
 from comask.evaluate import Truth
 from comask.preprocess import prepare
-from comask.runtime.parity.contestants import looser, precision_of
-from comask.runtime.parity.foreign import explain_results
-from comask.runtime.parity.judge import (
+from comask.runtime.backends import LoadOptions
+from comask.runtime.bench.machine import describe_machine
+from comask.runtime.parity.causes import altered_preprocessing, altered_weights, explain_results
+from comask.runtime.parity.layers import Trace, trace_graphs
+from comask.runtime.parity.open_backends import looser, precision_of
+from comask.runtime.parity.report import (
+    SAME,
+    ParityReport,
+    Picture,
+    points_of,
+    side_by_side,
+)
+from comask.runtime.parity.scores import Results, Scores, flat, score_backend
+from comask.runtime.parity.verdict import (
+    IMAGES,
     LEAST_AGREEMENT,
+    WORST,
+    ApComparison,
+    ImageAgreement,
+    Verdict,
     agreement,
     ap_tolerance,
     compare_ap,
-    points,
+    compare_backends,
     shared,
 )
-from comask.runtime.parity.layers import altered_weights, trace_graphs
-from comask.runtime.parity.pictures import SAME, WORST, side_by_side
-from comask.runtime.parity.scores import Results, Scores, flat, score_backend
-from comask.runtime.parity.stages import IMAGES, compare_backends
 from comask.runtime.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -42,12 +55,41 @@ TRACED_SIDE = 320  # pixels of a traced image's shorter side at most: all layers
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class GraphCheck:
+    """What the graphs of one ONNX Runtime backend hold.
+
+    Attributes:
+        altered: one sentence a tensor or scale that is not the network's.
+        trace: layer by layer; None where nothing asked for it.
+    """
+
+    altered: list[str]
+    trace: Trace | None
+
+    @property
+    def causes(self) -> list[str]:
+        """The first layer that differs, or nothing."""
+        return [self.trace.cause] if self.trace and self.trace.first else []
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence on the first layer that differs, and one on what was altered."""
+        more = len(self.altered) - 1
+        rest = f" (and {more} more)" if more > 0 else ""
+        return self.causes + [f"{sentence}{rest}" for sentence in self.altered[:1]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is compared on what.
 
     Attributes:
         bundle: of all backends.
+        data: as the user named it.
+        boxes: of the ground truth: `annotated`, or of the `mask`.
+        how: the options with which the backends were opened.
+        skipped: by name, why a backend did not open.
         truth: of the images.
         detections: of an image that count, where they are more than COCO's 100.
         labels: the data's label of each of the bundle's.
@@ -58,6 +100,10 @@ class Evaluation:
     """
 
     bundle: Bundle
+    data: str
+    boxes: str
+    how: LoadOptions
+    skipped: dict[str, str]
     truth: Truth
     detections: int
     labels: NDArray[np.int64]
@@ -68,7 +114,7 @@ class Evaluation:
 
     def run(
         self, predictors: Mapping[str, Predictor], foreign: Mapping[str, Results]
-    ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
+    ) -> tuple[ParityReport, dict[str, list[Picture]]]:
         """Scores all and compares them with the first.
 
         Args:
@@ -76,174 +122,161 @@ class Evaluation:
             foreign: COCO results of other pipelines by name, of each image of `truth`.
 
         Returns:
-            the report, and by contestant captions and JPEGs of the images that differ most.
+            the report, and by contestant the images that differ most.
         """
         (first, reference), *others = predictors.items()
         base = self._score(first, reference)
         # the others are scored on what the first could decode
-        scored = dataclasses.replace(self, truth=base.truth)
-        decoded = set(base.truth.indices)
-        foreign = {
-            name: [
-                rows for i, rows in zip(self.truth.indices, results, strict=True) if i in decoded
-            ]
-            for name, results in foreign.items()
-        }
-        not_decoded = len(self.truth.indices) - len(decoded)
-        return scored._run(first, reference, base, others, foreign, not_decoded)
-
-    def _run(
-        self,
-        first: str,
-        reference: Predictor,
-        base: Scores,
-        others: Sequence[tuple[str, Predictor]],
-        foreign: Mapping[str, Results],
-        not_decoded: int,
-    ) -> tuple[dict[str, Any], dict[str, list[tuple[str, bytes]]]]:
-        report: dict[str, Any] = {
-            "reference": first,
-            "images": base.final.images,
-            "not_decoded": not_decoded,
-            "max_detections": base.final.max_detections,
-            "backends": {first: _numbers(base)},
-            "comparisons": {},
-            "weights": {},
-            "traces": {},
-        }
-        pictures: dict[str, list[tuple[str, bytes]]] = {}
-        if first.startswith("onnxruntime"):
-            self._check_graphs(first, base, [], report)
+        judge = _Judge(dataclasses.replace(self, truth=base.truth), first, reference, base)
+        judge.check_graphs(first)
         for name, predictor in others:
-            scores, found = self._judge(name, predictor, base, reference)
-            if name.startswith("onnxruntime"):
-                self._check_graphs(name, base, found["failures"], report)
-            self._add(name, scores, found, base, report, pictures)
+            judge.add_backend(name, predictor)
+        decoded = set(base.truth.indices)
         for name, results in foreign.items():
-            scores = self._scored(results)
-            found = self._compare_foreign(scores, base, reference)
-            self._add(name, scores, found, base, report, pictures)
-        return report, pictures
-
-    def _add(
-        self,
-        name: str,
-        scores: Scores,
-        found: dict[str, Any],
-        base: Scores,
-        report: dict[str, Any],
-        pictures: dict[str, list[tuple[str, bytes]]],
-    ) -> None:
-        """Puts one contestant into the report, with its verdict."""
-        if base.final.detections and not scores.final.detections:
-            found["failures"].append("no detections at all, so nothing was compared")
-        report["backends"][name] = _numbers(scores)
-        report["comparisons"][name] = found | {"passed": not found["failures"]}
-        pictures[name] = self._worst(name, report["reference"], found, base.results, scores.results)
+            images = zip(self.truth.indices, results, strict=True)
+            judge.add_results(name, [rows for index, rows in images if index in decoded])
+        check = judge.checks.get(first, GraphCheck([], None))
+        altered = [f"{first}: {sentence}" for sentence in check.causes + check.altered[:1]]
+        report = ParityReport(
+            bundle=str(self.bundle.folder),
+            data=self.data,
+            boxes=self.boxes,
+            proposals=self.how.proposals,
+            short_side=self.how.short_side,
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=describe_machine(self.how.device),
+            skipped=self.skipped,
+            verification=self.bundle.manifest.verification,
+            failures=altered_preprocessing(self.bundle) + altered,
+            reference=first,
+            images=base.final.images,
+            not_decoded=len(self.truth.indices) - len(decoded),
+            max_detections=base.final.max_detections,
+            backends=judge.points,
+            comparisons=judge.verdicts,
+            weights={name: check.altered for name, check in judge.checks.items()},
+            traces={name: check.trace for name, check in judge.checks.items() if check.trace},
+        )
+        return report, judge.pictures
 
     def _score(self, name: str, predictor: Predictor) -> Scores:
         return score_backend(
             predictor, self.truth, self.labels, self.detections, f"evaluating {name}"
         )
 
-    def _scored(self, results: Results) -> Scores:
-        """The worth of results that are there."""
-        final = self.truth.score(flat(results), detections=self.detections)
-        return Scores(final=final, results=results, truth=self.truth)
 
-    def _judge(
-        self, name: str, predictor: Predictor, base: Scores, reference: Predictor
-    ) -> tuple[Scores, dict[str, Any]]:
-        """One backend's scores and comparison; what computes NaN counts as finding nothing."""
+class _Judge:
+    """Judges contestants by the reference, and collects what it finds.
+
+    Args:
+        evaluation: whose truth is that of the images which the reference could decode.
+        first: name of the reference.
+        reference: what the others are compared with.
+        base: its scores.
+
+    Attributes:
+        points: of all, the reference's first.
+        verdicts: on all others.
+        pictures: of all others.
+        checks: of the graphs of ONNX Runtime backends, where they could be read.
+    """
+
+    def __init__(
+        self, evaluation: Evaluation, first: str, reference: Predictor, base: Scores
+    ) -> None:
+        self._evaluation, self._bundle = evaluation, evaluation.bundle
+        self._truth, self._source = evaluation.truth, evaluation.truth.source
+        self._first, self._reference, self._base = first, reference, base
+        self._busiest = [base.truth.indices[place] for place in busiest(base)]
+        self.points = {first: points_of(base)}
+        self.verdicts: dict[str, Verdict] = {}
+        self.pictures: dict[str, list[Picture]] = {}
+        self.checks: dict[str, GraphCheck] = {}
+
+    def add_backend(self, name: str, predictor: Predictor) -> None:
+        """Scores and judges a backend; what computes NaN counts as finding nothing."""
+        precision = looser(precision_of(name), precision_of(self._reference.stages.backend))
+        stages, not_finite, differing = None, [], []
         try:
-            scores = self._score(name, predictor)
-            return scores, self._compare(name, scores, base, reference, predictor)
-        except NotFiniteError as error:
-            scores = self._scored([[] for _ in self.truth.indices])
-            precision = precision_of(name)
-            found = compare_ap(scores.final, base.final, precision, self._tolerance(precision))
-            found["failures"].insert(0, str(error))
-            return scores, found | self._agreement(base.results, scores.results)
-
-    def _compare(
-        self, name: str, scores: Scores, base: Scores, reference: Predictor, predictor: Predictor
-    ) -> dict[str, Any]:
-        precision = looser(precision_of(name), precision_of(reference.stages.backend))
-        found = compare_ap(scores.final, base.final, precision, self._tolerance(precision))
-        places = busiest(base)[:IMAGES]
-        images = [reference.prepare(self.truth.source.image(self.truth.indices[i])) for i in places]
-        stages = compare_backends(
-            reference.stages, predictor.stages, images, self.bundle.manifest.model, precision
-        )
-        found["stages"] = stages
-        if stages["failures"]:
-            rest = stages["beyond"] - 1
-            found["failures"].append(
-                f"stage by stage, first: {stages['failures'][0]}"
-                + (f" (and {rest} more)" if rest else "")
+            scores = self._evaluation._score(name, predictor)
+            images = [
+                self._reference.prepare(self._source.image(index))
+                for index in self._busiest[:IMAGES]
+            ]
+            stages = compare_backends(
+                self._reference.stages,
+                predictor.stages,
+                images,
+                self._bundle.manifest.model,
+                precision,
             )
-        return found | self._agreement(base.results, scores.results)
+            rest = f" (and {stages.beyond - 1} more)" if stages.beyond > 1 else ""
+            differing = [f"stage by stage, first: {text}{rest}" for text in stages.failures[:1]]
+        except NotFiniteError as error:
+            scores = self._scored([[] for _ in self._truth.indices])
+            not_finite = [str(error)]
+        ap = self._compare_ap(scores, precision)
+        failures = not_finite + ap.failures + differing
+        failures = self.check_graphs(name, failing=bool(failures)) + failures
+        self._add(name, scores, ap, failures, self._shared(scores.results), stages=stages)
 
-    def _compare_foreign(
-        self, scores: Scores, base: Scores, reference: Predictor
-    ) -> dict[str, Any]:
-        found = compare_ap(scores.final, base.final, "results", self._tolerance("results"))
-        found |= self._agreement(base.results, scores.results)
-        if found["agreement"] < LEAST_AGREEMENT:
-            found["failures"].append(
-                f"its detections agree with the reference's by {found['agreement']:.3f}, at least "
+    def add_results(self, name: str, results: Results) -> None:
+        """Scores and judges the COCO results of another pipeline, of each image of the truth."""
+        scores = self._scored(results)
+        ap = self._compare_ap(scores, "results")
+        shares = self._shared(results)
+        overall = agreement(shares)
+        failures = ap.failures.copy()
+        if overall < LEAST_AGREEMENT:
+            failures.append(
+                f"its detections agree with the reference's by {overall:.3f}, at least "
                 f"{LEAST_AGREEMENT} is expected (1: the same)"
             )
-        known = {category.id for category in self.truth.source.categories}
-        ids = [row["category_id"] for rows in scores.results for row in rows]
+        known = {category.id for category in self._source.categories}
+        ids = [row["category_id"] for rows in results for row in rows]
         if unknown := [number for number in ids if number not in known]:
-            found["failures"].append(
+            failures.append(
                 f"{len(unknown)} of {len(ids)} results have a category_id that the data lack "
                 f"({_some(unknown)}; they have {_some(known)})"
             )
-        if found["failures"] and ids:
-            cause, found["mistakes"] = explain_results(
-                scores.results, reference, self.truth.source, self.truth.indices, self.labels
+        mistakes = None
+        if failures and ids:
+            labels, indices = self._evaluation.labels, self._truth.indices
+            cause, mistakes = explain_results(
+                results, self._reference, self._source, indices, labels
             )
-            if cause:
-                found["failures"].insert(0, cause)
-        return found
+            failures = [cause] * bool(cause) + failures
+        self._add(name, scores, ap, failures, shares, mistakes=mistakes)
 
-    def _tolerance(self, kind: str) -> float:
-        return (
-            ap_tolerance(self.bundle.manifest, kind) if self.tolerance is None else self.tolerance
-        )
+    def check_graphs(self, name: str, *, failing: bool = False) -> list[str]:
+        """Compares the weights of ONNX graphs, and where something fails (or by wish) every layer.
 
-    def _agreement(self, base: Results, other: Results) -> dict[str, Any]:
-        """Over all images, and the images where it is least."""
-        sums = [shared(a, b) for a, b in zip(base, other, strict=True)]
-        values = [agreement([pair]) for pair in sums]
-        order = np.argsort(values, kind="stable")[:WORST].tolist()
-        return {
-            "agreement": agreement(sums),
-            "worst_images": [
-                {
-                    "place": i,
-                    "file": self.truth.source.info(self.truth.indices[i]).file_name,
-                    "agreement": values[i],
-                }
-                for i in order
-            ],
-        }  # fmt: skip
+        int8 graphs are traced in any case: far from the network as they are, no other comparison of
+        tensors judges them.
 
-    def _worst(
-        self, name: str, first: str, found: Mapping[str, Any], base: Results, other: Results
-    ) -> list[tuple[str, bytes]]:
-        if not self.draw:
+        Args:
+            name: of a backend; those without ONNX graphs are passed over.
+            failing: whether something failed already.
+
+        Returns:
+            failures, one sentence each.
+        """
+        if not name.startswith("onnxruntime"):
             return []
-        return [
-            side_by_side(
-                self.truth.source, self.truth.indices[entry["place"]], (first, base[entry["place"]]),
-                (name, other[entry["place"]]), entry["agreement"],
-            )
-            for entry in found["worst_images"]
-            if entry["agreement"] < SAME
-        ]  # fmt: skip
+        precision = precision_of(name)
+        try:
+            network = self._network
+        except BackendUnavailableError as error:
+            if self._evaluation.trace:
+                raise
+            logger.warning("%s: weights are not compared: %s", name, error)
+            return []
+        altered = altered_weights(network, self._bundle, precision)
+        if precision == "int8":
+            altered += self._evaluation.altered_scales
+        wanted = failing or altered or self._evaluation.trace or precision == "int8"
+        self.checks[name] = check = GraphCheck(altered, self._trace(precision) if wanted else None)
+        return check.failures
 
     @cached_property
     def _network(self) -> CoMask:
@@ -251,60 +284,83 @@ class Evaluation:
         try:
             import onnx  # noqa: F401  # reads the graphs
 
-            from comask.runtime.torch_session import model_from_bundle
+            from comask.runtime.backends.pytorch import model_from_bundle
         except ImportError as error:
             raise BackendUnavailableError(
                 f"looking into graphs needs torch and onnx ({error}): pip install 'comask[export]'"
             ) from error
-        return model_from_bundle(self.bundle)
+        return model_from_bundle(self._bundle)
 
-    def _check_graphs(
-        self, name: str, base: Scores, failures: list[str], report: dict[str, Any]
-    ) -> None:
-        """Compares the graphs' weights, and where something fails (or by wish) every layer.
-
-        int8 graphs are traced in any case: far from the network as they are, no other comparison of
-        tensors judges them.
-
-        Args:
-            name: of the ONNX Runtime backend.
-            base: of the reference.
-            failures: of the backend; takes more.
-            report: takes `weights` and `traces`.
-        """
-        precision = precision_of(name)
-        try:
-            network = self._network
-        except BackendUnavailableError as error:
-            if self.trace:
-                raise
-            logger.warning("%s: weights are not compared: %s", name, error)
-            return
-        altered = altered_weights(network, self.bundle, precision)
-        if precision == "int8":
-            altered += self.altered_scales
-        report["weights"][name] = altered
-        if altered:
-            rest = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
-            failures.insert(0, f"{altered[0]}{rest}")
-        if failures or self.trace or precision == "int8":
-            report["traces"][name] = trace = self._trace(precision, base)
-            if trace["first"]:
-                failures.insert(0, trace["cause"])
-
-    def _trace(self, precision: str, base: Scores) -> dict[str, Any]:
-        """A `Trace` of the busiest image as a dictionary."""
-        config = self.bundle.manifest.preprocess
+    def _trace(self, precision: str) -> Trace:
+        """A trace of the busiest image."""
+        config = self._bundle.manifest.preprocess
         if config.short_side > TRACED_SIDE:
             config = config.resized(TRACED_SIDE)
-        image = prepare(self.truth.source.image(self.truth.indices[busiest(base)[0]]), config)
-        trace = trace_graphs(self._network, self.bundle, precision, image.canvas, image.size)
-        values = dataclasses.asdict(trace)
-        for entry, difference in zip(values["differences"], trace.differences, strict=True):
-            entry["tensor"] = difference.tensor
-        if trace.first:
-            values["first"]["tensor"] = trace.first.tensor
-        return values
+        image = prepare(self._source.image(self._busiest[0]), config)
+        return trace_graphs(self._network, self._bundle, precision, image.canvas, image.size)
+
+    def _scored(self, results: Results) -> Scores:
+        """The worth of results that are there."""
+        final = self._truth.score(flat(results), detections=self._evaluation.detections)
+        return Scores(final=final, results=results, truth=self._truth)
+
+    def _compare_ap(self, scores: Scores, kind: str) -> ApComparison:
+        tolerance = self._evaluation.tolerance
+        if tolerance is None:
+            tolerance = ap_tolerance(self._bundle.manifest, kind)
+        return compare_ap(scores.final, self._base.final, kind, tolerance)
+
+    def _shared(self, results: Results) -> list[tuple[float, float]]:
+        """What each image's detections and the reference's share."""
+        return [shared(a, b) for a, b in zip(self._base.results, results, strict=True)]
+
+    def _add(
+        self,
+        name: str,
+        scores: Scores,
+        ap: ApComparison,
+        failures: list[str],
+        shares: list[tuple[float, float]],
+        **found: Any,
+    ) -> None:
+        """Keeps one contestant's points and verdict, and draws where it differs most.
+
+        Args:
+            name: of the contestant.
+            scores: its scores.
+            ap: how they differ from the reference's.
+            failures: all of them, those of `ap` included.
+            shares: what `_shared` gives.
+            found: more of `Verdict`.
+        """
+        if self._base.final.detections and not scores.final.detections:
+            failures = [*failures, "no detections at all, so nothing was compared"]
+        values = [agreement([pair]) for pair in shares]
+        indices = self._truth.indices
+        worst = [
+            ImageAgreement(
+                place=i, file=self._source.info(indices[i]).file_name, agreement=values[i]
+            )
+            for i in np.argsort(values, kind="stable")[:WORST].tolist()
+        ]
+        self.points[name] = points_of(scores)
+        self.verdicts[name] = Verdict(
+            **vars(ap) | {"failures": failures},
+            agreement=agreement(shares),
+            worst_images=worst,
+            **found,
+        )
+        self.pictures[name] = [
+            side_by_side(
+                self._source,
+                indices[image.place],
+                (self._first, self._base.results[image.place]),
+                (name, scores.results[image.place]),
+                image.agreement,
+            )
+            for image in worst
+            if self._evaluation.draw and image.agreement < SAME
+        ]
 
 
 def _some(ids: Iterable[Id]) -> str:
@@ -317,11 +373,3 @@ def _some(ids: Iterable[Id]) -> str:
 def busiest(base: Scores) -> list[int]:
     """Places of the images, those first in which the reference finds most: empty ones show little."""
     return sorted(range(len(base.results)), key=lambda i: -len(base.results[i]))
-
-
-def _numbers(scores: Scores) -> dict[str, Any]:
-    before = {"first": scores.first, "plain": scores.plain}
-    return {
-        **points(scores.final),
-        **{stage: points(metrics) if metrics else None for stage, metrics in before.items()},
-    }

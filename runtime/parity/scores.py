@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.bundle import Manifest
-from comask.data.source import Id, ImageInfo, InstanceSource, readable_images
-from comask.errors import DataError
+from comask.data.source import Id, ImageInfo, InstanceSource
+from comask.errors import DataError, one_line
 from comask.evaluate import CocoMetrics, Truth, coco_results
 from comask.files import parse_json
 from comask.preprocess import Prepared
 from comask.progress import Progress
 from comask.runtime.predictor import Predictor
 from comask.segmentation import read_segmentation
+from comask.structures import Detections
 
 Results = list[list[dict[str, Any]]]  # COCO results of each image, with the data's ids
 
 LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
 FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,43 @@ def _first(names: list[str]) -> str:
     return f"{len(names)} ({shown})" if names else "none"
 
 
+def detect(
+    predictor: Predictor,
+    source: InstanceSource,
+    indices: Sequence[int],
+    title: str,
+    *,
+    quiet: bool = False,
+) -> Iterator[tuple[int, Mapping[str, Detections]]]:
+    """Detections in images of a data set; images that cannot be decoded are logged and passed over.
+
+    Args:
+        predictor: to run.
+        source: of the images.
+        indices: of the images.
+        title: of the progress that is shown.
+        quiet: show no progress.
+
+    Yields:
+        an image's index and its detections at each point of `FOUND_AT` that the backend tells.
+
+    Raises:
+        ComaskError: what the backend raises.
+    """
+    with Progress(title, len(indices), unit="images", quiet=quiet) as progress:
+        for result in predictor.map(indices, source.image, isolate=False):
+            if result.error:
+                logger.warning("skipped: %s", one_line(result.error))
+            else:
+                yield result.item, result.stages
+            progress.advance()
+
+
+def with_labels(found: Detections, labels: NDArray[np.int64]) -> Detections:
+    """Detections with the data's labels in place of the bundle's; see `labels_in_data`."""
+    return dataclasses.replace(found, labels=labels[found.labels], class_names=None)
+
+
 def score_backend(
     predictor: Predictor, truth: Truth, labels: NDArray[np.int64], detections: int, title: str
 ) -> Scores:
@@ -95,18 +136,11 @@ def score_backend(
     """
     results: dict[str, Results] = {"final": []}
     scored: list[int] = []
-    chunk = 2 * predictor.max_batch  # a full batch of each of two canvases
-    with Progress(title, len(truth.indices), unit="images") as progress:
-        for start in range(0, len(truth.indices), chunk):
-            asked = truth.indices[start : start + chunk]
-            images = dict(readable_images(truth.source, asked))
-            prepared = [predictor.prepare(image) for image in images.values()]
-            places = list(images)
-            found = image_results(predictor, truth.source, places, prepared, labels)
-            for stage, rows in found.items():
-                results.setdefault(stage, []).extend(rows)
-            scored += places
-            progress.advance(len(asked))
+    for index, stages in detect(predictor, truth.source, truth.indices, title):
+        for stage, found in stages.items():
+            known = with_labels(found, labels)
+            results.setdefault(stage, []).append(coco_results(truth.source, index, known))
+        scored.append(index)
     truth = truth.of(scored)
     metrics = {
         stage: truth.score(flat(rows), detections=detections) for stage, rows in results.items()
@@ -133,9 +167,8 @@ def image_results(
     results: dict[str, Results] = {"final": [[] for _ in prepared]}
     for place, stages in enumerate(predictor.predict_stages(prepared)):
         for stage, found in stages.items():
-            known = dataclasses.replace(found, labels=labels[found.labels], class_names=None)
             rows = results.setdefault(stage, [[] for _ in prepared])
-            rows[place] = coco_results(source, indices[place], known)
+            rows[place] = coco_results(source, indices[place], with_labels(found, labels))
     return results
 
 

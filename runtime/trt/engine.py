@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from comask.errors import BackendUnavailableError, EngineError
-from comask.runtime.session import TensorSpec
+from comask.runtime.backends.base import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder, widening_command
 
 LIBRARY = "libtensorrt_rtx.so"

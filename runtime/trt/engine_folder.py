@@ -1,5 +1,16 @@
 """A folder of engines: two plans, and `engine.json`, which says what they are and what they need.
 
+Its name, as `tensorrt-10.16.1-sm90-nvidia-h200-fp16-python`, is for people; comask reads `engine.json`:
+
+| part | here | is |
+|---|---|---|
+| flavor | `tensorrt` | the library: `tensorrt` or `tensorrt-rtx` |
+| version | `10.16.1` | of the library that built the plans |
+| target | `sm90` | the compute capability; `portable` for TensorRT-RTX, which compiles when it loads |
+| GPU | `nvidia-h200` | the model that the plans were tuned on; left out when built without one |
+| precision | `fp16` | of the graphs: `fp32`, `fp16` or `int8` |
+| plugin | `python` | how the custom ops run: `python`, `aot` or `none` |
+
 A plan runs only under the TensorRT that built it, on its GPU, for the graphs it was built from. All of
 that is compared before a plan is deserialised, since TensorRT's own message names neither side.
 """
@@ -14,7 +25,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +33,8 @@ from comask.bundle import Bundle, graph_file, sha256
 from comask.config_reading import from_dict
 from comask.errors import ConfigError, EngineError
 from comask.files import parse_json
-from comask.runtime.gpu import Gpu
+from comask.kernels.launch import LEVEL_STRIDES
+from comask.runtime.device import Gpu
 
 ENGINES = "engines"  # folder of the bundle
 DESCRIPTION = "engine.json"
@@ -33,8 +45,22 @@ PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 
 logger = logging.getLogger(__name__)
 
-STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 LAST_WORDS = 3  # lines of a failed command's output that go into the message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCounts:
+    """Convolutions and products of one stage by precision, as they were read back after building.
+
+    Attributes:
+        of: how many the graph has.
+        network: precision → how many layers of the parsed network have it.
+        engine: the same of the built engine; None where no GPU could open it.
+    """
+
+    of: int
+    network: dict[str, int] = field(default_factory=dict)
+    engine: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +81,7 @@ class EngineInfo:
         graphs: sha256 of each stage's ONNX file.
         transformed: sha256 of what TensorRT was given of it, which changes with comask too.
         plans: sha256 of each stage's plan.
-        layers: per stage how many layers the graph has (`of`), and how many of each precision were read
-            back from the parsed `network` and from the `engine`, which is None without a GPU.
+        layers: per stage.
         seconds: building time of each stage.
         verification: how the plans were compared with PyTorch; `not_run` says why they were not.
         created: ISO 8601 in UTC.
@@ -77,7 +102,7 @@ class EngineInfo:
     graphs: dict[str, str]
     transformed: dict[str, str]
     plans: dict[str, str]
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, LayerCounts]
     seconds: dict[str, float]
     verification: dict[str, Any]
     created: str
@@ -86,7 +111,7 @@ class EngineInfo:
 
     @property
     def folder_name(self) -> str:
-        """`tensorrt-10.16.1-sm90-nvidia-h200-fp16-python`; models of one capability need their own."""
+        """See the top of this file; models of one capability need their own."""
         model = "" if self.gpu is None else "-" + re.sub(r"[^a-z0-9]+", "-", self.gpu.lower())
         return f"{self.flavor}-{self.version}-{self.target}{model}-{self.precision}-{self.plugin}"
 
@@ -307,10 +332,8 @@ def _bundle(folder: EngineFolder) -> Path:
 
 def _sizes(tensor: str, shape: tuple[int, ...]) -> dict[str, int]:
     """The sizes of the profile that a tensor's shape shows."""
-    if tensor in STRIDES:
+    if stride := LEVEL_STRIDES.get(tensor):
         batch, _, height, width = shape
-        return {
-            "batch": batch, "height": height * STRIDES[tensor], "width": width * STRIDES[tensor],
-        }  # fmt: skip
+        return {"batch": batch, "height": height * stride, "width": width * stride}
     names = {"images": ("batch", "height", "width"), "image_sizes": ("batch",)}
     return dict(zip(names.get(tensor, ("batch", "proposals")), shape, strict=False))

@@ -7,13 +7,14 @@ its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` put TensorRT
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from comask.errors import EngineError
 from comask.kernels.compile import FOLDER, HEADER
-from comask.kernels.launch import Launch, nms_launch, roi_align_launch
+from comask.kernels.launch import LEVEL_STRIDES, Launch, nms_launch, roi_align_launch
 
 NAMESPACE = "comask"
 VERSION = "1"
@@ -38,8 +39,64 @@ class TensorDesc:
     format: str
 
 
+class CustomOp(ABC):
+    """A node of one of our ops; its fields are the node's attributes, by their names."""
+
+    __slots__ = ()
+
+    name: ClassVar[str]
+    kernel: ClassVar[str]  # name of its source
+    num_inputs: ClassVar[int]
+    attributes: ClassVar[Mapping[str, type]]  # attribute of the ONNX node → Python type
+    # attributes that the kernel fixes; compared in the graph, since TensorRT's Python before 10.16 reads
+    # a list of numbers as so many times the first
+    fixed: ClassVar[Mapping[str, Any]]
+    formats: ClassVar[Formats]
+
+    @classmethod
+    def from_attributes(cls, values: Mapping[str, Any]) -> Self:
+        """From a node's attributes or an engine's fields.
+
+        Raises:
+            EngineError: for one that is missing.
+        """
+        missing = [name for name in cls.attributes if name not in values]
+        if missing:
+            raise EngineError(
+                f"{cls.name}: has no attribute {', '.join(missing)}; export the bundle again with this "
+                "comask"
+            )
+        return cls(**{name: values[name] for name in cls.attributes})
+
+    def fields(self) -> dict[str, Any]:
+        """What an engine must hold to create this op again."""
+        return {name: getattr(self, name) for name in self.attributes}
+
+    def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
+        """Whether the kernel takes tensor `position` in this format, given those before it."""
+        asked = tuple((desc.type, desc.format) for desc in descs[: position + 1])
+        return any(known[: position + 1] == asked for known in self.formats)
+
+    @abstractmethod
+    def output_type(self, input_types: Sequence[str]) -> str:
+        """The output's type, by name, of the inputs' types."""
+
+    @abstractmethod
+    def output_shape(
+        self,
+        inputs: Sequence[Any],
+        constant: Callable[[int], Any],
+        product: Callable[[Any, Any], Any],
+    ) -> list[Any]:
+        """Symbolic dimensions of the output from those of the inputs."""
+
+    @abstractmethod
+    def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
+        """The kernel launch for inputs of these shapes."""
+
+
 @dataclass(frozen=True, slots=True)
-class PyramidRoiAlignOp:
+class PyramidRoiAlignOp(CustomOp):
     """`PyramidRoiAlign(p2, p3, p4, p5, rois [B, N, 4]) → [B·N, C, S, S]`.
 
     Attributes:
@@ -55,39 +112,19 @@ class PyramidRoiAlignOp:
     name: ClassVar[str] = "PyramidRoiAlign"
     kernel: ClassVar[str] = "pyramid_roi_align"
     num_inputs: ClassVar[int] = 5
-    # attribute of the ONNX node → Python type
     attributes: ClassVar[Mapping[str, type]] = {
         "output_size": int, "sampling_ratio": int, "canonical_size": float,
     }  # fmt: skip
-    # attributes that the kernel fixes; compared in the graph, since TensorRT's Python before 10.16 reads
-    # a list of numbers as so many times the first
     fixed: ClassVar[Mapping[str, Any]] = {
-        "canonical_level": 4, "strides": (4, 8, 16, 32), "aligned": 1,
+        "canonical_level": 4, "strides": tuple(LEVEL_STRIDES.values()), "aligned": 1,
     }  # fmt: skip
     formats: ClassVar[Formats] = tuple(
         (maps, maps, maps, maps, LINEAR_F32, maps)
         for maps in (LINEAR_F32, ("HALF", "LINEAR"), ("FLOAT", "HWC"), ("HALF", "HWC8"))
     )
 
-    @classmethod
-    def from_attributes(cls, values: Mapping[str, Any]) -> Self:
-        """From a node's attributes or an engine's fields.
-
-        Raises:
-            EngineError: for one that is missing.
-        """
-        return cls(*_required(cls.name, values, "output_size", "sampling_ratio", "canonical_size"))
-
-    def fields(self) -> dict[str, Any]:
-        """What an engine must hold to create this op again."""
-        return {
-            "output_size": self.output_size,
-            "sampling_ratio": self.sampling_ratio,
-            "canonical_size": self.canonical_size,
-        }
-
     def output_type(self, input_types: Sequence[str]) -> str:
-        """The maps' type, by name."""
+        """See `CustomOp`; that of the maps."""
         return input_types[0]
 
     def output_shape(
@@ -96,16 +133,12 @@ class PyramidRoiAlignOp:
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """Symbolic dimensions of the output from those of the inputs."""
+        """See `CustomOp`."""
         rois, size = inputs[4], constant(self.output_size)
         return [product(rois[0], rois[1]), inputs[0][1], size, size]
 
-    def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
-        """Whether the kernel takes tensor `position` in this format, given those before it."""
-        return _supports(self.formats, position, descs)
-
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        """The kernel launch for inputs of these shapes."""
+        """See `CustomOp`."""
         maps, (batch, count, _) = inputs[:4], inputs[4].shape
         channels = maps[0].shape[1]
         padded = -(-channels // HALVES_A_VECTOR) * HALVES_A_VECTOR
@@ -123,7 +156,7 @@ class PyramidRoiAlignOp:
 
 
 @dataclass(frozen=True, slots=True)
-class SortedNmsOp:
+class SortedNmsOp(CustomOp):
     """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
 
     Attributes:
@@ -139,17 +172,8 @@ class SortedNmsOp:
     fixed: ClassVar[Mapping[str, Any]] = {}
     formats: ClassVar[Formats] = ((LINEAR_F32, ("INT32", "LINEAR"), ("BOOL", "LINEAR")),)
 
-    @classmethod
-    def from_attributes(cls, values: Mapping[str, Any]) -> Self:
-        """See `PyramidRoiAlignOp`."""
-        return cls(*_required(cls.name, values, "iou_threshold"))
-
-    def fields(self) -> dict[str, Any]:
-        """See `PyramidRoiAlignOp`."""
-        return {"iou_threshold": self.iou_threshold}
-
     def output_type(self, input_types: Sequence[str]) -> str:
-        """See `PyramidRoiAlignOp`."""
+        """See `CustomOp`."""
         return "BOOL"
 
     def output_shape(
@@ -158,26 +182,17 @@ class SortedNmsOp:
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """See `PyramidRoiAlignOp`."""
+        """See `CustomOp`."""
         return [inputs[1][0], inputs[1][1]]
 
-    def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
-        """See `PyramidRoiAlignOp`."""
-        return _supports(self.formats, position, descs)
-
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        """See `PyramidRoiAlignOp`."""
+        """See `CustomOp`."""
         rows, boxes = inputs[1].shape
         return nms_launch(rows, boxes, self.iou_threshold)
 
 
 Op = PyramidRoiAlignOp | SortedNmsOp
 OPS: tuple[type[PyramidRoiAlignOp] | type[SortedNmsOp], ...] = (PyramidRoiAlignOp, SortedNmsOp)
-
-
-def _supports(formats: Formats, position: int, descs: Sequence[TensorDesc]) -> bool:
-    asked = tuple((desc.type, desc.format) for desc in descs[: position + 1])
-    return any(known[: position + 1] == asked for known in formats)
 
 
 def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
@@ -193,15 +208,6 @@ def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
                     f"{op_type}: {name} is {values[name]}, the kernel does {value} alone; export the "
                     f"bundle again with this comask"
                 )
-
-
-def _required(op: str, values: Mapping[str, Any], *names: str) -> list[Any]:
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise EngineError(
-            f"{op}: has no attribute {', '.join(missing)}; export the bundle again with this comask"
-        )
-    return [values[name] for name in names]
 
 
 def kernels_sha256() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from comask.errors import ComaskError, EngineError
-from comask.kernels import driver
+from comask.kernels import run
 from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
@@ -155,7 +155,7 @@ def _plugin_class(flavor: Flavor) -> Any:
         def attach_to_context(self, context: Any) -> Any:
             with _telling(flavor):
                 # compile now: the first call may already be part of a captured CUDA graph
-                driver.prepare(self.op.kernel)
+                run.prepare(self.op.kernel)
             return self.clone()
 
         def enqueue(
@@ -169,7 +169,7 @@ def _plugin_class(flavor: Flavor) -> Any:
         ) -> None:
             with _telling(flavor):
                 launch = self.op.launch([_desc(desc) for desc in input_desc])
-                driver.launch(launch, list(inputs), outputs[0], stream)
+                run.on_gpu(launch, list(inputs), outputs[0], stream)
 
     return Plugin
 

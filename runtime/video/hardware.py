@@ -12,7 +12,7 @@ import numpy as np
 
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
-from comask.runtime.gpu import find_gpu_or_reason
+from comask.runtime.device import find_gpu_or_reason
 from comask.runtime.video.container import UPRIGHT, Orientation, import_av, reason
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
     from av.video.plane import VideoPlane
 
-    from comask.kernels.launch_frames import Matrix
+    from comask.kernels.launch import Matrix
 
 Where: TypeAlias = Literal["auto", "cpu", "gpu"]
 

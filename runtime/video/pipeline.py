@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.preprocess import padded_shape, resized_shape
+from comask.runtime.backends.base import Closing
+from comask.runtime.images import batches
 from comask.runtime.predictor import Predictor
-from comask.runtime.session import Closing
 from comask.runtime.stream import SLOTS, Future
 from comask.runtime.video.container import is_camera
 from comask.runtime.video.hardware import FFMPEG_STREAM, Nv12Picture
@@ -120,18 +121,11 @@ class Inference(Closing):
 
     def submit(self, frames: Sequence[SourceFrame]) -> None:
         """Runs frames, together those that can: as a call of the predictor would."""
-        batches: dict[Hashable, list[int]] = {}
-        for number, frame in enumerate(frames):
-            batches.setdefault(self._kind(frame), []).append(number)
-        found: list[tuple[SourceFrame, Future, int] | None] = [None] * len(frames)
-        most = self._predictor.max_batch
-        for numbers in batches.values():
-            for start in range(0, len(numbers), most):
-                together = numbers[start : start + most]
-                future = self._start([frames[number] for number in together])
-                for place, number in enumerate(together):
-                    found[number] = (frames[number], future, place)
-        self._submitted.append([entry for entry in found if entry is not None])
+        found: dict[int, tuple[SourceFrame, Future, int]] = {}
+        for indices in batches(map(self._kind, frames), self._predictor.max_batch):
+            future = self._start([frames[i] for i in indices])
+            found |= {i: (frames[i], future, place) for place, i in enumerate(indices)}
+        self._submitted.append([found[i] for i in range(len(frames))])
 
     @property
     def at_work(self) -> bool:

@@ -16,7 +16,7 @@ from comask.draw import draw_overlay
 from comask.errors import ComaskError, VideoError
 from comask.files import is_folder_fault, part_of
 from comask.preprocess import Pixels
-from comask.runtime.session import Closing
+from comask.runtime.backends.base import Closing
 from comask.runtime.video.container import file_url, import_av, reason
 from comask.runtime.video.hardware import Where, choose_encoder
 from comask.runtime.video.source import SourceFrame, VideoSource

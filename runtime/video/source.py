@@ -16,7 +16,7 @@ import numpy as np
 
 from comask.errors import VideoError
 from comask.preprocess import Pixels
-from comask.runtime.session import Closing
+from comask.runtime.backends.base import Closing
 from comask.runtime.video.container import (
     MICROSECONDS,
     TIMEOUT_SECONDS,

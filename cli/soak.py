@@ -1,0 +1,116 @@
+"""`comask-bench --soak`: whether a backend that runs for long keeps its memory and its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from comask.cli.options import Interruption, find_files, write_json
+from comask.cli.tables import console, number, table
+from comask.config import PreprocessConfig
+from comask.errors import ComaskError, ImageError, one_line
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions
+from comask.runtime.bench.machine import require_proc
+from comask.runtime.bench.plots import draw_soak
+from comask.runtime.bench.soak import Encoded, SoakReport, broken_images, noise_images, soak
+from comask.runtime.bench.timing import decoded
+
+MOST_IMAGES = 16  # a round of them is over soon
+
+
+def soak_backend(
+    bundle: Path,
+    backend: str,
+    how: LoadOptions,
+    images: Path | None,
+    *,
+    minutes: float,
+    plot: Path | None,
+    json_file: str | None,
+) -> None:
+    """Runs, judges, prints and draws; SIGINT and SIGTERM end it early.
+
+    Args:
+        bundle: to run.
+        backend: as `Predictor.load` takes it.
+        how: it runs.
+        images: a file or a folder of them; None for noise.
+        minutes: to go on for.
+        plot: picture to draw.
+        json_file: see `write_json`.
+
+    Raises:
+        ComaskError: something grew beyond its limit, the run broke down, or was too short to judge.
+    """
+    require_proc()
+    stop = Interruption()
+    with Predictor.open(bundle, backend, how) as predictor:
+        chosen, subject = _images(images, predictor.preprocess)
+        with stop.on_signal():
+            report = soak(
+                predictor, chosen, minutes, bundle=bundle, how=how, subject=subject,
+                stopped=lambda: bool(stop.signal),
+            )  # fmt: skip
+    print_soak(report, to_stderr=json_file == "-")
+    if plot is not None and report.times:
+        draw_soak(report, plot)
+    write_json(json_file, dataclasses.asdict(report))
+    if stop.signal:
+        click.echo(f"interrupted: {report.verdict}", err=True)
+        sys.exit(128 + stop.signal)
+    if not report.passed:
+        raise ComaskError(report.verdict)
+
+
+def _images(source: Path | None, preprocess: PreprocessConfig) -> tuple[list[Encoded], str]:
+    """What a round goes through, and what that is in words; broken images are a part of it.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    if source is None:
+        images = noise_images(preprocess)
+        subject = f"noise in {len(images)} sizes"
+    else:
+        files = find_files(str(source), "image")
+        images = list(files[:: max(1, -(-len(files) // MOST_IMAGES))])
+        subject = f"{len(images)} images of {source}"
+    sound = [image for image, _ in decoded(images)]
+    if not sound:
+        raise ImageError(f"--images {source}: none of them can be read")
+    broken = broken_images(sound[-1])
+    return [*images, *broken], f"{subject}, and {len(broken)} broken images"
+
+
+def print_soak(report: SoakReport, *, to_stderr: bool) -> None:
+    """What each series did, and the verdict."""
+    out = console(to_stderr=to_stderr)
+    rows = table("soak", "", "unit", "after\nwarm-up", "at the\nend", "growth", "limit", "")
+    for growth in report.growth.values():
+        rows.add_row(
+            growth.name, growth.unit,
+            *(number(level / growth.scale) for level in (growth.before, growth.after)),
+            f"{growth.grown:+.2%}" if growth.relative else f"{growth.grown:+g}",
+            f"{growth.allowed:.0%}" if growth.relative else f"{growth.allowed:g}",
+            "" if growth.passed else "TOO MUCH",
+        )  # fmt: skip
+    if rows.row_count:
+        out.print(rows, "")
+    out.print(
+        f"{report.images} images in {report.rounds} rounds and {report.seconds / 60:.1f} minutes on "
+        f"{report.runs_as} ({report.device}): {one_line(report.subject)}; {report.detections} "
+        f"detections, {report.unreadable} attempts to read a broken image; {report.machine}"
+    )
+    if report.waited:
+        out.print(
+            f"others had the processor for {report.waited:.0%} of a call's time, which latencies are "
+            f"without"
+        )
+    if not report.detections:
+        out.print("warning: nothing was found in these images, so masks were not under load")
+    if report.passed:
+        out.print(report.verdict)

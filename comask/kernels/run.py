@@ -1,0 +1,207 @@
+"""Runs kernels: on a GPU through CUDA's driver alone, on the CPU, and on PyTorch's tensors of either.
+
+libcuda and PyTorch are loaded at the first use; this module can be imported without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from comask.errors import KernelError, KernelUnavailableError
+from comask.kernels import compile
+from comask.kernels.launch import Launch, pack
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_modules: dict[tuple[int, str], ctypes.c_void_p] = {}  # by context and source
+_functions: dict[tuple[int, str], ctypes.c_void_p] = {}  # by context and entry
+
+
+def prepare(source: str) -> None:
+    """Compiles a kernel for the current context's device and loads it, ahead of its first launch.
+
+    Its functions are fetched as well: a CUDA graph that is being captured allows no loading.
+
+    Raises:
+        KernelUnavailableError: no driver or no compiler.
+        KernelError: no current context, or the driver refuses the module.
+    """
+    context = _current_context()
+    for entry in compile.entries(source):
+        _function(context, source, entry)
+
+
+def on_gpu(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> None:
+    """Launches a kernel in the current CUDA context and returns at once.
+
+    Args:
+        launch: from `comask.kernels.launch`.
+        inputs: device addresses.
+        output: device address.
+        stream: a CUstream's handle; 0 is the default stream.
+
+    Raises:
+        KernelError: as `prepare`, or the driver refuses the launch.
+    """
+    if launch.grid == 0:
+        return
+    function = _function(_current_context(), launch.source, launch.entry)
+    arguments = pack(launch, inputs, output)
+    _call(
+        "cuLaunchKernel", function, launch.grid, 1, 1, launch.block, 1, 1, 0,
+        ctypes.c_void_p(stream), arguments, None,
+    )  # fmt: skip
+
+
+def use_primary_context(device: int) -> None:
+    """Makes a device's primary context current, if this thread has no context.
+
+    A thread that has not called CUDA's runtime yet has none, though it was handed arrays of one.
+
+    Raises:
+        KernelError: no driver or no such device.
+    """
+    if _context():
+        return
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(handle), device)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    _call("cuCtxSetCurrent", context)
+
+
+def on_host(launch: Launch, inputs: Sequence[int], output: int, threads: int = 1) -> None:
+    """Runs a kernel, compiled for the CPU, and returns when it is done.
+
+    Args:
+        launch: from `comask.kernels.launch`.
+        inputs: addresses of C-contiguous arrays.
+        output: likewise.
+        threads: the most to use.
+
+    Raises:
+        KernelError: there is no C++ compiler.
+    """
+    entry = getattr(compile.host_library(launch.source), f"{launch.entry}_host")
+    entry(launch.grid, threads, pack(launch, inputs, output))
+
+
+@cache
+def available(source: str, device: torch.device) -> bool:
+    """Whether a kernel can be used on a device; the first time it cannot, a warning says why.
+
+    Raises:
+        KernelError: the machine has all that it takes, and the kernel fails nevertheless.
+    """
+    import torch
+
+    try:
+        if device.type == "cpu":
+            compile.host_library(source)
+        elif device.type == "cuda":
+            with torch.cuda.device(device):
+                use_primary_context(device.index)
+                prepare(source)
+        else:
+            raise KernelUnavailableError(f"comask has no kernels for {device.type}")
+    except KernelUnavailableError as error:
+        logger.warning("%s on %s falls back to torchvision: %s", source, device, error)
+        return False
+    return True
+
+
+def on_tensors(launch: Launch, inputs: Sequence[Tensor], output: Tensor) -> None:
+    """Runs a kernel; on CUDA, on the current stream of the tensors' device.
+
+    Args:
+        launch: from `comask.kernels.launch`.
+        inputs: tensors of the layouts that it names.
+        output: likewise, on the same device.
+
+    Raises:
+        KernelError: as `on_gpu` and `on_host`.
+    """
+    import torch
+
+    addresses = [tensor.data_ptr() for tensor in inputs]
+    if output.device.type == "cpu":
+        on_host(launch, addresses, output.data_ptr(), torch.get_num_threads())
+        return
+    with torch.cuda.device(output.device):
+        use_primary_context(output.device.index)
+        stream = torch.cuda.current_stream().cuda_stream
+        on_gpu(launch, addresses, output.data_ptr(), stream)
+
+
+def _context() -> int | None:
+    context = ctypes.c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(context))
+    return context.value
+
+
+def _current_context() -> int:
+    context = _context()
+    if context is None:
+        raise KernelError("no CUDA context is current in this thread; make a device current first")
+    return context
+
+
+def _module(context: int, source: str) -> ctypes.c_void_p:
+    with _lock:
+        if (context, source) not in _modules:
+            device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+            _call("cuCtxGetDevice", ctypes.byref(device))
+            _call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, device)
+            _call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, device)
+            image = compile.cubin(source, 10 * major.value + minor.value)
+            module = ctypes.c_void_p()
+            _call("cuModuleLoadData", ctypes.byref(module), image)
+            _modules[context, source] = module
+        return _modules[context, source]
+
+
+def _function(context: int, source: str, entry: str) -> ctypes.c_void_p:
+    function = _functions.get((context, entry))
+    if function is None:
+        function = ctypes.c_void_p()
+        module = _module(context, source)
+        _call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+        _functions[context, entry] = function
+    return function
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelUnavailableError(f"no CUDA driver: {error}; install NVIDIA's driver") from error
+    _check(library, "cuInit", library.cuInit(0))
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = _library()
+    _check(library, name, getattr(library, name)(*arguments))
+
+
+def _check(library: ctypes.CDLL, name: str, status: int) -> None:
+    if status == 0:
+        return
+    texts = []
+    for describe in (library.cuGetErrorName, library.cuGetErrorString):
+        text = ctypes.c_char_p()
+        describe(status, ctypes.byref(text))
+        texts.append((text.value or b"unknown").decode())
+    raise KernelError(f"{name} failed with {status}: {': '.join(texts)}")

@@ -1,0 +1,167 @@
+"""Where a proposal becomes a box: the collaborative head, section 3.2 of the paper.
+
+A coarse mask weighs the boxes that the cells of a RoI predict, and their average is the refined box.
+
+Legend: R RoIs, K classes; a *cell* is one of the 7×7 places of a RoI. Boxes are f32
+`xyxy` in pixels of the resized image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comask.config import ModelConfig
+from comask.models.precision import FloatTensors, with_norm
+
+POOL_SIZE = 14
+CELLS = 7
+MASK_SIZE = 28
+
+
+class CollaborativeHead(FloatTensors):
+    """14×14 RoI features of `channels` → class masks at 28×28 and box offsets at 7×7.
+
+    Args:
+        config: of the network. Mask channel 0 is an unused background, class label k has channel k + 1.
+        regress: predict offsets; a head for masks alone has none.
+    """
+
+    def __init__(self, config: ModelConfig, *, regress: bool = True) -> None:
+        super().__init__()
+        channels, kernel = config.head_channels, config.mask_kernel
+        layers: list[nn.Module] = []
+        for i in range(config.head_convs + 1):
+            before, stride = (config.channels, 2) if i == 0 else (channels, 1)
+            conv = nn.Conv2d(before, channels, 3, stride=stride, padding=1, bias=False)
+            layers += with_norm(conv, config.norm_groups)
+        self.refine = nn.Sequential(*layers)
+        layers = []
+        for _ in range(2):
+            deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+            layers += with_norm(deconv, config.norm_groups)
+        self.upsample = nn.Sequential(*layers)
+        self.mask = nn.Conv2d(channels, config.num_classes + 1, kernel, padding=kernel // 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Few output channels make fan_out's weights, and with them the first masks, too large.
+        nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
+        self.activation = config.offset_activation
+        self.regress = regress
+        if regress:
+            self.offsets = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
+            nn.init.normal_(self.offsets.weight, std=0.001)
+            # A bias of its own lets each cell start with its RoI as box: from zero offsets the IoU has
+            # no gradient, and from one bias for all cells their places must be learned first.
+            start = roi_offsets()
+            self.offset_bias = nn.Parameter(start.log() if self.activation == "exp" else start)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features [R, channels, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7].
+
+        A head for masks alone gives the offsets of the RoI itself.
+        """
+        hidden = self.refine(pooled)
+        masks = self.mask(self.upsample(hidden))
+        if not self.regress:
+            return masks, roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
+        # the bias is most of an offset, and in f16 would lie up to 1/4096 of the RoI beside itself
+        offsets = self.offsets(hidden).float() + self.offset_bias
+        if self.activation == "relu":
+            offsets = F.relu(offsets)
+        elif self.activation == "exp":
+            offsets = torch.exp(offsets)
+        return masks, offsets
+
+
+def roi_offsets() -> Tensor:
+    """The offsets [4, 7, 7] with which every cell decodes to its RoI."""
+    place = (torch.arange(CELLS) + 0.5) / CELLS
+    x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
+    return torch.stack((x, 1 - x, y, 1 - y))
+
+
+def select_class(mask_logits: Tensor, labels: Tensor) -> Tensor:
+    """Each RoI's mask of its own class: [R, K + 1, 28, 28] and [R] i64 → logits [R, 28, 28]."""
+    channel = (labels + 1)[:, None, None, None].expand(-1, 1, MASK_SIZE, MASK_SIZE)
+    return mask_logits.gather(1, channel)[:, 0]
+
+
+def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:
+    """The box that each cell predicts: (l_i, t_i, r_i, b_i) of section 3.2.
+
+    Cell (row i, column j) sits at x = x₁ + w(j + ½)/7, y = y₁ + h(i + ½)/7; its four offsets are
+    distances to the left, right, top and bottom edge in units of the RoI's width or height.
+
+    Args:
+        offsets: [R, 4, 7, 7] in l, r, t, b order.
+        rois: [R, 4].
+
+    Returns:
+        [R, 7, 7, 4].
+    """
+    offsets = offsets.float()
+    place = (torch.arange(CELLS, device=rois.device, dtype=rois.dtype) + 0.5) / CELLS
+    x1, y1, x2, y2 = rois[:, :, None, None].unbind(1)  # each [R, 1, 1]
+    w, h = x2 - x1, y2 - y1
+    x, y = x1 + w * place[None, None, :], y1 + h * place[None, :, None]
+    left, right, top, bottom = offsets.unbind(1)
+    return torch.stack((x - left * w, y - top * h, x + right * w, y + bottom * h), dim=-1)
+
+
+def cell_confidence(mask_logits: Tensor, pooling: str = "sigmoid") -> Tensor:
+    """M_s of section 3.2: the mask averaged over 4×4 pixels; logits [R, 28, 28] → [R, 7, 7] in 0..1.
+
+    Args:
+        mask_logits: [R, 28, 28].
+        pooling: `sigmoid` averages probabilities, `logit` averages logits first, `bilinear` samples
+            the probabilities at each cell's centre.
+    """
+    logits = mask_logits.float()[:, None]
+    step = MASK_SIZE // CELLS
+    if pooling == "logit":
+        return torch.sigmoid(F.avg_pool2d(logits, step))[:, 0]
+    probabilities = torch.sigmoid(logits)
+    if pooling == "bilinear":
+        return F.interpolate(probabilities, size=(CELLS, CELLS), mode="bilinear")[:, 0]
+    return F.avg_pool2d(probabilities, step)[:, 0]
+
+
+def cell_weights(confidence: Tensor, threshold: float, empty: str = "confidence") -> Tensor:
+    """How much each cell's box counts: M_s where M_s > threshold, else 0 (section 3.2).
+
+    Args:
+        confidence: [R, 7, 7] in 0..1.
+        threshold: 0.5 in the paper.
+        empty: what counts where no cell passes: by `confidence` all do, since no object has no
+            pixels; by `proposal` none does, and the proposal stays.
+
+    Returns:
+        [R, 7, 7] f32 in 0..1.
+    """
+    foreground = torch.where(confidence > threshold, confidence, 0.0)
+    if empty == "proposal":
+        return foreground
+    nothing = foreground.sum(dim=(1, 2), keepdim=True) == 0
+    return torch.where(nothing, confidence, foreground)
+
+
+def average_box(cell_boxes: Tensor, weights: Tensor, rois: Tensor) -> Tensor:
+    """Equations 8 and 9: l = Σ l_i M_s(x_i, y_i) / Σ M_s(x_i, y_i), likewise t, r and b.
+
+    Args:
+        cell_boxes: [R, 7, 7, 4].
+        weights: [R, 7, 7] ≥ 0.
+        rois: [R, 4], kept where the weights vanish.
+
+    Returns:
+        [R, 4].
+    """
+    total = weights.sum(dim=(1, 2))
+    weighted = (cell_boxes * weights[..., None]).sum(dim=(1, 2))
+    mean = weighted / total.clamp(min=1e-6)[:, None]
+    return torch.where(total[:, None] > 1e-6, mean, rois)

@@ -1,0 +1,141 @@
+"""The ONNX Runtime backend: runs the bundle's graphs as they are, the custom ops by their bodies.
+
+It is the smallest backend, and the one to copy for another: a stage with `inputs`, `outputs`, `run` and
+`close`, and `open_backend`, which `comask.runtime.backends.MODULES` names.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, BundleError
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.base import Array, Stages, TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class OrtSession:
+    """One ONNX file in ONNX Runtime, on CUDA where its build and the machine offer it.
+
+    On CUDA, f32 is computed as such: TensorFloat-32, whose ten bits of mantissa are f16's, is off.
+
+    Args:
+        graph: path of the file, or its bytes.
+        device: index of the GPU, or `cpu`; None for the first GPU where CUDA can be used.
+        optimized: whether ONNX Runtime may rewrite the graph, which is faster, but of Q/DQ graphs
+            makes something else on a CPU.
+
+    Attributes:
+        provider: what runs the graph, `CUDAExecutionProvider` or `CPUExecutionProvider`.
+
+    Raises:
+        BackendUnavailableError: when onnxruntime is not installed, or does not reach the GPU asked for.
+        BundleError: when it cannot load the file.
+    """
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        device: int | Literal["cpu"] | None = None,
+        *,
+        optimized: bool = True,
+    ) -> None:
+        try:
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            raise BackendUnavailableError(
+                f"the onnxruntime backend cannot be imported ({error}): pip install 'comask[ort]'"
+            ) from error
+        name = graph if isinstance(graph, Path) else "a graph in memory"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only; they are raised as well
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch; Ray sets it for its actors
+        if threads.isdecimal():
+            options.intra_op_num_threads = int(threads)
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        providers: list[tuple[str, dict[str, int]]] = [(CPU_PROVIDER, {})]
+        if device != "cpu" and CUDA_PROVIDER in onnxruntime.get_available_providers():
+            providers.insert(0, (CUDA_PROVIDER, {"device_id": device or 0, "use_tf32": 0}))
+        try:
+            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+                str(graph) if isinstance(graph, Path) else graph, options, providers=providers
+            )
+        # ONNX Runtime's exceptions are not exported and share no base but Exception.
+        except Exception as error:
+            raise BundleError(f"{name}: ONNX Runtime cannot load it: {error}") from error
+        self.provider: str = self._session.get_providers()[0]
+        if isinstance(device, int) and self.provider != CUDA_PROVIDER:
+            raise BackendUnavailableError(
+                f"the onnxruntime backend: GPU {device} was asked for, and this ONNX Runtime runs on "
+                f"{self.provider}: pip install onnxruntime-gpu, or leave the device out"
+            )
+        if self.provider != providers[0][0]:
+            logger.warning(
+                "%s: ONNX Runtime takes %s; %s is in its build and was asked for, but does not start",
+                name, self.provider, providers[0][0],
+            )  # fmt: skip
+        self.inputs = tuple(_spec(entry) for entry in self._session.get_inputs())
+        self.outputs = tuple(_spec(entry) for entry in self._session.get_outputs())
+        self._dtypes = {spec.name: spec.dtype for spec in self.inputs}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Stage`."""
+        if self._session is None:
+            raise RuntimeError("this session is closed")
+        names = [spec.name for spec in self.outputs]
+        cast = {
+            name: np.ascontiguousarray(feeds[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
+        }
+        return dict(zip(names, self._session.run(names, cast), strict=True))
+
+    def close(self) -> None:
+        """See `Stage`."""
+        self._session = None
+
+
+def ort_stages(
+    bundle: Bundle, precision: str, device: int | Literal["cpu"] | None = None
+) -> Stages:
+    """Both graphs of a bundle; `device` as in `OrtSession`.
+
+    Raises:
+        BackendUnavailableError: see `OrtSession`.
+        BundleError: when a graph is missing, altered or broken.
+    """
+    stage1, stage2 = (
+        OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
+        for stage in ("stage1", "stage2")
+    )
+    place = "cpu" if stage2.provider == CPU_PROVIDER else f"cuda:{device or 0}"
+    return Stages(f"onnxruntime:{precision}", stage1, stage2, device=place)
+
+
+def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
+    """See `comask.runtime.backends.MODULES`, and `ort_stages` for its errors."""
+    return ort_stages(bundle, precision or "fp32", options.device)
+
+
+def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:
+    return TensorSpec(entry.name, np.dtype(NUMPY_TYPES[entry.type]), tuple(entry.shape))

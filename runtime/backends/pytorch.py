@@ -1,0 +1,133 @@
+"""The PyTorch backend: the network itself, the reference of every other one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from comask.bundle import WEIGHTS, Bundle
+from comask.errors import BackendUnavailableError, BundleError, ComaskError
+from comask.kernels.launch import LEVEL_STRIDES
+from comask.models.comask import (
+    STAGE1_INPUTS,
+    STAGE1_OUTPUTS,
+    STAGE2_INPUTS,
+    STAGE2_OUTPUTS,
+    CoMask,
+    load_weights,
+)
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.base import Array, Stages, TensorSpec
+
+# of each stage: the names of its inputs and of its outputs
+TENSORS = {"stage1": (STAGE1_INPUTS, STAGE1_OUTPUTS), "stage2": (STAGE2_INPUTS, STAGE2_OUTPUTS)}
+
+
+class TorchStage:
+    """One stage of a `CoMask` in evaluation mode, on the device where its weights are.
+
+    Args:
+        model: in evaluation mode.
+        stage: which.
+        options: keyword arguments of that stage.
+
+    Attributes:
+        model: see above.
+    """
+
+    def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool) -> None:
+        self.model = model
+        self._run = partial(getattr(model, stage), **options)
+        self.inputs, self.outputs = (
+            tuple(graph_spec(name, model) for name in names) for names in TENSORS[stage]
+        )
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Stage`."""
+        device = self.model.mean.device
+        with torch.inference_mode():
+            tensors = {
+                spec.name: torch.from_numpy(feeds[spec.name].astype(spec.dtype, copy=False)).to(
+                    device
+                )
+                for spec in self.inputs
+            }
+            outputs = self._run(**tensors)
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
+    def close(self) -> None:
+        """Nothing to free: the model belongs to whoever made it."""
+
+
+def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
+    """Both stages of a model in evaluation mode; `diagnostics` as in `CoMask.stage2`."""
+    return Stages(
+        "torch" if model.dtype == torch.float32 else "torch:fp16",
+        TorchStage(model, "stage1"),
+        TorchStage(model, "stage2", diagnostics=diagnostics),
+        device=str(model.mean.device),
+    )
+
+
+def graph_spec(name: str, model: CoMask) -> TensorSpec:
+    """Name, dtype and shape of a graph's input or output, the contract of docs/bundle.md."""
+    f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
+    maps = f32 if model.dtype == torch.float32 else np.dtype(np.float16)
+    d = model.config.detections
+    if stride := LEVEL_STRIDES.get(name):
+        return TensorSpec(
+            name, maps, ("batch", model.config.channels, f"height/{stride}", f"width/{stride}")
+        )
+    return {
+        "images": TensorSpec(name, np.dtype(np.uint8), ("batch", "height", "width", 3)),
+        "image_sizes": TensorSpec(name, i32, ("batch", 2)),
+        "proposals": TensorSpec(name, f32, ("batch", "proposals", 4)),
+        "proposal_scores": TensorSpec(name, f32, ("batch", "proposals")),
+        "num_detections": TensorSpec(name, i32, ("batch",)),
+        "boxes": TensorSpec(name, f32, ("batch", d, 4)),
+        "scores": TensorSpec(name, f32, ("batch", d)),
+        "labels": TensorSpec(name, i32, ("batch", d)),
+        "masks": TensorSpec(name, f32, ("batch", d, 28, 28)),
+    }[name]
+
+
+def model_from_bundle(bundle: Bundle) -> CoMask:
+    """The network of a bundle in evaluation mode, on the CPU.
+
+    Raises:
+        BundleError: when its weights are missing, altered or do not fit.
+    """
+    path = bundle.file(WEIGHTS)
+    model = CoMask(bundle.manifest.model, bundle.manifest.preprocess)
+    try:
+        load_weights(model, load_file(path))
+    except (SafetensorError, ComaskError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    return model.eval()
+
+
+def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
+    """See `comask.runtime.backends.MODULES`; the weights are fp32 alone.
+
+    Raises:
+        BackendUnavailableError: PyTorch sees no such GPU.
+        BundleError: for another precision, or see `model_from_bundle`.
+    """
+    if precision not in (None, "fp32"):
+        raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = options.device
+    if device is None:
+        device = 0 if there else "cpu"
+    if device != "cpu" and device >= there:
+        raise BackendUnavailableError(
+            f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
+        )
+    place = device if device == "cpu" else f"cuda:{device}"
+    return torch_stages(model_from_bundle(bundle).to(place))

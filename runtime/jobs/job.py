@@ -1,0 +1,365 @@
+"""`Job`: a folder that says what is to be done, and holds a part for each shard that was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, Literal
+
+from comask import __version__
+from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
+from comask.errors import JobError, one_line
+from comask.files import parse_json
+from comask.runtime.backends import parse_backend
+from comask.runtime.jobs.folder import Folder
+from comask.runtime.jobs.listing import Listing
+
+if TYPE_CHECKING:
+    from comask.structures import Detections
+
+Format = Literal["parquet", "jsonl"]
+FORMATS = ("parquet", "jsonl")  # as `Format`
+Row = dict[str, Any]
+
+TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
+PARTS, DONE = "parts", "done"
+PLAIN = frozenset({"detections.json", "images.json"})  # what runs without --runner write
+
+
+def found_row(address: str, found: Detections) -> Row:
+    """The row of an image that was run.
+
+    `detections` are COCO results without `image_id`, with the name of the `category`.
+    """
+    entries = found.to_coco(0)
+    for entry, label in zip(entries, found.labels.tolist(), strict=True):
+        del entry["image_id"]
+        entry["category"] = found.name(label)
+    height, width = found.image_size
+    return _row(address, width, height, None, entries)
+
+
+def failed_row(address: str, error: str) -> Row:
+    """The row of an image that could not be run: `error` says why, and nothing was found or not found."""
+    return _row(address, None, None, one_line(error), None)
+
+
+def encoded(rows: list[Row], form: Format) -> bytes:
+    """Rows as a file.
+
+    Parquet needs pyarrow.
+    """
+    if form == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(rows, schema=_schema())
+    pyarrow.parquet.write_table(table, file, compression="zstd")
+    return file.getvalue()
+
+
+def _row(
+    address: str,
+    width: int | None,
+    height: int | None,
+    error: str | None,
+    entries: list[Any] | None,
+) -> Row:
+    return {
+        "file": _text(address),
+        "width": width,
+        "height": height,
+        "error": error,
+        "detections": entries,
+    }
+
+
+def _text(text: str) -> str:
+    """Without what UTF-8 cannot hold: a file's name may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _schema() -> Any:
+    from pyarrow import field, float64, int32, int64, list_, schema, string, struct
+
+    mask = struct([field("size", list_(int32())), field("counts", string())])
+    detection = struct(
+        [
+            field("category_id", int64()),
+            field("category", string()),
+            field("bbox", list_(float64())),  # x, y, w, h in pixels
+            field("score", float64()),
+            field("segmentation", mask),
+        ]
+    )
+    return schema(
+        [
+            field("file", string(), nullable=False),
+            field("width", int32()),
+            field("height", int32()),
+            field("error", string()),
+            field("detections", list_(detection)),
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What fixes a job's results, up to the last bits, which batches and devices change.
+
+    Attributes:
+        images: how many there are.
+        inputs: sha256 of the listing.
+        bundle: see `bundle_digest`.
+        backend: with its precision.
+        proposals: see `Predictor.load`.
+        short_side: see `Predictor.load`.
+        shard: images a part.
+        format: of the parts.
+        comask: the version.
+    """
+
+    images: int
+    inputs: str
+    bundle: str
+    backend: str
+    proposals: int | None
+    short_side: int | None
+    shard: int
+    format: Format
+    comask: str = __version__
+
+    @property
+    def id(self) -> str:
+        """Of the job."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+
+def full_name(backend: str) -> str:
+    """A backend with its precision; see `parse_backend`."""
+    return ":".join(parse_backend(backend))
+
+
+def bundle_digest(bundle: Path, backend: str) -> str:
+    """What makes two bundles give the same results on a backend: not their measurements, nor engines.
+
+    Raises:
+        BundleError: there is none.
+    """
+    manifest = Bundle.open(bundle).manifest
+    precision = parse_backend(backend)[1]
+    names = {WEIGHTS, *(graph_file(stage, precision) for stage in STAGES)}
+    same = {
+        "model": dataclasses.asdict(manifest.model),
+        "preprocess": dataclasses.asdict(manifest.preprocess),
+        "categories": [dataclasses.asdict(category) for category in manifest.categories],
+        "mask_threshold": manifest.mask_threshold,
+        "files": {name: manifest.files[name] for name in sorted(names & manifest.files.keys())},
+    }
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a part, written when the part is there.
+
+    Attributes:
+        job: its id.
+        shard: number from 0.
+        bytes: size of the part.
+        images: rows of the part.
+        detections: in all of them.
+        failures: `file` and `error` of the images that could not be run.
+    """
+
+    job: str
+    shard: int
+    bytes: int
+    images: int
+    detections: int
+    failures: list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job in its folder.
+
+    Attributes:
+        folder: where it lies.
+        terms: of this job.
+    """
+
+    folder: Folder
+    terms: Terms
+
+    @classmethod
+    def terms_in(cls, folder: Folder) -> Terms | None:
+        """The terms of the job in a folder, None where there is no job yet.
+
+        Raises:
+            JobError: there is something else.
+        """
+        if not folder.exists(TERMS):
+            if folder.sizes(PARTS) or folder.sizes(DONE):
+                raise JobError(
+                    f"{folder.address}: holds parts but no {TERMS}: name another --output"
+                )
+            if plain := sorted(PLAIN & folder.sizes("").keys()):
+                raise JobError(
+                    f"{folder.address}: holds {plain[0]} of a run without --runner: name another "
+                    f"--output"
+                )
+            return None
+        try:
+            return Terms(**parse_json(folder.read(TERMS)))
+        except (TypeError, ValueError) as error:
+            raise JobError(
+                f"{folder.address}: its {TERMS} is not this comask's: name another --output"
+            ) from error
+
+    @classmethod
+    def begin(cls, folder: Folder, terms: Terms, listing: Listing) -> Job:
+        """The job of these terms in a folder: what is there already, or a new one.
+
+        Raises:
+            JobError: there is another one.
+        """
+        there = cls.terms_in(folder)
+        if there is None:
+            folder.put(INPUTS, listing.file)
+            folder.write(TERMS, _json(dataclasses.asdict(terms)))  # makes it a job
+        elif there != terms:
+            raise JobError(_difference(folder, there, terms))
+        elif folder.sizes("").get(INPUTS) != listing.offsets[-1]:  # was cut or lost since
+            folder.put(INPUTS, listing.file)
+        return cls(folder, terms)
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-self.terms.images // self.terms.shard)
+
+    def images_in(self, shard: int) -> int:
+        """How many images a shard has."""
+        return min(self.terms.shard, self.terms.images - shard * self.terms.shard)
+
+    def run(self, shard: int, start: int, end: int, work: Callable[[list[str]], list[Row]]) -> None:
+        """Does a shard, which may be done twice: both write the same part.
+
+        Args:
+            shard: its number.
+            start: bytes before it in the listing.
+            end: bytes of the listing with it.
+            work: gives a row for each image.
+
+        Raises:
+            JobError: the folder has become another job's, or its listing is damaged.
+        """
+        if self.terms_in(self.folder) != self.terms:  # of two that began at the same moment
+            raise JobError(f"{self.folder.address}: holds another job now: name another --output")
+        lines = self.folder.read(INPUTS, start, end).splitlines()
+        if len(lines) != self.images_in(shard):
+            raise JobError(f"{self.folder.address}: its {INPUTS} is damaged")
+        rows = work([json.loads(line) for line in lines])
+        content = encoded(rows, self.terms.format)
+        record = Record(
+            self.terms.id,
+            shard,
+            len(content),
+            len(rows),
+            sum(len(row["detections"] or ()) for row in rows),
+            [{"file": row["file"], "error": row["error"]} for row in rows if row["error"]],
+        )
+        self.folder.write(f"{PARTS}/{self._part(shard)}", content)
+        self.folder.write(f"{DONE}/{_done(shard)}", _json(dataclasses.asdict(record)))
+
+    def done(self) -> Iterator[Record]:
+        """The records of the parts that are there and whole, in order."""
+        sizes, there = self.folder.sizes(PARTS), self.folder.sizes(DONE)
+        names = [f"{DONE}/{name}" for name in sorted(there) if name.endswith(".json")]
+        for content in self.folder.read_each(names):
+            try:
+                record = Record(**parse_json(content))
+            except (TypeError, ValueError):
+                continue  # truncated, where the storage does not write whole files
+            if record.job == self.terms.id and sizes.get(self._part(record.shard)) == record.bytes:
+                yield record
+
+    def finish(self) -> dict[str, Any]:
+        """Writes `failures.jsonl` and then `summary.json`, and sweeps.
+
+        Returns:
+            The summary.
+
+        Raises:
+            JobError: a part was removed or overwritten since it was done.
+        """
+        summary = {"failed": 0, "detections": 0, "parts": 0}
+        with TemporaryFile() as failures:
+            for record in self.done():
+                summary["failed"] += len(record.failures)
+                summary["detections"] += record.detections
+                summary["parts"] += 1
+                for failure in record.failures:
+                    failures.write(json.dumps(failure, ensure_ascii=False).encode() + b"\n")
+            if summary["parts"] != self.shards:
+                raise JobError(
+                    f"{self.folder.address}: of {self.shards} parts {summary['parts']} are there "
+                    f"still; another command may be at work: run the same command again"
+                )
+            self.folder.put(FAILURES, failures)
+        whole = {**dataclasses.asdict(self.terms), **summary}
+        self.folder.write(SUMMARY, _json(whole))
+        for name in ("", PARTS, DONE):
+            self.folder.sweep(name)
+        return whole
+
+    def summary(self) -> dict[str, Any] | None:
+        """That of a finished job."""
+        if not self.folder.exists(SUMMARY):
+            return None
+        try:
+            summary: dict[str, Any] = parse_json(self.folder.read(SUMMARY))
+        except ValueError:
+            return None  # as in `done`
+        return summary
+
+    def _part(self, shard: int) -> str:
+        return f"part-{shard:07d}.{self.terms.format}"
+
+
+def _done(shard: int) -> str:
+    return f"part-{shard:07d}.json"
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _difference(folder: Folder, there: Terms, here: Terms) -> str:
+    differing = []
+    if (there.images, there.inputs) != (here.images, here.inputs):
+        differing.append(f"other images, {there.images} there, {here.images} here")
+    if there.bundle != here.bundle:
+        differing.append("another network, preprocessing or classes in the bundle")
+    for name in ("backend", "proposals", "short_side", "shard", "format"):
+        values = [getattr(terms, name) or "not given" for terms in (there, here)]
+        if values[0] != values[1]:
+            option = name.replace("_", "-")
+            differing.append(f"--{option} {values[0]} there, {values[1]} here")
+    if there.comask != here.comask:
+        differing.append(f"comask {there.comask} there, {here.comask} here")
+    mend = "name another --output"
+    if not folder.sizes(DONE):
+        mend += ", or remove the folder, in which nothing is done yet"
+    if there.inputs != here.inputs:
+        mend += f", or continue with its own listing, @{folder.address}/{INPUTS}, as the input"
+    return f"{folder.address}: holds another job ({'; '.join(differing)}): {mend}"

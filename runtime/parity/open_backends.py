@@ -1,0 +1,98 @@
+"""Which backends of a bundle are compared, and opening them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from comask.bundle import Bundle
+from comask.errors import BackendUnavailableError, ComaskError, EngineError, KernelError
+from comask.runtime.predictor import Predictor
+from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, EngineFolder
+
+logger = logging.getLogger(__name__)
+
+
+def default_backends(bundle: Bundle) -> tuple[list[str], list[str]]:
+    """PyTorch and every precision on ONNX Runtime, which must run; and the engines, which may.
+
+    The first is the reference.
+    """
+    graphs = [_name("onnxruntime", precision) for precision in bundle.manifest.precisions]
+    engines = []
+    for description in sorted((bundle.folder / ENGINES).glob(f"*/{DESCRIPTION}")):
+        try:
+            info = EngineFolder.open(description.parent).info
+        except EngineError as error:
+            logger.warning("%s", error)
+            continue
+        engines.append(_name(info.flavor, info.precision))
+    return ["torch", *graphs], list(dict.fromkeys(engines))
+
+
+def open_backends(
+    required: Sequence[str],
+    optional: Sequence[str],
+    load: Callable[[str], Predictor],
+    stack: ExitStack,
+) -> tuple[dict[str, Predictor], dict[str, str]]:
+    """Opens all before the first is scored, which may take hours.
+
+    Args:
+        required: names that must open.
+        optional: names that may be left out.
+        load: opens one.
+        stack: closes them.
+
+    Returns:
+        predictors by name, and why others were skipped.
+
+    Raises:
+        ComaskError: when a required one does not open.
+    """
+    opened: dict[str, Predictor] = {}
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(required):
+        opened[name] = stack.enter_context(load(name))
+    for name in optional:
+        try:
+            opened[name] = stack.enter_context(load(name))
+        except (BackendUnavailableError, EngineError, KernelError) as error:
+            skipped[name] = str(error)
+    for name in opened:
+        if name.partition(":")[0] == "torch":
+            _make_reference(opened[name])
+    return opened, skipped
+
+
+def precision_of(name: str) -> str:
+    """`onnxruntime:fp16` → `fp16`; fp32 where none is named."""
+    return name.partition(":")[2] or "fp32"
+
+
+def looser(a: str, b: str) -> str:
+    """The precision whose tolerance a comparison of two takes."""
+    order = ("fp32", "fp16", "int8")
+    known = [order.index(precision) for precision in (a, b) if precision in order]
+    if len(known) < 2:
+        raise ComaskError(f"precisions {a} and {b}: expected two of {', '.join(order)}")
+    return order[max(known)]
+
+
+def _name(backend: str, precision: str) -> str:
+    return backend if precision == "fp32" else f"{backend}:{precision}"
+
+
+def _make_reference(predictor: Predictor) -> None:
+    """Lets PyTorch give the coarse masks too, and compute f32 as such on a GPU: it is the reference."""
+    import torch
+
+    from comask.runtime.backends.pytorch import TorchStage
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    stage1 = predictor.stages.stage1
+    assert isinstance(stage1, TorchStage)
+    stage2 = TorchStage(stage1.model, "stage2", diagnostics=True)
+    predictor.stages = dataclasses.replace(predictor.stages, stage2=stage2)

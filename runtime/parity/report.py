@@ -1,0 +1,303 @@
+"""The report of `comask-eval`: its numbers, as JSON, and as a page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.data.source import InstanceSource, not_decoded_text
+from comask.evaluate import COCO_DETECTIONS, METRICS, TASK_NAMES, TASKS, CocoMetrics
+from comask.page import render
+from comask.runtime.bench.machine import Machine
+from comask.runtime.compare import TOLERANCES
+from comask.runtime.parity.layers import Trace
+from comask.runtime.parity.open_backends import precision_of
+from comask.runtime.parity.scores import Scores
+from comask.runtime.parity.verdict import Entries, Verdict, pairs
+
+if TYPE_CHECKING:
+    from comask.structures import Detections
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+SAME = 0.999  # agreement from which on no picture is worth a look
+SHOWN, AT_LEAST = 0.3, 3  # detections from this score on; without any, so many of the best
+UNMATCHED = (255, 0, 200)
+GAP = 12  # pixels between the two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """AP in points (0..100), -1 where the data holds no such objects.
+
+    Attributes:
+        bbox: COCO's twelve numbers of boxes.
+        segm: those of masks.
+        detections: how many there are.
+        per_class: `per_class[task][class name]`, AP as a fraction.
+        max_detections: how many detections of an image count.
+        coco_ap: AP by task of COCO's 100 detections of an image; empty where those are what counts.
+    """
+
+    bbox: dict[str, float]
+    segm: dict[str, float]
+    detections: int
+    per_class: dict[str, dict[str, float]]
+    max_detections: int
+    coco_ap: dict[str, float]
+
+    @property
+    def tasks(self) -> dict[str, dict[str, float]]:
+        """The numbers by task."""
+        return {"bbox": self.bbox, "segm": self.segm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendPoints(Points):
+    """The points of a contestant.
+
+    Attributes:
+        first: of proposals and coarse masks; None where the backend does not give them.
+        plain: of boxes from cells that all count alike; None where the backend does not give them.
+    """
+
+    first: Points | None
+    plain: Points | None
+
+
+def points_of(scores: Scores) -> BackendPoints:
+    """The scores of one contestant in points."""
+    first, plain = (Points(**_points(m)) if m else None for m in (scores.first, scores.plain))
+    return BackendPoints(**_points(scores.final), first=first, plain=plain)
+
+
+def _points(metrics: CocoMetrics) -> dict[str, Any]:
+    """The fields of `Points`."""
+
+    def scaled(numbers: Mapping[str, float]) -> dict[str, float]:
+        return {key: 100 * value if value >= 0 else -1.0 for key, value in numbers.items()}
+
+    return {
+        **{task: scaled(numbers) for task, numbers in metrics.values.items()},
+        "detections": metrics.detections,
+        "per_class": metrics.per_class,
+        "max_detections": metrics.max_detections,
+        "coco_ap": scaled(metrics.coco_ap or {}),
+    }
+
+
+def change_text(value: float, delta: float) -> str:
+    """How far a contestant's `value` in points lies off; `n/a` where it is."""
+    return f"{delta:+.3f}" if value >= 0 else "n/a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What was compared, and what was found.
+
+    Attributes:
+        bundle: its folder.
+        data: as `--data` names it.
+        boxes: as `--boxes` names them.
+        proposals: that stage 2 took; None for all of the bundle's.
+        short_side: of resized images in pixels; None for the bundle's.
+        when: date and time in UTC, ISO 8601.
+        machine: on which it was measured.
+        skipped: by name, why a backend did not run.
+        verification: of the bundle's manifest.
+        failures: what concerns the bundle or the reference, not one contestant.
+        reference: name of the first backend.
+        images: how many were scored.
+        not_decoded: how many could not be.
+        max_detections: how many detections of an image count.
+        backends: by name, the reference's first.
+        comparisons: of all but the reference, by name.
+        weights: by backend, one sentence a tensor of its graphs that is not the network's.
+        traces: by backend, the comparison layer by layer.
+    """
+
+    bundle: str
+    data: str
+    boxes: str
+    proposals: int | None
+    short_side: int | None
+    when: str
+    machine: Machine
+    skipped: dict[str, str]
+    verification: Mapping[str, Any]
+    failures: list[str]
+    reference: str
+    images: int
+    not_decoded: int
+    max_detections: int
+    backends: dict[str, BackendPoints]
+    comparisons: dict[str, Verdict]
+    weights: dict[str, list[str]]
+    traces: dict[str, Trace]
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is wrong, whether or not enough was found to judge the rest."""
+        return bool(self.failures) or not all(v.passed for v in self.comparisons.values())
+
+    @property
+    def not_judged(self) -> str:
+        """Why a comparison without failures shows nothing; empty where it does."""
+        reference = self.backends[self.reference]
+        if reference.segm["AP"] < 0:
+            return (
+                "the data holds no objects, so there is no AP: give images with annotated objects"
+            )
+        if not reference.detections:
+            return (
+                "the reference found nothing in these images: train longer, or export again with a "
+                "lower --score-threshold"
+            )
+        return "" if self.comparisons else "nothing to compare it with; name another --backend"
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was something to judge, and nothing failed."""
+        return not (self.failed or self.not_judged)
+
+    def without(self, name: str) -> ParityReport:
+        """The report without one contestant."""
+        return dataclasses.replace(
+            self,
+            backends={key: value for key, value in self.backends.items() if key != name},
+            comparisons={key: value for key, value in self.comparisons.items() if key != name},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` writes; what a contestant has no comparison of is left out."""
+        content = dataclasses.asdict(self)
+        content["comparisons"] = {
+            name: {key: value for key, value in found.items() if value is not None}
+            for name, found in content["comparisons"].items()
+        }
+        return content | {"not_judged": self.not_judged, "passed": self.passed}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A JPEG with its caption."""
+
+    caption: str
+    content: bytes
+
+
+def parity_page(report: ParityReport, pictures: Mapping[str, Sequence[Picture]]) -> bytes:
+    """The page of a report, HTML.
+
+    Args:
+        report: to show.
+        pictures: by contestant, the images that differ most.
+    """
+    when = report.when.replace("T", " ").removesuffix("+00:00") + " UTC"
+    facts = [
+        ("data", f"{report.data}, {report.images} images"),
+        ("left out", report.not_decoded and not_decoded_text(report.not_decoded, report.images)),
+        ("detections", f"the {report.max_detections} best of each image count"),
+        ("reference", report.reference),
+        ("proposals", report.proposals),
+        ("short side", report.short_side),
+        ("measured", when),
+    ]
+    return render(
+        TEMPLATE,
+        title=f"Parity of {report.bundle}",
+        report=report,
+        pictures=pictures,
+        facts_of_report=[(name, value) for name, value in facts if value],
+        staged={name: v.stages for name, v in report.comparisons.items() if v.stages},
+        limits={
+            name: TOLERANCES[precision].relative
+            for name in report.comparisons
+            if (precision := precision_of(name)) in TOLERANCES
+        },
+        classes={
+            task: sorted({c for points in report.backends.values() for c in points.per_class[task]})
+            for task in TASKS
+        },
+        change=change_text,
+        coco_detections=COCO_DETECTIONS,
+        metrics=METRICS,
+        names={task: TASK_NAMES[task] for task in TASKS},
+    )
+
+
+def side_by_side(
+    source: InstanceSource,
+    index: int,
+    reference: tuple[str, Entries],
+    other: tuple[str, Entries],
+    value: float,
+) -> Picture:
+    """The reference's detections left, the other's right.
+
+    Detections of one that the other has none of are framed.
+
+    Args:
+        source: with the image.
+        index: of the image.
+        reference: its name and COCO results on the image.
+        other: likewise.
+        value: their agreement.
+    """
+    import cv2
+
+    from comask.data.coco import detections_from_coco
+
+    info, categories, image = source.info(index), source.categories, source.image(index)
+    known = {category.id for category in categories}
+    shown = [
+        _shown([entry for entry in entries if entry["category_id"] in known])
+        for _, entries in (reference, other)
+    ]
+    everything = reference[1], other[1]
+    lone = [
+        [entry for i, entry in enumerate(mine) if i not in matched]
+        for mine, matched in (
+            (shown[0], {i for i, _, _ in pairs(shown[0], everything[1])}),
+            (shown[1], {j for _, j, _ in pairs(everything[0], shown[1])}),
+        )
+    ]
+    tiles = [
+        _tile(image, detections_from_coco(mine, info, categories),
+              detections_from_coco(alone, info, categories))
+        for mine, alone in zip(shown, lone, strict=True)
+    ]  # fmt: skip
+    gap = np.full((tiles[0].shape[0], GAP, 3), 255, np.uint8)
+    sheet = np.concatenate((tiles[0], gap, tiles[1]), axis=1)
+    content = cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    caption = (
+        f"{info.file_name or info.id}: agreement {value:.3f}; left {reference[0]}, {len(shown[0])} "
+        f"detections, {len(lone[0])} of them framed as {other[0]} has no such; right {other[0]}, "
+        f"{len(shown[1])}, {len(lone[1])} framed"
+    )
+    return Picture(caption, content)
+
+
+def _shown(entries: Entries) -> Entries:
+    ranked = sorted(entries, key=lambda entry: -entry["score"])
+    return [entry for entry in ranked if entry["score"] >= SHOWN] or ranked[:AT_LEAST]
+
+
+def _tile(image: NDArray[np.uint8], found: Detections, alone: Detections) -> NDArray[np.uint8]:
+    """The overlay with frames around what stands alone."""
+    import cv2
+
+    from comask.draw import draw_tile
+
+    tile = draw_tile(image, found)
+    scale = np.array(tile.shape[1::-1] * 2) / np.array(image.shape[1::-1] * 2)
+    for x1, y1, x2, y2 in (alone.boxes_xyxy * scale).round().astype(int).tolist():
+        for colour, thickness in (((255, 255, 255), 6), (UNMATCHED, 3)):
+            cv2.rectangle(tile, (x1 - 1, y1 - 1), (x2, y2), colour, thickness)
+    return tile

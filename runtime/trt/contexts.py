@@ -1,0 +1,386 @@
+"""Execution contexts: all that one call at a time needs to run both stages on the GPU, and a pool of it.
+
+Device buffers go by tensor name and belong to both stages: what stage 1 writes as `p2` stage 2 reads as
+`p2`, without a copy. Buffers grow when a larger shape comes and never shrink, so that after the first
+calls nothing is allocated and addresses stay, which captured CUDA graphs need.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from comask.errors import EngineError
+from comask.runtime.backends.base import PROPOSALS, Array
+from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Stream
+from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
+
+Lent = TypeVar("Lent")
+Memory = TypeVar("Memory", DeviceMemory, PinnedMemory)
+
+BEST = {name: f"best {name}" for name in PROPOSALS}  # their buffers
+
+
+def grown(
+    allocate: Callable[[int], Memory], held: Memory | None, size: int, stream: Stream
+) -> Memory:
+    """At least `size` bytes, in place of what is held; freed first, so that both need never fit."""
+    if held is not None and held.size >= size:
+        return held
+    if held is not None:
+        stream.synchronize()  # which waits for whom outputs were lent to
+        held.free()
+    return allocate(max(size, 1))  # CUDA has no empty allocations
+
+
+class Contexts:
+    """An execution context of each stage, their stream and buffers; all inside `with device:`.
+
+    Args:
+        device: to run on.
+        flavor: of the engines.
+        engines: by stage.
+        proposals: see `Stages`.
+
+    Attributes:
+        stream: that all is queued on.
+        buffers: by tensor name.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        flavor: Flavor,
+        engines: Mapping[str, Engine],
+        proposals: int | None = None,
+    ) -> None:
+        self._device, self._flavor, self._engines = device, flavor, engines
+        self.buffers: dict[str, DeviceMemory] = {}
+        self._staging: dict[str, PinnedMemory] = {}
+        self._proposals = proposals
+        self._cuts: dict[str, tuple[Shape, Shape]] = {}  # of `PROPOSALS`: as written, as read
+        self._scratch: DeviceMemory | None = None  # of both stages, which run one after the other
+        self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
+        # what each context was last told: its tensors' shapes, and where they and its scratch lie
+        self._shapes: dict[str, dict[str, Shape]] = {}
+        self._addresses: dict[str, list[int]] = {}
+        self._contexts = {stage: engine.new_context() for stage, engine in engines.items()}
+        self.stream = device.stream()
+        for stage in engines:
+            # TensorRT gives its only profile to the first context of an engine by itself
+            if self._contexts[stage].active_optimization_profile != PROFILE:
+                taken = self._contexts[stage].set_optimization_profile_async(
+                    PROFILE, self.stream.handle
+                )
+                self._must(taken, f"{stage}: its profile for another context")
+        self.stream.synchronize()
+
+    def run(
+        self,
+        stages: Sequence[str],
+        feeds: Mapping[str, Array],
+        seconds: dict[str, float] | None = None,
+    ) -> dict[str, Array]:
+        """Runs stages one after the other; those after the first read what the ones before wrote.
+
+        Args:
+            stages: `stage1`, `stage2`, or both.
+            feeds: inputs that no earlier stage writes, by name.
+            seconds: is told how long each stage took on the GPU, where given.
+
+        Returns:
+            the last stage's outputs in arrays of the caller's.
+
+        Raises:
+            EngineError: for a shape outside the profile, too little memory, or a failure of the GPU.
+        """
+        wanted = self.output_names(stages)
+        shapes = self.reserve(stages, {name: a.shape for name, a in feeds.items()}, feeds)
+        marks = [] if seconds is None else [self._device.event(timed=True) for _ in (0, *stages)]
+        with ExitStack() as ends:
+            for mark in marks:
+                ends.callback(mark.close)
+            try:
+                for name, array in feeds.items():
+                    staged = self.host_view(name, array.shape)
+                    staged[...] = array  # in the engine's type, which may be another one
+                    self.stream.copy_in(self.buffers[name], staged)
+                self.enqueue(stages, marks)
+                for name in wanted:
+                    self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+            finally:
+                self.stream.synchronize()  # after an error too: nothing may move while work is queued
+            for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
+                assert seconds is not None
+                seconds[stage] = behind.since(before)
+        return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
+
+    def output_names(self, stages: Sequence[str]) -> list[str]:
+        """Of the last stage."""
+        return [spec.name for spec in self._engines[stages[-1]].outputs]
+
+    def reserve(
+        self, stages: Sequence[str], fed: Mapping[str, Shape], staged: Iterable[str]
+    ) -> dict[str, Shape]:
+        """Makes everything ready for a call; nothing of an earlier one may be running.
+
+        Args:
+            stages: to run.
+            fed: shapes of the inputs that no earlier stage writes.
+            staged: tensors that need page-locked memory besides the outputs.
+
+        Returns:
+            the shapes of all tensors by name.
+
+        Raises:
+            EngineError: for a shape outside the profile, or too little memory.
+        """
+        shapes = dict(fed)
+        self._cuts = {}
+        try:
+            for stage in stages:
+                self._set_shapes(stage, shapes)
+                shapes |= self._shapes[stage]
+                if self._proposals is not None and stage != stages[-1]:
+                    shapes |= self._cut(shapes)
+            for name in (*staged, *self.output_names(stages)):
+                held, size = self._staging.pop(name, None), self._size(name, shapes[name])
+                self._staging[name] = grown(self._device.pinned, held, size, self.stream)
+        except EngineError:
+            self._shapes.clear()  # memory may be missing that they stand for
+            raise
+        for stage in stages:
+            self._set_addresses(stage)
+        return shapes
+
+    def enqueue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
+        """Queues what `reserve` made ready, one stage after the other.
+
+        Args:
+            stages: as `reserve` was given.
+            marks: recorded before the first stage and behind each, where given.
+        """
+        for place, stage in enumerate(stages):
+            if marks:
+                marks[place].record(self.stream)
+            if place:
+                self._copy_best()
+            self._flavor.clear()
+            started = self._contexts[stage].execute_async_v3(self.stream.handle)
+            self._must(started, f"{stage} does not start")
+        if marks:
+            marks[-1].record(self.stream)
+
+    def _cut(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes of the best proposals, which lie in buffers of their own, image behind image."""
+        for name in PROPOSALS:
+            batch, count, *rest = shapes[name]
+            best = (batch, min(count, self._proposals or count), *rest)
+            self._make_room(BEST[name], self._size(name, best))
+            self._cuts[name] = shapes[name], best
+        return {name: best for name, (_, best) in self._cuts.items()}
+
+    def _copy_best(self) -> None:
+        for name, (written, read) in self._cuts.items():
+            row, part = (self._size(name, shape[1:]) for shape in (written, read))
+            for image in range(written[0]):
+                source = self.buffers[name].address + image * row
+                self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
+
+    def layout(self, stages: Sequence[str]) -> object:
+        """Shapes and addresses as they are: where these are equal, a captured graph holds."""
+        return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
+
+    # No local variable holds a context: an exception's traceback would keep it alive beyond `close`.
+
+    def _set_shapes(self, stage: str, known: Mapping[str, Shape]) -> None:
+        """Tells a context its inputs' shapes; makes room for all of its tensors."""
+        engine = self._engines[stage]
+        inputs: dict[str, Shape] = {spec.name: known[spec.name] for spec in engine.inputs}
+        if inputs.items() <= self._shapes.get(stage, {}).items():
+            return
+        engine.check(inputs)
+        self._addresses.pop(stage, None)
+        self._flavor.clear()
+        for name, shape in inputs.items():
+            taken = self._contexts[stage].set_input_shape(name, shape)
+            self._must(taken, f"{stage}: {name} {shape}")
+        try:
+            unknown = self._contexts[stage].infer_shapes()
+        except RuntimeError as error:
+            raise EngineError(f"{stage}: shapes do not fit together: {error}") from error
+        self._must(not unknown, f"{stage}: no shape follows for {unknown}")
+        shapes = inputs | {
+            spec.name: tuple(int(n) for n in self._contexts[stage].get_tensor_shape(spec.name))
+            for spec in engine.outputs
+        }
+        for name, shape in shapes.items():
+            self._make_room(name, self._size(name, shape))
+        if manages_memory(self._flavor.trt):
+            held, self._scratch = self._scratch, None
+            size = int(self._contexts[stage].update_device_memory_size_for_shapes())
+            self._scratch = grown(self._device.memory, held, size, self.stream)
+        self._shapes[stage] = shapes
+
+    def _set_addresses(self, stage: str) -> None:
+        """Tells a context where its tensors and its scratch memory lie, if anything changed."""
+        names = list(self._shapes[stage])
+        own = stage == "stage2" and self._cuts
+        addresses = [self.buffers[BEST[n] if own and n in BEST else n].address for n in names]
+        if self._scratch is not None:
+            addresses.append(self._scratch.address)
+        if self._addresses.get(stage) == addresses:
+            return
+        self._flavor.clear()
+        for name, address in zip(names, addresses, strict=False):
+            taken = self._contexts[stage].set_tensor_address(name, address)
+            self._must(taken, f"{stage}: address of {name}")
+        if self._scratch is not None:
+            self._contexts[stage].set_device_memory(self._scratch.address, self._scratch.size)
+        self._addresses[stage] = addresses
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Of a tensor."""
+        return self._specs[name].dtype
+
+    def _size(self, name: str, shape: Shape) -> int:
+        return math.prod(shape) * self._specs[name].dtype.itemsize
+
+    def host_view(self, name: str, shape: Shape) -> Array:
+        """A tensor's page-locked memory, to be used until the next call."""
+        staged = self._staging[name].bytes[: self._size(name, shape)]
+        return staged.view(self._specs[name].dtype).reshape(shape)
+
+    def _make_room(self, name: str, size: int) -> None:
+        held = self.buffers.pop(name, None)
+        self.buffers[name] = grown(self._device.memory, held, size, self.stream)
+
+    def _must(self, succeeded: Any, what: str) -> None:
+        if not succeeded:
+            raise EngineError(f"{self._flavor.name} refuses {what}: {self._flavor.errors()}")
+
+    def close(self) -> None:
+        """Frees everything when the stream's work is done; no call may be running."""
+        self.stream.synchronize()  # a session that nobody closed may have left work
+        self._contexts.clear()  # TensorRT frees a context with its last reference
+        self.stream.close()
+        for memory in self.buffers.values():
+            memory.free()
+        if self._scratch is not None:
+            self._scratch.free()
+        for staged in self._staging.values():
+            staged.free()
+        self.buffers, self._staging, self._scratch = {}, {}, None
+
+
+class ContextPool:
+    """`Contexts` over one pair of engines, made as threads come, at most `size`; a call borrows one.
+
+    Closed at the latest when it is collected or when the process ends, while CUDA still works.
+
+    Args:
+        device: to run on.
+        flavor: of the engines.
+        runtime: that the engines came from.
+        engines: by stage; the pool closes them.
+        size: how many calls may run at once.
+        proposals: see `Stages`.
+
+    Attributes:
+        device: see above.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        flavor: Flavor,
+        runtime: Any,
+        engines: Mapping[str, Engine],
+        size: int,
+        proposals: int | None = None,
+    ) -> None:
+        self.device, self._size = device, size
+        self._parts = device, flavor, engines, proposals
+        self._permits = threading.Semaphore(size)
+        self._lock, self._closing = threading.Lock(), threading.Lock()
+        self._all: list[Any] = []
+        self._idle: list[Contexts] = []
+        self._free = weakref.finalize(
+            self, _free_all, device, self._all, self._idle, dict(engines), [runtime]
+        )
+
+    @contextmanager
+    def contexts(self) -> Iterator[Contexts]:
+        """Contexts of one's own with their device current; waits where all are taken.
+
+        Raises:
+            RuntimeError: when the pool is closed.
+            EngineError: when there is no memory for more.
+        """
+        with self._permits, self.device:
+            with self._lock:
+                contexts = self._idle.pop() if self._idle else self._made(Contexts)
+            try:
+                yield contexts
+            finally:
+                self._idle.append(contexts)
+
+    def lend(self, make: Callable[..., Lent]) -> Lent:
+        """Something more over the engines, for as long as the pool is open or until it comes back.
+
+        Args:
+            make: is called with what `Contexts` are made of; what it gives has `close`.
+
+        Raises:
+            RuntimeError: when the pool is closed.
+            EngineError: when there is no memory for it.
+        """
+        with self._lock, self.device:
+            return self._made(make)
+
+    def _made(self, make: Callable[..., Lent]) -> Lent:
+        if not self._free.alive:
+            raise RuntimeError("this backend is closed")
+        self._all.append(make(*self._parts))
+        made: Lent = self._all[-1]
+        return made
+
+    def take_back(self, lent: Any) -> None:
+        """Frees what was lent, unless the pool was closed first; no call may be running."""
+        with self._lock, self.device:
+            if lent in self._all:
+                self._all.remove(lent)
+                lent.close()
+
+    def close(self) -> None:
+        """Waits for running calls and frees contexts and engines; again is harmless."""
+        with self._closing:  # two closers with a permit each would wait for one another
+            for _ in range(self._size):
+                self._permits.acquire()
+            self._free()
+            self._permits.release(self._size)
+
+
+def _free_all(
+    device: Device,
+    made: list[Any],
+    idle: list[Contexts],
+    engines: dict[str, Engine],
+    runtime: list[Any],
+) -> None:
+    """In the order that TensorRT asks for: contexts, engines, runtime."""
+    with device:
+        idle.clear()
+        for contexts in made:
+            contexts.close()
+        made.clear()
+        for engine in engines.values():
+            engine.close()
+        engines.clear()
+        runtime.clear()
