@@ -1,8 +1,8 @@
-# comask on a GPU machine: docs/docker.md says how to build and run it.
+# The image for GPU machines; docs/docker.md explains how to build and run it.
 ARG CUDA=13.0.1
 ARG UBUNTU=24.04
 
-# pycuda is compiled against CUDA's headers, which the image that runs does not need.
+# pycuda is compiled against CUDA's headers; the final image does not need them.
 FROM nvidia/cuda:${CUDA}-devel-ubuntu${UBUNTU} AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
@@ -26,8 +26,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 comask
 COPY --from=build /opt/comask /opt/comask
-# `video` is for NVDEC and NVENC.
+# NVDEC and NVENC need the capability `video`.
 ENV PATH=/opt/comask/bin:$PATH NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 USER 10001
 WORKDIR /work
-CMD ["comask-doctor", "--need", "gpu"]
+CMD ["comask", "doctor", "--need", "gpu"]

@@ -18,12 +18,12 @@ $(VENV)/ready: pyproject.toml
 # Train, export, run and prove, on two idle CPU cores in minutes; first removes what an earlier one left.
 demo: setup
 	rm -rf $(DEMO)
-	$(BIN)/comask-train --data shapes --preset shapes-tiny --output $(DEMO)/run
-	$(BIN)/comask-export $(DEMO)/run/checkpoint-best.pt --output $(DEMO)/bundle
-	$(BIN)/comask-shapes $(DEMO)/shapes --images 12 --seed 42
-	$(BIN)/comask-infer $(DEMO)/bundle $(DEMO)/shapes/images --output $(DEMO)/pictures
+	$(BIN)/comask train --data shapes --preset shapes-tiny --output $(DEMO)/run
+	$(BIN)/comask export $(DEMO)/run/checkpoint-best.pt --output $(DEMO)/bundle
+	$(BIN)/comask shapes $(DEMO)/shapes --count 12 --seed 42
+	$(BIN)/comask infer $(DEMO)/bundle $(DEMO)/shapes/images --output $(DEMO)/pictures
 	$(BIN)/python examples/contact_sheet.py $(DEMO)/bundle $(DEMO)/contact_sheet.png
-	$(BIN)/comask-eval $(DEMO)/bundle --data shapes --tolerance 0.02
+	$(BIN)/comask eval $(DEMO)/bundle --data shapes --tolerance 0.02
 	@echo "pictures: $(DEMO)/contact_sheet.png $(DEMO)/pictures/*.overlay.png"
 	@echo "report:   $(DEMO)/run/report.html"
 
@@ -46,7 +46,7 @@ test: setup $(VENV)/pycuda $(VENV)/triton
 	$(PYTEST) -m "not slow"
 
 # Real servers, a cluster, long runs.
-test-slow: setup $(VENV)/rtsp $(VENV)/s3
+test-slow: setup $(VENV)/rtsp $(VENV)/chromium $(VENV)/s3
 	$(PYTEST) -m slow
 
 # The whole suite from the unpacked sdist, with the wheel that is made of it, outside this folder.
@@ -64,7 +64,7 @@ api: setup
 	$(BIN)/python -m pytest tests/test_api.py --write-api --quiet
 
 # The site, in build/site; broken links fail it. tests/test_docs.py runs the pages' code blocks.
-docs: setup
+docs: setup linked
 	$(BIN)/zensical build --clean --strict
 	@echo "site: build/site/index.html"
 
@@ -78,8 +78,8 @@ $(VENV)/triton: $(VENV)/ready tests/install_tritonserver.py
 	-$(BIN)/python tests/install_tritonserver.py $@
 
 # A real RTSP server, by GStreamer from Debian's packages; where it cannot be had this file says why.
-$(VENV)/rtsp: $(VENV)/ready tests/install_rtsp.py
-	-$(BIN)/python tests/install_rtsp.py $@
+$(VENV)/rtsp $(VENV)/chromium: $(VENV)/ready tests/install_debian.py
+	-$(BIN)/python tests/install_debian.py $(notdir $@) $@
 
 # An object store, in an environment of its own with s3fs; where it cannot be had this file says why.
 $(VENV)/s3: $(VENV)/ready tests/install_s3.py
@@ -89,11 +89,14 @@ lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow an editable install's import hook, so it gets the package as links.
-types: setup
+# What reads the source does not follow an editable install's import hook: it gets the package as links.
+.PHONY: linked
+linked:
 	rm -rf .typecheck && mkdir -p .typecheck/comask
 	ln -s $(CURDIR)/comask/* .typecheck/comask/
 	ln -s $(addprefix $(CURDIR)/,export runtime cli calib) .typecheck/comask/
+
+types: setup linked
 	$(BIN)/mypy
 
 format: setup

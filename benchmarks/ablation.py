@@ -1,7 +1,7 @@
-"""The paper's ablations (Tables 2 and 3) on shapes: branches of the MSFEM, and the collaboration.
+"""Repeats the paper's ablations (Tables 2 and 3) on shapes: MSFEM branches and collaboration.
 
-Every row is `shapes-tiny` with one setting changed, trained from several seeds and scored on the
-same 200 unseen images. `make ablation` runs it; a stopped run goes on where it was.
+Every row is `shapes-tiny` with one setting changed, trained with several seeds and scored on the same
+200 unseen images. `make ablation` runs this program; a stopped run continues where it ended.
 
 python benchmarks/ablation.py --output runs/ablation --seeds 3
 """
@@ -29,11 +29,11 @@ VARIANTS = {
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", type=click.IntRange(2), default=3, show_default=True)
 def main(output: Path, seeds: int) -> None:
-    """Print one Markdown table; rows go to OUTPUT/rows.jsonl."""
+    """Print a Markdown table and write its rows to OUTPUT/rows.jsonl."""
     lines = [
         f"mean ± sd of {seeds} seeds, {TEST_IMAGES} unseen images",
         "",
-        "| variant | mask AP | box AP | GFLOP an image | parameters |",
+        "| variant | mask AP | box AP | GFLOP per image | parameters |",
         "|---|---|---|---|---|",
     ]
     for name, settings in VARIANTS.items():

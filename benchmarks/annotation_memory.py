@@ -1,13 +1,13 @@
-"""Seconds to open a data set of COCO's size for training, and the memory of all processes of a machine.
+"""Measures how long training takes to open a data set of COCO's size, and the memory of all processes.
 
 python benchmarks/annotation_memory.py --ranks 8 --workers 2
 python benchmarks/annotation_memory.py --images 7100 --objects 51500 --ranks 2 \
     --other "env PYTHONPATH=/tmp/older python"
 
-Images and annotations are as many as train2017 has; the images are few files under many names. Each rank
-opens the data as `comask-train` does, and forks workers that look at every annotation. Memory is the sum
-of what belongs to each process (PSS: shared pages are divided among those that share them), less what the
-ranks had before. `--other` is a Python that imports another version of comask.
+The data set has as many images and annotations as train2017; the images are a few files under many names.
+Each rank opens the data as `comask train` does and forks workers that read every annotation. Memory is
+the sum of the processes' PSS, which divides shared pages among the processes that share them, minus what
+the ranks had before. `--other` is a Python that imports another version of comask.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 import click
 import numpy as np
 
-HEIGHT, WIDTH, CLASSES = 48, 64, 80  # pixels are not looked at
-CORNERS = 24  # of a polygon, about as many as in COCO
+HEIGHT, WIDTH, CLASSES = 48, 64, 80  # small, because nothing reads the pixels
+CORNERS = 24  # per polygon, about as many as in COCO
 
 
 def make(folder: Path, images: int, objects: int) -> None:
-    """Writes the data set, about half a KiB an annotation."""
+    """Writes the data set, with about half a KiB per annotation."""
     from PIL import Image
 
     (folder / "images").mkdir()
@@ -43,7 +43,7 @@ def make(folder: Path, images: int, objects: int) -> None:
         file.write('{"annotations": [')
         for image, count in enumerate(counts.tolist(), start=1):
             name = f"{image:012}.jpg"
-            if image % 60_000 == 1:  # a file has at most 65,000 names
+            if image % 60_000 == 1:  # a file can have at most 65,000 hard links
                 source = folder / f"{image}.jpg"
                 source.write_bytes((folder / "one.jpg").read_bytes())
             os.link(source, folder / "images" / name)
@@ -68,7 +68,7 @@ def make(folder: Path, images: int, objects: int) -> None:
 
 
 def own_memory(process: int | str = "self") -> float:
-    """MiB of a process, its share of shared pages among them."""
+    """Returns the MiB of a process, including its share of shared pages."""
     text = Path(f"/proc/{process}/smaps_rollup").read_text()
     return (
         next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
@@ -76,7 +76,7 @@ def own_memory(process: int | str = "self") -> float:
 
 
 def rank(data: str, workers: int, output: Path) -> None:
-    """One training process: opens the data, and forks what loads it."""
+    """Runs one training process, which opens the data and forks its loading processes."""
     from comask.config import DataConfig
     from comask.training.distributed import gather, join
 
@@ -84,7 +84,7 @@ def rank(data: str, workers: int, output: Path) -> None:
         before, start = own_memory(), time.perf_counter()
         try:
             from comask.training.run import open_shared
-        except ImportError:  # until 0.1 every process opened them for itself
+        except ImportError:  # until 0.1 every process opened the data itself
             from comask.data import open_source
 
             source = open_source.training_sources(DataConfig(), data, None, 0)[0]
@@ -96,7 +96,9 @@ def rank(data: str, workers: int, output: Path) -> None:
             done, go = os.pipe(), os.pipe()
             if not (child := os.fork()):
                 for index in range(len(source)):
-                    for annotation in source.annotations(index):  # each number, as masks are made
+                    for annotation in source.annotations(
+                        index
+                    ):  # reads each number, as mask creation does
                         np.array(annotation["segmentation"][0])
                 os.write(done[1], b".")
                 os.read(go[0], 1)
@@ -104,7 +106,7 @@ def rank(data: str, workers: int, output: Path) -> None:
             pipes.append((child, done[0], go[1]))
         for _, done_file, _ in pipes:
             os.read(done_file, 1)
-        gather(None)  # now everybody holds what it will hold
+        gather(None)  # after this, every process has allocated its memory
         mine = {
             "seconds": seconds,
             "before": before,
@@ -120,7 +122,7 @@ def rank(data: str, workers: int, output: Path) -> None:
 
 
 def measured(python: list[str], data: str, ranks: int, workers: int) -> list[dict[str, Any]]:
-    """What the ranks found."""
+    """Runs the ranks with one Python and returns their measurements."""
     output = Path(data, "found.json")
     launcher = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     subprocess.run(
@@ -138,7 +140,7 @@ def measured(python: list[str], data: str, ranks: int, workers: int) -> list[dic
 @click.option("--images", default=118_287, show_default=True)
 @click.option("--objects", default=860_001, show_default=True)
 @click.option("--ranks", default=8, show_default=True, help="Training processes.")
-@click.option("--workers", default=2, show_default=True, help="Loading processes of each.")
+@click.option("--workers", default=2, show_default=True, help="Loading processes per rank.")
 @click.option("--other", metavar="COMMAND", help="A Python that imports another comask.")
 @click.option("--rank", "data", hidden=True)
 @click.option("--output", type=click.Path(path_type=Path), hidden=True)
@@ -151,7 +153,7 @@ def main(
     data: str | None,
     output: Path | None,
 ) -> None:
-    """Print seconds and MiB of each version."""
+    """Print the seconds and MiB of each version."""
     if data is not None and output is not None:
         rank(data, workers, output)
         return

@@ -1,8 +1,8 @@
-"""ONNX Runtime against PyTorch on one image of 800 x 1333: the arguments of `comask-bench` for it.
+"""Compares ONNX Runtime with PyTorch on one image of 800 x 1333, with `comask bench`.
 
 python benchmarks/backends.py BUNDLE
 
-More arguments are handed on; a further --backend is measured as well.
+Further arguments are passed to `comask bench`; a further --backend is measured as well.
 """
 
 from __future__ import annotations

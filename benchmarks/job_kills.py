@@ -1,10 +1,10 @@
-"""Kills a job of `comask-infer --runner` again and again, and looks for what was lost or done twice.
+"""Kills a `comask job` repeatedly and checks that no image is lost or processed twice.
 
 python benchmarks/job_kills.py bundle --images 1000 --kills 5
 
-Makes images of which a tenth are broken, runs the job, ends it by SIGKILL at random moments (the driver
-alone, its process group, and it with all of Ray's processes, by turns), continues it, and compares
-the parts with its own knowledge of the images. Exit code 1 when they differ.
+The program makes images, a tenth of them broken, runs the job, and ends it with SIGKILL at random
+moments. In turn, it kills the driver alone, its process group, or the driver with all of Ray's processes.
+It then continues the job and compares the parts with the images. It exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from PIL import Image
 from comask.data.shapes import ShapesSource
 from comask.runtime import Predictor
 
-COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
-VICTIMS = ("the driver", "its process group", "it and Ray")
-LONGEST_RUN = 1800  # seconds without a kill, after which something hangs
+COMMAND = [sys.executable, "-c", "from comask.cli.job import main; main()"]
+VICTIMS = ("the driver", "its process group", "driver and Ray")
+LONGEST_RUN = 1800  # seconds without a kill; a longer run is considered hung
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG's header, whose pixels would fill the memory."""
+    """Returns a PNG header whose pixels would fill the memory."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header))
 
@@ -53,7 +53,7 @@ BREAKERS: dict[str, Callable[[Path], Any]] = {
 
 
 def make_images(folder: Path, count: int, chance: random.Random) -> dict[str, str]:
-    """`count` images, of which a tenth are broken; how, by path."""
+    """Writes `count` images, a tenth of them broken; returns the kind of damage by path."""
     folder.mkdir()
     source = ShapesSource(num_images=count, seed=3)
     paths = [folder / f"{i:05}.{'jpg' if i % 2 else 'png'}" for i in range(count)]
@@ -68,7 +68,7 @@ def make_images(folder: Path, count: int, chance: random.Random) -> dict[str, st
 
 
 def rows_of(job: Path) -> Iterator[dict[str, Any]]:
-    """All rows of a job's parts."""
+    """Yields all rows of a job's parts."""
     for path in sorted((job / "parts").iterdir()):
         if path.suffix == ".jsonl":
             yield from map(json.loads, path.read_text().splitlines())
@@ -79,9 +79,9 @@ def rows_of(job: Path) -> Iterator[dict[str, Any]]:
 
 
 def kill(process: subprocess.Popen[bytes], victim: str) -> None:
-    """SIGKILL."""
+    """Ends the victim with SIGKILL."""
     processes = [process.pid]
-    if victim == "it and Ray":
+    if victim == "driver and Ray":
         processes += descendants(process.pid)
     if victim == "its process group":
         os.killpg(process.pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ def kill(process: subprocess.Popen[bytes], victim: str) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that `pid` started, and those that they did."""
+    """Returns the child processes of `pid` and their descendants."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -110,7 +110,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def problems(job: Path, images: Path, broken: dict[str, str]) -> list[str]:
-    """What is wrong with a finished job."""
+    """Returns a description of each error in a finished job."""
     rows = list(rows_of(job))
     times = Counter(row["file"] for row in rows)
     names = {str(path) for path in images.iterdir()}
@@ -122,10 +122,10 @@ def problems(job: Path, images: Path, broken: dict[str, str]) -> list[str]:
     counts = (summary["images"], summary["failed"])
     checks = {
         "lost": sorted(names - times.keys()),
-        "twice": sorted(name for name, count in times.items() if count > 1),
-        "not asked for": sorted(times.keys() - names),
-        "broken, but not reported": sorted(broken.keys() - reported),
-        "sound, but reported": sorted(reported - broken.keys()),
+        "processed twice": sorted(name for name, count in times.items() if count > 1),
+        "not requested": sorted(times.keys() - names),
+        "broken but not reported": sorted(broken.keys() - reported),
+        "intact but reported": sorted(reported - broken.keys()),
         "failures.jsonl differs": sorted(set(listed) ^ broken.keys()) or listed[len(broken) :],
         "summary differs": [] if counts == (len(names), len(broken)) else [counts],
         "left behind": [path.name for path in (job / "parts").glob(".*")],
@@ -134,7 +134,7 @@ def problems(job: Path, images: Path, broken: dict[str, str]) -> list[str]:
 
 
 def differing(job: Path, bundle: Path, count: int, short_side: int) -> int:
-    """How many of the first `count` images have other detections than a `Predictor` finds."""
+    """Returns how many of the first `count` images have other detections than a `Predictor` gives."""
     wrong = 0
     with Predictor.load(bundle, "onnxruntime", short_side=short_side, max_batch=1) as predictor:
         sound = [row for row in rows_of(job) if not row["error"]][:count]
@@ -164,7 +164,7 @@ def main(
     short_side: int,
     seed: int,
 ) -> None:
-    """Kill a job of BUNDLE over images, continue it, and check its results."""
+    """Kill a job of BUNDLE repeatedly, continue it, and check its results."""
     chance = random.Random(seed)
     with TemporaryDirectory(prefix="comask-kills-") as scratch:
         images, job = Path(scratch) / "images", Path(scratch) / "job"
@@ -175,7 +175,9 @@ def main(
             "--backend", "onnxruntime",
         ]  # fmt: skip
         parts = -(-count // shard)
-        moments = sorted(chance.sample(range(parts - 1), kills))  # parts that are there by then
+        moments = sorted(
+            chance.sample(range(parts - 1), kills)
+        )  # number of finished parts before each kill
         click.echo(f"{count} images, {len(broken)} broken: {dict(Counter(broken.values()))}")
         click.echo("run  killed                  seconds  parts done")
         for run, moment in enumerate([*moments, None]):
@@ -204,16 +206,17 @@ def main(
         if process.returncode != 1:
             found.append(f"exit code {process.returncode}, expected 1: {output.decode()[-500:]}")
         if wrong := differing(job, bundle, 50, short_side):
-            found.append(f"{wrong} of 50 images have other detections than a Predictor finds")
+            found.append(f"{wrong} of 50 images have other detections than a Predictor gives")
     good = count - len(broken)
     click.echo(
-        "\n".join(found) or f"each of {good} sound images once, {len(broken)} broken reported"
+        "\n".join(found)
+        or f"each of {good} intact images appears once, {len(broken)} broken ones are reported"
     )
     sys.exit(bool(found))
 
 
 def done(job: Path) -> int:
-    """Parts that are recorded."""
+    """Returns the number of recorded parts."""
     return len(list((job / "done").glob("part-*.json")))
 
 

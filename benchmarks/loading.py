@@ -1,4 +1,4 @@
-"""How many images a second the training loader delivers, by number of workers.
+"""Measures how many images per second the training loader delivers, by number of workers.
 
 python benchmarks/loading.py /data/coco --preset comask-r50 --workers 0,1,2
 """
@@ -16,7 +16,7 @@ from comask.presets import PRESETS, preset
 
 
 def rate(dataset: TrainingSet, batch_size: int, workers: int, seconds: float) -> float:
-    """Images a second, counted from the first batch on: starting workers is no part of it."""
+    """Returns images per second after the first batch, so the start of the workers does not count."""
     delivered, epoch, started = 0, 0, None
     while True:
         batches = epoch_batches(dataset, batch_size, seed=0, epoch=epoch)
@@ -37,7 +37,7 @@ def rate(dataset: TrainingSet, batch_size: int, workers: int, seconds: float) ->
 @click.option("--workers", default="0,1,2", show_default=True)
 @click.option("--seconds", default=20.0, show_default=True)
 def main(data: str, name: str, workers: str, seconds: float) -> None:
-    """Print images a second for each number of workers."""
+    """Print the images per second for each number of workers."""
     config = preset(name)
     source = open_source(data, "train", shapes_images=config.data.shapes_train, shapes_seed=0)
     dataset = TrainingSet(

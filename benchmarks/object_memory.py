@@ -1,4 +1,4 @@
-"""Memory of an image with many objects: loading it, and the mask targets of a training step.
+"""Measures the memory of an image with many objects and of its mask targets in a training step.
 
 python benchmarks/object_memory.py --objects 400 --side 1500
 """
@@ -18,16 +18,16 @@ MEBIBYTE = 2**20
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in MiB."""
+    """Returns the largest resident memory of this process so far in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(objects: int, side: int, form: str) -> None:
-    """Prints the MiB that one image's target takes, and that this process took for it at most.
+    """Prints the MiB that the target of one image holds, and the additional peak of this process.
 
     Args:
-        objects: in the image, each 40 pixels wide.
-        side: of the image in pixels.
+        objects: the number of objects in the image, each 40 pixels wide.
+        side: the side of the image in pixels.
         form: `crops`, or `bitmaps` of the whole image as until 0.1.
     """
     import torch
@@ -65,10 +65,10 @@ def measure(objects: int, side: int, form: str) -> None:
 
 @click.command()
 @click.option("--objects", default=400, show_default=True)
-@click.option("--side", default=1500, show_default=True, help="Of the square image, in pixels.")
+@click.option("--side", default=1500, show_default=True, help="Side of the square image in pixels.")
 @click.option("--form", type=click.Choice(["crops", "bitmaps"]), hidden=True)
 def main(objects: int, side: int, form: str | None) -> None:
-    """Compare masks cropped to their boxes with bitmaps of the whole image, a process each."""
+    """Compare cropped masks with bitmaps of the whole image, each in its own process."""
     if form:
         measure(objects, side, form)
         return
@@ -79,7 +79,7 @@ def main(objects: int, side: int, form: str | None) -> None:
                        "--objects", str(objects), "--side", str(side)]  # fmt: skip
             out = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
             held, most = out.stdout.split()
-            print(f"{kind:8} held {held:>8}, at most {most:>6} more than before")
+            print(f"{kind:8} held {held:>8}, peak {most:>6} above the start")
 
 
 if __name__ == "__main__":

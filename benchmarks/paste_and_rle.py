@@ -1,4 +1,6 @@
-"""Mask probabilities to COCO's RLE on one CPU thread, against whole masks and pycocotools, in one run.
+"""Compares our conversion of mask probabilities to COCO's RLE with pycocotools on whole masks.
+
+Run it with one CPU thread:
 
 OMP_NUM_THREADS=1 python benchmarks/paste_and_rle.py
 """
@@ -22,7 +24,7 @@ COUNT = 100
 
 
 def instances() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Blurred discs of 28 x 28, and boxes of 16 to 500 pixels a side as COCO's objects have them."""
+    """Returns blurred discs of 28 x 28 and boxes with sides of 16 to 500 pixels, as in COCO."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:28, :28]
     centres = 13.5 + rng.normal(0, 2, (2, COUNT, 1, 1))
@@ -37,14 +39,14 @@ def instances() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def whole_masks(probs: NDArray[np.float32], boxes: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """What a user has without us: masks of the image's size, encoded by pycocotools."""
+    """Encodes masks of the image's size with pycocotools, as is common without comask."""
     pasted = masks.paste_masks(probs, boxes, SIZE, 0.5)
     columns_first = np.asfortranarray(pasted.transpose(1, 2, 0).view(np.uint8))
     return [rle | {"counts": rle["counts"].decode()} for rle in coco.encode(columns_first)]
 
 
 def by_mask(probs: NDArray[np.float32], boxes: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """The same mask by mask, which copies less at a time."""
+    """Does the same mask by mask, which copies less at a time."""
     rles = []
     for mask in masks.paste_masks(probs, boxes, SIZE, 0.5):
         rle = coco.encode(np.asfortranarray(mask.view(np.uint8)))
@@ -62,7 +64,7 @@ def by_kernel(probs: NDArray[np.float32], boxes: NDArray[np.float32]) -> list[di
 
 @click.command()
 def main() -> None:
-    """Print the median milliseconds of each way, run in turns, and its ratio to the first."""
+    """Print the median milliseconds of each method, run in turns, and its ratio to pycocotools."""
     probs, boxes = instances()
     ways: dict[str, Callable[..., list[dict[str, Any]]]] = {
         "whole masks, pycocotools on all": whole_masks,

@@ -1,9 +1,10 @@
-"""Who is measured by `vs_peers.py`: CoMask's bundle and torchvision's Mask R-CNN, each in several ways.
+"""The models that `vs_peers.py` measures: CoMask's bundle and torchvision's Mask R-CNN.
 
-Weights are random, and what follows the RPN depends on them. So the work is made equal: one canvas, as
-many proposals, as many (proposal, class) pairs in NMS and as many detections with masks.
+The weights are random, and the work after the RPN depends on them. To make the work equal, all models use
+the same canvas, the same number of proposals, of (proposal, class) pairs in NMS, and of detections with
+masks.
 
-Heavy imports are inside functions: a process whose memory is measured loads what it needs alone.
+Heavy imports are inside functions, so that a process whose memory is measured loads only what it needs.
 
     python benchmarks/peers.py TASK    # prints the peak memory of a contestant, for `vs_peers.py`
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from comask.bundle import WEIGHTS, Bundle
 from comask.config import CANDIDATES, PreprocessConfig
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PHOTO = (800, 1333)
-RUNS = 2  # of a process whose memory is measured; the second finds all buffers grown
+RUNS = 2  # in a process whose memory is measured; buffers have their full size in the second run
 Floats = NDArray[np.float32]
 
 
@@ -46,7 +48,7 @@ class Found(NamedTuple):
     Attributes:
         boxes: [N, 4] f32, in pixels of the canvas.
         masks: [N, 28, 28] f32, in 0..1.
-        proposals: how many entered the second stage.
+        proposals: the number of proposals that entered the second stage.
     """
 
     boxes: Floats
@@ -56,13 +58,13 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What all are given to do.
+    """The work that all contestants do.
 
     Attributes:
-        bundle: of CoMask.
+        bundle: the folder of CoMask's bundle.
         graph: torchvision's ONNX file.
-        proposals: that enter the second stage.
-        detections: that there may be, as many as the bundle has.
+        proposals: the number of proposals that enter the second stage.
+        detections: the maximum number of detections; at most that of the bundle.
         device: `cpu` or `cuda`.
     """
 
@@ -74,39 +76,39 @@ class Work:
 
     @property
     def index(self) -> Any:
-        """The device as `Predictor.load` takes it."""
+        """The device as an argument of `Predictor.load`."""
         return None if self.device == "cuda" else "cpu"
 
 
 def photo() -> Pixels:
-    """Noise of the size that COCO's photographs get: what is on it matters to nobody's time."""
+    """Returns noise of the size of COCO's resized photographs; no model's time depends on the content."""
     return np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), dtype=np.uint8)
 
 
 def on_canvas(image: Pixels, short_side: int) -> Prepared:
-    """The image resized by CoMask's own code for all: torchvision's, on floats, is slower."""
+    """Resizes the image with CoMask's code for all models; torchvision's, on floats, is slower."""
     return prepare(image, PreprocessConfig().resized(short_side))
 
 
 class Contestant(Protocol):
-    """One model in one runtime; `files` are its bytes on disk."""
+    """One model in one runtime; `files` is its size on disk in bytes."""
 
     files: int
 
     def network(self, prepared: Prepared, count: int) -> Found:
-        """From the canvas to `count` boxes and masks on the host."""
+        """Computes `count` boxes and masks on the host from a canvas."""
 
     def encode(
         self, masks: Floats, boxes: Floats, size: tuple[int, int], threshold: float
     ) -> list[dict[str, Any]]:
-        """Masks over boxes as COCO's RLE of an image of that size."""
+        """Encodes masks over boxes as COCO's RLE of an image of the given size."""
 
 
 class CoMask:
-    """The bundle on one of its backends.
+    """CoMask's bundle on one of its backends.
 
-    Its graphs have fixed shapes: they do the same work for 10 detections as for all that there may be,
-    and what scores too low is rows of zeros. So of those found the first `count` are kept.
+    Its graphs have fixed shapes: they do the same work for 10 detections as for the maximum, and
+    detections with too low a score become rows of zeros. Therefore the first `count` detections are kept.
     """
 
     encode = staticmethod(rles_from_mask_probs)
@@ -115,11 +117,11 @@ class CoMask:
         self.predictor = Predictor.load(
             work.bundle, backend, device=work.index, proposals=work.proposals, max_batch=1
         )
-        self._proposals = work.proposals  # padding is pooled and classified like the others
+        self._proposals = work.proposals  # padding is pooled and classified as well
         self.files = sum(file.stat().st_size for file in _files(Path(work.bundle), backend))
 
     def network(self, prepared: Prepared, count: int) -> Found:
-        """See `Contestant`."""
+        """Runs both stages on a canvas and keeps the first `count` detections."""
         sizes = np.array([prepared.size], np.int32)
         outputs = self.predictor.stages.run(prepared.canvas[None], sizes)
         found = min(int(outputs["num_detections"][0]), count)
@@ -127,7 +129,7 @@ class CoMask:
 
 
 def _files(bundle: Path, backend: str) -> list[Path]:
-    """What a backend reads besides the manifest."""
+    """Returns the files that a backend reads in addition to the manifest."""
     if backend == "torch":
         return [bundle / WEIGHTS]
     if backend == "onnxruntime":
@@ -136,10 +138,11 @@ def _files(bundle: Path, backend: str) -> list[Path]:
 
 
 class Thresholded:
-    """Mask R-CNN, which returns what scores above a threshold.
+    """Base class: a Mask R-CNN, which returns all detections above a threshold.
 
     Attributes:
-        thresholds: that leave `count` detections, by the canvas's shape and count; see `calibrate`.
+        thresholds: the threshold that leaves `count` detections, by canvas shape and `count`; see
+            `calibrate`.
     """
 
     files: int
@@ -148,18 +151,18 @@ class Thresholded:
         self.thresholds: dict[tuple[tuple[int, ...], int], float] = {}
 
     def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
-        """The outputs of `torchvision_network` by name, on the host."""
+        """Returns the outputs of `torchvision_network` by name, on the host."""
         raise NotImplementedError
 
     def network(self, prepared: Prepared, count: int) -> Found:
-        """See `Contestant`."""
+        """Runs the network on a canvas with the threshold that leaves `count` detections."""
         found = self.run(prepared, self.thresholds[prepared.canvas.shape, count])
         return Found(found["boxes"], found["masks"], len(found["proposals"]))
 
     def encode(
         self, masks: Floats, boxes: Floats, size: tuple[int, int], threshold: float
     ) -> list[dict[str, Any]]:
-        """See `Contestant`; pasted by torchvision, encoded as its reference scripts do."""
+        """Pastes masks with torchvision and encodes them as its reference scripts do."""
         import torch
         from pycocotools import mask as coco
         from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -175,7 +178,7 @@ class Torchvision(Thresholded):
     """Mask R-CNN in eager PyTorch.
 
     Attributes:
-        module: see `torchvision_network`.
+        module: the network that `torchvision_network` returns.
     """
 
     def __init__(self, work: Work, version: str, *, half: bool = False) -> None:
@@ -184,13 +187,13 @@ class Torchvision(Thresholded):
 
         super().__init__()
         if half and work.device != "cuda":
-            raise BackendUnavailableError("autocast to fp16 is for a GPU, and there is none")
+            raise BackendUnavailableError("autocast to fp16 needs a GPU, and there is none")
         self._torch, self.device, self._half = torch, work.device, half
         self.module = torchvision_network(version, work.proposals, work.detections).to(work.device)
         self.files = sum(x.numel() * x.element_size() for x in self.module.state_dict().values())
 
+    @override
     def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
-        """See `Thresholded`."""
         torch = self._torch
         cast: Any = torch.autocast("cuda", torch.float16) if self._half else nullcontext()
         with torch.inference_mode(), cast:
@@ -199,10 +202,10 @@ class Torchvision(Thresholded):
         return {name: x.float().cpu().numpy() for name, x in outputs.items()}
 
     def calibrate(self, prepared: Prepared, counts: Sequence[int]) -> None:
-        """Finds the thresholds for a canvas.
+        """Computes the thresholds for a canvas.
 
-        For all detections, as many (proposal, class) pairs enter NMS as always do in CoMask; for
-        fewer, the threshold lies between the last one that stays and the next.
+        For the maximum number of detections, as many (proposal, class) pairs enter NMS as in CoMask. For
+        fewer, the threshold lies between the last detection that remains and the next one.
         """
         logits: list[Tensor] = []
         hook = self.module.model.roi_heads.box_predictor.register_forward_hook(
@@ -221,27 +224,27 @@ class Torchvision(Thresholded):
 
 
 class TorchvisionOnnx(Thresholded):
-    """The same network in ONNX Runtime, with the options that CoMask's graphs get."""
+    """The same network in ONNX Runtime, with the options that CoMask's graphs use."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
         self._session = OrtSession(Path(work.graph), work.index)
         self.files = Path(work.graph).stat().st_size
 
+    @override
     def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
-        """See `Thresholded`."""
         return self._session.run({"canvas": prepared.canvas, "threshold": np.float32(threshold)})
 
 
 def _tensorrt(work: Work, flavor: str) -> CoMask:
-    """The fp16 engine, added to the bundle where it has none."""
+    """Opens the bundle's fp16 engine; builds it if the bundle has none."""
     if work.device != "cuda":
         raise BackendUnavailableError("there is no GPU")
     backend = f"{flavor}:fp16"
     if not _files(Path(work.bundle), backend):
-        export = [sys.executable, "-c", "from comask.cli.export import main; main()", work.bundle]
+        build = [sys.executable, "-c", "from comask.cli.build import main; main()", work.bundle]
         done = subprocess.run(
-            [*export, "--precision", "fp16", "--engine", flavor],
+            [*build, "--precision", "fp16", "--engine", flavor],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -262,10 +265,10 @@ CONTESTANTS: dict[str, Callable[[Work], Contestant]] = {
 
 
 def peak_memory(name: str, work: Work, short_side: int, threshold: float) -> int:
-    """Bytes of the system's memory that a fresh process takes to run one network on one image.
+    """Returns the peak memory in bytes of a fresh process that runs one network on one image.
 
     Raises:
-        ComaskError: the process fails.
+        ComaskError: if the process fails.
     """
     task = [name, asdict(work), short_side, threshold]
     done = subprocess.run(

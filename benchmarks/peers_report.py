@@ -1,4 +1,4 @@
-"""What `vs_peers.py` makes of its seconds: ratios with their uncertainty, tables, a picture, the page."""
+"""Turns the measurements of `vs_peers.py` into ratios with their uncertainty, tables and a plot."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MIB = 2**20
 
 
 def row(seconds: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Median milliseconds of each part, and how many times as fast as the reference it is.
+    """Returns the median milliseconds of each part, and the ratio to the reference.
 
     Args:
-        seconds: of each run, by `PARTS`.
-        reference: the same of another one, whose runs took turns with these.
+        seconds: the seconds of each run, by `PARTS`.
+        reference: the seconds of the reference, whose runs took turns with these.
     """
     own, other = np.asarray(seconds), np.asarray(reference)
     medians = np.median(own, axis=0) * 1000
@@ -36,7 +36,7 @@ def row(seconds: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
 
 
 def ratio(reference: np.ndarray, seconds: np.ndarray) -> list[float]:
-    """Of the medians, with both ends of its 95 % interval by bootstrapping over turns."""
+    """Returns the ratio of the medians and both ends of its 95 % interval, bootstrapped over turns."""
     turns = np.random.default_rng(0).integers(0, len(seconds), (RESAMPLES, len(seconds)))
     drawn = np.median(reference[turns], axis=1) / np.median(seconds[turns], axis=1)
     middle = np.median(reference) / np.median(seconds)
@@ -44,7 +44,7 @@ def ratio(reference: np.ndarray, seconds: np.ndarray) -> list[float]:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Markdown: the models, the times of each case, and the machine."""
+    """Returns Markdown tables of the models and the times of each case, and the machine."""
     canvases = list(next(iter(report["models"].values()))["gflop"])
     lines = [_line("network", "parameters", *(f"GFLOP at {canvas}" for canvas in canvases))]
     lines.append(_line(*["---"] * (2 + len(canvases))))
@@ -78,7 +78,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def footnote(report: dict[str, Any]) -> str:
-    """Where and when it was measured, and who was not."""
+    """Returns when and where it was measured, and which contestants were not measured."""
     machine = report["machine"]
     packages = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
     text = (
@@ -91,7 +91,7 @@ def footnote(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A panel a case, a bar a model, divided into its parts."""
+    """Draws one panel per case and one bar per model, divided into its parts."""
     from matplotlib.figure import Figure
 
     cases = report["cases"]
@@ -119,21 +119,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     machine = Machine(**report["machine"])
     figure.suptitle(
-        f"median ms of a photo; x: times as fast as {report['reference']}; {machine}",
+        f"median ms per photo; x: times as fast as {report['reference']}; {machine}",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
 
 
 def check_page(path: Path) -> None:
-    """Raises ComaskError where a page has no place for the tables."""
+    """Raises ComaskError if a page has no markers for the tables."""
     text = path.read_text(encoding="utf-8")
     if not 0 <= text.find(BEGIN) < text.find(END):
         raise ComaskError(f"{path}: expected {BEGIN} and, after it, {END}")
 
 
 def write_page(report: dict[str, Any], path: Path) -> None:
-    """Puts the tables between the markers."""
+    """Writes the tables between the markers of a page."""
     check_page(path)
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]

@@ -1,4 +1,4 @@
-"""The custom operators on a CPU against torchvision's, in one run.
+"""Compares the custom operators on a CPU with torchvision's in one run.
 
 python benchmarks/roi_align.py
 """
@@ -17,11 +17,11 @@ from comask.models.nms import sorted_nms
 from comask.models.roi_align import STRIDES, dense_roi_align, pool_rows, roi_levels
 
 RUNS = 9
-HEIGHT, WIDTH, CHANNELS = 800, 1344, 256  # of ResNet-50's maps
+HEIGHT, WIDTH, CHANNELS = 800, 1344, 256  # the canvas, and the channels of ResNet-50's pyramid
 
 
 def seconds(*functions: Callable[[], object]) -> list[float]:
-    """The median of each, run in turns."""
+    """Returns the median seconds of each function; the functions run in turns."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(RUNS):
         for function, taken in zip(functions, times, strict=True):
@@ -36,7 +36,7 @@ def report(what: str, theirs: float, ours: float) -> None:
 
 
 def torchvision_by_level(maps: list[Tensor], rows: Tensor, size: int) -> Tensor:
-    """What `MultiScaleRoIAlign` does, aligned."""
+    """Does what `MultiScaleRoIAlign` does, with `aligned=True`."""
     levels = roi_levels(rows[:, 1:], 224.0)
     pooled = maps[0].new_empty(len(rows), maps[0].shape[1], size, size)
     for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
@@ -48,7 +48,7 @@ def torchvision_by_level(maps: list[Tensor], rows: Tensor, size: int) -> Tensor:
 
 
 def some_boxes(count: int) -> Tensor:
-    """[count, 4] in the image, with sides from 16 to 600 pixels."""
+    """Returns boxes [count, 4] inside the image, with sides from 16 to 600 pixels."""
     side = 16 * 2 ** (torch.rand(count, 2) * 5.2)
     centre = torch.rand(count, 2) * torch.tensor([WIDTH, HEIGHT])
     limit = torch.tensor([WIDTH, HEIGHT] * 2)
@@ -82,7 +82,7 @@ def suppression() -> None:
 
 
 def training() -> None:
-    """Forward and backward, for the maps and RoIs of `shapes-tiny`'s two branches and larger maps."""
+    """Measures forward and backward passes with the maps and RoIs of `shapes-tiny` and larger maps."""
     for height, width, rois, size in [
         (24, 32, 256, 7), (24, 32, 64, 14), (64, 64, 256, 7), (64, 64, 64, 14), (100, 168, 64, 14),
     ]:  # fmt: skip
@@ -101,7 +101,7 @@ def training() -> None:
 
 @click.command()
 def main() -> None:
-    """Print milliseconds of torchvision's operators and ours, and their ratio."""
+    """Print the milliseconds of torchvision's operators and ours, and their ratio."""
     torch.manual_seed(0)
     click.echo(f"{torch.get_num_threads()} threads{'':<29}torchvision ms   ours ms  ratio")
     forward()

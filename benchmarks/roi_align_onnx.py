@@ -1,4 +1,4 @@
-"""PyramidRoiAlign's two ONNX bodies on ONNX Runtime, against torchvision: seconds and differences.
+"""Measures both ONNX bodies of PyramidRoiAlign on ONNX Runtime, and compares them with torchvision.
 
 python benchmarks/roi_align_onnx.py [--height 800 --width 1344 --channels 256]
 """
@@ -24,7 +24,7 @@ MAPS = ("p2", "p3", "p4", "p5")
 
 
 def session(function: onnx.FunctionProto, size: int) -> onnxruntime.InferenceSession:
-    """A graph of this one node."""
+    """Returns a session for a graph with only this node."""
     node = helper.make_node(
         function.name, [*MAPS, "rois"], ["pooled"], domain=DOMAIN, output_size=size,
         sampling_ratio=RATIO, canonical_size=CANONICAL,

@@ -1,9 +1,9 @@
-"""Seconds that a training run waits for AP after each evaluation, beyond running the network.
+"""Measures how long a training run waits for AP after each evaluation, without the network's time.
 
 python benchmarks/scoring_time.py --images 5000
 python benchmarks/scoring_time.py --images 600 --other "env PYTHONPATH=/tmp/older python"
 
-`--other` is a Python that imports another version of comask; both then score the same files in one run.
+`--other` is a Python that imports another version of comask. Both versions then score the same files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import click
 import numpy as np
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80
-OBJECTS = 7  # of an image, as in COCO's validation set
-STAGES = ("final", "first", "plain")  # what is scored at a run's end
+OBJECTS = 7  # per image, as in COCO's validation set
+STAGES = ("final", "first", "plain")  # scored at the end of a run
 
 
 def outline(rng: np.random.Generator, box: np.ndarray) -> list[float]:
-    """A star-like polygon of 24 corners in a box (x, y, w, h)."""
+    """Returns a star-like polygon of 24 corners in a box (x, y, w, h)."""
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     radius = rng.uniform(0.6, 1.0, 24) / 2
     centre, size = box[:2] + box[2:] / 2, box[2:]
@@ -36,7 +36,7 @@ def outline(rng: np.random.Generator, box: np.ndarray) -> list[float]:
 
 
 def make(folder: Path, images: int, detections: int) -> None:
-    """Writes ground truth and results; one in ten detections is an object, moved a little."""
+    """Writes ground truth and results; each object also is a detection, slightly moved."""
     from pycocotools import mask as coco
 
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def make(folder: Path, images: int, detections: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Seconds of the first evaluation of a run, of a later one, and of the last, by this version."""
+    """Returns this version's seconds for the first, a later and the last evaluation of a run."""
     import comask.evaluate as evaluation
     from comask.data.coco import CocoSource
 
@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             ap = {stage: truth.score(results).values["segm"]["AP"] for stage in stages}
             seconds[name] = time.perf_counter() - start
-    else:  # until 0.1 every evaluation scored two stages, and read the truth for each
+    else:  # until 0.1 every evaluation scored two stages and read the ground truth for each
         for name in ("first", "later", "last"):
             start = time.perf_counter()
             ap = {
@@ -100,12 +100,14 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--images", default=5000, show_default=True, help="val2017 has 5000.")
-@click.option("--detections", default=100, show_default=True, help="Of an image.")
+@click.option(
+    "--images", default=5000, show_default=True, help="Number of images; val2017 has 5000."
+)
+@click.option("--detections", default=100, show_default=True, help="Detections per image.")
 @click.option("--other", metavar="COMMAND", help="A Python that imports another comask.")
 @click.option("--measure", "folder", type=click.Path(path_type=Path), hidden=True)
 def main(images: int, detections: int, other: str | None, folder: Path | None) -> None:
-    """Print the seconds of each version, and the ratio."""
+    """Print the seconds of each version and their ratio."""
     if folder is not None:
         print(json.dumps(measure(folder)))
         return

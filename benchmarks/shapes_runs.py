@@ -1,6 +1,7 @@
-"""One training of `shapes-tiny`'s schedule and its score on 200 unseen images: the unit of comparisons.
+"""Trains a model with the schedule of `shapes-tiny` and scores it on 200 unseen images.
 
-Rows are kept in a JSON-lines file, so that a comparison that was stopped goes on where it was.
+The comparisons in this folder consist of such runs. Rows are kept in a JSON-lines file, so that a stopped
+comparison continues where it ended.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 
 
 def remembered(path: Path, key: Row, config: Config, measure: Callable[[Config], Row]) -> Row:
-    """The row of `path` of this key and configuration, or a new one that is measured and kept."""
+    """Returns the row in `path` with this key and configuration, or measures and stores a new one."""
     settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
     key = key | {"config": hashlib.sha256(settings.encode()).hexdigest()[:12]}
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -60,7 +61,7 @@ def _train(
     dataset: TrainingSet,
     title: str,
 ) -> tuple[float, int]:
-    """The preset's epochs; returns seconds and the FLOPs of one forward step."""
+    """Trains for the preset's epochs; returns the seconds and the FLOPs of one forward step."""
     module.train()
     optimizer = build_optimizer(module, config.train)
     size, seed = config.train.batch_size, config.train.seed
@@ -96,7 +97,7 @@ def train_and_score(
     predict: Callable[[np.ndarray], Detections],
     config: Config,
 ) -> Row:
-    """Trains and scores one model."""
+    """Trains one model, scores it, and returns the row."""
     images = config.data.shapes_train
     dataset = TrainingSet(
         ShapesSource(num_images=images, seed=config.train.seed),
@@ -121,7 +122,7 @@ def train_and_score(
     }
 
 
-# What these trainings heed besides the model's settings; all else would be silently ignored.
+# The settings that these trainings use in addition to the model's; others would be silently ignored.
 HEEDED = {
     "data.shapes_train", "data.flip_probability",
     *(f"train.{name}" for name in (
@@ -133,10 +134,10 @@ HEEDED = {
 
 
 def base_config(settings: tuple[str, ...]) -> Config:
-    """`shapes-tiny` with settings that a row of these benchmarks can honour.
+    """Returns `shapes-tiny` with settings that a row of these benchmarks can honour.
 
     Raises:
-        click.BadParameter: for one that it cannot.
+        click.BadParameter: if a setting has no effect here.
     """
     for setting in settings:
         key = setting.partition("=")[0]
@@ -146,12 +147,12 @@ def base_config(settings: tuple[str, ...]) -> Config:
 
 
 def with_seed(config: Config, seed: int) -> Config:
-    """The same training with another seed: other weights, images and samples."""
+    """Returns the same training with another seed: other weights, images and samples."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
 def comask(config: Config, name: str = "CoMask") -> Row:
-    """CoMask with this configuration."""
+    """Trains and scores CoMask with this configuration."""
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     objective = Objective(model)

@@ -1,4 +1,4 @@
-"""Torchvision's Mask R-CNN as `vs_peers.py` runs it: from a canvas to masks of 28×28, and as ONNX."""
+"""Torchvision's Mask R-CNN from a canvas to masks of 28×28, and its ONNX export, for `vs_peers.py`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ OUTPUTS = ("boxes", "scores", "masks", "proposals")
 
 
 class Network(nn.Module):
-    """Mask R-CNN without resizing and pasting, which are measured apart; the threshold is an input."""
+    """Mask R-CNN without resizing and pasting, which are timed separately; the threshold is an input."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, canvas: Tensor, threshold: Tensor) -> dict[str, Tensor]:
-        """u8 [H, W, 3] and f32 [] → `OUTPUTS`: of N detections and of P proposals, [P, 4]."""
+        """Maps a canvas u8 [H, W, 3] and a threshold f32 [] to `OUTPUTS`."""
         model = self.model
         images = model.transform.normalize(canvas.permute(2, 0, 1).float() / 255)[None]
         size = (images.shape[2], images.shape[3])
@@ -37,16 +37,15 @@ class Network(nn.Module):
 
 
 def torchvision_network(version: str, proposals: int, detections: int) -> Network:
-    """`v1` or `v2` with ResNet-50, FPN and random weights of one seed, in evaluation mode."""
+    """Returns `v1` or `v2` with ResNet-50, FPN and seeded random weights, in evaluation mode."""
     torch.manual_seed(0)
     model = VERSIONS[version](
         weights=None, weights_backbone=None, num_classes=CLASSES + 1,
         rpn_post_nms_top_n_test=proposals, box_detections_per_img=detections,
     )  # fmt: skip
     for block in model.modules():
-        if isinstance(
-            block, Bottleneck
-        ):  # as in CoMask: else 16 untrained blocks blow the signal up
+        # As in CoMask: without this, 16 untrained blocks amplify the signal far too much.
+        if isinstance(block, Bottleneck):
             nn.init.zeros_(block.bn3.weight)
     return Network(model).eval()
 
@@ -54,11 +53,13 @@ def torchvision_network(version: str, proposals: int, detections: int) -> Networ
 def export_network(network: Network, canvas: Tensor, threshold: float, path: Path) -> None:
     """Writes an ONNX file for canvases of any size.
 
-    By the older exporter, which traces: `torch.export` stops at torchvision's `batched_nms`, which takes
-    another way where there are many boxes (`GuardOnDataDependentSymNode`).
+    It uses the older exporter, which traces. `torch.export` stops at torchvision's `batched_nms`, which
+    uses another algorithm for many boxes (`GuardOnDataDependentSymNode`).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing; the file's results are compared afterwards
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing warns; `vs_peers.py` compares the file's results afterwards
         torch.onnx.export(
             network,
             (canvas, torch.tensor(threshold)),

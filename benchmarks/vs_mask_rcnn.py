@@ -1,8 +1,8 @@
-"""CoMask `shapes-tiny` against a torchvision Mask R-CNN of the same width, on equal images.
+"""Compares CoMask `shapes-tiny` with a torchvision Mask R-CNN of the same width on equal images.
 
-Both see the same batches in the same order with the same optimiser and schedule, and are scored on
-the same 200 unseen images by the same code. The reference is given its best of several learning
-rates. Everything is measured in this one run:
+Both train on the same batches in the same order with the same optimiser and schedule. The same code
+scores them on the same 200 unseen images. The reference uses the best of several learning rates. One run
+measures everything:
 
     python benchmarks/vs_mask_rcnn.py --output runs/vs --seeds 3
 """
@@ -41,7 +41,7 @@ from comask.structures import Detections
 
 
 def reference_model(config: Config) -> MaskRCNN:
-    """Mask R-CNN with the preset's backbone, widths, anchors and sampling; its NMS at its own 0.5."""
+    """Returns Mask R-CNN with the preset's backbone, widths, anchors and sampling; its NMS uses 0.5."""
     model = config.model
     resnet, channels = build_resnet(model.backbone)
     layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
@@ -83,7 +83,7 @@ def reference_model(config: Config) -> MaskRCNN:
 
 
 def reference_losses(model: MaskRCNN, batch: Batch) -> dict[str, Tensor]:
-    """Torchvision's losses for one of our batches (whose images need no padding)."""
+    """Returns torchvision's losses for one of our batches, whose images need no padding."""
     images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
     targets = [
         {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.bitmaps()}
@@ -93,7 +93,7 @@ def reference_losses(model: MaskRCNN, batch: Batch) -> dict[str, Tensor]:
 
 
 def reference_detections(model: MaskRCNN, image: np.ndarray) -> Detections:
-    """One image through torchvision, its masks left at 28×28."""
+    """Runs torchvision's model on one image; the masks stay at 28×28."""
     with torch.inference_mode():
         (found,) = model([torch.from_numpy(image).permute(2, 0, 1).float() / 255])
     return Detections(
@@ -106,10 +106,10 @@ def reference_detections(model: MaskRCNN, image: np.ndarray) -> Detections:
 
 
 def reference(config: Config) -> Row:
-    """Torchvision's Mask R-CNN."""
+    """Trains and scores torchvision's Mask R-CNN."""
     torch.manual_seed(config.train.seed)
     model = reference_model(config)
-    model.transform.postprocess = lambda found, *_: found  # leave masks at 28×28
+    model.transform.postprocess = lambda found, *_: found  # masks stay at 28×28
     return train_and_score(
         "Mask R-CNN",
         model,
@@ -123,9 +123,11 @@ def reference(config: Config) -> Row:
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--learning-rates", default="0.001,0.002,0.004", show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of both models.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of both models."
+)
 def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...]) -> None:
-    """Compare CoMask and Mask R-CNN; rows go to OUTPUT/rows.jsonl."""
+    """Compare CoMask with Mask R-CNN and write the rows to OUTPUT/rows.jsonl."""
     base = base_config(settings)
     rates = [float(rate) for rate in learning_rates.split(",")]
 
@@ -138,7 +140,7 @@ def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...
         measure = comask if name == "CoMask" else reference
         return remembered(output / "rows.jsonl", key, tuned, measure)
 
-    # The reference's rates are tried with the first seed; its best one goes on.
+    # The first seed selects the best learning rate of the reference.
     tried = {rate: row("Mask R-CNN", rate, 0) for rate in rates}
     best_rate = max(tried, key=lambda rate: tried[rate]["mask_ap"])
     ours = summarise([row("CoMask", base.train.learning_rate, seed) for seed in range(seeds)])
@@ -157,12 +159,12 @@ def main(output: Path, seeds: int, learning_rates: str, settings: tuple[str, ...
         )
     click.echo(
         f"CoMask is {100 * (ours['mask_ap'] - best['mask_ap']):+.1f} points of mask AP from the best "
-        f"Mask R-CNN; FLOPs a second {ours['gflop_per_second'] / best['gflop_per_second']:.2f} times"
+        f"Mask R-CNN; FLOPs per second {ours['gflop_per_second'] / best['gflop_per_second']:.2f} times"
     )
 
 
 def summarise(rows: list[Row]) -> Row:
-    """The mean over seeds of every number, and the standard deviation of mask AP."""
+    """Returns the mean of every number over seeds, and the standard deviation of mask AP."""
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
     row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in numbers}
     row["seeds"] = len(rows)

@@ -1,7 +1,7 @@
-"""CoMask's bundle against torchvision's Mask R-CNN, both with ResNet-50 and FPN: time, memory, size.
+"""Compares the time, memory and size of CoMask's bundle and torchvision's Mask R-CNN.
 
-All take turns in one run on the same photo, with as many proposals, pairs in NMS and detections; see
-`peers.py`. Training and accuracy are no part of it.
+Both have ResNet-50 and FPN. All models take turns in one run on the same photo, with equal numbers of
+proposals, pairs in NMS and detections; see `peers.py`. Training and accuracy are not compared.
 
     python benchmarks/vs_peers.py --plot docs/peers.svg --docs docs/performance.md
 """
@@ -47,31 +47,31 @@ from comask.runtime.bench.plots import check_plot
 
 REFERENCE = "torchvision eager"
 MASK_THRESHOLD = 0.5
-NEAR = 0.01  # relative difference of what torchvision's ONNX file returns
-ALIKE = 0.9  # IoU of masks that both pasted; torchvision rounds boxes to whole pixels
+NEAR = 0.01  # allowed relative difference of the outputs of torchvision's ONNX file
+ALIKE = 0.9  # least IoU of pasted masks; torchvision rounds boxes to whole pixels
 
 Contestants = dict[str, Contestant]
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="CoMask's, with score threshold 0. [comask-r50 with random weights]")  # fmt: skip
+              help="CoMask's bundle, score threshold 0. [comask-r50 with random weights]")  # fmt: skip
 @click.option("--sizes", metavar="N,…", help="Short sides of the resized photo. [800,480]")
 @click.option("--detections", default="100,10", show_default=True, metavar="N,…")
 @click.option("--proposals", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--runs", type=click.IntRange(2), help="Turns of each. [5]")
+@click.option("--runs", type=click.IntRange(2), help="Number of turns. [5]")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTESTANTS)),
-              help=f"Leave the others out; {REFERENCE} always runs.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="A look: --sizes 320 --runs 3.")
+              help=f"Measure only these; {REFERENCE} always runs.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Run quickly: --sizes 320 --runs 3.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-@click.option("--plot", type=click.Path(path_type=Path), help="A picture, .png, .svg or .pdf.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot: .png, .svg or .pdf.")
 @click.option("--docs", type=click.Path(exists=True, path_type=Path),
-              help="A page whose table between the markers is replaced.")  # fmt: skip
+              help="Replace the tables between the markers of this page.")  # fmt: skip
 def main(
     bundle: Path | None, sizes: str | None, detections: str, proposals: int, runs: int | None,
     only: tuple[str, ...], quick: bool, json_file: Path | None, plot: Path | None, docs: Path | None,
 ) -> None:  # fmt: skip
-    """Compare CoMask with its peers. On a GPU a given bundle gets fp16 engines, where it has none."""
+    """Compare CoMask with other networks. On a GPU, fp16 engines are added to a bundle without them."""
     sides = numbers(sizes or ("320" if quick else "800,480"))
     counts = numbers(detections)
     runs = runs or (3 if quick else 5)
@@ -105,18 +105,18 @@ def main(
 
 
 def numbers(text: str) -> list[int]:
-    """`100,10` → [100, 10]."""
+    """Parses `100,10` as [100, 10]."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise click.UsageError(f"{text}: expected whole numbers from 1 on with commas between")
+        raise click.UsageError(f"{text}: expected positive whole numbers separated by commas")
     return [int(part) for part in parts]
 
 
 def measure(
     work: Work, names: list[str], sides: list[int], counts: list[int], runs: int
 ) -> dict[str, Any]:
-    """The report: what `--json` writes."""
-    torch.set_num_threads(cores())  # ONNX Runtime takes as many by itself
+    """Measures all contestants and returns the report that `--json` writes."""
+    torch.set_num_threads(cores())  # ONNX Runtime uses this number by default
     machine = describe_machine(None if work.device == "cuda" else "cpu")
     canvases = {side: on_canvas(photo(), side) for side in sides}
     contestants, unavailable = open_all(work, names, canvases, counts)
@@ -159,7 +159,7 @@ def measure(
 
 
 def make_bundle(folder: Path) -> None:
-    """`comask-r50` with random weights and COCO's number of classes."""
+    """Exports `comask-r50` with random weights and COCO's number of classes."""
     from comask.data.shapes import ShapesSource
     from comask.data.source import Category
     from comask.export.pipeline import export_bundle
@@ -169,7 +169,9 @@ def make_bundle(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = preset("comask-r50")
-    config = replace(config, preprocess=config.preprocess.resized(160))  # to be verified sooner
+    config = replace(
+        config, preprocess=config.preprocess.resized(160)
+    )  # makes the verification faster
     checkpoint = Checkpoint(
         config=config,
         categories=tuple(Category(id=i, name=f"class {i}") for i in range(1, CLASSES + 1)),
@@ -185,11 +187,12 @@ def make_bundle(folder: Path) -> None:
 def open_all(
     work: Work, names: list[str], canvases: dict[int, Prepared], counts: list[int]
 ) -> tuple[Contestants, dict[str, str]]:
-    """Those that run here, ready for all canvases, and why the others do not."""
+    """Opens the contestants for all canvases; returns them and why the others cannot run."""
     most = Bundle.open(Path(work.bundle)).manifest.model.detections
     if most < work.detections:
         raise ComaskError(
-            f"{work.bundle}: has {most} detections, {work.detections} are asked for: give fewer"
+            f"{work.bundle}: has {most} detections, and --detections asks for {work.detections}: ask for "
+            f"fewer"
         )
     found: Contestants = {}
     unavailable: dict[str, str] = {}
@@ -215,7 +218,7 @@ def open_all(
 
 
 def export(reference: Torchvision, canvases: dict[int, Prepared], path: Path) -> None:
-    """Torchvision's ONNX file, traced on the smallest canvas."""
+    """Writes torchvision's ONNX file, traced on the smallest canvas."""
     canvas = min(canvases.values(), key=lambda prepared: prepared.canvas.size).canvas
     threshold = max(reference.thresholds.values())
     network = reference.module.cpu()
@@ -224,13 +227,13 @@ def export(reference: Torchvision, canvases: dict[int, Prepared], path: Path) ->
 
 
 def check(name: str, one: Contestant, prepared: Prepared, count: int, proposals: int) -> float:
-    """Whether it does the work that is asked for; a first run, which warms up as well.
+    """Checks in a first run, which also warms up, that a contestant does the requested work.
 
     Returns:
-        10⁹ floating-point operations of its network but for RoIAlign; 0 where PyTorch does not run it.
+        The GFLOPs of its network without RoIAlign; 0 if PyTorch does not run it.
 
     Raises:
-        ComaskError: it does other work.
+        ComaskError: if it does other work.
     """
     height, width, _ = prepared.canvas.shape
     with FlopCounterMode(display=False) as counter:
@@ -239,7 +242,7 @@ def check(name: str, one: Contestant, prepared: Prepared, count: int, proposals:
     if shapes != ((count, 4), (count, 28, 28), proposals):
         raise ComaskError(
             f"{name} on {height}x{width}: boxes, masks and proposals are {shapes}, expected {count} "
-            f"detections of {proposals} proposals: give fewer of them"
+            f"detections of {proposals} proposals: ask for fewer"
         )
     inside = (boxes >= 0).all() and (boxes <= [width, height] * 2).all()
     if not (inside and (masks >= 0).all() and (masks <= 1).all()):  # false for NaN as well
@@ -248,7 +251,7 @@ def check(name: str, one: Contestant, prepared: Prepared, count: int, proposals:
 
 
 def check_encoding(contestants: Contestants, count: int) -> None:
-    """Whether all paste alike; raises ComaskError."""
+    """Raises ComaskError if the contestants paste masks differently."""
     pasted = {name: one.encode(*made(count)) for name, one in contestants.items()}
     for name, rles in pasted.items():
         overlap = float(np.mean(np.diag(coco.iou(rles, pasted[REFERENCE], [False] * count))))
@@ -257,11 +260,11 @@ def check_encoding(contestants: Contestants, count: int) -> None:
 
 
 def compare(eager: Thresholded, onnx: Thresholded, prepared: Prepared, count: int) -> None:
-    """Whether the exported file computes what eager PyTorch does; raises ComaskError."""
+    """Raises ComaskError if the exported file does not compute what eager PyTorch does."""
     threshold = eager.thresholds[prepared.canvas.shape, count]
     expected, found = (one.run(prepared, threshold) for one in (eager, onnx))
     for name in ("scores", "boxes", "masks"):
-        # the median: rows of nearly equal scores change places
+        # the median, because rows with nearly equal scores may be exchanged
         error = np.median(np.abs(found[name] - expected[name])) / np.abs(expected[name]).max()
         if not error <= NEAR:
             raise ComaskError(
@@ -270,7 +273,7 @@ def compare(eager: Thresholded, onnx: Thresholded, prepared: Prepared, count: in
 
 
 def made(count: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int], float]:
-    """Blurred discs for `Contestant.encode`: masks of random weights are noise, and RLEs of it long."""
+    """Returns blurred discs for `Contestant.encode`, since masks from random weights have long RLEs."""
     probs, boxes = instances()
     places = np.arange(count) % len(boxes)
     return probs[places], boxes[places], PHOTO, MASK_THRESHOLD
@@ -279,7 +282,7 @@ def made(count: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int], float]:
 def take_turns(
     contestants: Contestants, short_side: int, count: int, runs: int, title: str
 ) -> dict[str, list[list[float]]]:
-    """Seconds of preparing, network and masks, of each run of each."""
+    """Returns the seconds of preparation, network and masks for each run of each contestant."""
     image, discs = photo(), made(count)
     seconds: dict[str, list[list[float]]] = {name: [] for name in contestants}
     with Progress(title, runs, unit="turns") as progress:
@@ -298,7 +301,7 @@ def take_turns(
 
 
 def parameters(one: Contestant) -> int | None:
-    """Weights of the network, where it is PyTorch's; batch statistics are none."""
+    """Returns the number of parameters of a PyTorch network, without batch statistics; else None."""
     if isinstance(one, Torchvision):
         network = one.module
     elif isinstance(one, CoMask) and one.predictor.stages.backend == "torch":
@@ -311,7 +314,7 @@ def parameters(one: Contestant) -> int | None:
 def memory_of_each(
     work: Work, contestants: Contestants, short_side: int, prepared: Prepared
 ) -> dict[str, int]:
-    """Peak resident bytes of a process of its own."""
+    """Returns the peak resident bytes of each contestant in a separate process."""
     found = {}
     with Progress("memory", len(contestants), unit="contestants") as progress:
         for name, one in contestants.items():

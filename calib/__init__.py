@@ -1,1 +1,1 @@
-"""Calibration, int8 quantisation, and the search for what must stay float."""
+"""Calibrates and quantises bundles to int8, and searches for the layers that must stay float."""

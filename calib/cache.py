@@ -1,4 +1,4 @@
-"""What a calibration saw, as `calibration.json`: enough for every method, and for going on later."""
+"""`Calibration`: histograms of activations, kept in `calibration.json` for all methods and later runs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from comask.config_reading import from_dict
 from comask.errors import CalibrationError, ConfigError
 from comask.files import parse_json, write_whole
 
-FORMAT = 1  # of the file
+FORMAT = 1  # the version of the file's format
 CACHE = "calibration.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Histograms of a bundle's activations over some images. Neither order nor interruptions tell.
+    """Histograms of a bundle's activations over some images, whose order does not matter.
 
     Attributes:
-        graphs: sha256 of the fp32 graphs by file name.
-        preprocess: of the images.
-        images: names of those that were seen, by sha256 of their pixels.
-        histograms: of |x| by activation, as `comask.calib.qdq.activations` names those of both
-            stages.
+        graphs: the SHA-256 of the fp32 graphs by file name.
+        preprocess: the preprocessing of the images.
+        images: the names of the counted images, by the SHA-256 of their pixels.
+        histograms: the histograms of |x| by activation; `comask.calib.qdq.activations` names the
+            activations of both stages.
     """
 
     graphs: dict[str, str]
@@ -43,59 +43,59 @@ class Calibration:
 
     @classmethod
     def empty(cls, bundle: Bundle) -> Calibration:
-        """That of a bundle before the first image."""
+        """Returns the calibration of a bundle before the first image."""
         files = [graph_file(stage, "fp32") for stage in ("stage1", "stage2")]
         graphs = {name: bundle.manifest.files[name] for name in files}
         return cls(graphs, bundle.manifest.preprocess, {}, {})
 
     def ranges(self, method: Method = "error", *, percentile: float = 99.99) -> dict[str, float]:
-        """The largest magnitude that int8 is to cover, by activation.
+        """Returns the largest magnitude that int8 must cover, by activation.
 
-        Activations that no image had a value for are absent, as those of detections are where
-        nothing was detected. A range is 0 where all values were.
+        Activations without values are left out, such as those of detections if nothing was detected. If
+        all values are 0, the range is 0.
 
         Args:
-            method: `error` clips where the squared error is least, `entropy` where the distribution
-                suffers least, `percentile` what is beyond it, `minmax` nothing.
-            percentile: of the magnitudes, above 0 and up to 100.
+            method: where to clip. `error` minimises the squared error, `entropy` the change of the
+                distribution, `percentile` clips beyond the percentile, and `minmax` does not clip.
+            percentile: the percentile of the magnitudes, above 0 and up to 100.
 
         Raises:
-            ConfigError: when the percentile is none.
+            ConfigError: the percentile is out of range.
         """
         if not 0 < percentile <= 100:
             raise ConfigError(f"a percentile of {percentile}; expected above 0 and up to 100")
-        found = {key: histogram for key, histogram in self.histograms.items() if histogram.total}
+        filled = {key: histogram for key, histogram in self.histograms.items() if histogram.total}
         if method == "minmax":
-            return {key: histogram.largest for key, histogram in found.items()}
+            return {key: histogram.largest for key, histogram in filled.items()}
         if method == "percentile":
-            return {key: percentile_threshold(h, percentile) for key, h in found.items()}
+            return {key: percentile_threshold(h, percentile) for key, h in filled.items()}
         find = error_threshold if method == "error" else entropy_threshold
-        return {key: find(histogram) for key, histogram in found.items()}
+        return {key: find(histogram) for key, histogram in filled.items()}
 
     def require(self, bundle: Bundle, path: Path) -> None:
-        """Checks that this cache, read from `path`, is of a bundle.
+        """Checks that this cache, read from `path`, belongs to a bundle.
 
         Raises:
-            CalibrationError: when graphs or preprocessing differ.
+            CalibrationError: graphs or preprocessing differ.
         """
         own, other = Calibration.empty(bundle), str(bundle.folder)
         for name, expected in own.graphs.items():
-            found = self.graphs.get(name, "none")
-            if found != expected:
+            cached = self.graphs.get(name, "none")
+            if cached != expected:
                 raise CalibrationError(
-                    f"{path}: is of another {name} (sha256 {found[:12]}…) than {other} holds "
-                    f"({expected[:12]}…); name another cache, or delete this one"
+                    f"{path}: belongs to another {name} (sha256 {cached[:12]}…) than the one in {other} "
+                    f"({expected[:12]}…); delete it, and calibrate again"
                 )
         for field in dataclasses.fields(PreprocessConfig):
-            found, expected = (getattr(c.preprocess, field.name) for c in (self, own))
-            if found != expected:
+            cached, expected = (getattr(c.preprocess, field.name) for c in (self, own))
+            if cached != expected:
                 raise CalibrationError(
-                    f"{path}: was made with preprocess.{field.name} = {found}, {other} has {expected}; "
-                    f"name another cache, or delete this one"
+                    f"{path}: was made with preprocess.{field.name} = {cached}, but {other} has "
+                    f"{expected}; delete it, and calibrate again"
                 )
 
     def save(self, path: Path) -> None:
-        """Writes the cache whole or not at all: an image or an activation a line."""
+        """Writes the cache atomically, with one image or activation per line."""
         header = {
             "format": FORMAT,
             "graphs": self.graphs,
@@ -114,17 +114,17 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Inverse of `save`.
+        """Reads a cache that `save` wrote.
 
         Raises:
-            CalibrationError: when there is no cache that this comask reads.
+            CalibrationError: the file is missing, or is not a cache that this comask reads.
         """
         try:
             content = parse_json(path.read_bytes())
             if content["format"] != FORMAT:
                 raise CalibrationError(
                     f"{path}: has format {content['format']!r}, this comask reads {FORMAT}; delete "
-                    f"it and calibrate again"
+                    f"it, and calibrate again"
                 )
             return cls(
                 graphs=dict(content["graphs"]),
@@ -139,8 +139,8 @@ class Calibration:
             raise
         except OSError as error:
             raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
-        # OverflowError: of integers that numpy cannot hold
+        # OverflowError: an integer is too large for numpy.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CalibrationError(
-                f"{path}: is no calibration cache ({error}); name another, or delete it"
+                f"{path}: is not a calibration cache ({error}); delete it, and calibrate again"
             ) from error

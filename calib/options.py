@@ -1,4 +1,4 @@
-"""What a user says about int8. Imports nothing heavy, so that the command line may show it."""
+"""The options of int8. This module imports nothing heavy, so that `--help` can show their defaults."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ METHODS: tuple[Method, ...] = get_args(Method)  # the first is the default
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:
-    """How int8 graphs are made.
+    """The options of `comask quantize`.
 
     Attributes:
-        calib_data: folder or data set of the images that tell activations' ranges, or `shapes`; None
-            is good only where no graphs are made.
-        calib_images: number of them.
-        calib_method: from histograms to ranges, see `Calibration.ranges`.
-        calib_seed: of the choice of images.
-        val_images: number of images at most that AP is measured on.
-        ap_budget: AP points that boxes or masks may lose to PyTorch in fp32.
+        calib_data: the folder or data set of images that activations are measured on, or `shapes`;
+            required to make graphs.
+        calib_limit: the number of calibration images.
+        calib_method: the method that turns histograms into ranges, see `Calibration.ranges`.
+        calib_seed: the seed by which calibration images are chosen.
+        limit: the largest number of images that AP is measured on.
+        max_loss: the AP points that boxes or masks may lose to PyTorch in fp32.
     """
 
     calib_data: str | None = None
-    calib_images: int = 64
+    calib_limit: int = 64
     calib_method: Method = METHODS[0]
     calib_seed: int = 0
-    val_images: int = 500
-    ap_budget: float = 0.3
+    limit: int = 500
+    max_loss: float = 0.3

@@ -1,10 +1,10 @@
-"""Q/DQ placement: a float graph → the same graph with chosen layers in int8.
+"""Places Q/DQ nodes: turns a float graph into the same graph with chosen layers in int8.
 
-Symmetric throughout, as TensorRT wants it: activations by one scale a tensor, weights by one a channel
-and stored as int8. A layer becomes int8 where both of its inputs come out of a DequantizeLinear. Nothing
-is put behind a layer: what follows it (bias, normalisation, ReLU) stays in float until the next layer's
-input, and TensorRT fuses it. Of what a residual block adds, the shortcut is quantised too, so that the
-last convolution adds it inside its int8 kernel.
+As TensorRT requires, quantisation is symmetric: activations have one scale per tensor, weights have one
+scale per channel and are stored as int8. A layer becomes int8 if both of its inputs come from a
+DequantizeLinear. No nodes are placed behind a layer: its bias, normalisation and ReLU stay in float until
+the next layer's input, and TensorRT fuses them. In a residual block the shortcut is quantised, too, so
+that the last convolution adds it inside its int8 kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from comask.bundle import INT8_BASE, STAGES, Bundle
 from comask.calib.cache import CACHE, Calibration
 from comask.runtime.parity.layers import layer_of
 
-CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # of output channels in the weights
+CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0}  # the weights' axis of output channels
 
-LARGEST = 127  # of int8, without the -128 that has no counterpart
+LARGEST = 127  # the largest int8; -128 is not used, so that the range is symmetric
 
-LIMIT = 1e-2  # relative: a scale is an f16, which rounds by 2^-11
+LIMIT = 1e-2  # relative tolerance of a scale, which may be an f16 with rounding errors of 2^-11
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Layer:
     """A convolution or fully connected layer.
 
     Attributes:
-        name: of its module.
-        weight: name of the initializer.
-        channel_axis: the weight's axis of output channels.
-        nodes: places in the graph's node list; several where a layer is used for several tensors.
+        name: the name of the layer's module.
+        weight: the name of the weights' initializer.
+        channel_axis: the weights' axis of output channels.
+        nodes: indices in the graph's node list; several if the layer is applied to several tensors.
     """
 
     name: str
@@ -46,22 +46,21 @@ class Layer:
 
 
 def graph_layers(model: onnx.ModelProto) -> list[Layer]:
-    """The layers of a graph in the order of their first use.
+    """Returns the layers of a graph in the order of their first use.
 
-    Those that turn one vector an image into another (channel attention) are left out: int8 saves
-    nothing there.
+    Channel attention is left out: it processes one vector per image, where int8 saves nothing.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     for place, node in enumerate(model.graph.node):
         name = layer_of(node)
-        # one whose weights are no initializer is int8 already
+        # A layer whose weights are not an initializer is already int8.
         if name is None or ".attention." in name or node.input[1] not in weights:
             continue
-        nodes = found[name].nodes if name in found else ()
+        nodes = layers[name].nodes if name in layers else ()
         axis = CHANNEL_AXIS[node.op_type]
-        found[name] = Layer(name, node.input[1], axis, (*nodes, place))
-    return list(found.values())
+        layers[name] = Layer(name, node.input[1], axis, (*nodes, place))
+    return list(layers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,13 @@ class Reading:
     """A place where an int8 layer reads an activation.
 
     Attributes:
-        name: that the activation has in all graphs of a network: `LAYER` is what a layer reads,
-            `LAYER:1` at its second use and so on; `LAYER+` is what is added to a layer's output in a
-            residual block.
-        layer: that reads it, or whose output it is added to.
-        tensor: its name in this graph.
-        node: place of the reading node in the graph's list.
-        input: of that node.
+        name: the activation's name in all graphs of a network: `LAYER` for a layer's input, `LAYER:1`
+            for the input at its second use and so on; `LAYER+` for the shortcut that a residual block
+            adds to the layer's output.
+        layer: the layer that reads the activation, or to whose output it is added.
+        tensor: the activation's name in this graph.
+        node: the index of the reading node in the graph's node list.
+        input: the index of the activation among that node's inputs.
     """
 
     name: str
@@ -86,31 +85,31 @@ class Reading:
 
 
 def readings(model: onnx.ModelProto) -> list[Reading]:
-    """All of a graph, in the order of its nodes."""
-    found = []
+    """Returns all readings of a graph, in the order of its nodes."""
+    result = []
     producers: dict[str, Layer] = {}
     for layer in graph_layers(model):
         for use, place in enumerate(layer.nodes):
             node = model.graph.node[place]
             name = f"{layer.name}:{use}" if use else layer.name
-            found.append(Reading(name, layer.name, node.input[0], place, 0))
+            result.append(Reading(name, layer.name, node.input[0], place, 0))
             producers[node.output[0]] = layer
-    read = {reading.tensor for reading in found}
+    read = {reading.tensor for reading in result}
     for place, node in enumerate(model.graph.node):
         if node.op_type != "Add":
             continue
         for i, added in enumerate(node.input):
             before = producers.get(node.input[1 - i])
-            # the shortcut is what a layer reads as well, or a convolution of that
+            # The shortcut is a tensor that a layer reads as well, or a convolution of such a tensor.
             shortcut = added in read or ".downsample." in getattr(producers.get(added), "name", "")
             if before is not None and len(before.nodes) == 1 and shortcut:
-                found.append(Reading(f"{before.name}+", before.name, added, place, i))
+                result.append(Reading(f"{before.name}+", before.name, added, place, i))
                 break
-    return sorted(found, key=lambda reading: reading.node)
+    return sorted(result, key=lambda reading: reading.node)
 
 
 def activations(model: onnx.ModelProto) -> dict[str, str]:
-    """The tensors that a graph's readings are of, by the names that all graphs share."""
+    """Returns the tensors that a graph's layers read, by the names that all graphs share."""
     return {reading.name: reading.tensor for reading in readings(model)}
 
 
@@ -119,12 +118,12 @@ def quantize_graph(
     largest: Mapping[str, float],
     layers: Collection[str],
 ) -> onnx.ModelProto:
-    """A copy of an fp32 or fp16 graph in which `layers` compute in int8.
+    """Returns a copy of an fp32 or fp16 graph in which `layers` compute in int8.
 
     Args:
-        model: as exported.
-        largest: of each activation, by the names of `activations`, the |value| that int8 ends at.
-        layers: names among those of `graph_layers`; the others stay as they are.
+        model: the exported graph.
+        largest: the magnitude that becomes 127, of each activation by its name in `activations`.
+        layers: the names of layers of `graph_layers` that become int8; the others stay unchanged.
     """
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
@@ -137,10 +136,10 @@ def quantize_graph(
 
 
 class _Placement:
-    """Changes to one graph.
+    """Collects changes to one graph and applies them.
 
     Args:
-        graph: changed in place.
+        graph: the graph, which is changed in place.
         layers: all of its layers.
     """
 
@@ -149,13 +148,11 @@ class _Placement:
         self._layers = {layer.name: layer for layer in layers}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._added: list[TensorProto] = []
-        self._before: dict[
-            int, list[NodeProto]
-        ] = {}  # nodes to insert, by the node they stand before
-        self._dequantized: dict[str, str] = {}  # by the name of what was quantised
+        self._before: dict[int, list[NodeProto]] = {}  # index of a node → new nodes before it
+        self._dequantized: dict[str, str] = {}  # name of a quantised tensor → its dequantised name
 
     def add(self, reading: Reading, largest: float) -> None:
-        """Makes one reading one of int8; readings come in the order of their nodes."""
+        """Makes one reading int8. Call it for readings in the order of their nodes."""
         layer, node = self._layers[reading.layer], self._graph.node[reading.node]
         new = self._before.setdefault(reading.node, [])
         weights = numpy_helper.to_array(self._initializers[layer.weight])
@@ -167,7 +164,7 @@ class _Placement:
     def _activation(
         self, tensor: str, largest: float, dtype: np.dtype, new: list[NodeProto]
     ) -> str:
-        """The name of a tensor's values as int8 has them; its nodes go where it is first needed."""
+        """Returns the name of a tensor's dequantised values; adds their nodes at the first use."""
         if tensor not in self._dequantized:
             scale, zero = self._scale(tensor, np.array(largest), dtype)
             quantized, dequantized = f"{tensor}.int8", f"{tensor}.dequantized"
@@ -201,10 +198,10 @@ class _Placement:
         return self._dequantized[layer.weight]
 
     def _scale(self, name: str, largest: NDArray[np.floating], dtype: np.dtype) -> tuple[str, str]:
-        """Initializers of a scale in the type of what is quantised, and of zero points."""
-        exact = np.where(largest > 0, largest / LARGEST, 1.0)  # where all is zero any scale serves
+        """Adds initializers of a scale, in the tensor's type, and of zero points; returns their names."""
+        exact = np.where(largest > 0, largest / LARGEST, 1.0)  # For zeros, any scale works.
         scale = exact.astype(dtype)
-        # rounded up, or the largest value would be clipped; tiny ones round far
+        # Round up, so that the largest value is not clipped; f16 rounds tiny scales by a lot.
         scale = np.where(scale < exact, np.nextafter(scale, dtype.type(np.inf)), scale)
         names = f"{name}.scale", f"{name}.zero_point"
         self._added += [
@@ -214,7 +211,7 @@ class _Placement:
         return names
 
     def rewrite(self) -> None:
-        """Puts everything in its place."""
+        """Inserts the new nodes and initializers into the graph."""
         nodes = [
             node
             for place, old in enumerate(self._graph.node)
@@ -222,7 +219,7 @@ class _Placement:
         ]
         read = {name for node in nodes for name in node.input}
         kept = [tensor for tensor in self._graph.initializer if tensor.name in read]
-        # copies: deleting a repeated field's content takes its messages along
+        # Copies are needed because deleting a repeated field's content also destroys its messages.
         nodes, kept = ([_copy(message) for message in messages] for messages in (nodes, kept))
         del self._graph.node[:], self._graph.initializer[:]
         self._graph.node.extend(nodes)
@@ -236,38 +233,38 @@ def _copy(message: NodeProto | TensorProto) -> NodeProto | TensorProto:
 
 
 def altered_scales(bundle: Bundle) -> list[str]:
-    """One sentence an activation of the int8 graphs whose scale is not the calibration's.
+    """Returns a sentence for each activation whose scale in the int8 graphs is not the calibration's.
 
     Args:
-        bundle: with int8 graphs, and the cache of their calibration.
+        bundle: a bundle with int8 graphs and the cache of their calibration.
 
     Raises:
-        BundleError: when a graph is missing or altered.
-        CalibrationError: when the bundle has no cache, or one of other graphs.
+        BundleError: a graph is missing or altered.
+        CalibrationError: the bundle has no cache, or the cache of other graphs.
     """
     path = bundle.folder / CACHE
     calibration = Calibration.load(path)
     calibration.require(bundle, path)
     largest = calibration.ranges(bundle.manifest.verification["int8"]["calibration"]["method"])
-    found = []
+    altered = []
     for stage in STAGES:
         names = {
             reading.tensor: reading.name for reading in readings(_graph(bundle, stage, INT8_BASE))
         }
         scales = {t.name: t for t in _graph(bundle, stage, "int8").graph.initializer}
         for tensor, name in names.items():
-            # layers that stayed float have none; where all is zero any scale serves
+            # Float layers have no scale; for an activation of zeros, any scale works.
             if f"{tensor}.scale" not in scales or not largest.get(name):
                 continue
             scale = numpy_helper.to_array(scales[f"{tensor}.scale"])
             smallest = float(np.finfo(scale.dtype).smallest_subnormal)
             expected = largest[name] / LARGEST
             if not abs(float(scale) - expected) <= max(LIMIT * expected, smallest):
-                found.append(
-                    f"what {name} reads in {stage} has another scale than its calibration gives: "
-                    f"{float(scale):.4g}, not {expected:.4g}"
+                altered.append(
+                    f"{stage}: the input of {name} has the scale {float(scale):.4g}, but its "
+                    f"calibration gives {expected:.4g}"
                 )
-    return found
+    return altered
 
 
 def _graph(bundle: Bundle, stage: str, precision: str) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""int8 graphs for a bundle: calibrated activations, and as many layers in int8 as an AP budget allows."""
+"""Adds int8 graphs to a bundle, with calibrated activations and as few float layers as possible."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from comask.runtime.backends.ort import OrtSession, ort_stages
 
 Report = Callable[[str], None]
 
-# images of `shapes` that nothing else sees
+# Seeds of generated `shapes` images that are used nowhere else.
 CALIBRATION_SEED, VALIDATION_SEED = 4_000_000, 5_000_000
-PROBED_IMAGES = 4  # of the calibration's, on which single layers are quantised
+PROBED_IMAGES = 4  # calibration images on which each layer is quantised alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
-    """Where the ranges of activations come from.
+    """Describes where the ranges of activations come from.
 
     Attributes:
-        data: as the user named it.
-        images: number of images.
-        seed: of their choice.
-        method: from histograms to ranges.
+        data: the data as the user named it.
+        images: the number of images.
+        seed: the seed by which they were chosen.
+        method: the method that turns histograms into ranges.
     """
 
     data: str
@@ -62,7 +62,7 @@ class CalibrationReport:
 
 @dataclass(frozen=True, slots=True)
 class FloatLayer:
-    """A layer that stays float, and the reason in words."""
+    """A layer that stays float, with the reason in words."""
 
     layer: str
     reason: str
@@ -74,8 +74,8 @@ class DisturbingLayer(FloatLayer):
 
     Attributes:
         disturbance: noise in the predictions when this layer alone is int8, as a share of their power.
-        rank: 1 for the layer that disturbs most.
-        cost_share: its share of the network's multiplications.
+        rank: the layer's rank by disturbance; 1 for the layer that disturbs most.
+        cost_share: the layer's share of the network's multiplications.
     """
 
     disturbance: float
@@ -85,7 +85,7 @@ class DisturbingLayer(FloatLayer):
 
 @dataclass(frozen=True, slots=True)
 class TrialReport:
-    """One evaluation: how many layers were float, the AP points lost, and their standard error."""
+    """One evaluation: the number of float layers, the AP points lost, and their standard error."""
 
     float_layers: int
     loss: float
@@ -94,22 +94,22 @@ class TrialReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Report:
-    """How int8 graphs were made and what they cost: the manifest's `verification.int8`.
+    """Describes how int8 graphs were made and what they cost: the manifest's `verification.int8`.
 
     Attributes:
         calibration: where the ranges come from.
-        base: precision of the graphs that were quantised.
-        layers: number of layers that could be int8.
-        float_layers: those that are not, the most disturbing first.
-        budget: AP points that might be lost.
-        data: that AP was measured on, as the user named it.
-        images: number of images in it.
+        base: the precision of the graphs that were quantised.
+        layers: the number of layers that could be int8.
+        float_layers: the layers that stay float, the most disturbing first.
+        budget: the AP points that int8 was allowed to lose.
+        data: the data that AP was measured on, as the user named it.
+        images: the number of images that AP was measured on.
         reference: AP of `box` and `mask` of PyTorch in fp32, in points.
-        ap: the same of the int8 graphs.
-        loss: AP points lost and their standard error.
-        trials: in their order.
-        bytes: size of both graphs by precision.
-        latency: seconds an image by precision; None until engines of both were timed on a GPU.
+        ap: AP of `box` and `mask` of the int8 graphs, in points.
+        loss: the AP points lost, and their standard error.
+        trials: all evaluations, in their order.
+        bytes: the size of both graphs, by precision.
+        latency: seconds per image, by precision; None until engines of both were timed on a GPU.
     """
 
     calibration: CalibrationReport
@@ -130,32 +130,33 @@ class Int8Report:
 def quantize(
     bundle: Bundle, options: QuantizeOptions, val_data: str, report: Report
 ) -> tuple[Bundle, Int8Report]:
-    """Calibrates on the images that the options name, and searches within the budget.
+    """Adds int8 graphs, calibrated on the images of the options, that lose at most `max_loss` points.
 
     Args:
-        bundle: with fp32 and fp16 graphs.
-        options: with `calib_data`.
-        val_data: data set that AP is measured on, or `shapes`.
-        report: takes a line before each step.
+        bundle: a bundle with fp32 and fp16 graphs.
+        options: the options, with `calib_data`.
+        val_data: the data set that AP is measured on, or `shapes`.
+        report: called with a line before each step.
 
     Raises:
-        PrecisionError: when the promise cannot be kept.
-        DataError: when the data cannot be used.
+        PrecisionError: no int8 graphs lose so little, or they are not smaller.
+        DataError: the data cannot be used.
     """
     assert options.calib_data is not None
-    most = options.val_images
+    most = options.limit
     source = open_source(val_data, "val", shapes_images=most, shapes_seed=VALIDATION_SEED)
-    indices = np.random.default_rng(0).permutation(len(source))[:most]  # sorted data begin alike
+    # A random choice, since neighbours in sorted data resemble each other.
+    indices = np.random.default_rng(0).permutation(len(source))[:most]
     validation = Validation(
-        source=source, indices=sorted(indices.tolist()), name=val_data, budget=options.ap_budget
+        source=source, indices=sorted(indices.tolist()), name=val_data, budget=options.max_loss
     )
     if len(indices) < ENOUGH:
         report(
-            f"warning: AP on {len(indices)} images says little of others, and its error is not known; "
-            f"give {ENOUGH} --val-images or more"
+            f"warning: {len(indices)} images are too few to measure AP and its error reliably; use at "
+            f"least {ENOUGH}: give more --data, or a larger --limit"
         )
-    scorer = Scorer(bundle, validation)  # before the calibration: it may refuse
-    count, seed = options.calib_images, options.calib_seed
+    scorer = Scorer(bundle, validation)  # Before the calibration, since it may refuse the data.
+    count, seed = options.calib_limit, options.calib_seed
     data: InstanceSource | Path = Path(options.calib_data)
     if options.calib_data == "shapes":
         data = open_source("shapes", "train", shapes_images=4 * count, shapes_seed=CALIBRATION_SEED)
@@ -185,18 +186,18 @@ def add_int8(
     calibration: CalibrationReport,
     report: Report = lambda line: None,
 ) -> tuple[Bundle, Int8Report]:
-    """Adds int8 graphs to a bundle that keep its AP, or changes nothing.
+    """Adds int8 graphs within the AP budget to a bundle; without success, the bundle stays unchanged.
 
     Args:
-        bundle: with fp32 and fp16 graphs.
-        largest: of each activation of both stages, see `quantize_graph`.
-        images: a few of the calibration's, u8 [h, w, 3] RGB, on which single layers are quantised.
-        scorer: of the bundle, with the budget.
-        calibration: how `largest` came about, for the manifest.
-        report: takes a line before each step.
+        bundle: a bundle with fp32 and fp16 graphs.
+        largest: the largest magnitude of each activation of both stages, see `quantize_graph`.
+        images: a few calibration images, u8 [h, w, 3] RGB, on which each layer is quantised alone.
+        scorer: measures AP, and knows the budget.
+        calibration: the origin of `largest`, for the manifest.
+        report: called with a line before each step.
 
     Raises:
-        PrecisionError: when the budget cannot be met, or nothing gets smaller.
+        PrecisionError: the budget cannot be met, or the int8 graphs are not smaller.
     """
     validation = scorer.validation
     with scratch_folder(bundle.folder, bundle.folder) as folder:
@@ -204,7 +205,7 @@ def add_int8(
         search = Search(candidate.loss, validation.budget)
         float_layers, reasons = frozenset[str](), list[FloatLayer]()
         if not search.try_all_int8():
-            report("too much is lost: which layers matter?")
+            report("all layers in int8 lose too much: measuring which layers matter")
             noise, price = candidate.probe()
             float_layers = search.run(noise, price)
             reasons = _reasons(float_layers, noise, price)
@@ -214,7 +215,7 @@ def add_int8(
         sizes = {p: candidate.size(p) for p in ("fp32", INT8_BASE, "int8")}
         if sizes["int8"] >= sizes[INT8_BASE]:
             raise PrecisionError(
-                f"nothing gets smaller: so many layers must stay float that the int8 graphs have "
+                f"int8 saves no space: so many layers must stay float that the int8 graphs have "
                 f"{sizes['int8']} bytes, the fp16 ones {sizes[INT8_BASE]}; use fp16"
             )
         made = Int8Report(
@@ -240,21 +241,15 @@ def add_int8(
 
 
 class _Candidate:
-    """int8 graphs in the making.
+    """Writes and measures int8 graphs with different sets of float layers.
 
-    Args:
-        bundle: see `add_int8`.
-        folder: where the graphs are written.
-        largest: see `add_int8`.
-        images: see `add_int8`.
-        scorer: see `add_int8`.
-        report: see `add_int8`.
+    The arguments are those of `add_int8`, and `folder`, to which the graphs are written.
 
     Attributes:
-        layers: stage by layer, of those that may become int8.
-        without_range: the others, for the manifest.
-        measured: AP of each set of float layers that was tried.
-        losses: what that is below PyTorch's, and the standard error.
+        layers: the stage of each layer that may become int8.
+        without_range: the layers that cannot, for the manifest.
+        measured: the AP of each set of float layers that was tried.
+        losses: the AP points that each set loses to PyTorch, and their standard error.
     """
 
     def __init__(
@@ -279,7 +274,7 @@ class _Candidate:
             if reading.name not in largest
         }
         self.without_range = [
-            FloatLayer(name, "in the images of the calibration nothing came through it")
+            FloatLayer(name, "no calibration image passed values through it")
             for name in sorted(unknown)
         ]
         for name in unknown:
@@ -288,30 +283,33 @@ class _Candidate:
         self.losses: dict[frozenset[str], tuple[float, float]] = {}
 
     def write(self, float_layers: frozenset[str]) -> None:
-        """The graphs in which these layers stay float."""
+        """Writes the graphs in which these layers stay float."""
         layers = self.layers.keys() - float_layers
         for stage, graph in self._graphs.items():
             quantized = quantize_graph(graph, self._largest, layers)
             onnx.save(quantized, self._folder / graph_file(stage, "int8"))
 
     def loss(self, float_layers: frozenset[str]) -> float:
-        """See `Search`."""
+        """Returns the AP points that these float layers lose, plus the standard error.
+
+        Without the error, luck on these images could pass for accuracy.
+        """
         self.write(float_layers)
         stage1, stage2 = (
             OrtSession(self._folder / graph_file(stage, "int8"), "cpu", optimized=False)
             for stage in STAGES
         )
-        found = self._scorer.measure(Stages("onnxruntime:int8", stage1, stage2))
-        loss, error = self._scorer.reference.loss_of(found)
-        self.measured[float_layers], self.losses[float_layers] = found, (loss, error)
+        measured = self._scorer.measure(Stages("onnxruntime:int8", stage1, stage2))
+        loss, error = self._scorer.reference.loss_of(measured)
+        self.measured[float_layers], self.losses[float_layers] = measured, (loss, error)
         self._report(
-            f"{len(float_layers)} of {len(self.layers)} layers float: box AP {found.ap['box']:.2f}, "
-            f"mask AP {found.ap['mask']:.2f}, {loss:+.2f} ± {error:.2f} points lost"
+            f"{len(float_layers)} of {len(self.layers)} layers float: box AP {measured.ap['box']:.2f}, "
+            f"mask AP {measured.ap['mask']:.2f}, {loss:+.2f} ± {error:.2f} points lost"
         )
-        return loss + error  # or luck on these images would be the promise for others
+        return loss + error
 
     def probe(self) -> tuple[dict[str, float], dict[str, float]]:
-        """How much each layer disturbs the predictions, and what it costs."""
+        """Returns each layer's disturbance of the predictions, and each layer's multiplications."""
         noise: dict[str, float] = {}
         price: dict[str, float] = {}
         with Progress("quantising each layer alone", len(self.layers), unit="layers") as progress:
@@ -323,7 +321,7 @@ class _Candidate:
         return noise, price
 
     def _inputs(self) -> Iterator[tuple[Feeds, Feeds]]:
-        """Those of both fp32 graphs, for each image."""
+        """Yields the inputs of both fp32 graphs for each image."""
         with ort_stages(self._bundle, "fp32", "cpu") as stages:
             for pixels in self._images:
                 image = prepare(pixels, self._bundle.manifest.preprocess)
@@ -332,7 +330,7 @@ class _Candidate:
                 yield first, {**stages.stage1.run(first), "image_sizes": sizes}
 
     def size(self, precision: str) -> int:
-        """Bytes of both graphs."""
+        """Returns the size of both graphs in bytes."""
         folder = self._folder if precision == "int8" else self._bundle.folder
         return sum((folder / graph_file(stage, precision)).stat().st_size for stage in STAGES)
 
@@ -340,14 +338,14 @@ class _Candidate:
 def _reasons(
     float_layers: frozenset[str], noise: Mapping[str, float], price: Mapping[str, float]
 ) -> list[FloatLayer]:
-    """Which layers stay float and why, the most disturbing first."""
+    """Returns the layers that stay float with their reasons, the most disturbing first."""
     ranks = {name: rank for rank, name in enumerate(sorted(noise, key=lambda n: -noise[n]), 1)}
     total = sum(price.values())
     return [
         DisturbingLayer(
             layer=name,
-            reason=f"int8 in this layer alone puts {100 * noise[name]:.2g} % noise into the "
-            f"predictions, the {ranks[name]}. most of {len(noise)} layers",
+            reason=f"int8 in this layer alone adds {100 * noise[name]:.2g} % noise to the predictions "
+            f"(rank {ranks[name]} of {len(noise)} layers)",
             disturbance=noise[name],
             rank=ranks[name],
             cost_share=price[name] / total,

@@ -1,7 +1,7 @@
-"""The ranges of a bundle's activations, collected one image at a time by ONNX Runtime on the CPU.
+"""Collects the ranges of a bundle's activations, one image at a time, in ONNX Runtime on the CPU.
 
-Padding does not count: rows of proposals and detections that hold none go through the layers too, and
-where there are few detections they would be most of what the head is calibrated with.
+Padding rows of proposals and detections pass through the layers, too, but they are not counted: for an
+image with few detections, most of the head's input is padding.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-WANTED_AT_ONCE = 8  # wanted tensors a piece: fewer save little memory and cost sessions
+WANTED_AT_ONCE = 8  # wanted tensors per piece; fewer would save little memory
 
-POOLING, ROIS = "PyramidRoiAlign", 4  # the operator, and the place of its RoIs [B, R, 4]
+POOLING, ROIS = "PyramidRoiAlign", 4  # the operator, and the index of its RoIs [B, R, 4]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive nodes.
+    """Consecutive nodes of a graph, with the session that runs them.
 
     Attributes:
-        session: that runs them.
-        inputs: tensors that they read from earlier pieces.
-        outputs: tensors that are wanted or that later pieces read.
-        done: tensors that no later piece reads.
+        session: the session that runs the nodes.
+        inputs: the tensors that they read from earlier pieces.
+        outputs: their tensors that are wanted, or that later pieces read.
+        done: the tensors that no later piece reads.
     """
 
     session: onnxruntime.InferenceSession
@@ -52,14 +52,14 @@ class Piece:
 
 
 class Pieces:
-    """A graph in ONNX Runtime on the CPU that gives any tensors, each as soon as it is there.
+    """Runs a graph in ONNX Runtime on the CPU, and yields any of its tensors as they are computed.
 
-    Extra outputs of the whole graph would all be in memory at its end; a piece's are freed when they
-    have been looked at and no later piece needs them. The graph runs once all the same.
+    As extra outputs of the whole graph, all tensors would be in memory at its end. A piece's tensors are
+    freed once they were yielded and no later piece reads them. Each node still runs only once.
 
     Args:
-        model: of which the nodes are in topological order, and every tensor's type is known.
-        wanted: names of tensors, inputs and outputs of the graph among them.
+        model: the graph, with nodes in topological order and the type of every tensor.
+        wanted: the names of tensors, including inputs and outputs of the graph.
     """
 
     def __init__(self, model: onnx.ModelProto, wanted: Iterable[str]) -> None:
@@ -69,7 +69,7 @@ class Pieces:
         weights = {weight.name: weight for weight in graph.initializer}
         self._pieces: list[Piece] = []
         parts = _parts(graph.node, self._wanted)
-        later: set[str] = set()  # what the pieces behind read; from the last piece to the first
+        later: set[str] = set()  # tensors that later pieces read; the loop starts at the last piece
         for nodes in reversed(parts):
             produced = [name for node in nodes for name in node.output if name]
             read = dict.fromkeys(name for node in nodes for name in node.input if name)
@@ -93,7 +93,7 @@ class Pieces:
         self._pieces.reverse()
 
     def run(self, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-        """The wanted tensors by name, inputs first, then in the order in which they are computed."""
+        """Yields the wanted tensors with their names: inputs first, then in the order of computation."""
         held = dict(feeds)
         yield from ((name, value) for name, value in feeds.items() if name in self._wanted)
         for piece in self._pieces:
@@ -108,7 +108,7 @@ class Pieces:
 
 
 def _parts(nodes: Iterable[onnx.NodeProto], wanted: set[str]) -> list[list[onnx.NodeProto]]:
-    """The nodes in parts that each produce up to `WANTED_AT_ONCE` of the tensors."""
+    """Splits the nodes into parts that each produce up to `WANTED_AT_ONCE` of the tensors."""
     parts: list[list[onnx.NodeProto]] = [[]]
     count = 0
     for node in nodes:
@@ -125,9 +125,10 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only; they are raised as well
-    options.enable_cpu_mem_arena = False  # it would keep what was freed
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # of idle pieces
+    options.log_severity_level = 3  # Errors only; they are raised as well.
+    options.enable_cpu_mem_arena = False  # An arena would keep freed memory.
+    # Threads of idle pieces must not spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -140,34 +141,36 @@ def collect_ranges(
     cache: Path | None,
     report: Callable[[str], None],
 ) -> Calibration:
-    """Histograms of what the bundle's int8 layers read, over `images` and no others.
+    """Returns histograms of the activations that the bundle's int8 layers read, over `images` only.
 
-    With comask-r50 at 800×1344 it takes 2.6 GB, and 11 s of one core's time an image.
+    For comask-r50 at 800×1344, it takes 2.6 GB, and 11 s of one core's time per image.
 
     Args:
-        bundle: its fp32 graphs are run.
-        images: those that the cache has seen are not run again.
-        cache: a file that is written after every image, and read where it exists and holds some of
-            these images alone; None for none.
-        report: is told, line by line, what the cache gave and what got no range.
+        bundle: the bundle, whose fp32 graphs are run.
+        images: the images; those in the cache are not run again.
+        cache: a file that is written after every image. It is read if it exists and holds no images
+            other than these. None for no cache.
+        report: called with lines about the cache, and about activations without a range.
 
     Raises:
-        BundleError: when a graph is missing or altered.
-        CalibrationError: when there are no images, the cache is not of this bundle, or an activation is
+        BundleError: a graph is missing or altered.
+        CalibrationError: `images` is empty, the cache belongs to another bundle, or an activation is
             not finite.
     """
     named = {image.sha256: image for image in images}
     if not named:
-        raise CalibrationError("no images to calibrate with; name some")
+        raise CalibrationError("no images to calibrate with; give --calib-data with images")
     calibration = Calibration.empty(bundle)
     if cache is not None and cache.exists():
-        found = Calibration.load(cache)
-        found.require(bundle, cache)
-        if others := len(found.images.keys() - named.keys()):
-            report(f"{cache}: has {others} images that were not chosen now; it is made anew")
+        cached = Calibration.load(cache)
+        cached.require(bundle, cache)
+        if others := len(cached.images.keys() - named.keys()):
+            report(
+                f"{cache}: replaced, since {others} of its images are not among those chosen now"
+            )
         else:
-            calibration = found
-            report(f"{cache}: has {len(found.images)} of {len(named)} images")
+            calibration = cached
+            report(f"{cache}: has {len(cached.images)} of {len(named)} images")
     missing = [image for sha256, image in named.items() if sha256 not in calibration.images]
     done = len(named) - len(missing)
     if missing:
@@ -176,7 +179,7 @@ def collect_ranges(
     if empty:
         report(
             f"calibration: nothing was detected in these images, so {len(empty)} activations have no "
-            f"range ({empty[0]}, …); calibrate with images of what the network detects"
+            f"range ({empty[0]}, …); calibrate with images of objects that the network detects"
         )
     return calibration
 
@@ -188,7 +191,7 @@ def _collect(
     cache: Path | None,
     done: int,
 ) -> None:
-    """Adds images to a calibration, and saves it after each."""
+    """Adds images to a calibration, and saves it after each image."""
     stage1, stage2 = (_Observed(bundle.graph(stage, "fp32")) for stage in ("stage1", "stage2"))
     total = done + len(images)
     with Progress("calibrating", total, unit="images", done=done) as progress:
@@ -198,13 +201,13 @@ def _collect(
                 "images": prepared.canvas[None],
                 "image_sizes": np.array([prepared.size], np.int32),
             }
-            found: dict[str, Histogram] = {}
+            histograms: dict[str, Histogram] = {}
             try:
-                pyramid = stage1.run(feeds, found)
-                stage2.run({**pyramid, "image_sizes": feeds["image_sizes"]}, found)
+                pyramid = stage1.run(feeds, histograms)
+                stage2.run({**pyramid, "image_sizes": feeds["image_sizes"]}, histograms)
             except CalibrationError as error:
                 raise CalibrationError(f"{image.name}: {error}") from error
-            for key, histogram in found.items():
+            for key, histogram in histograms.items():
                 before = calibration.histograms.get(key)
                 calibration.histograms[key] = before + histogram if before else histogram
             calibration.images[image.sha256] = image.name
@@ -214,25 +217,26 @@ def _collect(
 
 
 class _Observed:
-    """A stage's fp32 graph whose activations are looked at as it runs."""
+    """A stage's fp32 graph that records histograms of its activations while it runs."""
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path)
-        self._keys: dict[str, list[str]] = {}  # of each tensor
+        self._keys: dict[str, list[str]] = {}  # tensor → the names of the activations that read it
         for key, tensor in activations(model).items():
             self._keys.setdefault(tensor, []).append(key)
         self._rois = {node.input[ROIS] for node in model.graph.node if node.op_type == POOLING}
         self._outputs = {value.name for value in model.graph.output}
         self._pieces = Pieces(model, {*self._keys, *self._rois, *self._outputs})
 
-    def run(self, feeds: Mapping[str, Array], found: dict[str, Histogram]) -> dict[str, Array]:
-        """The graph's outputs; puts the histogram of each activation into `found`.
+    def run(self, feeds: Mapping[str, Array], histograms: dict[str, Histogram]) -> dict[str, Array]:
+        """Returns the graph's outputs; puts the histogram of each activation into `histograms`.
 
         Raises:
-            CalibrationError: when an activation is not finite.
+            CalibrationError: an activation is not finite.
         """
         outputs = {}
-        # Of the RoIs pooled last: padding's boxes are zeros. What layers read comes from these.
+        # Which rows of the RoIs pooled last are not padding, whose boxes are zeros. Later layers read
+        # these rows.
         occupied = None
         for name, value in self._pieces.run(feeds):
             if name in self._outputs:
@@ -249,5 +253,5 @@ class _Observed:
                     f"the input of {keys[0]} holds {error}; a network whose fp32 activations are not "
                     f"finite cannot be calibrated: check its weights"
                 ) from error
-            found.update(dict.fromkeys(keys, histogram))
+            histograms.update(dict.fromkeys(keys, histogram))
         return outputs

@@ -1,4 +1,4 @@
-"""Which of a user's images calibrate: as many kinds of them as there are, each about as often."""
+"""Chooses the images to calibrate with: images of every kind, and about equally many of each."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
 from comask.preprocess import FORMATS, Pixels, decode_image, upright_size
 
-SMALL, LARGE = 32**2, 96**2  # areas of objects in pixels, as COCO has them
-SQUARE = 1.1  # of sides, up to which an image is neither wide nor tall
+SMALL, LARGE = 32**2, 96**2  # COCO's limits of objects' areas in pixels
+SQUARE = 1.1  # ratio of sides up to which an image is neither wide nor tall
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationImage:
-    """An image that was decoded once and can be again.
+    """An image that has been decoded once and can be decoded again.
 
     Attributes:
-        name: of the file, as the data set or the folder has it.
-        sha256: of its pixels and their shape.
-        decode: gives the pixels, u8 [h, w, 3] RGB.
+        name: the file's name in the data set or the folder.
+        sha256: the SHA-256 of its pixels and their shape.
+        decode: returns the pixels, u8 [h, w, 3] RGB.
     """
 
     name: str
@@ -41,7 +41,7 @@ class CalibrationImage:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An image before it is chosen; `strata` are the kinds of image that it is."""
+    """An image that may be chosen; `strata` are the kinds that it belongs to."""
 
     name: str
     strata: tuple[str, ...]
@@ -51,26 +51,26 @@ class Candidate:
 def choose_images(
     data: InstanceSource | Path, count: int, seed: int, *, report: Callable[[str], None]
 ) -> list[CalibrationImage]:
-    """Images to calibrate with, the same for the same data and seed; more begin with the fewer.
+    """Returns images to calibrate with, the same for the same data and seed.
 
-    The kind of image chosen next is the one that was chosen least: by class and COCO size of its
-    objects where there are annotations, by shape and length of the shorter side in any case. So rare
-    classes are there, and the share of a kind is not that of the data.
+    The next image is always of the kind that was chosen least so far. The kinds are the shape, the length
+    of the shorter side and, with annotations, the classes and COCO sizes of objects. So rare classes are
+    included, and the share of a kind differs from its share in the data. A larger `count` appends images.
 
     Args:
-        data: a data set, or a folder: a data set if it has annotations, else the images in it.
-        count: of images.
-        seed: which images stand for their kind.
-        report: is told, line by line, what is wrong with the data, and when there are fewer images.
+        data: a data set, or a folder: a data set if it has annotations, otherwise the images in it.
+        count: the number of images.
+        seed: the seed that decides which images represent their kind.
+        report: called with lines about problems of the data, and about too few images.
 
     Raises:
-        CalibrationError: when there are no images to choose from, or `count` is below 1.
-        DataError: when an annotation file cannot be used.
+        CalibrationError: the data has no images, or `count` is below 1.
+        DataError: an annotation file cannot be used.
     """
     if count < 1:
-        raise CalibrationError(f"{count} images to calibrate with; 1 or more are needed")
+        raise CalibrationError(f"{count} images to calibrate with; expected at least 1")
     candidates = _of_folder(data, report) if isinstance(data, Path) else _of_source(data)
-    chosen: dict[str, CalibrationImage] = {}  # by digest, as copies of an image tell nothing new
+    chosen: dict[str, CalibrationImage] = {}  # by digest, since copies of an image add nothing
     unreadable = 0
     for candidate in _by_strata(candidates, seed):
         if len(chosen) == count:
@@ -85,19 +85,19 @@ def choose_images(
         chosen.setdefault(digest, CalibrationImage(candidate.name, digest, candidate.decode))
     if not chosen:
         raise CalibrationError(
-            f"none of {len(candidates)} images can be used for calibration; name a data set or a "
-            f"folder of images like those that the network will see"
+            f"none of {len(candidates)} images can be used for calibration; give a data set or a folder "
+            f"of images like those that the network will see"
         )
     if len(chosen) < count:
         report(
-            f"calibration: {count} images were asked for; of {len(candidates)}, {unreadable} cannot be "
-            f"read, and {len(chosen)} different ones can"
+            f"calibration: {len(chosen)} images instead of {count}: the data has {len(candidates)}, of "
+            f"which {unreadable} cannot be read; copies count once"
         )
     return list(chosen.values())
 
 
 def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
-    """All candidates, each time from the stratum that the earlier ones belong to least."""
+    """Yields all candidates, each time one of the stratum that was chosen least so far."""
     waiting: dict[str, deque[int]] = {}
     for index in np.random.default_rng(seed).permutation(len(candidates)).tolist():
         for stratum in candidates[index].strata:
@@ -154,7 +154,7 @@ def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
 def _file_strata(path: Path) -> tuple[str, ...]:
     try:
         return _image_strata(*upright_size(path))
-    except ImageError:  # decoding it will say it again
+    except ImageError:  # Decoding the image will report it again.
         return ("unreadable header",)
 
 

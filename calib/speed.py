@@ -1,4 +1,4 @@
-"""Whether int8 engines are worth their loss: their times beside those of fp16 on the GPU at hand."""
+"""Compares the speed of int8 engines with fp16 engines on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def compare_speed(
     images: Callable[[], Images],
     report: Callable[[str], None],
 ) -> Bundle:
-    """Compares int8 engines with fp16 ones where there are both and a GPU that runs them.
+    """Compares int8 engines with fp16 engines, if the bundle has both and this GPU can run them.
 
     The times go into the manifest.
 
     Args:
-        bundle: of the engines.
-        built: engines that were just built; those of their flavor and plugin are compared.
-        images: gives u8 [h, w, 3] RGB images where they are needed.
-        report: takes a line for each comparison.
+        bundle: the engines' bundle.
+        built: the engines that were just built; engines of their flavors and plugins are compared.
+        images: returns u8 [h, w, 3] RGB images; called only if they are needed.
+        report: called with a line for each comparison.
 
     Raises:
-        PrecisionError: when int8 is not faster; its engines are gone then.
+        PrecisionError: int8 is not faster; its engines have been removed.
     """
     gpu, kinds = find_gpu(), {(folder.info.flavor, folder.info.plugin) for folder in built}
     for kind in sorted(kinds):
@@ -68,7 +68,7 @@ def compare_speed(
 
         bundle = update_manifest(bundle.folder, record)
         report(
-            f"{pair['int8'].folder}: {1e3 * seconds['int8']:.2f} ms an image in both graphs, fp16 takes "
+            f"{pair['int8'].folder}: {1e3 * seconds['int8']:.2f} ms per image in both graphs, fp16 takes "
             f"{1e3 * seconds['fp16']:.2f} ms"
         )
     return bundle
@@ -77,11 +77,11 @@ def compare_speed(
 def measure_speed(
     bundle: Bundle, engines: Mapping[str, EngineFolder], images: Images
 ) -> dict[str, float]:
-    """Median seconds an image in both graphs, by precision; the engines take turns.
+    """Returns the median seconds per image in both graphs, by precision; the engines take turns.
 
     Args:
-        bundle: of the engines.
-        engines: that run here, by precision.
+        bundle: the engines' bundle.
+        engines: the engines by precision; this GPU must be able to run them.
         images: u8 [h, w, 3], RGB.
     """
     alone = [[image] for image in images]
@@ -94,19 +94,19 @@ def measure_speed(
         }
         measured = take_turns(predictors, dict.fromkeys(predictors, alone), runs=RUNS)
     return {
-        precision: float(np.median(np.add(found.seconds["stage1"], found.seconds["stage2"])))
-        for precision, found in measured.items()
+        precision: float(np.median(np.add(timing.seconds["stage1"], timing.seconds["stage2"])))
+        for precision, timing in measured.items()
     }
 
 
 def require_faster(seconds: Mapping[str, float]) -> None:
-    """Refuses int8 that gains nothing.
+    """Checks that int8 is faster than fp16.
 
     Raises:
-        PrecisionError: when it takes as long as fp16.
+        PrecisionError: int8 takes at least as long as fp16.
     """
     if seconds["int8"] >= seconds["fp16"]:
         raise PrecisionError(
-            f"int8 is not faster than fp16 on this GPU: {1e3 * seconds['int8']:.2f} ms an image against "
-            f"{1e3 * seconds['fp16']:.2f} ms; its engines are removed, use fp16"
+            f"int8 is not faster than fp16 on this GPU: {1e3 * seconds['int8']:.2f} ms per image, fp16 "
+            f"takes {1e3 * seconds['fp16']:.2f} ms; the int8 engines were removed, use fp16"
         )

@@ -1,4 +1,4 @@
-"""What the promise of int8 is measured on: AP of a candidate against PyTorch's, and how sure that is."""
+"""Measures the AP of int8 candidates against PyTorch's AP, with the standard error of the difference."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
 from comask.runtime.parity.scores import Scores, flat, labels_in_data, score_backend
 from comask.runtime.predictor import Predictor
 
-PARTS, ENOUGH = 5, 50  # of the images, for a standard error; with fewer images there is none
-BATCH = 2  # ONNX Runtime without its optimiser takes 0.8 GiB an image of 800×1344 for comask-r50
+PARTS, ENOUGH = 5, 50  # A standard error needs this many parts, and this many images in all.
+BATCH = 2  # For comask-r50, unoptimised ONNX Runtime takes 0.8 GiB per image of 800×1344.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Images with annotations, and what may be lost on them.
+    """Images with annotations, and the AP that may be lost on them.
 
     Attributes:
-        source: of the images.
-        indices: of those that count.
-        name: as the user named the data.
-        budget: AP points that boxes or masks may lose to PyTorch in fp32.
+        source: the source of the images.
+        indices: the indices of the images to score.
+        name: the data's name as the user gave it.
+        budget: the AP points that boxes or masks may lose to PyTorch in fp32.
     """
 
     source: InstanceSource
@@ -41,16 +41,16 @@ class Scorer:
     """Scores candidates on the validation images.
 
     Args:
-        bundle: that they are for; its PyTorch weights are scored first.
-        validation: images and budget.
+        bundle: the candidates' bundle, whose PyTorch weights are scored first.
+        validation: the images and the budget.
 
     Attributes:
-        validation: see above.
-        reference: AP of PyTorch in fp32.
+        validation: the images and the budget.
+        reference: the AP of PyTorch in fp32.
 
     Raises:
-        DataError: when the data have other classes, no images, or no objects.
-        PrecisionError: when PyTorch finds nothing, so that nothing could be lost.
+        DataError: the data has other classes, no images, or no objects.
+        PrecisionError: PyTorch detects nothing, so no loss can be measured.
     """
 
     def __init__(self, bundle: Bundle, validation: Validation) -> None:
@@ -60,17 +60,17 @@ class Scorer:
         self.reference = self.measure(torch_stages(model_from_bundle(bundle)))
         if not has_objects(self.reference.ap):
             raise DataError(
-                f"{validation.name} holds no objects, so there is no AP; name other --val-data"
+                f"{validation.name} holds no objects, so AP cannot be measured; give other --data"
             )
         if not all(self.reference.ap.values()):
             raise PrecisionError(
                 f"PyTorch itself has box AP {self.reference.ap['box']:.2f} and mask AP "
-                f"{self.reference.ap['mask']:.2f} on {validation.name}: there is nothing to lose; name "
-                "other --val-data"
+                f"{self.reference.ap['mask']:.2f} on {validation.name}: a loss cannot be measured; "
+                "give other --data, or train longer"
             )
 
     def measure(self, stages: Stages) -> Measured:
-        """AP of a backend."""
+        """Returns the AP of a backend."""
         with Predictor(
             stages,
             self._manifest.preprocess,
@@ -80,7 +80,7 @@ class Scorer:
             scores = score_backend(
                 predictor, self._truth, self._labels, self._detections, f"scoring {stages.backend}"
             )
-        self._truth = scores.truth  # what could be decoded
+        self._truth = scores.truth  # only the images that could be decoded
         parts = PARTS if len(self._truth.indices) >= ENOUGH else 0
         return Measured(_points(scores.final), [self._part(scores, i) for i in range(parts)])
 
@@ -95,7 +95,7 @@ class Scorer:
 
 
 def has_objects(ap: Mapping[str, float]) -> bool:
-    """Whether there is an AP at all: without an object it is -1, here -100 points."""
+    """Returns whether the data has objects: without them, AP is -1, which is -100 points."""
     return min(ap.values()) >= 0
 
 
@@ -108,19 +108,18 @@ class Measured:
     """AP in points.
 
     Attributes:
-        ap: of `box` and `mask` on all images.
-        parts: the same on disjoint fifths of them; empty where there are too few images.
+        ap: AP of `box` and `mask` on all images.
+        parts: AP on disjoint fifths of the images; empty for too few images.
     """
 
     ap: dict[str, float]
     parts: list[dict[str, float]]
 
     def loss_of(self, other: Measured) -> tuple[float, float]:
-        """What another one loses to this, of boxes or masks, whichever is worse.
+        """Returns the AP points that `other` loses to this, of boxes or masks, whichever is worse.
 
         Returns:
-            (points, their standard error): the error is that of the mean over the parts; 0 where there
-            are none.
+            (points, standard error): the error of the mean over the parts, or 0 without parts.
         """
         losses = []
         for task, points in self.ap.items():

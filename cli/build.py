@@ -1,16 +1,28 @@
-"""`comask-export --engine`: from a bundle to engines of TensorRT or TensorRT-RTX."""
+"""`comask build`: from a bundle to engines of TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from comask.bundle import STAGES
-from comask.cli.options import gathered
+from comask.bundle import PRECISIONS, STAGES
+from comask.cli.command import command, option
+from comask.cli.export import add_missing, open_bundle, print_exported
+from comask.cli.options import (
+    check_outputs,
+    gathered,
+    json_option,
+    precision_list,
+    verification_images,
+    verification_options,
+    write_json,
+)
 from comask.export.build_options import (
     HARDWARE_COMPATIBILITY,
     PLUGINS,
@@ -19,6 +31,7 @@ from comask.export.build_options import (
     check_options,
 )
 from comask.progress import Progress
+from comask.runtime.backends import require_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,58 +40,89 @@ if TYPE_CHECKING:
     from comask.bundle import Bundle
     from comask.runtime.trt.engine_folder import EngineFolder
 
-FLAVORS = ("tensorrt", "tensorrt-rtx", "none")
+FLAVORS = ("tensorrt", "tensorrt-rtx")
+BUILDER = "Builder"  # heading of options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What the options of engines say.
+    """The options of `comask build`.
 
     Attributes:
-        engine: one of `FLAVORS`; `none` builds nothing.
+        engine: one of `FLAVORS`.
         plugin: one of `PLUGINS`.
         profile: sizes as `NAME=MIN:BEST:MAX`, see `Profile.of`.
         rebuild: whether engines that are there are replaced.
         builder: what the builder is asked for.
     """
 
-    engine: str = "none"
+    engine: str
     plugin: str = "python"
     profile: tuple[str, ...] = ()
     rebuild: bool = False
     builder: BuildOptions = field(default_factory=BuildOptions)
 
 
-def engine_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--engine` and what only it uses; they reach the command as `engines`: `EngineOptions`."""
-    options = [
-        click.option("--engine", type=click.Choice(FLAVORS), default="none",
-                     metavar="tensorrt|tensorrt-rtx", help="Also build engines of each --precision."),
-        click.option("--plugin", type=click.Choice(PLUGINS), default="python",
-                     help="Our ops; none: standard layers. [python]"),
-        click.option("--profile", multiple=True, metavar="NAME=MIN:BEST:MAX",
-                     help="Sizes of batch, height, width or proposals."),
-        click.option("--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB",
-                     help="Most scratch memory a layer."),
-        click.option("--optimization-level", type=click.IntRange(0, 5), metavar="0..5",
-                     help="0 builds fast, 5 searches long."),
-        click.option("--hardware-compatibility",
-                     type=click.Choice(HARDWARE_COMPATIBILITY), metavar="LEVEL",
-                     help="tensorrt: see docs/tensorrt.md."),
-        click.option("--version-compatible", is_flag=True,
-                     help="tensorrt: plans that later versions run."),
-        click.option("--compute-capability", "compute_capabilities", type=click.IntRange(50),
-                     multiple=True, metavar="86", help="tensorrt-rtx: these GPUs alone."),
-        click.option("--rebuild", is_flag=True, help="Replace engines that are there already."),
-    ]  # fmt: skip
-    function = gathered("builder", BuildOptions)(gathered("building", EngineOptions)(function))
-    for option in reversed(options):
-        function = option(function)
-    return function
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@option("--engine", type=click.Choice(FLAVORS), required=True, help="What builds and runs them.")
+@option("--precision", "precisions", default="fp32", callback=precision_list(*PRECISIONS),
+        metavar=",".join(PRECISIONS), help="Precisions, with engines for each. [fp32]")  # fmt: skip
+@option("--plugin", type=click.Choice(PLUGINS), default="python",
+        help="Form of comask's two operators; none: standard layers. [python]")  # fmt: skip
+@option("--profile", multiple=True, metavar="NAME=N|MIN:BEST:MAX",
+        help="Sizes of batch, height, width or proposals.")  # fmt: skip
+@option("--rebuild", is_flag=True, help="Replace engines that exist already.")
+@verification_options
+@json_option
+@option("--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", group=BUILDER,
+        help="Limit of scratch memory per layer.")  # fmt: skip
+@option("--optimization-level", type=click.IntRange(0, 5), metavar="0..5", group=BUILDER,
+        help="0 builds fast, 5 searches long.")  # fmt: skip
+@option("--hardware-compatibility", type=click.Choice(HARDWARE_COMPATIBILITY), metavar="LEVEL",
+        group=BUILDER,
+        help=f"tensorrt: run on other GPUs: {', '.join(HARDWARE_COMPATIBILITY)}.")  # fmt: skip
+@option("--version-compatible", is_flag=True, group=BUILDER,
+        help="tensorrt: plans that later versions run.")  # fmt: skip
+@option("--compute-capability", "compute_capabilities", type=click.IntRange(50), multiple=True,
+        metavar="86", group=BUILDER, help="tensorrt-rtx: build for these GPUs only.")  # fmt: skip
+@gathered("builder", BuildOptions)
+@gathered("building", EngineOptions)
+def main(
+    bundle: Path,
+    building: EngineOptions,
+    precisions: tuple[str, ...],
+    data: str,
+    limit: int,
+    json_file: str | None,
+) -> None:
+    """Build TensorRT engines for a bundle, and compare them with PyTorch where a GPU runs them.
+
+    Missing fp32 and fp16 graphs are exported first. TensorRT-RTX builds without a GPU.
+
+    \b
+    comask build bundle --engine tensorrt-rtx --precision fp32,fp16
+    comask build bundle --engine tensorrt --profile batch=1:8:16 --profile height=480:800:1344
+    """
+    check_outputs(json=json_file)
+    to_stderr = json_file == "-"
+    opened = open_bundle(bundle)
+    check_flavor(building)  # before minutes are spent on graphs
+    if "int8" in precisions:
+        require_precision(opened, "int8")
+    images = verification_images(data, limit)
+    exported = add_missing(opened, precisions, images, quiet=True)
+    print_exported(exported, to_stderr=to_stderr)
+    changed, engines = build_bundle_engines(
+        exported.bundle, building, precisions, images, to_stderr=to_stderr
+    )
+    # the manifest, and what each engine.json of this call holds, by its folder
+    made = {str(folder.folder): dataclasses.asdict(folder.info) for folder in engines}
+    write_json(json_file, dataclasses.asdict(changed.manifest) | {"engines": made})
 
 
 def check_flavor(options: EngineOptions) -> None:
-    """Refuses what cannot be built here whatever the bundle is.
+    """Checks that engines of this flavor can be built here, whatever the bundle is.
 
     Raises:
         BackendUnavailableError: when the flavor is not installed.
@@ -115,9 +159,9 @@ def build_bundle_engines(
 
     report = functools.partial(click.echo, err=True)
     built = _build_with_progress(bundle, options, precisions, images, report)
-    bundle = compare_speed(bundle, built, images, report)
-    for folder in built:
+    for folder in built:  # before a comparison that may refuse int8
         _print_engines(folder, to_stderr=to_stderr)
+    bundle = compare_speed(bundle, built, images, report)
     return bundle, built
 
 
@@ -128,7 +172,7 @@ def _build_with_progress(
     images: Callable[[], list[NDArray[np.uint8]]],
     report: Callable[[str], None],
 ) -> list[EngineFolder]:
-    """The engines of each precision, with TensorRT's own progress on the terminal."""
+    """Builds the engines of each precision, with TensorRT's own progress on the terminal."""
     from comask.export.engine import EngineRequest, build_engines
 
     stages, folders = list(STAGES), []
@@ -163,7 +207,7 @@ def _build_with_progress(
 
 
 def _print_engines(engines: EngineFolder, *, to_stderr: bool) -> None:
-    """What was built, and which layers have which precision."""
+    """Prints what was built, and which layers have which precision."""
     from comask.runtime.trt.engine_folder import PLANS
 
     info = engines.info

@@ -1,4 +1,4 @@
-"""`comask-doctor`: what is installed, what each part can do, and what to do about the rest."""
+"""`comask doctor`: what is installed, what each part can do, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from comask.cli.options import command, json_option, write_json
+from comask.cli.command import command, option
+from comask.cli.options import check_outputs, json_option, write_json
 from comask.errors import one_line
 
 MARKS = {"ok": "ok    ", "absent": "absent", "broken": "BROKEN"}
@@ -16,19 +17,19 @@ MARKS = {"ok": "ok    ", "absent": "absent", "broken": "BROKEN"}
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--need", "needed", multiple=True, metavar="NAME",
+@option("--need", "needed", multiple=True, metavar="NAME",
               help="Fail when this is absent: gpu, torch, tensorrt-rtx and so on.")  # fmt: skip
 @json_option
 def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) -> None:
-    """Say what this installation can do, and what mends the rest; with BUNDLE, whether it is whole.
+    """Report what this installation can do and how to fix the rest; with a bundle, check that too.
 
-    What is absent is no fault, since nobody needs everything; what is broken is. Exits with 1 when
-    something is broken, or absent though --need names it.
+    Exits with 1 when something is broken, or when something that --need names is absent.
 
     \b
-    comask-doctor
-    comask-doctor bundle --need gpu --need tensorrt-rtx
+    comask doctor
+    comask doctor bundle --need gpu --need tensorrt-rtx
     """
+    check_outputs(json=json_file)
     from comask.runtime.doctor import diagnose, diagnose_bundle
 
     findings = diagnose()
@@ -47,10 +48,10 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
     for finding in findings:
         found = one_line(f"{finding.name}: {finding.found}")
         lines.append(f"{MARKS[finding.status]}  {found}")
-        if finding.mend:
-            lines.append(f"        -> {one_line(finding.mend)}")
+        if finding.fix:
+            lines.append(f"        -> {one_line(finding.fix)}")
     named = ", ".join(finding.name for finding in faults)
-    lines.append(one_line(f"{len(faults)} to mend: {named}") if faults else "all is well")
+    lines.append(one_line(f"{len(faults)} to fix: {named}") if faults else "all is well")
     click.echo("\n".join(lines), err=json_file == "-")
     content = {"healthy": not faults, "findings": [dataclasses.asdict(f) for f in findings]}
     write_json(json_file, content)

@@ -1,4 +1,4 @@
-"""`comask-eval`: is every backend of a bundle still the model that was trained?"""
+"""`comask eval`: is every backend of a bundle still the model that was trained?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from comask.cli.options import check_folders, command, json_option, write_json
-from comask.cli.predictor_options import predictor_options
+from comask.cli.command import command, option
+from comask.cli.options import (
+    backends_option,
+    check_outputs,
+    json_option,
+    predictor_options,
+    write_json,
+)
 from comask.data.source import not_decoded_text
 from comask.errors import one_line
 from comask.evaluate import COCO_DETECTIONS, METRICS, ap_text
@@ -34,25 +40,21 @@ WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them 
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
-@click.option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]",
-              help="Repeated; the first is the reference. Default: torch, every precision on "
-              "onnxruntime, and the engines that run here.")  # fmt: skip
-@click.option("--results", type=click.Path(path_type=Path), metavar="FILE",
-              help="COCO results of a pipeline of your own on the same images.")  # fmt: skip
-@click.option("--boxes", type=click.Choice(["annotated", "mask"]), default="annotated",
-              help="Score boxes against the annotated ones, or against the masks' bounds.",
-              show_default=True)  # fmt: skip
-@click.option("--images", type=click.IntRange(1), help="Only the first so many (shapes: 200).")
-@click.option("--tolerance", type=click.FloatRange(0), metavar="POINTS",
-              help="AP points that a backend may lie off the reference. Default: 0.1, of int8 "
-              "the budget that it was exported with.")  # fmt: skip
-@click.option("--trace", is_flag=True, help="Compare every layer of ONNX graphs, not only where "
-              "something fails.")  # fmt: skip
-@predictor_options(batch=8)
-@click.option("--no-record", is_flag=True, help="Leave the bundle's manifest as it is.")
-@click.option("--report", "report_file", metavar="FILE", help="Write a page with pictures (HTML).")
+@option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
+@option("--limit", "images", type=click.IntRange(1), metavar="N", aliases=("--images",),
+        help="Score the first N images only. [all; shapes: 200]")  # fmt: skip
+@option("--results", type=click.Path(path_type=Path), metavar="FILE",
+        help="Also score COCO results of your own pipeline.")  # fmt: skip
+@option("--boxes", type=click.Choice(["annotated", "mask"]), default="annotated",
+        help="Ground-truth boxes: as annotated, or the masks' bounds. [annotated]")  # fmt: skip
+@option("--tolerance", type=click.FloatRange(0), metavar="POINTS",
+        help="AP points of difference allowed. [0.1; int8: its budget]")  # fmt: skip
+@option("--trace", is_flag=True, help="Compare every layer, also where nothing fails.")
+@option("--no-record", is_flag=True, help="Leave the bundle's manifest as it is.")
+@option("--report", "report_file", metavar="FILE", help="Write a page with pictures (HTML).")
 @json_option
+@backends_option("[torch, onnxruntime, engines]")
+@predictor_options(batch=8)
 def main(
     bundle: Path,
     data: str,
@@ -67,14 +69,13 @@ def main(
     report_file: str | None,
     json_file: str | None,
 ) -> None:
-    """Box and mask AP of BUNDLE on every backend, how far each is off the first, and where it begins.
+    """Compare the AP of every backend with PyTorch's, and find where a difference begins.
 
-    Exits with 1 when AP differs by more than the tolerance, outputs or weights by more than a precision
-    allows, when the preprocessing is not the exported one, or when nothing was found or compared. What
-    fails on ONNX Runtime is traced to the first layer that differs. Classes are matched by name.
+    Exits with 1 when AP, outputs, weights or the preprocessing differ by more than a precision allows, or
+    when nothing was found or compared. Classes are matched by name.
 
     \b
-    comask-eval bundle --data coco --report report.html
+    comask eval bundle --data coco --report report.html
     """
     from comask.bundle import Bundle
     from comask.data.open_data import open_source
@@ -83,7 +84,7 @@ def main(
     from comask.runtime.parity.open_backends import default_backends, open_backends
     from comask.runtime.parity.scores import read_results
 
-    check_folders(report=report_file, json=json_file)
+    check_outputs(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
     if "auto" in backends:
         raise click.UsageError("--backend auto: name the backends that are to be compared")
@@ -124,7 +125,7 @@ def main(
 
 
 def _altered_scales(bundle: Bundle) -> list[str]:
-    """See `comask.calib.cache`; nothing, with a warning, where there is nothing to compare with."""
+    """Returns which int8 scales differ from the calibration's; warns where they cannot be compared."""
     from comask.errors import CalibrationError
 
     try:
@@ -137,16 +138,17 @@ def _altered_scales(bundle: Bundle) -> list[str]:
 
 
 def _record(folder: Path, report: ParityReport) -> None:
-    """Puts the result into the manifest, in place of an older one of the same subject.
+    """Writes the result into the manifest and replaces an older one of the same data and settings.
 
-    Layers stay out of it, and so does what is not the bundle's. Nothing is recorded where no two of its
-    backends were compared.
+    Layers are left out, and so are results that are not the bundle's. Nothing is recorded unless two of
+    the bundle's backends were compared.
     """
     from comask.bundle import Manifest, update_manifest
     from comask.errors import BundleError
 
     def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
-        boxes = entry.get("boxes", "annotated")  # unknown to older entries, as the other two
+        # older entries have none of these keys
+        boxes = entry.get("boxes", "annotated")
         knobs = boxes, entry.get("proposals"), entry.get("short_side")
         return entry["data"], sorted(entry["backends"]), knobs
 
@@ -166,10 +168,10 @@ def _record(folder: Path, report: ParityReport) -> None:
 
 
 def print_report(report: ParityReport, *, to_stderr: bool) -> None:
-    """AP tables, then a verdict on each contestant with its reasons."""
+    """Prints tables of AP, then a verdict on each backend with its reasons."""
     from rich.console import Console
 
-    # no markup: names of files may look like it
+    # file names may look like rich's markup
     width = None if sys.stdout.isatty() else 140
     console = Console(stderr=to_stderr, width=width, markup=False, highlight=False)
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
@@ -211,10 +213,10 @@ def print_report(report: ParityReport, *, to_stderr: bool) -> None:
 
 
 def _table(report: ParityReport, task: str, title: str, *, wide: bool) -> Table:
-    """COCO's numbers of each contestant, its differences, and its AP before the second stage.
+    """Returns a table of COCO's numbers per backend, the differences, and AP before the second stage.
 
-    The last columns are AP with COCO's 100 detections of an image, where more count; AP of the first
-    stage; and, of boxes, AP of the plain average of the cells.
+    The last columns are AP with COCO's 100 detections per image, where more are counted; AP of the first
+    stage; and for boxes, AP of the plain average of the cells.
     """
     from rich import box
     from rich.table import Table

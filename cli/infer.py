@@ -1,4 +1,4 @@
-"""`comask-infer`: a bundle over images, folders, videos, cameras and streams."""
+"""`comask infer`: a bundle on images, folders, videos, cameras and streams."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from comask.cli.infer_fleet import FleetOptions, fleet_options, run_fleet
+from comask.cli.command import command, option
 from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
-from comask.cli.options import Interruption, command, json_option, write_json
-from comask.cli.predictor_options import predictor_options
+from comask.cli.options import (
+    Interruption,
+    backend_option,
+    check_outputs,
+    json_option,
+    predictor_options,
+    write_json,
+)
 from comask.errors import ComaskError, ImageError, VideoError, one_line
 from comask.files import is_folder_fault, whole_file, write_whole
 from comask.runtime import Predictor
@@ -30,29 +36,28 @@ if TYPE_CHECKING:
     from comask.runtime.video import Where
     from comask.structures import Detections
 
+VIDEOS = "Videos"  # heading of options
 KINDS = ("overlay", "masks", "coco", "labels")
 
 
-@command
+@command(moved=dict.fromkeys(("--runner", "--shard", "--format", "--actors"), "comask job"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
-@click.option("--output", required=True, metavar="PATH", help="Folder of results.")
-@click.option("--backend", default="auto", metavar="NAME",
-              help="tensorrt, tensorrt-rtx, onnxruntime, torch; :fp16 behind it. [auto]")  # fmt: skip
-@click.option("--save", default="overlay,coco", metavar="KINDS",
-              help=f"Any of {','.join(KINDS)}. [overlay,coco]")  # fmt: skip
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, metavar="P",
-              help="Lowest score drawn in overlays. [0.5]")  # fmt: skip
-@predictor_options(batch=8)
-@click.option("--every", type=click.IntRange(1), default=1, metavar="N",
-              help="Videos: look at each N-th frame alone.")  # fmt: skip
-@click.option("--track", is_flag=True, help="Videos: instances keep an id and a colour.")
-@click.option("--decode", type=click.Choice(WHERE), default="auto",
-              help="Videos: gpu for tensorrt backends. [auto]")  # fmt: skip
-@click.option("--encode", type=click.Choice(WHERE), default="auto",
-              help="Videos: overlays by x264 or NVENC. [auto]")  # fmt: skip
-@fleet_options
+@option("--output", required=True, metavar="DIR", help="Folder of the results.")
+@option("--save", default="overlay,coco", metavar="KINDS",
+        help=f"Any of {','.join(KINDS)}. [overlay,coco]")  # fmt: skip
+@option("--threshold", type=click.FloatRange(0, 1), default=0.5, metavar="P",
+        help="Lowest score drawn in overlays. [0.5]")  # fmt: skip
 @json_option
+@backend_option
+@predictor_options(batch=8)
+@option("--every", type=click.IntRange(1), default=1, metavar="N", group=VIDEOS,
+        help="Run every N-th frame only.")  # fmt: skip
+@option("--track", is_flag=True, group=VIDEOS, help="Follow instances, with a fixed id and colour.")
+@option("--decode", type=click.Choice(WHERE), default="auto", group=VIDEOS,
+        help="Where to decode; gpu needs a tensorrt backend. [auto]")  # fmt: skip
+@option("--encode", type=click.Choice(WHERE), default="auto", group=VIDEOS,
+        help="Where to encode overlays: x264 or NVENC. [auto]")  # fmt: skip
 def main(
     bundle: Path,
     inputs: tuple[str, ...],
@@ -65,25 +70,22 @@ def main(
     track: bool,
     decode: Where,
     encode: Where,
-    fleet: FleetOptions | None,
     json_file: str | None,
 ) -> None:
-    """Run BUNDLE over images, videos, folders and patterns of them, camera:0, or rtsp://… and the like.
+    """Run a bundle on images, folders, patterns, videos, camera:0 and streams (rtsp://…).
 
-    Results keep the name and extension of their source: photo.jpg.overlay.png, photo.jpg.mask.png
-    (u16, pixel = instance number from 1, best score on top), photo.jpg.labels.txt (class, score, x1,
-    y1, x2, y2 with tabs between), and detections.json (COCO results) with images.json (its image ids)
-    for all images; videos give clip.mp4.overlay.mp4, and clip.mp4.jsonl with a line a frame. Results of
-    the same names are replaced. Inputs that cannot be read are skipped; the exit code is then 1.
+    A folder stands for the files directly in it; 'DIR/**/*.jpg' includes subfolders.
+
+    Each result keeps the name of its input: photo.jpg.overlay.png, clip.mp4.overlay.mp4, clip.mp4.jsonl
+    (one line per frame); detections.json holds the COCO results of all images, and images.json their
+    ids. Inputs that cannot be read are skipped; the exit code is then 1.
 
     \b
-    comask-infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
+    comask infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
     """
-    if fleet:
-        run_fleet(bundle, inputs, output, backend, how, fleet, json_file)
-        return
+    check_outputs(json=json_file)
     if "://" in output:
-        raise click.UsageError(f"--output {output}: addresses go with --runner")
+        raise click.UsageError(f"--output {output}: addresses are for comask job")
     folder = Path(output)
     kinds = _kinds(save)
     images, videos = split_inputs(inputs)
@@ -101,7 +103,7 @@ def main(
             click.echo(f"backend {predictor.stages.backend}", err=True)
             if images:
                 seconds = _run_images(predictor, images, results, failures, stop)
-            whole = not stop.signal  # which one later does not change
+            whole = not stop.signal  # a later signal does not change this
             reports = _run_videos(predictor, videos, results, failures, options, stop)
         to_stderr = json_file == "-"
         if images:
@@ -120,7 +122,7 @@ def main(
                 err=True,
             )
     finally:
-        failures.tell()  # also of what was done before an error
+        failures.tell()  # also after an error
     write_json(
         json_file,
         {
@@ -151,13 +153,13 @@ class Failures:
         self._lines: list[str] = []
 
     def add(self, kind: Literal["skipped", "incomplete"], file: str, error: str) -> None:
-        """Notes one input; `error` is made to name the file where it does not."""
+        """Records one input; the file's name is put before an `error` that lacks it."""
         text = one_line(error if error.startswith(file) else f"{file}: {error}")
         self.entries.append({"file": file, "error": text})
         self._lines.append(f"{kind}: {text}")
 
     def tell(self) -> None:
-        """Prints a line each, behind everything else, where they are seen."""
+        """Prints a line per input, after everything else, so that the lines are seen."""
         for line in self._lines:
             click.echo(line, err=True)
 
@@ -169,7 +171,7 @@ def _run_images(
     failures: Failures,
     stop: Interruption,
 ) -> float:
-    """Runs the images until `stop`; the seconds it took."""
+    """Runs the images until `stop`; returns the seconds it took."""
     from comask.progress import Progress
 
     started = time.perf_counter()
@@ -182,7 +184,7 @@ def _run_images(
                     failures.add("skipped", str(result.item), str(error))
                 progress.advance()
     finally:
-        results.finish()  # also of what was done before an error
+        results.finish()  # also after an error
     return time.perf_counter() - started
 
 
@@ -194,7 +196,7 @@ def _run_videos(
     options: VideoOptions,
     stop: Interruption,
 ) -> list[dict[str, Any]]:
-    """Runs the videos until `stop`; their reports."""
+    """Runs the videos until `stop`; returns their reports."""
     from comask.runtime.video.container import file_name, shown_name
 
     reports = []
@@ -240,15 +242,15 @@ def _kinds(save: str) -> set[str]:
 
 
 class Results:
-    """Writes what `--save` asks for of images.
+    """Writes the results of images that `--save` asks for.
 
     Args:
-        folder: of the results, made where it is missing.
-        kinds: of `KINDS`.
-        threshold: lowest score that is drawn.
+        folder: the folder of the results, created if it does not exist.
+        kinds: names from `KINDS`.
+        threshold: the lowest score that is drawn.
 
     Raises:
-        ComaskError: when nothing can be written there, as on a full disk, or the folder is a job's.
+        ComaskError: when nothing can be written there, as on a full disk, or the folder holds a job.
     """
 
     def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
@@ -268,10 +270,10 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, result: ImageResult[Path]) -> None:
-        """The results of one image.
+        """Writes the results of one image.
 
         Raises:
-            ImageError: when there are none, or they cannot be written, as under too long a name.
+            ImageError: when the image has no results, or they cannot be written.
         """
         from comask.draw import draw_overlay
 
@@ -290,7 +292,7 @@ class Results:
         image_id = len(self._images) + 1
         entries = found.to_coco(image_id) if "coco" in self._kinds else []
         height, width = found.image_size
-        # last, so that an interruption leaves images out whole
+        # last, so that an interruption never leaves an image in only one of the two files
         self._coco += entries
         self._images.append(
             {"id": image_id, "file_name": str(path), "width": width, "height": height}
@@ -299,18 +301,18 @@ class Results:
 
     @property
     def images(self) -> int:
-        """How many there were."""
+        """The number of images with results."""
         return len(self._images)
 
     def finish(self) -> None:
-        """The files that cover all images."""
+        """Writes the files that cover all images."""
         if "coco" in self._kinds:
             with self._writing(self._folder):
                 for file, content in (("detections", self._coco), ("images", self._images)):
                     write_whole(self._folder / f"{file}.json", json.dumps(content).encode())
 
     def unique(self, name: str) -> str:
-        """`name`, or a numbered one where another folder's file already took it."""
+        """Returns `name`, or a numbered name if a file of another folder has it already."""
         unique, number = name, 2
         while unique in self._taken:
             unique, number = f"{name}.{number}", number + 1
@@ -320,13 +322,13 @@ class Results:
     def _write_png(self, name: str, pixels: NDArray[Any]) -> None:
         from PIL import Image
 
-        # not durable: waiting for the disk takes as long as a GPU does for the image
+        # not durable: waiting for the disk takes as long as a GPU needs for the image
         with whole_file(self._folder / name, durable=False) as file:
             Image.fromarray(pixels).save(file, format="PNG")
 
     @contextlib.contextmanager
     def _writing(self, source: Path) -> Iterator[None]:
-        """Names what cannot be written: all results, or those of one source."""
+        """Turns an OSError into an error that names the folder, or the one source it concerns."""
         try:
             yield
         except OSError as error:
@@ -338,7 +340,7 @@ class Results:
 
 
 def _instance_map(found: Detections) -> Any:
-    """u16 [H, W]: 0 background, else the number (from 1) of the best detection there."""
+    """Returns u16 [H, W]: 0 for background, else the number (from 1) of the best detection there."""
     import numpy as np
 
     instances = np.zeros(found.image_size, dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""What `comask-infer` does with videos, cameras and streams."""
+"""What `comask infer` does with videos, cameras and streams."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ WHERE = ("auto", "cpu", "gpu")  # as `Where`
 
 
 def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
-    """The images that inputs name, and the videos, cameras and streams, each in its order.
+    """Returns the images that inputs name, and the videos, cameras and streams, each in order.
 
     Raises:
-        ComaskError: when inputs name nothing; all of them are named.
+        ComaskError: when inputs name nothing; the text lists all of these inputs.
     """
     from comask.runtime.video import is_address, is_video
     from comask.runtime.video.container import address_of_file
@@ -49,7 +49,7 @@ def split_inputs(inputs: tuple[str, ...]) -> tuple[list[Path], list[str]]:
             continue
         try:
             if "://" in text and not Path(text).exists():
-                raise ComaskError(f"{text}: addresses of object storage need --runner")
+                raise ComaskError(f"{text}: comask job reads addresses of object storage")
             paths = find_files(text, "image", "video")
         except ComaskError as error:
             problems.append(str(error))
@@ -71,15 +71,15 @@ class VideoOptions:
     """How videos are run.
 
     Attributes:
-        folder: of the results.
-        kinds: of results, among `VIDEO_KINDS`.
-        threshold: lowest score that is drawn, and that starts a track.
-        batch: frames of a file that run together.
-        every: look at each n-th frame.
+        folder: the folder of the results.
+        kinds: the kinds of results, among `VIDEO_KINDS`.
+        threshold: the lowest score that is drawn, and that starts a track.
+        batch: the number of frames of a file that run together.
+        every: every n-th frame is run.
         track: whether instances get ids.
-        decode: see `VideoSource`.
-        encode: see `OverlayWriter`.
-        gpu: index of the GPU that encodes; None for none.
+        decode: where to decode, see `VideoSource`.
+        encode: where to encode, see `OverlayWriter`.
+        gpu: the index of the GPU that encodes; None for the processor.
     """
 
     folder: Path
@@ -93,10 +93,10 @@ class VideoOptions:
     gpu: int | None
 
     def check(self, videos: list[str]) -> None:
-        """Refuses what does not fit the inputs, and tracking where it is not installed.
+        """Refuses options that do not fit the inputs, and tracking where it is not installed.
 
         Raises:
-            ComaskError: when something asked for cannot be had.
+            ComaskError: when an option cannot be honoured.
         """
         if not videos:
             if self.track or self.every > 1 or (self.decode, self.encode) != ("auto", "auto"):
@@ -155,7 +155,7 @@ def run_video(
             try:
                 pipeline.run()
             except (EngineError, ImageError) as error:
-                predictor.check()  # raises where the backend is to blame
+                predictor.check()  # raises if the backend is the cause
                 raise VideoError(f"{source.name}: cannot be run: {one_line(error)}") from error
     except VideoError as error:
         if pipeline is None or not pipeline.frames:
@@ -173,7 +173,7 @@ def run_video(
 def _open_sinks(
     source: VideoSource, name: str, options: VideoOptions, stack: contextlib.ExitStack
 ) -> tuple[list[Sink], Tracker | None]:
-    """What takes a video's results, closed by `stack`."""
+    """Opens the sinks of a video's results; `stack` closes them."""
     from comask.runtime.video import JsonLines, OverlayWriter, Tracker
 
     sinks: list[Sink] = []
@@ -194,7 +194,7 @@ def _open_sinks(
 
 
 class _Shown(contextlib.ExitStack):
-    """A sink that shows how far a video is: a `Progress`, or a line now and then for a live source."""
+    """A sink that shows progress: a `Progress` for a file, an occasional line for a live source."""
 
     def __init__(self, source: VideoSource, every: int) -> None:
         super().__init__()

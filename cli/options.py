@@ -1,175 +1,155 @@
-"""What the commands share: how they fail, find files and name data sets."""
+"""What several commands take: where a bundle runs, files, and JSON."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
-import errno
 import functools
-import io
 import json
-import logging
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from comask import __version__
-from comask.errors import ComaskError, is_out_of_memory, one_line
+from comask.bundle import PRECISIONS
+from comask.cli.command import option
+from comask.errors import ComaskError
 from comask.files import write_whole
 from comask.media_files import Kind, PassedOver, find_media
+from comask.runtime.backends import LoadOptions
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-MENDS = {
-    errno.EROFS: "; take a folder that can be written, and copy a bundle there",
-    errno.EACCES: "; ask for the right to read or write there, or take another folder",
-    errno.ENOSPC: "; free space, or take another disk",
-}
-IN_ASCII = {
-    "…": "...", "–": "-", "—": "-", "→": "->", "×": "x", "·": "*", "±": "+-", "≤": "<=",  # noqa: RUF001
-    "≥": ">=", "²": "^2", "°": " degrees", "“": '"', "”": '"', "‘": "'", "’": "'",  # noqa: RUF001
-}  # fmt: skip
-EXTRAS = {  # that brings a package which a command may find missing
-    **dict.fromkeys(("torch", "torchvision", "safetensors", "matplotlib"), "train"),
-    **dict.fromkeys(("onnx", "onnxscript"), "export"),
-}
+VERIFY_SEED = 2_000_000  # other images than training and validation see
+RUNS = "Where it runs"  # heading of options
 
 
-def command(function: Callable[..., None]) -> click.Command:
-    """A click command that turns a ComaskError into one line and exit code 1.
+class DeviceType(click.ParamType[int | Literal["cpu"]]):
+    """The index of a GPU, or `cpu`."""
 
-    With --verbose the traceback follows. Wrong usage exits with 2, as click does.
-    """
+    name = "INDEX|cpu"
 
-    @click.command(
-        cls=_Command,
-        name=function.__module__.rsplit(".", 1)[-1],
-        help=function.__doc__,
-        context_settings=CONTEXT,
-    )
-    @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
-    @click.version_option(__version__, prog_name="comask")
-    @functools.wraps(function)
-    def run(*, verbose: bool, **arguments: Any) -> None:
-        try:
-            with _log_on_terminal(verbose), _ended_by_sigterm():
-                function(**arguments)
-        except Exception as error:
-            text = _explained(error, function.__module__)
-            if verbose or text is None:
-                raise
-            click.echo(f"error: {text}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
-        except _TerminatedError as error:
-            click.echo("terminated", err=True)
-            sys.exit(error.code)
-
-    return run
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["cpu"]:
+        """Returns the index as an integer, or `cpu`."""
+        if value == "cpu":
+            return "cpu"
+        if not str(value).isdecimal():
+            self.fail(
+                f"{value!r}: expected the index of a GPU, 0 for the first, or cpu", param, ctx
+            )
+        return int(value)
 
 
-def _explained(error: Exception, module: str) -> str | None:
-    """What its reader can do about an error, in one line; None of one that is our own mistake.
+def backends_option(default: str) -> Callable[[Any], Any]:
+    """Makes the option `--backend`, which may be repeated.
 
     Args:
-        error: that ended a command.
-        module: of the command.
+        default: what the help says of a command without it.
     """
-    if isinstance(error, ComaskError):
-        text = one_line(error)
-        if text.startswith("short_side:"):  # as an argument of `Predictor.load` is called
-            return text.replace("short_side", "--short-side", 1)
-        return text
-    if isinstance(error, OSError) and error.strerror is not None:  # a full disk, no right to write
-        where = f"{error.filename}: " if error.filename else ""
-        return one_line(where + error.strerror + MENDS.get(error.errno or 0, ""))
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        extra = "export" if module == "comask.cli.export" else EXTRAS.get(package)
-        if package in EXTRAS:
-            return f"{package} is not installed: pip install 'comask[{extra}]'"
-    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-        return f"not enough memory: take less at once ({one_line(error)})"
-    return None
+    return option(
+        "--backend", "backends", multiple=True, metavar="NAME[:PRECISION]", group=RUNS,
+        help=f"Repeated; the first is the reference. {default}",
+    )  # fmt: skip
 
 
-class _Command(click.Command):
-    """A command for any terminal, and for files of any name."""
-
-    def main(self, *arguments: Any, **settings: Any) -> Any:
-        """Runs the command; what the terminal's encoding lacks is written in other characters."""
-        codecs.register_error("comask", _in_other_characters)
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="comask")
-        return super().main(*arguments, **settings)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Takes `-clip.mp4` for a file where there is one, as a pattern of the shell gives it."""
-        options = {name for parameter in self.params for name in parameter.opts}
-        named = (
-            f"./{arg}"
-            if arg.startswith("-") and arg not in options and Path(arg).is_file()
-            else arg
-            for arg in args
-        )
-        return super().parse_args(ctx, list(named))
+backend_option = option(
+    "--backend", default="auto", metavar="NAME[:PRECISION]", group=RUNS,
+    help="tensorrt, tensorrt-rtx, onnxruntime or torch, as in tensorrt:fp16. [auto]",
+)  # fmt: skip
+plot_option = option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE",
+    help="Draw the result: .png, .svg or .pdf.",
+)  # fmt: skip
+device_option = option(
+    "--device", type=DeviceType(), metavar="INDEX|cpu", group=RUNS,
+    help="GPU to run on, or cpu. [the first GPU, else cpu]",
+)  # fmt: skip
 
 
-def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
-    """Handles an encoding error: the typographic characters of our texts in ASCII, others by number."""
-    assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end]
-    plain = (IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
-    return "".join(plain), error.end
+def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes the options of where a bundle runs; the command gets them as `how`: `LoadOptions`.
+
+    Args:
+        batch: default of `--batch`.
+    """
+    options = (
+        device_option,
+        option("--batch", type=click.IntRange(1), default=batch, metavar="N", group=RUNS,
+               help=f"Images or frames of one size at once. [{batch}]"),
+        option("--proposals", type=click.IntRange(1), metavar="N", group=RUNS,
+               help="Use only the N best proposals, which is faster."),
+        option("--short-side", type=click.IntRange(1), metavar="PIXELS", group=RUNS,
+               help="Shorter side after resizing; less is faster. [the bundle's]"),
+    )  # fmt: skip
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, batch: int, **arguments: Any) -> None:
+            taken = {name: arguments.pop(name) for name in ("device", "proposals", "short_side")}
+            function(how=LoadOptions(max_batch=batch, **taken), **arguments)
+
+        for add in reversed(options):
+            run = add(run)
+        return run
+
+    return decorate
 
 
-@contextlib.contextmanager
-def _log_on_terminal(verbose: bool) -> Iterator[None]:
-    """Shows warnings, and with `verbose` more, while the command runs."""
-    root, handler = logging.getLogger(), logging.StreamHandler()  # to stderr
-    level, wanted = root.level, logging.INFO if verbose else logging.WARNING
-    handler.setLevel(wanted)
-    root.addHandler(handler)
-    root.setLevel(min(level, wanted))  # other handlers keep what they get
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
+def precision_list(*known: str) -> Callable[..., tuple[str, ...]]:
+    """Makes a callback that reads `fp16,fp32` as the precisions in the order of `PRECISIONS`."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+        wanted = {name.strip() for name in value.split(",")}
+        if "int8" in wanted - set(known):
+            raise click.BadParameter("int8 graphs are made by: comask quantize BUNDLE")
+        if unknown := sorted(wanted.difference(known)):
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return tuple(name for name in PRECISIONS if name in wanted)
+
+    return read
 
 
-class _TerminatedError(SystemExit):
-    """SIGTERM came. No Exception, which libraries catch."""
+def verification_options(function: Callable[..., None]) -> Callable[..., None]:
+    """`--data` and `--limit`: the images on which graphs and engines are compared with PyTorch."""
+    for add in (
+        option("--limit", type=click.IntRange(1), default=3, metavar="N", aliases=("--verify-images",),
+               help="Compare on N images of the data. [3]"),
+        option("--data", default="shapes", metavar="DIR|shapes", aliases=("--val-data",),
+               help="Images to compare with PyTorch on. [shapes]"),
+    ):  # fmt: skip
+        function = add(function)
+    return function
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as an exception does, so that half-written folders are cleared."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only there may signals be handled
-        return
+def verification_images(data: str, limit: int) -> Callable[[], list[Any]]:
+    """Makes a function that reads the images of `verification_options`: u8 [h, w, 3], RGB, decoded once.
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise _TerminatedError(128 + number)
+    It raises a ComaskError when the data holds no images.
+    """
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    @functools.cache
+    def images() -> list[Any]:
+        from comask.data.open_data import open_source
+        from comask.data.source import readable_images
+
+        source = open_source(data, "val", shapes_images=4 * limit, shapes_seed=VERIFY_SEED)
+        # images with most objects first: an empty image proves little
+        busiest = sorted(range(len(source)), key=lambda i: -len(source.annotations(i)))
+        decoded = [pixels for _, pixels in islice(readable_images(source, busiest), limit)]
+        if not decoded:
+            raise ComaskError(f"--data {data}: holds no images")
+        return decoded
+
+    return images
 
 
 def gathered(name: str, kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes one argument of several options.
+    """Makes a decorator that passes several options as one argument.
 
     Args:
         name: of the argument.
@@ -191,24 +171,33 @@ def gathered(name: str, kind: type) -> Callable[[Callable[..., None]], Callable[
 
 
 def json_option(function: Callable[..., None]) -> Callable[..., None]:
-    """`--json FILE`, `-` for standard output."""
-    option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
-    return option(function)
+    """Adds `--json FILE`, where `-` is standard output."""
+    add = option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
+    decorated: Callable[..., None] = add(function)
+    return decorated
 
 
-def check_folders(**files: str | Path | None) -> None:
-    """Whether there are folders for what long work will end with, by the names of its options.
+def check_outputs(plot: Path | None = None, **files: str | Path | None) -> None:
+    """Checks that long work will be able to write its results.
+
+    Args:
+        plot: the file of `--plot`.
+        files: other files, by the names of their options.
 
     Raises:
-        ComaskError: there is one missing.
+        ComaskError: when a file's folder does not exist, or a plot cannot be drawn.
     """
-    for option, file in files.items():
+    for name, file in (("plot", plot), *files.items()):
         if file is not None and file != "-" and not Path(file).resolve().parent.is_dir():
-            raise ComaskError(f"--{option} {file}: its folder does not exist; make it first")
+            raise ComaskError(f"--{name} {file}: its folder does not exist; make it first")
+    if plot is not None:
+        from comask.runtime.bench.plots import check_plot
+
+        check_plot(plot)
 
 
 def write_json(target: str | None, content: Any) -> None:
-    """Writes `content` where `--json` points; nothing without it.
+    """Writes `content` to the file of `--json`; does nothing without that option.
 
     Raises:
         ComaskError: when the file cannot be written.
@@ -230,7 +219,7 @@ def write_json(target: str | None, content: Any) -> None:
 
 
 def find_files(text: str, *kinds: Kind) -> list[Path]:
-    """The files that one input names, see `find_media`; says which are passed over.
+    """Returns the files that an input names, see `find_media`; prints which files are passed over.
 
     Args:
         text: a file, a folder or a pattern.
@@ -248,7 +237,7 @@ def find_files(text: str, *kinds: Kind) -> list[Path]:
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into a request to stop; the second one ends the process as usual.
+    """Turns SIGINT and SIGTERM into a request to stop; a second one ends the process as usual.
 
     Attributes:
         signal: the number of the one that came, 0 for none.
@@ -259,7 +248,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def on_signal(self, stop: Callable[[], None] | None = None) -> Iterator[None]:
-        """In this block, a signal sets `signal`, and calls `stop`."""
+        """A signal during the block sets `signal` and calls `stop`."""
         before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
         def restore() -> None:

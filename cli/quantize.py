@@ -1,64 +1,69 @@
-"""`comask-export --precision int8`: its options, and what is said of the result."""
+"""`comask quantize`: int8 graphs for a bundle, within a budget of AP."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from comask.bundle import INT8_BASE
 from comask.calib.options import METHODS, QuantizeOptions
-from comask.cli.options import gathered
+from comask.cli.command import command, option
+from comask.cli.export import add_missing, open_bundle, print_exported
+from comask.cli.options import check_outputs, gathered, json_option, verification_images, write_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from comask.bundle import Bundle
     from comask.calib.quantize import Int8Report
 
 DEFAULT = QuantizeOptions()
+VERIFIED = 3  # images that a missing graph of the base precision is compared on
+CALIBRATION = "Calibration"  # heading of options
 
 
-def quantize_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options, which reach the command as `int8`: `QuantizeOptions`."""
-    options = (
-        click.option("--calib-data", metavar="DIR|shapes",
-                     help="int8: images that tell activations' ranges."),
-        click.option("--calib-images", type=click.IntRange(1), metavar="N",
-                     help=f"int8: how many. [{DEFAULT.calib_images}]"),
-        click.option("--calib-method", type=click.Choice(METHODS), metavar="METHOD",
-                     help=f"{'|'.join(METHODS)} [{DEFAULT.calib_method}]"),
-        click.option("--calib-seed", type=int, metavar="N",
-                     help=f"int8: of their choice. [{DEFAULT.calib_seed}]"),
-        click.option("--val-images", type=click.IntRange(1), metavar="N",
-                     help=f"int8: images for AP. [≤ {DEFAULT.val_images}]"),
-        click.option("--ap-budget", type=click.FloatRange(0), metavar="POINTS",
-                     help=f"int8: AP that may be lost. [{DEFAULT.ap_budget}]"),
-    )  # fmt: skip
-    function = gathered("int8", QuantizeOptions)(function)
-    for option in reversed(options):
-        function = option(function)
-    return function
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@option("--data", default="shapes", metavar="DIR|shapes", aliases=("--val-data",),
+        help="COCO-format folder to measure AP on. [shapes, for the demo]")  # fmt: skip
+@option("--limit", type=click.IntRange(1), metavar="N", aliases=("--val-images",),
+        help=f"Measure on N images of it at most. [{DEFAULT.limit}]")  # fmt: skip
+@option("--max-loss", type=click.FloatRange(0), metavar="POINTS", aliases=("--ap-budget",),
+        help=f"AP points that may be lost. [{DEFAULT.max_loss}]")  # fmt: skip
+@json_option
+@option("--calib-data", metavar="DIR|shapes", required=True, group=CALIBRATION,
+        help="Images like those that the network will see.")  # fmt: skip
+@option("--calib-limit", type=click.IntRange(1), metavar="N", aliases=("--calib-images",),
+        group=CALIBRATION, help=f"Number of these images. [{DEFAULT.calib_limit}]")  # fmt: skip
+@option("--calib-method", type=click.Choice(METHODS), group=CALIBRATION,
+        help=f"How the range of each activation is chosen. [{DEFAULT.calib_method}]")  # fmt: skip
+@option("--calib-seed", type=int, metavar="N", group=CALIBRATION,
+        help=f"Seed of the choice of images. [{DEFAULT.calib_seed}]")  # fmt: skip
+@gathered("options", QuantizeOptions)
+def main(bundle: Path, data: str, options: QuantizeOptions, json_file: str | None) -> None:
+    """Add int8 graphs to a bundle. They lose at most --max-loss AP points against PyTorch.
 
+    Layers that cost too much accuracy stay in float, and the output says which and why.
 
-def quantize_bundle(
-    bundle: Bundle, options: QuantizeOptions, val_data: str, *, to_stderr: bool
-) -> Bundle:
-    """Adds int8 graphs to a bundle, and says what came of it.
-
-    Raises:
-        ComaskError: see `comask.calib.quantize.quantize`.
+    \b
+    comask quantize bundle --calib-data photos --data /data/coco --max-loss 0.3
     """
+    check_outputs(json=json_file)
     from comask.calib.quantize import quantize
 
-    changed, made = quantize(bundle, options, val_data, functools.partial(click.echo, err=True))
-    _print_int8(bundle.folder, made, to_stderr=to_stderr)
-    return changed
+    to_stderr = json_file == "-"
+    opened = open_bundle(bundle)
+    exported = add_missing(opened, (INT8_BASE,), verification_images(data, VERIFIED), quiet=True)
+    print_exported(exported, to_stderr=to_stderr)
+    report = functools.partial(click.echo, err=True)
+    changed, made = quantize(exported.bundle, options, data, report)
+    _print_int8(changed.folder, made, to_stderr=to_stderr)
+    write_json(json_file, dataclasses.asdict(changed.manifest))
 
 
 def _print_int8(folder: Path, made: Int8Report, *, to_stderr: bool) -> None:
-    """What int8 costs in AP, what it saves, and which layers stayed float."""
+    """Prints what int8 costs in AP, what it saves, and which layers stay in float."""
     ap = ", ".join(
         f"{task} AP {made.ap[task]:.2f} ({made.ap[task] - value:+.2f})"
         for task, value in made.reference.items()

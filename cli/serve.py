@@ -1,59 +1,48 @@
-"""`comask-export --serve triton`: from a bundle to a model repository."""
+"""`comask serve`: from a bundle to a model repository of Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from comask.bundle import Bundle
-from comask.cli.options import gathered
-from comask.export.triton.repository import ServedModel, ServeRequest, write_repository
-
-SERVERS = ("triton",)
-
-
-def serve_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--serve`, and what only it uses as `serving`: `ServeRequest`."""
-    options = [
-        click.option("--serve", type=click.Choice(SERVERS), metavar="triton",
-                     help="Write BUNDLE into a model repository."),
-        click.option("--backend", default="onnxruntime", metavar="NAME[:PRECISION]",
-                     help="--serve: tensorrt, … [onnxruntime]"),
-        click.option("--engines", metavar="NAME",
-                     help="--serve: which of several engine folders."),
-        click.option("--model-name", default="comask", metavar="NAME",
-                     help="--serve: what clients ask for. [comask]"),
-        click.option("--max-batch", type=click.IntRange(1), metavar="N",
-                     help="--serve: images a request. [8]"),
-    ]  # fmt: skip
-    function = gathered("serving", ServeRequest)(function)
-    for option in reversed(options):
-        function = option(function)
-    return function
+from comask.cli.command import command, option
+from comask.cli.export import open_bundle
+from comask.cli.options import check_outputs, gathered, json_option, write_json
+from comask.errors import ComaskError
+from comask.export.triton.repository import ServeRequest, write_repository
 
 
-def serve_bundle(
-    source: Path, output: Path | None, request: ServeRequest, *, to_stderr: bool
-) -> ServedModel:
-    """Writes the repository, and says what its server needs.
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@option("--output", required=True, type=click.Path(path_type=Path), metavar="DIR",
+        help="Folder of the model repository.")  # fmt: skip
+@option("--backend", default="onnxruntime", metavar="NAME[:PRECISION]",
+        help="What runs the stages: onnxruntime or tensorrt. [onnxruntime]")  # fmt: skip
+@option("--engines", metavar="NAME", help="Engine folder to use, if the bundle has several.")
+@option(
+    "--model-name", default="comask", metavar="NAME", help="Name that clients ask for. [comask]"
+)
+@option("--batch", "max_batch", type=click.IntRange(1), metavar="N", aliases=("--max-batch",),
+        help="Most images per request. [8, or what the engines take]")  # fmt: skip
+@json_option
+@gathered("request", ServeRequest)
+def main(bundle: Path, output: Path, request: ServeRequest, json_file: str | None) -> None:
+    """Write a bundle into a model repository for the Triton Inference Server.
 
-    Raises:
-        UsageError: there is no `--output`, or `source` is a checkpoint.
-        ComaskError: see `write_repository`.
+    \b
+    comask serve bundle --output repository --backend tensorrt:fp16
     """
-    if source.is_file():
-        raise click.UsageError(f"--serve takes a bundle, and {source} is a file: export it first")
-    if output is None:
-        raise click.UsageError("--output is missing: the model repository needs a folder")
-    served = write_repository(Bundle.open(source), output, request)
+    check_outputs(json=json_file)
+    if bundle.is_file():
+        raise ComaskError(f"{bundle}: is a file; serve takes a bundle: comask export makes one")
+    served = write_repository(open_bundle(bundle), output, request)
     needs = "comask in the server's Python"
     if version := served.needs.get("tensorrt_version"):
         needs += f", TensorRT {version}, {served.needs['gpu']}"
     click.echo(
         f"{output}: {served.model} on {served.backend}, up to {served.max_batch_size} images at once; "
         f"needs {needs}: see docs/serving.md",
-        err=to_stderr,
+        err=json_file == "-",
     )
-    return served
+    write_json(json_file, served.to_dict())

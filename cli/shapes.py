@@ -1,4 +1,4 @@
-"""`comask-shapes`: writes the synthetic data set."""
+"""`comask shapes`: writes the synthetic data set."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from pathlib import Path
 
 import click
 
-from comask.cli.options import command
+from comask.cli.command import command, option
 
 
 @command
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--images", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@option("--count", "images", type=click.IntRange(1), default=1000, metavar="N", aliases=("--images",),
+        help="Number of images. [1000]")  # fmt: skip
+@option(
+    "--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the random images. [0]"
+)
 def main(folder: Path, images: int, seed: int) -> None:
-    """Write the synthetic set `shapes` to FOLDER in COCO format.
+    """Write the synthetic data set `shapes` to a folder in COCO format.
 
-    FOLDER gets images/ and annotations/instances.json; equal seeds give equal files.
+    The folder gets images/ and annotations/instances.json. Equal seeds give equal files.
+
+    \b
+    comask shapes data --count 200 --seed 1
     """
     from comask.data.coco import write_coco
     from comask.data.shapes import ShapesSource

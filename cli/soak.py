@@ -1,14 +1,25 @@
-"""`comask-bench --soak`: whether a backend that runs for long keeps its memory and its speed."""
+"""`comask soak`: whether a backend that runs for long keeps its memory and its speed."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
 import click
 
-from comask.cli.options import Interruption, find_files, write_json
+from comask.cli.command import command, option
+from comask.cli.options import (
+    Interruption,
+    backend_option,
+    check_outputs,
+    find_files,
+    json_option,
+    plot_option,
+    predictor_options,
+    write_json,
+)
 from comask.cli.tables import console, number, table
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError, ImageError, one_line
@@ -22,34 +33,39 @@ from comask.runtime.bench.timing import decoded
 MOST_IMAGES = 16  # a round of them is over soon
 
 
-def soak_backend(
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, metavar="N",
+        help="How long to run. [30]")  # fmt: skip
+@option("--data", type=click.Path(path_type=Path), metavar="DIR|FILE", aliases=("--images",),
+        help="Images to run. [noise]")  # fmt: skip
+@plot_option
+@json_option
+@backend_option
+@predictor_options(batch=1)
+def main(
     bundle: Path,
     backend: str,
     how: LoadOptions,
-    images: Path | None,
-    *,
+    data: Path | None,
     minutes: float,
     plot: Path | None,
     json_file: str | None,
 ) -> None:
-    """Runs, judges, prints and draws; SIGINT and SIGTERM end it early.
+    """Run one backend for a long time, and fail when memory, threads, files or latency grow.
 
-    Args:
-        bundle: to run.
-        backend: as `Predictor.load` takes it.
-        how: it runs.
-        images: a file or a folder of them; None for noise.
-        minutes: to go on for.
-        plot: picture to draw.
-        json_file: see `write_json`.
+    Ctrl-C ends it early, and what was measured is judged.
 
-    Raises:
-        ComaskError: something grew beyond its limit, the run broke down, or was too short to judge.
+    \b
+    comask soak bundle --minutes 30 --data photos --backend tensorrt:fp16 --plot soak.png
     """
+    check_outputs(plot=plot, json=json_file)
+    if not math.isfinite(minutes):
+        raise click.UsageError(f"--minutes {minutes}: expected a number of minutes")
     require_proc()
     stop = Interruption()
     with Predictor.open(bundle, backend, how) as predictor:
-        chosen, subject = _images(images, predictor.preprocess)
+        chosen, subject = _images(data, predictor.preprocess)
         with stop.on_signal():
             report = soak(
                 predictor, chosen, minutes, bundle=bundle, how=how, subject=subject,
@@ -67,7 +83,7 @@ def soak_backend(
 
 
 def _images(source: Path | None, preprocess: PreprocessConfig) -> tuple[list[Encoded], str]:
-    """What a round goes through, and what that is in words; broken images are a part of it.
+    """Returns the images of a round, broken ones among them, and a description of them.
 
     Raises:
         ImageError: none can be read.
@@ -81,13 +97,13 @@ def _images(source: Path | None, preprocess: PreprocessConfig) -> tuple[list[Enc
         subject = f"{len(images)} images of {source}"
     sound = [image for image, _ in decoded(images)]
     if not sound:
-        raise ImageError(f"--images {source}: none of them can be read")
+        raise ImageError(f"--data {source}: none of them can be read")
     broken = broken_images(sound[-1])
     return [*images, *broken], f"{subject}, and {len(broken)} broken images"
 
 
 def print_soak(report: SoakReport, *, to_stderr: bool) -> None:
-    """What each series did, and the verdict."""
+    """Prints how each series developed, and the verdict."""
     out = console(to_stderr=to_stderr)
     rows = table("soak", "", "unit", "after\nwarm-up", "at the\nend", "growth", "limit", "")
     for growth in report.growth.values():
@@ -106,10 +122,7 @@ def print_soak(report: SoakReport, *, to_stderr: bool) -> None:
         f"detections, {report.unreadable} attempts to read a broken image; {report.machine}"
     )
     if report.waited:
-        out.print(
-            f"others had the processor for {report.waited:.0%} of a call's time, which latencies are "
-            f"without"
-        )
+        out.print(f"other processes used {report.waited:.0%} of the time; the latencies exclude it")
     if not report.detections:
         out.print("warning: nothing was found in these images, so masks were not under load")
     if report.passed:

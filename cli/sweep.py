@@ -1,4 +1,4 @@
-"""`comask-bench --sweep`: AP and time over a grid of settings, and the fastest that is good enough."""
+"""`comask sweep`: AP and time over a grid of settings, and the fastest that is good enough."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from comask.bundle import Bundle
-from comask.cli.options import write_json
+from comask.cli.command import command, option
+from comask.cli.options import (
+    backends_option,
+    check_outputs,
+    device_option,
+    json_option,
+    plot_option,
+    write_json,
+)
 from comask.cli.tables import console, number, table
 from comask.data.source import not_decoded_text
 from comask.errors import ConfigError
@@ -18,40 +26,48 @@ from comask.runtime.bench.latency import runnable
 from comask.runtime.bench.plots import draw_sweep
 from comask.runtime.bench.sweep import Sweep, SweepReport, SweepRow
 
-SHAPES_IMAGES = 200  # of those that comask-eval scores, too
+SHAPES_IMAGES = 200  # as many as `comask eval` scores
 
 
-def sweep_settings(
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
+@option("--limit", type=click.IntRange(1), metavar="N",
+        help=f"Score the first N images only. [all; shapes: {SHAPES_IMAGES}]")  # fmt: skip
+@option("--max-loss", type=click.FloatRange(0), default=0.5, metavar="POINTS",
+        help="AP points that boxes and masks may lose. [0.5]")  # fmt: skip
+@option("--grid", multiple=True, metavar="NAME=A,B",
+        help="Values of proposals, short-side or batch. [by the bundle]")  # fmt: skip
+@option("--runs", type=click.IntRange(1), default=20, metavar="N",
+        help="Batches to time per setting. [20]")  # fmt: skip
+@plot_option
+@json_option
+@backends_option("[all that run]")
+@device_option
+def main(
     bundle: Path,
     backends: tuple[str, ...],
-    *,
     device: Device,
     data: str,
     limit: int | None,
+    max_loss: float,
     grid: tuple[str, ...],
     runs: int,
-    max_loss: float,
     plot: Path | None,
     json_file: str | None,
 ) -> None:
-    """Scores, times, prints and draws, also what there is when it is interrupted.
+    """Weigh AP against time over a grid of settings; name the fastest that is good enough.
 
-    Args:
-        bundle: to measure.
-        backends: as `Predictor.load` takes them, the reference first; empty for all that run.
-        device: to run on.
-        data: a folder, or `shapes`.
-        limit: images to score; None for all.
-        grid: assignments `name=a,b`.
-        runs: batches to time of each setting.
-        max_loss: AP points that boxes and masks may lose.
-        plot: picture to draw.
-        json_file: see `write_json`.
+    A setting is a backend with a number of proposals, a size and a batch. What was measured is also
+    reported after an interruption.
 
-    Raises:
-        ConfigError: the bundle cannot run what the grid names, or nothing of it runs here.
-        DataError: the data has other classes than the bundle, or nothing to score.
+    \b
+    comask sweep bundle --data /data/coco --max-loss 0.3 --plot pareto.png
+    comask sweep bundle --data shapes --grid proposals=100,50 --grid batch=1
     """
+    check_outputs(plot=plot, json=json_file)
+    if "auto" in backends:
+        raise click.UsageError("--backend auto: name the backends that are to be compared")
     from comask.cli.evaluate import SHAPES_SEED
     from comask.data.open_data import open_source
 
@@ -77,7 +93,7 @@ def sweep_settings(
 
 
 def parse_grid(assignments: tuple[str, ...]) -> dict[str, list[int]]:
-    """The values that `--grid` gives, by `proposals`, `short-side` and `batch`.
+    """Returns the values that `--grid` gives, by `proposals`, `short-side` and `batch`.
 
     Raises:
         UsageError: when it is no such assignment.
@@ -97,7 +113,7 @@ def parse_grid(assignments: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def print_sweep(report: SweepReport, *, to_stderr: bool) -> None:
-    """All settings by falling speed, what was skipped, and the choice."""
+    """Prints all settings by falling speed, what was skipped, and the choice."""
     out = console(to_stderr=to_stderr)
     rows = table(
         f"AP points on {report.images} images, against milliseconds", "", "backend",
@@ -126,6 +142,6 @@ def print_sweep(report: SweepReport, *, to_stderr: bool) -> None:
 
 
 def _signs(row: SweepRow) -> str:
-    """What a setting is, in signs."""
+    """Returns the marks of a setting: chosen, on the front, the bundle's own."""
     signs = (">" if row.chosen else "", "*" if row.on_front else "", "=" if row.reference else "")
     return "".join(signs)

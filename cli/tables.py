@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def console(*, to_stderr: bool) -> Console:
-    """Wide enough for the tables where there is no terminal."""
+    """Returns a console that is wide enough for the tables, also without a terminal."""
     from rich.console import Console
 
     return Console(
@@ -26,7 +26,7 @@ def console(*, to_stderr: bool) -> Console:
 
 
 def table(title: str, *heads: str) -> Table:
-    """An empty table. Columns under `backend` or under nothing hold text, the others numbers."""
+    """Returns an empty table. Columns under `backend` or under nothing hold text, the others numbers."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -37,10 +37,10 @@ def table(title: str, *heads: str) -> Table:
 
 
 def number(value: float) -> str:
-    """Two decimals, fewer where they would not fit a column."""
+    """Formats with two decimals, or fewer where they would not fit a column."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def mib(size: int | None) -> str:
-    """Bytes in MiB; `-` where the size is unknown."""
+    """Formats bytes in MiB; `-` where the size is unknown."""
     return "-" if size is None else f"{size / MIB:.0f}"

@@ -1,4 +1,4 @@
-"""`comask-train`: from a data set to a checkpoint."""
+"""`comask train`: from a data set to a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import click
 from click.core import ParameterSource
 
 from comask.bundle import BEST
-from comask.cli.options import Interruption, command
+from comask.cli.command import command, option
+from comask.cli.options import Interruption
 from comask.errors import ConfigError, TrainingError
 from comask.files import locked
 from comask.presets import PRESETS, preset
@@ -33,7 +34,7 @@ LOCK_SECONDS = 20.0  # loading processes of a killed run hold its lock for up to
 def _assignments(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """`--set` of `key value` is wrong here, before click wonders at the value alone."""
+    """Refuses `--set key value` before click complains about the value alone."""
     for value in values:
         if "=" not in value:
             raise click.BadParameter(f"{value}: --set takes key=value, as in train.epochs=12")
@@ -41,18 +42,18 @@ def _assignments(
 
 
 @command
-@click.option("--data", metavar="DIR|shapes", help="COCO-format folder, or shapes made on the fly.")
-@click.option("--val", metavar="DIR", help="Validation data; else a seeded share of --data.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
-              show_default=True)  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_assignments,
-              help="Change a setting.")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(2), metavar="N",
-              help="Train with N seeds, and show how far AP scatters.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
-@click.option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
-@click.option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
+@option("--data", metavar="DIR|shapes", help="COCO-format folder, or shapes for synthetic images.")
+@option("--val", metavar="DIR", help="Validation data. [a share of --data]")
+@option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
+        metavar="NAME", help=f"One of {', '.join(PRESETS)}. [comask-r50]")  # fmt: skip
+@option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the run.")
+@option("--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_assignments,
+        help="Change a setting; --print-config lists all.")  # fmt: skip
+@option("--seeds", type=click.IntRange(2), metavar="N",
+        help="Train with N seeds, and show how far AP scatters.")  # fmt: skip
+@option("--resume", is_flag=True, help="Continue from the run's last checkpoint.")
+@option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
+@option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
 def main(
     data: str | None,
     val: str | None,
@@ -68,11 +69,12 @@ def main(
 
     The run's folder gets checkpoint-last.pt, checkpoint-best.pt (by mask AP), report.html with its
     pictures, config.json, metrics.csv and eval.csv. Several processes train together by torchrun.
+    On a CPU take the preset shapes-tiny or coco-slim.
 
     \b
-    comask-train --data shapes --preset shapes-tiny --output runs/shapes
-    comask-train --data /data/coco --val /data/coco --output runs/r50 --set train.batch_size=4
-    comask-train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
+    comask train --data shapes --preset shapes-tiny --output runs/shapes
+    comask train --data /data/coco --val /data/coco --output runs/r50 --set train.batch_size=4
+    comask train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
     torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --val /data/coco --output r50
     """
     from comask.config_reading import override
@@ -84,9 +86,9 @@ def main(
     missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
     if data is None or output is None:
         raise click.UsageError(f"missing option {' and '.join(missing)}")
-    for option, given in (("--resume", resume), ("--seeds", seeds)):
+    for name, given in (("--resume", resume), ("--seeds", seeds)):
         if given and eval_only:
-            raise click.UsageError(f"{option} trains and --eval-only does not: give one of them")
+            raise click.UsageError(f"{name} trains and --eval-only does not: give one of them")
     if seeds and val is None and data != "shapes":
         raise click.UsageError(
             "--seeds needs --val: the share that is set aside depends on the seed"
@@ -109,13 +111,13 @@ def main(
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; what is still empty in the end goes again."""
+    """Creates a folder and its parents; removes those that are still empty at the end."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        with suppress(OSError):  # one that is not empty
+        with suppress(OSError):  # a folder that is not empty stays
             for folder in made:
                 folder.rmdir()
 
@@ -147,7 +149,7 @@ def _train(
     *,
     resume: bool,
 ) -> None:
-    """Trains, with several seeds each in a folder of its own, after which it shows how AP scatters."""
+    """Trains once, or once per seed, each in its own folder; then shows how far AP scatters."""
     from comask.training.distributed import share_from_first
     from comask.training.record import show_seeds
     from comask.training.run import train_run
@@ -160,7 +162,7 @@ def _train(
         if seeds and ranks.first:
             folder.mkdir(exist_ok=True)
             click.echo(f"seed {seed}, {seed - first + 1} of {seeds}")
-        share_from_first(None)  # the others look into the folder when it is locked
+        share_from_first(None)  # the other processes wait until the first one holds the lock
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         with stop.on_signal():
             trainer = train_run(
@@ -174,13 +176,13 @@ def _train(
 
 
 def _end(trainer: Trainer, output: Path, ranks: Ranks) -> None:
-    """Says how the training ended; exits where a signal ended it."""
+    """Prints how the training ended; exits if a signal ended it."""
     from comask.training.loop import LAST
 
     if trainer.ended_by:
         place = f"step {trainer.step} of {trainer.total_steps}"
         if ranks.first:
-            click.echo(f"interrupted after {place}: --resume goes on there", err=True)
+            click.echo(f"interrupted after {place}: continue with --resume", err=True)
         sys.exit(128 + trainer.ended_by)
     if not ranks.first or not trainer.trained:
         return
@@ -194,7 +196,7 @@ def _end(trainer: Trainer, output: Path, ranks: Ranks) -> None:
 
 
 def _evaluate(data: str, val: str | None, output: Path, ranks: Ranks) -> None:
-    """Scores a finished run; its own settings hold."""
+    """Scores a finished run with the settings of its checkpoint."""
     from comask.training.run import evaluate_run
 
     validation, checkpoint, images = evaluate_run(data, val, output, ranks)
@@ -204,7 +206,7 @@ def _evaluate(data: str, val: str | None, output: Path, ranks: Ranks) -> None:
 
 
 def _show(validation: Validation, collaboration: str) -> None:
-    """The twelve numbers of both tasks, and what the second stage adds."""
+    """Prints the twelve numbers of both tasks, and what the second stage adds."""
     from comask.evaluate import COCO_DETECTIONS, points_text
 
     final = validation.final

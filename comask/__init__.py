@@ -1,4 +1,4 @@
-"""CoMask instance segmentation from PyTorch to TensorRT; see `comask.runtime` to run a bundle."""
+"""CoMask instance segmentation, from PyTorch to TensorRT; `comask.runtime` runs exported bundles."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,5 +6,5 @@ __all__ = ["__version__"]
 
 try:
     __version__ = version("comask")
-except PackageNotFoundError:  # a checkout on the path that was never installed
+except PackageNotFoundError:  # a checkout on the path that is not installed
     __version__ = "0+unknown"

@@ -1,4 +1,4 @@
-"""The bundle: a folder with everything it takes to run a model, and the manifest that describes it."""
+"""Bundles: folders with everything that running a model takes, described by a manifest."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ from comask.config import ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict
 from comask.data.source import Category
 from comask.errors import BundleError, ConfigError
-from comask.files import locked, parse_json, write_whole
+from comask.files import did_you_mean, locked, parse_json, write_whole
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "Category", "Manifest"]
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
-BEST = "checkpoint-best.pt"  # of a training run, what a bundle is made of
-UNFINISHED = ".unfinished"  # ends the names of folders that something is made in
+BEST = "checkpoint-best.pt"  # the file of a training run that is exported to a bundle
+UNFINISHED = ".unfinished"  # suffix of the folders that results are prepared in
 WEIGHTS = "weights.safetensors"
-PRECISIONS = ("fp32", "fp16", "int8")  # of graphs; fp32 is always there, as the reference
-INT8_BASE = "fp16"  # of which int8 graphs are made: what they keep float
+PRECISIONS = ("fp32", "fp16", "int8")  # a bundle always has fp32 graphs, as the reference
+INT8_BASE = "fp16"  # int8 graphs are made from these: the precision of the layers that stay float
 STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
 
 
 def graph_file(stage: str, precision: str) -> str:
-    """The ONNX file of `stage1` or `stage2`: `stage1_proposals.onnx`, `….fp16.onnx`, `….int8.onnx`."""
+    """Returns a stage's ONNX file: `stage1_proposals.onnx`, `….fp16.onnx` or `….int8.onnx`."""
     return STAGES[stage] + ("" if precision == "fp32" else f".{precision}") + ".onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle is.
+    """The description of a bundle's content.
 
     Attributes:
-        model: configuration of the network; its thresholds are those of the graphs.
-        preprocess: from an image to the first graph's input.
+        model: the network's configuration; the graphs have its thresholds.
+        preprocess: the steps from an image to the first graph's input.
         categories: the classes in label order.
         mask_threshold: a pixel belongs to a mask when its probability is at least this.
-        precisions: of the graphs that are there, `fp32` first.
-        graphs: per stage the `inputs` and `outputs` in fp32, each with name, dtype and shape; a dynamic
-            dimension is a string. In fp16 and int8 `p2`…`p5` are float16.
-        files: sha256 of every other file of the bundle by its relative path.
-        source: where the weights come from: checkpoint's sha256 and optimiser step.
-        parity: measurements, the latest of each backend and data set: AP, deltas to PyTorch, when.
-        verification: by precision, how its graphs were compared with PyTorch before release; of fp16 and
-            int8 also which layers stayed float and why; of int8, how it was calibrated, and its AP.
-        latency: measurements, the latest of each backend, device and batch: median seconds of each part,
-            on which machine and images, when; None until measured.
-        comask_version: that wrote the bundle.
-        created: time of export, ISO 8601 in UTC.
-        schema_version: of this manifest.
+        precisions: the precisions that the bundle has graphs for, `fp32` first.
+        graphs: the `inputs` and `outputs` of each stage in fp32, each with name, dtype and shape; a
+            dynamic dimension is a string. In fp16 and int8, `p2`…`p5` are float16.
+        files: the SHA-256 of every other file of the bundle, by relative path.
+        source: the origin of the weights: the checkpoint's SHA-256 and optimiser step.
+        parity: the latest measurement of each backend and data set: AP, differences to PyTorch, time.
+        verification: by precision, the comparison of its graphs with PyTorch before release. For fp16
+            and int8 it also says which layers stayed float and why; for int8, the calibration and the AP.
+        latency: the latest measurement of each backend, device and batch: the median seconds of each
+            part, the machine, the images and the time. None until measured.
+        comask_version: the version of comask that wrote the bundle.
+        created: the time of the export, ISO 8601 in UTC.
+        schema_version: the version of the manifest's format.
     """
 
     model: ModelConfig
@@ -77,35 +77,35 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def require_int64_ids(self, where: str) -> None:
-        """Refuses category ids that are no integers of 64 bits, where a format has room for no others.
+        """Raises an error if a category id is not a 64-bit integer, for formats that store no others.
 
         Args:
-            where: the format, and what takes any ids in its place; the end of a sentence.
+            where: the end of the error's sentence: the format, and an alternative that takes any id.
 
         Raises:
-            BundleError: naming the first such id.
+            BundleError: with the first such id.
         """
         for id_ in (category.id for category in self.categories):
             if not isinstance(id_, int) or not -(2**63) <= id_ < 2**63:
                 raise BundleError(
-                    f"the bundle has the category id {id_!r}; expected integers of 64 bits for {where}"
+                    f"the bundle has the category id {id_!r}; expected 64-bit integers for {where}"
                 )
 
     def to_json(self) -> str:
-        """As the text of `manifest.json`."""
+        """Returns the text of `manifest.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Inverse of `to_json`.
+        """Reads what `to_json` wrote.
 
         Raises:
-            BundleError: when the text is no manifest that this comask reads.
+            BundleError: when the text is not a manifest that this version of comask reads.
         """
         try:
             values = parse_json(text)
         except ValueError as error:
-            raise BundleError(f"is not a comask manifest: it is no JSON: {error}") from error
+            raise BundleError(f"is not a comask manifest: it is not JSON: {error}") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version is None:
             raise BundleError(
@@ -123,7 +123,7 @@ class Manifest:
             raise BundleError(f"is not a comask manifest: {error}") from error
         if len(manifest.categories) != manifest.model.num_classes:
             raise BundleError(
-                f"names {len(manifest.categories)} categories for "
+                f"has {len(manifest.categories)} categories for "
                 f"{manifest.model.num_classes} classes"
             )
         for name in manifest.files:
@@ -134,11 +134,11 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An existing bundle.
+    """A bundle on disk.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it holds.
+        folder: the bundle's folder.
+        manifest: the description of its content.
     """
 
     folder: Path
@@ -146,10 +146,10 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
-        """Reads the manifest; files are checked when they are asked for.
+        """Opens a bundle by its manifest; `file` checks the other files.
 
         Raises:
-            BundleError: when there is no manifest, or none that can be used.
+            BundleError: when the manifest is missing or cannot be used.
         """
         path = folder / MANIFEST
         try:
@@ -164,10 +164,10 @@ class Bundle:
             raise BundleError(f"{path}: {error}") from error
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle, after comparing its sha256 with the manifest's.
+        """Returns the path of a file of the bundle after comparing its SHA-256 with the manifest's.
 
         Raises:
-            BundleError: when it is not listed, missing or altered.
+            BundleError: when the file is not listed, missing or altered.
         """
         if name not in self.manifest.files:
             raise BundleError(
@@ -175,72 +175,74 @@ class Bundle:
             )
         path = self.folder / name
         try:
-            found = sha256(_inside(self.folder, name))
+            actual = sha256(_inside(self.folder, name))
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
         expected = self.manifest.files[name]
-        if found != expected:
+        if actual != expected:
             raise BundleError(
-                f"{path}: was altered since the export (sha256 {found[:12]}…, the manifest says "
+                f"{path}: was altered since the export (sha256 {actual[:12]}…, the manifest says "
                 f"{expected[:12]}…); export the bundle again"
             )
         return path
 
     def graph(self, stage: str, precision: str) -> Path:
-        """The checked ONNX file of `stage1` or `stage2`.
+        """Returns the ONNX file of `stage1` or `stage2`, checked by `file`.
 
         Raises:
-            BundleError: see `file`.
+            BundleError: when `file` raises one.
         """
         return self.file(graph_file(stage, precision))
 
 
 def _instead(folder: Path) -> str:
-    """What lies where a bundle was expected, and what to do about it."""
+    """Says what is at `folder` instead of a bundle, and what to do about it."""
     if folder.is_file():
-        mend = (
-            f"; comask-export {folder} --output bundle makes one" if folder.suffix == ".pt" else ""
+        remedy = (
+            f"; comask export {folder} --output bundle makes one" if folder.suffix == ".pt" else ""
         )
-        return f": it is a file, and a bundle is a folder{mend}"
+        return f": it is a file, and a bundle is a folder{remedy}"
     if not folder.exists():
-        return ": no such folder"
+        return f": no such folder{did_you_mean(folder)}"
     if (folder / BEST).is_file():
-        return f": it is a training run; comask-export {folder / BEST} --output bundle makes one"
-    return f" ({MANIFEST} is missing); comask-export writes one"
+        return f": it is a training run; comask export {folder / BEST} --output bundle makes one"
+    return f" ({MANIFEST} is missing); comask export writes one"
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of a bundle, which may come from anywhere.
+    """Returns the path of a file of a bundle, whose origin need not be trustworthy.
 
     Raises:
-        BundleError: it is a link that leads out of the folder, or a pipe, which might never end.
-        OSError: it is missing.
+        BundleError: when the file is a link that leads out of the folder, or not a regular file, such as
+            a pipe that might never end.
+        OSError: when the file is missing.
     """
     path = folder / name
     if not path.resolve(strict=True).is_relative_to(folder.resolve()):
         raise BundleError(f"{path}: is a link out of the bundle; put the file itself there")
     if not path.is_file():
-        raise BundleError(f"{path}: is no file")
+        raise BundleError(f"{path}: is not a file")
     return path
 
 
 @contextlib.contextmanager
 def scratch_folder(bundle: Path, parent: Path) -> Iterator[Path]:
-    """A folder in `parent`, gone afterwards unless it was renamed; errors name `bundle`.
+    """Makes a folder in `parent` and removes it afterwards, unless it was renamed; errors name `bundle`.
 
-    Those that killed processes left are removed: the living hold a lock on theirs.
+    Folders that killed processes left behind are removed first. Running processes hold a lock on theirs.
 
     Raises:
-        BundleError: when it cannot be made.
+        BundleError: when the folder cannot be made.
     """
     prefix = f".{bundle.name}."
     with contextlib.ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with locked(parent):  # a new folder is not without its lock when others look
+            # Under this lock, no other process sees the new folder before it is locked.
+            with locked(parent):
                 for left in parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
-                    with contextlib.suppress(OSError), locked(left, patience=0) as nobodys:
-                        if nobodys:  # without locks it may be somebody's
+                    with contextlib.suppress(OSError), locked(left, patience=0) as abandoned:
+                        if abandoned:  # False without locks, when the folder may still be in use
                             shutil.rmtree(left, ignore_errors=True)
                 folder = Path(tempfile.mkdtemp(UNFINISHED, prefix, parent))
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -254,26 +256,26 @@ def extend(bundle: Bundle, files: Path, change: Callable[[Manifest], Manifest]) 
     """Moves the files of a folder into a bundle, then changes the manifest so that it names them.
 
     Args:
-        bundle: to extend.
+        bundle: the bundle to extend.
         files: a folder on the same file system.
-        change: see `update_manifest`.
+        change: changes the manifest, as for `update_manifest`.
     """
-    # until the manifest names them, nobody reads the files
+    # Nobody reads the files until the manifest names them.
     for path in files.iterdir():
         path.replace(bundle.folder / path.name)
     return update_manifest(bundle.folder, change)
 
 
 def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
-    """Changes the manifest as it is now, which may not be what the caller read long ago.
+    """Changes the manifest on disk, which may have changed since the caller read it.
 
     Args:
-        folder: of the bundle.
-        change: from the manifest that is there to the one to write; called under a lock.
+        folder: the bundle's folder.
+        change: maps the current manifest to the new one; called under a lock.
 
     Raises:
-        BundleError: when there is no bundle by now.
-        OSError: when it cannot be written.
+        BundleError: when the bundle does not exist any more.
+        OSError: when the manifest cannot be written.
     """
     with locked(folder):
         changed = change(Bundle.open(folder).manifest)
@@ -284,12 +286,12 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
 def with_graphs(
     manifest: Manifest, files: dict[str, str], verification: dict[str, dict[str, Any]]
 ) -> Manifest:
-    """The manifest of a bundle that holds more graphs, or others.
+    """Returns the manifest with further or replaced graphs.
 
     Args:
-        manifest: as it was.
-        files: sha256 of the graphs by file name.
-        verification: by precision, how they were made and compared.
+        manifest: the present manifest.
+        files: the SHA-256 of each graph, by file name.
+        verification: by precision, how the graphs were made and compared.
     """
     return dataclasses.replace(
         manifest,
@@ -300,11 +302,11 @@ def with_graphs(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the manifest of a bundle, whole or not at all."""
+    """Replaces the manifest of a bundle atomically."""
     write_whole(folder / MANIFEST, manifest.to_json().encode())
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""Every setting of comask, its default and its reason; presets are in `comask.presets`.
+"""Defines every setting of comask with its default and its reason; presets are in `comask.presets`.
 
-Four frozen dataclasses, each owned by one part of the toolkit, joined in `Config`. A setting's dotted
-name (`model.msfem_branches`) is what `--set` takes and what a checkpoint and a manifest store.
-Defaults follow the paper, and where it is silent, the authors' configuration (docs/algorithm.md).
+Each part of the toolkit owns one of four frozen dataclasses, which `Config` joins. `--set`, checkpoints
+and manifests use a setting's dotted name (`model.msfem_branches`). The defaults follow the paper and,
+where it does not state one, the authors' configuration (docs/algorithm.md).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from comask.errors import ConfigError
 
-CANDIDATES = 1000  # (proposal, class) pairs an image that enter the detections' NMS
-# The largest maps have 16 values a pixel of the canvas, and TensorRT's tensors fewer than 2^31 values.
+CANDIDATES = 1000  # (proposal, class) pairs per image that enter the detections' NMS
+# The largest maps have 16 values per pixel of the canvas; a TensorRT tensor has fewer than 2^31 values.
 MOST_PIXELS = 2**27 - 1
-SHOWN = 100  # characters of a wrong value
+SHOWN = 100  # characters that an error shows of a wrong value
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
-    """Checks a setting.
+    """Raises an error unless `condition` holds.
 
     Raises:
         ConfigError: when `condition` does not hold; the text begins with `name`.
@@ -36,7 +36,7 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 def require_count(name: str, value: object, most: int | None = None) -> None:
-    """Checks that `value` is a whole number from 1 to `most`, where there is one.
+    """Checks that `value` is a whole number of at least 1 and, if `most` is given, at most that.
 
     Raises:
         ConfigError: when it is not; the text begins with `name`.
@@ -46,7 +46,7 @@ def require_count(name: str, value: object, most: int | None = None) -> None:
     require(whole and 1 <= int(value) <= (most or int(value)), name, expected, value)  # type: ignore[call-overload]
 
 
-# What a setting may be: in words, and whether a value is one.
+# A condition on a setting: its words in an error, and the check of a value.
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = "at least 1", lambda value: value >= 1
 NOT_NEGATIVE: Rule = "0 or more", lambda value: value >= 0
@@ -59,7 +59,7 @@ def _between(least: int, most: int) -> Rule:
 
 
 def _require_each(part: str, config: object, rule: Rule, *names: str) -> None:
-    """Checks by one rule the settings of these names, which are fields of `config`."""
+    """Checks the fields of these names in `config` by one rule."""
     expected, holds = rule
     for name in names:
         value = getattr(config, name)
@@ -72,23 +72,23 @@ class ModelConfig:
 
     num_classes: int = 80
 
-    # Backbone. BatchNorm statistics stay those of ImageNet, as in every COCO recipe with small batches.
+    # Backbone. BatchNorm keeps ImageNet's statistics, as in every COCO recipe with small batches.
     backbone: Literal["resnet18-slim", "resnet18", "resnet50", "resnet101"] = "resnet50"
-    # "batch" and "group" are for training from scratch, "group" whatever the batch.
+    # "batch" and "group" are for training from scratch; "group" works with any batch size.
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
-    frozen_stages: int = 2  # stem and first stage; 0 trains everything
+    frozen_stages: int = 2  # 2: the stem and the first stage; 0 trains everything
 
     # FPN and MSFEM (section 3.1)
     channels: int = 256
     norm_groups: int = 32
-    msfem_branches: int = 4  # Table 2's CoMask_i
+    msfem_branches: int = 4  # the i of Table 2's CoMask_i
     msfem_mode: Literal["independent", "chain", "tied"] = "independent"
-    msfem_place: Literal["after", "replace"] = "after"  # the FPN's 3×3 convolutions
+    msfem_place: Literal["after", "replace"] = "after"  # after or instead of the FPN's 3×3 convs
     attention_reduction: int = 4
-    residual_attention: bool = False  # ReLU(x + GN(conv(x))) in place of equation 7's convolution
+    residual_attention: bool = False  # ReLU(x + GN(conv(x))) instead of equation 7's convolution
 
     # RPN
-    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)  # one a level, P2..P6
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)  # one per level, P2..P6
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_positive_iou: float = 0.7
     rpn_negative_iou: float = 0.3
@@ -111,24 +111,24 @@ class ModelConfig:
 
     # Collaborative head (section 3.2)
     head_channels: int = 256
-    head_convs: int = 9  # after the stride-2 one
-    mask_kernel: Literal[1, 3] = 3  # of the last convolution
-    head_rois: int = 96  # positive RoIs an image that train it; half of the authors' 192 for two
-    roi_jitter: float = 0.15  # of centre and size: imitates refined boxes
+    head_convs: int = 9  # convolutions after the one of stride 2
+    mask_kernel: Literal[1, 3] = 3  # kernel size of the last convolution
+    head_rois: int = 96  # positive RoIs per image that train the head; the authors': 192 for two
+    roi_jitter: float = 0.15  # shifts centre and size of RoIs, which imitates refined boxes
     roi_sampling_ratio: int = 2
     roi_canonical_size: float = 224.0  # a RoI of this side is pooled from P4
-    # Table 3's w/o CL is "uniform"; "fc_reg" regresses boxes in the classification branch instead.
+    # "uniform" is Table 3's w/o CL; "fc_reg" regresses boxes in the classification branch instead.
     collaboration: Literal["weighted", "uniform", "fc_reg"] = "weighted"
     offset_activation: Literal["relu", "exp", "none"] = "relu"
-    cell_pooling: Literal["sigmoid", "logit", "bilinear"] = "sigmoid"  # from the mask to M_s
-    cell_threshold: float = 0.5  # M_s > 0.5; 0 lets every cell vote
-    empty_foreground: Literal["confidence", "proposal"] = "confidence"  # where no cell passes
+    cell_pooling: Literal["sigmoid", "logit", "bilinear"] = "sigmoid"  # pools the mask to M_s
+    cell_threshold: float = 0.5  # cells with M_s above it vote; 0 lets every cell vote
+    empty_foreground: Literal["confidence", "proposal"] = "confidence"  # counts if no cell votes
     cell_targets: Literal["truth", "soft", "pred"] = "truth"  # weights of the cells in training
     box_loss: Literal["iou", "giou"] = "iou"
-    train_refined_masks: bool = False  # a second mask loss on the refined boxes
-    separate_fine_head: bool = False  # for the second pass, trained by that loss
-    refined_nms_iou: float = 0.0  # NMS once more, on the refined boxes; 0: none
-    mask_threshold: float = 0.5  # a pixel of this probability belongs to the pasted mask
+    train_refined_masks: bool = False  # adds a second mask loss on the refined boxes
+    separate_fine_head: bool = False  # gives the second pass its own head, trained by that loss
+    refined_nms_iou: float = 0.0  # threshold of a second NMS on the refined boxes; 0: no second NMS
+    mask_threshold: float = 0.5  # pixels of at least this probability belong to the pasted mask
 
     # Losses
     rpn_objectness_weight: float = 1.0
@@ -153,14 +153,14 @@ class ModelConfig:
         check((multiple, lambda v: v > 0 and v % groups == 0), "channels", "head_channels")
         check(("5 sizes", lambda sizes: len(sizes) == 5), "anchor_sizes")
         check(_between(0, 5), "frozen_stages")
-        check(_between(1, 3840), "rpn_top_k", "proposals")  # TensorRT's TopK ends there
+        check(_between(1, 3840), "rpn_top_k", "proposals")  # the limit of TensorRT's TopK
         check(_between(1, CANDIDATES), "detections")
         check(
             FRACTION, "rpn_nms_iou", "nms_iou", "score_threshold", "cell_threshold",
             "refined_nms_iou", "mask_threshold",
         )  # fmt: skip
         if not self.train_refined_masks:
-            needed = "model.train_refined_masks=true with it, or nothing trains that head"
+            needed = "false unless model.train_refined_masks=true, which trains that head"
             check((needed, operator.not_), "separate_fine_head")
         if self.collaboration == "fc_reg":
             without = "with model.collaboration=fc_reg, which has no dense boxes to refine with"
@@ -171,7 +171,7 @@ class ModelConfig:
                 check((f"{f.default}: {without}", partial(operator.eq, f.default)), f.name)
 
 
-# What a way of collaborating does not heed.
+# The settings that have no effect with a value of model.collaboration.
 IDLE = {
     "uniform": ("cell_pooling", "cell_threshold", "empty_foreground", "cell_targets"),
     "fc_reg": (
@@ -183,12 +183,12 @@ IDLE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessConfig:
-    """From a decoded image to the network's input; the bundle carries it, every backend obeys it."""
+    """The steps from a decoded image to the network's input; bundles store them for every backend."""
 
     short_side: int = 800
     max_side: int = 1333
     pad_multiple: int = 32
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of ImageNet, RGB in 0..255
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet's, RGB in 0..255
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
@@ -198,14 +198,14 @@ class PreprocessConfig:
         stride = "a multiple of 32, the stride of P5"
         require(multiple % 32 == 0 and multiple > 0, "preprocess.pad_multiple", stride, multiple)
         h, w = (-(-side // multiple) * multiple for side in (short, self.max_side))
-        canvas = f"a canvas of at most {MOST_PIXELS} pixels, as tensors end there, not {h}x{w}"
+        canvas = f"a canvas of at most {MOST_PIXELS} pixels, TensorRT's limit, instead of {h}x{w}"
         require(h * w <= MOST_PIXELS, name, canvas, short)
 
     def resized(self, short_side: int) -> PreprocessConfig:
-        """The same for another `short_side`; `max_side` keeps its ratio to it.
+        """Returns a copy with another `short_side` and `max_side` scaled by the same factor.
 
         Raises:
-            ConfigError: it is no length, or the canvas would be too large.
+            ConfigError: when `short_side` is not a length, or the canvas would be too large.
         """
         require_count("short_side", short_side)
         max_side = round(short_side * self.max_side / self.short_side)
@@ -220,14 +220,14 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Where images come from, and what happens to them on the way."""
+    """How images are selected, loaded and augmented."""
 
     flip_probability: float = 0.5
-    val_fraction: float = 0.1  # set aside, by seed, where no --val is given
-    boxes: Literal["annotated", "mask"] = "annotated"  # or the bounds of each mask
+    val_fraction: float = 0.1  # share of images for validation without --val; the seed selects them
+    boxes: Literal["annotated", "mask"] = "annotated"  # "mask": the bounds of each mask
     workers: int = 2
-    shapes_train: int = 4000  # with --data shapes: images made on the fly
-    shapes_val: int = 200
+    shapes_train: int = 4000  # images that --data shapes makes for training
+    shapes_val: int = 200  # and for validation
 
     def __post_init__(self) -> None:
         check = partial(_require_each, "data", self)
@@ -239,10 +239,10 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The schedule (section 4.1) and how it is run.
+    """The training schedule (section 4.1) and its execution.
 
-    `learning_rate` belongs to `reference_batch` images and is scaled linearly to `batch_size`, which
-    counts the images of an optimiser step on all processes together.
+    `batch_size` counts the images of one optimiser step on all processes together. `learning_rate` is
+    that of `reference_batch` images; it is scaled linearly to `batch_size`.
     """
 
     weights: str = "imagenet"  # "none", "imagenet" (torchvision's hub), or a file to start from
@@ -251,24 +251,24 @@ class TrainConfig:
     learning_rate: float = 0.01
     reference_batch: int = 8
     batch_size: int = 8
-    micro_batch: int = 0  # images a process passes at once, accumulating; 0: its whole share
-    momentum: float = 0.9  # of sgd
+    micro_batch: int = 0  # images per pass, with accumulated gradients; 0: a process's whole share
+    momentum: float = 0.9  # for sgd
     adamw_beta2: float = 0.999
     weight_decay: float = 1e-4
-    clip_norm: float = 0.0  # largest norm of the gradient; 0: not clipped
+    clip_norm: float = 0.0  # largest norm of the gradient; 0: no clipping
     epochs: int = 24
-    max_steps: int = -1  # ends training early; -1: after `epochs`
-    step_epochs: tuple[int, ...] = (20, 23)  # [16, 22] is mmdetection's 2×
+    max_steps: int = -1  # ends training before `epochs` are over; -1: no such limit
+    step_epochs: tuple[int, ...] = (20, 23)  # mmdetection's 2× schedule has [16, 22]
     step_factor: float = 0.1
     warmup_steps: int = 1000
     warmup_factor: float = 1 / 80
-    ema_decay: float = 0.0  # of averaged weights, which then are evaluated; 0: none
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; fp16 needs a GPU
+    ema_decay: float = 0.0  # decay of the averaged weights to evaluate; 0: no averaging
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast's; fp16 needs a GPU
     channels_last: bool = False
-    compile: bool = False  # backbone, MFPN and heads by torch.compile
-    checkpoint_every: int = 1000  # steps
-    evaluate_every: int = 1  # epochs, and after the last step; 0: never
-    patience: int = 0  # evaluations without a better mask AP that end training; 0: no end
+    compile: bool = False  # compiles backbone, MFPN and heads with torch.compile
+    checkpoint_every: int = 1000  # in steps
+    evaluate_every: int = 1  # in epochs; training also ends with an evaluation; 0: no evaluation
+    patience: int = 0  # evaluations without a better mask AP after which training ends; 0: never
     tensorboard: bool = False
     seed: int = 0
 
@@ -283,7 +283,7 @@ class TrainConfig:
         check(POSITIVE, "learning_rate")
         check(FRACTION, "ema_decay", "momentum", "adamw_beta2")
         if not self.evaluate_every:
-            check(("train.evaluate_every above 0 with it", operator.not_), "patience")
+            check(("0 unless train.evaluate_every is above 0", operator.not_), "patience")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings from outside: `--set`, and the JSON of manifests, checkpoints and caches."""
+"""Reads settings from outside: `--set`, and the JSON of manifests, checkpoints and caches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LARGEST = 2**63 - 1
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass from nested plain values, as `dataclasses.asdict` or JSON gives them.
+    """Makes a dataclass from nested plain values, such as those of `dataclasses.asdict` or JSON.
 
     Raises:
-        ConfigError: for an unknown name (the nearest one is suggested), a missing one, or a value that
+        ConfigError: for an unknown name (the nearest one is suggested), a missing name, or a value that
             does not fit.
     """
     hints = get_type_hints(kind)
@@ -38,10 +38,10 @@ def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def override(config: Config, assignments: tuple[str, ...]) -> Config:
-    """`config` with `key=value` assignments applied, keys being dotted names.
+    """Returns `config` with `key=value` assignments applied; the keys are dotted names.
 
     Raises:
-        ConfigError: for a malformed assignment, an unknown key or an unfit value.
+        ConfigError: for a malformed assignment, an unknown key or a value that does not fit.
     """
     values = dataclasses.asdict(config)
     known = [f"{part}.{name}" for part, names in values.items() for name in names]
@@ -67,16 +67,16 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, or a ConfigError; JSON has no tuples and no 1.0."""
+    """Converts `value` to the annotated type or raises ConfigError; JSON has no tuples and no 1.0."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
     origin = get_origin(hint)
-    if origin is UnionType and hint == (int | str):  # an id, of any size
+    if origin is UnionType and hint == (int | str):  # an id, which may be an integer of any size
         require(type(value) in (int, str), name, "an integer or a string", value)
         return value
-    if origin is UnionType:  # with None
+    if origin is UnionType:  # a type or None
         return None if value is None else _converted(name, value, get_args(hint)[0])
     if origin is dict:
         require(isinstance(value, dict), name, "an object", value)
@@ -98,7 +98,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return tuple(_converted(f"{name}[{i}]", entry, item) for i, entry in enumerate(value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and hint in (int, float):
-        # comparing is what integers without end can do; NaN cannot
+        # Integers of any size can be compared, but not converted to float; NaN fails the comparison.
         require(-LARGEST <= value <= LARGEST, name, "a finite number of 64 bits", value)
     if hint is float and number:
         return float(value)

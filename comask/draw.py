@@ -1,4 +1,4 @@
-"""Overlays: detections drawn into a copy of their image."""
+"""Draws overlays: detections on a copy of their image."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_NO_CHARACTER = "\U0010ffff"  # that no font has: it is drawn as the box for missing ones
+_NO_CHARACTER = "\U0010ffff"  # no font has it: it is drawn as the box for missing characters
 _UPRIGHT = {"Regular", "Book", "Roman", "Normal", "Medium", "Text"}
-_SECONDS = 10.0  # that fontconfig may take, which builds its cache at first
+_SECONDS = 10.0  # limit for fontconfig, which builds its cache on the first call
 
 logger = logging.getLogger(__name__)
-_names_without_font: list[str] = []  # for which a warning was given
+_names_without_font: list[str] = []  # the names that a warning was given for
 
 __all__ = ["class_color", "draw_overlay"]
 
 Color = tuple[int, int, int]
 
-_TAG_CHARACTERS = "#0123456789. Ag|class"  # what stands in tags besides names
-_FILL_OPACITY = 0.25  # objects keep their colours
-_SMALLEST, _LARGEST = 320, 640  # sides of a tile in pixels, as far as whole enlargements allow
-_LARGEST_COVER = 0.3  # no tag hides more of any box
+_TAG_CHARACTERS = "#0123456789. Ag|class"  # the characters of tags besides those of names
+_FILL_OPACITY = 0.25  # low enough that objects keep their colours
+_SMALLEST, _LARGEST = 320, 640  # bounds of a tile's sides in pixels, where whole factors allow them
+_LARGEST_COVER = 0.3  # a tag hides at most this share of any box
 _UNTRACKED = (160, 160, 160)
-# Saturation and value. Golden-ratio hues recur after a Fibonacci number of labels (8, 13, 21, ...):
-# four tones make most of those that come close differ in brightness.
+# Pairs of saturation and value. Golden-ratio hues nearly recur after a Fibonacci number of labels (8, 13,
+# 21, ...). With four tones, most labels of similar hue differ in brightness.
 _TONES = ((0.9, 1.0), (0.5, 1.0), (0.9, 0.65), (0.55, 0.8))
 
 
 @functools.lru_cache(maxsize=4096)
 def font_for(text: str, size: int) -> Font | None:
-    """A font that has every character of `text`; None where the machine has none.
+    """Returns a font that has every character of `text`, or None if this machine has no such font.
 
-    Pillow's own font has ASCII alone. Others are found by fontconfig's `fc-list`, where it is installed.
+    Pillow's own font has ASCII alone. fontconfig's `fc-list`, if installed, finds the others.
 
     Args:
         text: one line.
-        size: in pixels.
+        size: the font's size in pixels.
     """
     from PIL import ImageFont
 
@@ -62,7 +62,7 @@ def font_for(text: str, size: int) -> Font | None:
     for file, index in _machine_fonts(frozenset(text)):
         try:
             font = ImageFont.truetype(file, size, index=index)
-        except OSError:  # as of fonts of bitmaps, emoji among them
+        except OSError:  # bitmap fonts, such as those of emoji
             continue
         if has_characters(font, text):
             return font
@@ -70,7 +70,7 @@ def font_for(text: str, size: int) -> Font | None:
 
 
 def has_characters(font: Font, text: str) -> bool:
-    """Whether a font draws every character of `text` as something else than missing."""
+    """Returns whether a font has every character of `text`, so that none is drawn as missing."""
     missing = _drawn(font, _NO_CHARACTER)
     return all(_drawn(font, c) != missing for c in set(text) if not c.isspace())
 
@@ -82,7 +82,7 @@ def _drawn(font: Font, character: str) -> tuple[tuple[int, int], bytes]:
 
 @functools.lru_cache(maxsize=1024)
 def _machine_fonts(characters: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """Fonts of the machine that have the characters, as (file, index in the file), the best first."""
+    """Returns this machine's fonts with these characters as (file, index in the file), best first."""
     program = shutil.which("fc-list")
     if program is None:
         return ()
@@ -99,17 +99,17 @@ def _machine_fonts(characters: frozenset[str]) -> tuple[tuple[str, int], ...]:
 
 
 def _ranked(listed: str) -> Iterator[tuple[int, str, int]]:
-    """(rank, file, index) of `fc-list`'s lines; upright sans-serif fonts of even weight come first."""
+    """Yields (rank, file, index) of `fc-list`'s lines; upright sans-serif fonts have the lowest rank."""
     for line in listed.splitlines():
         file, index, style = (*line.split("\t"), "", "")[:3]
-        if not index.isdecimal() or int(index) >= 2**16:  # beyond are instances of variable fonts
+        if not index.isdecimal() or int(index) >= 2**16:  # larger: instances of variable fonts
             continue
         serif = "Serif" in file or "Sans" not in file
         yield 4 * (style not in _UPRIGHT) + 2 * ("Mono" in file) + serif, file, int(index)
 
 
 def class_color(label: int) -> Color:
-    """The (r, g, b) in 0..255 of class or track `label`: always the same, unlike its neighbours'."""
+    """Returns the (r, g, b) in 0..255 of a class or track: fixed, and unlike those of nearby labels."""
     hue = label * 0.618034 % 1
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, *_TONES[label % 4]))
     return red, green, blue
@@ -122,17 +122,17 @@ def draw_overlay(
     *,
     show_scores: bool = True,
 ) -> NDArray[np.uint8]:
-    """Draw each detection's mask, contour, box and a tag with its name and score.
+    """Draws each detection's mask, contour, box and a tag with its name and score.
 
-    Where tags would hide each other or much of an object, those of lower scores are left out.
-    Choose what to draw before: `detections[detections.scores >= 0.5]`.
+    Tags that would hide another tag or much of an object are left out, those of lower scores first.
+    To draw some detections only, select them first: `detections[detections.scores >= 0.5]`.
 
     Args:
-        image: [H, W, 3] u8, RGB; left as it is.
-        detections: found in this image; higher scores are drawn over lower ones.
-        track_ids: [N] i64; each id has its colour and stands in the tag, and what has none (-1) is gray.
-            Without them a class has its colour.
-        show_scores: in the tags; ground truth has none to show.
+        image: [H, W, 3] u8, RGB; it is not changed.
+        detections: the detections of this image; higher scores are drawn over lower ones.
+        track_ids: [N] i64. Each id has its own colour and appears in the tag; detections without one
+            (-1) are gray. Without track ids, each class has its own colour.
+        show_scores: whether tags show scores; ground truth has no scores.
 
     Returns:
         [H, W, 3] u8, RGB.
@@ -148,10 +148,10 @@ def draw_overlay(
             f"image: expected uint8 {(height, width, 3)}, the detections' size, "
             f"got {image.dtype} {image.shape}"
         )
-    # Less than in step with the image: large pictures are seen scaled down, but not wholly.
+    # The font grows less than the image: viewers scale large pictures down, but not to one size.
     font_size = max(9, round(14 * (min(height, width) / 480) ** 0.75))
     line = max(1, round(font_size / 13))
-    # Broken coordinates have no place in the picture, but must not stop the rest.
+    # Coordinates that are not finite must not stop the other detections from being drawn.
     corners = np.nan_to_num(detections.boxes_xyxy.astype(np.float64))
     boxes = corners.clip(0, [width, height, width, height]).round().astype(int)
     order = np.argsort(detections.scores, kind="stable")
@@ -165,7 +165,7 @@ def draw_overlay(
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     tags = np.empty((0, 4), np.int64)
-    for index in order[::-1]:  # the best scores have the first choice of a place
+    for index in order[::-1]:  # higher scores choose their place first
         text, font = _name_and_font(detections, int(detections.labels[index]), font_size)
         if show_scores:
             text += f" {detections.scores[index]:.2f}"
@@ -179,26 +179,27 @@ def draw_overlay(
 
 
 def draw_tile(
-    image: NDArray[np.uint8], found: Detections, *, show_scores: bool = True
+    image: NDArray[np.uint8], detections: Detections, *, show_scores: bool = True
 ) -> NDArray[np.uint8]:
-    """`draw_overlay` at a size to be looked at: small images are enlarged, large ones scaled down.
+    """Draws an overlay of a legible size: small images are enlarged, large ones scaled down.
 
-    Drawn after scaling: lines and tags keep their size, masks follow their boxes.
+    Drawing follows scaling, so that lines and tags keep their size and masks follow their boxes.
     """
     import cv2
 
-    height, width = found.image_size
+    height, width = detections.image_size
     scale = _scale(height, width)
-    new = (max(1, round(height * scale)), max(1, round(width * scale)))
-    how = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
-    scaled = np.asarray(cv2.resize(image, new[::-1], interpolation=how), np.uint8)
-    factors = np.array([new[1] / width, new[0] / height] * 2, np.float32)
-    enlarged = dataclasses.replace(found, boxes_xyxy=found.boxes_xyxy * factors, image_size=new)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    interpolation = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
+    scaled = np.asarray(cv2.resize(image, size[::-1], interpolation=interpolation), np.uint8)
+    factors = np.array([size[1] / width, size[0] / height] * 2, np.float32)
+    boxes = detections.boxes_xyxy * factors
+    enlarged = dataclasses.replace(detections, boxes_xyxy=boxes, image_size=size)
     return draw_overlay(scaled, enlarged, show_scores=show_scores)
 
 
 def _scale(height: int, width: int) -> float:
-    """A whole number for small images, so that their pixels stay squares; at most 1 for others."""
+    """Returns a whole factor for small images, which keeps their pixels square, else at most 1."""
     if width < _SMALLEST and height < _LARGEST:
         return max(1, min(math.ceil(_SMALLEST / width), _LARGEST // height))
     return min(1.0, _LARGEST / width, _LARGEST / height)
@@ -212,7 +213,7 @@ def _draw_instance(
     color: Color,
     line: int,
 ) -> None:
-    """Draw one instance's fill, contour and box into `canvas`."""
+    """Draws one instance's fill, contour and box into `canvas`."""
     import cv2
 
     x0, y0, crop = detections.crop(int(index))
@@ -225,24 +226,24 @@ def _draw_instance(
     x1, y1, x2, y2 = box.tolist()
     cv2.rectangle(canvas, (x1, y1), (max(x2 - 1, x1), max(y2 - 1, y1)), color, line)
     outline, _ = cv2.findContours(crop.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    # An edge of the opposite brightness shows the contour on a background of its own colour.
+    # An edge of the opposite brightness makes the contour visible on a background of its colour.
     for edge, thickness in ((_ink(color), line + (line + 1) // 2), (color, line)):
         cv2.drawContours(canvas, outline, -1, edge, thickness, cv2.LINE_AA, offset=(x0, y0))
 
 
 def _name_and_font(detections: Detections, label: int, size: int) -> tuple[str, Font]:
-    """What a tag calls a class: its name, or its number where no font can show the name."""
+    """Returns a class's text in a tag and its font: its name, or its number if no font has the name."""
     name = one_line(detections.name(label))
     font = font_for(name + _TAG_CHARACTERS, size)
     if font is None:
         _warn_without_font(name)
         name, font = f"class {label}", font_for(_TAG_CHARACTERS, size)
-        assert font is not None  # Pillow's own has ASCII
+        assert font is not None  # Pillow's own font has ASCII
     return name, font
 
 
 def _warn_without_font(name: str) -> None:
-    """Warns once a process, with the first such name."""
+    """Warns once per process, with the first such name."""
     if _names_without_font:
         return
     _names_without_font.append(name)
@@ -254,7 +255,7 @@ def _warn_without_font(name: str) -> None:
 
 
 def _tag_size(font: Font, text: str) -> tuple[int, int]:
-    """(width, height) in pixels of a tag, as high for every text of a font, with room around it."""
+    """Returns a tag's (width, height) in pixels, margins included; the height depends on the font."""
     left, _, right, _ = font.getbbox(text)
     _, top, _, bottom = font.getbbox(f"{text}Ag|")
     return round(right - left) + 5, round(bottom - top) + 2
@@ -267,7 +268,7 @@ def _tag_place(
     tags: NDArray[np.int64],
     image_size: tuple[int, int],
 ) -> NDArray[np.int64] | None:
-    """The [4] corners of a tag beside or in `box`, clear of other `boxes` and `tags`, if any."""
+    """Returns a place [4] for a tag beside or in `box`, clear of `boxes` and `tags`, or None."""
     (width, height), (x1, y1, x2, y2) = tag_size, box.tolist()
     above, below = y1 - height, y2
     places = [(x1, above), (x2 - width, above), (x1, below), (x2 - width, below)]
@@ -281,7 +282,7 @@ def _tag_place(
 
 
 def _cover(tag: NDArray[np.int64], boxes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[N] f64: how much of each of `boxes` ([N, 4]) lies under `tag` ([4]), in 0..1."""
+    """Returns [N] f64, the share in 0..1 of each of `boxes` ([N, 4]) that `tag` ([4]) covers."""
     shared = np.minimum(tag[2:], boxes[:, 2:]) - np.maximum(tag[:2], boxes[:, :2])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     cover: NDArray[np.float64] = shared.clip(0).prod(axis=1) / areas.clip(1)
@@ -302,6 +303,6 @@ def _draw_tag(
 
 
 def _ink(color: Color) -> Color:
-    """Black or white, whichever is read better on `color`; luma weights of ITU-R BT.601."""
+    """Returns black or white, whichever is more legible on `color`, by the luma of ITU-R BT.601."""
     luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     return (0, 0, 0) if luma > 140 else (255, 255, 255)

@@ -1,11 +1,11 @@
-"""Everything comask raises on purpose. A command prints the message as one line and exits with 1."""
+"""The exceptions that comask raises. A command prints their message as one line and exits with 1."""
 
-# In what allocators say: a CPU's, a GPU's, and PyTorch's of sizes beyond all memory.
+# Parts of allocators' messages: a CPU's, a GPU's, and PyTorch's for sizes beyond any memory.
 _NO_MEMORY = ("llocate memory", "out of memory", "Storage size calculation overflowed")
 
 
 class ComaskError(Exception):
-    """A mistake that its reader can mend: the text says what was found, expected, and what to do."""
+    """An error that the user can fix: the text says what was found, what was expected and what to do."""
 
 
 class ConfigError(ComaskError, ValueError):
@@ -13,7 +13,7 @@ class ConfigError(ComaskError, ValueError):
 
 
 class DataError(ComaskError, ValueError):
-    """A data set or annotation file that cannot be used."""
+    """A data set or an annotation file that cannot be used."""
 
 
 class ImageError(ComaskError, ValueError):
@@ -25,7 +25,7 @@ class VideoError(ComaskError, ValueError):
 
 
 class CheckpointError(ComaskError, ValueError):
-    """A checkpoint or weight file that cannot be read or does not fit the model."""
+    """A checkpoint or a weight file that cannot be read or does not fit the model."""
 
 
 class BundleError(ComaskError, ValueError):
@@ -41,15 +41,15 @@ class ParityError(ComaskError):
 
 
 class TrainingError(ComaskError, RuntimeError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class PrecisionError(ComaskError):
-    """A lower precision does not keep its promise: too much AP is lost, or nothing is won."""
+    """A lower precision that loses too much AP or gains nothing."""
 
 
 class CalibrationError(ComaskError, ValueError):
-    """Images or a cache that cannot be calibrated with, or activations that are not finite."""
+    """Images or a cache that calibration cannot use, or activations that are not finite."""
 
 
 class EngineError(ComaskError, RuntimeError):
@@ -57,11 +57,11 @@ class EngineError(ComaskError, RuntimeError):
 
 
 class JobError(ComaskError, ValueError):
-    """A job's folder that holds another job, or cannot be continued."""
+    """A job's folder that holds another job, or whose job cannot be continued."""
 
 
 class FleetError(ComaskError, RuntimeError):
-    """A job whose parts cannot all be written."""
+    """A job that cannot write all of its parts."""
 
 
 class NotFiniteError(EngineError):
@@ -73,27 +73,27 @@ class KernelError(ComaskError, RuntimeError):
 
 
 class KernelUnavailableError(KernelError):
-    """Kernels cannot be had on this machine: there is no compiler, no driver, or none for the device."""
+    """A kernel that this machine cannot run: a compiler, the driver or a supported device is missing."""
 
 
 class QueueFullError(ComaskError, RuntimeError):
-    """All slots of a `StreamSession` run a batch."""
+    """A `StreamSession` whose slots all run a batch."""
 
 
 class FrameDroppedError(ComaskError, RuntimeError):
-    """A newer frame took the place of this one before it ran."""
+    """A frame that a newer one replaced before it ran."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was not to be had, for which PyTorch and ONNX Runtime have no kind of error."""
+    """Returns whether an allocation failed; PyTorch and ONNX Runtime have no type for that error."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def one_line(message: object) -> str:
-    """What a terminal shows of a message as one line, and does not obey.
+    """Returns a message as one line without control characters, which a terminal would obey.
 
-    Names of files and entries of JSON may hold line breaks, escape sequences and half characters. An
-    error that says nothing is shown by its kind.
+    File names and JSON entries may contain line breaks, escape sequences and incomplete characters. For
+    an error without a message, the line is its type.
     """
     line = " ".join(str(message).split())
     if not line and isinstance(message, BaseException):

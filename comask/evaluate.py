@@ -1,7 +1,7 @@
-"""COCO average precision of predictions against a data set.
+"""Computes COCO's average precision (AP) of predictions against a data set.
 
-AP and AR are fractions in 0..1, or -1 where the data holds no such objects. The computation is
-faster-coco-eval's, whose numbers are those of pycocotools (https://github.com/MiXaiLL76/faster_coco_eval).
+AP and AR are fractions in 0..1, or -1 where the data has no such objects. faster-coco-eval computes them;
+its numbers equal those of pycocotools (https://github.com/MiXaiLL76/faster_coco_eval).
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from comask.segmentation import read_segmentation
 from comask.structures import Detections
 
 TASKS = ("bbox", "segm")
-TASK_NAMES = {"segm": "mask", "bbox": "box"}  # for people, the more telling one first
+TASK_NAMES = {"segm": "mask", "bbox": "box"}  # as shown to users, the more informative first
 METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
-COCO_DETECTIONS = 100  # per image, of which COCO's own AP takes the best
-_RECALLED = (1, 10, COCO_DETECTIONS)  # detections per image of AR1, AR10 and AR100
-_IOU_50, _IOU_75 = 0, 5  # places among COCO's thresholds 0.50, 0.55, …, 0.95
+COCO_DETECTIONS = 100  # COCO's own AP counts this number of detections per image
+_RECALLED = (1, 10, COCO_DETECTIONS)  # detections per image that AR1, AR10 and AR100 count
+_IOU_50, _IOU_75 = 0, 5  # indices among COCO's thresholds 0.50, 0.55, …, 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CocoMetrics:
-    """COCO's twelve numbers of both tasks.
+    """COCO's twelve numbers for boxes and masks.
 
     Attributes:
-        values: `values[task][metric]`, tasks being `bbox` and `segm`.
-        per_class: `per_class[task][class name]`, AP of each class that has objects.
-        images: how many images were scored.
-        detections: how many detections they hold.
-        max_detections: how many detections of an image count, those of the highest scores; AR1, AR10
-            and AR100 look at fewer.
-        coco_ap: AP of each task at COCO's 100 detections per image, where `max_detections` is another.
+        values: `values[task][metric]`; the tasks are `bbox` and `segm`.
+        per_class: `per_class[task][class name]`, the AP of each class that has objects.
+        images: the number of images that were scored.
+        detections: the number of detections in these images.
+        max_detections: the number of detections per image that count, those of the highest scores; AR1,
+            AR10 and AR100 count fewer.
+        coco_ap: the AP of each task at COCO's 100 detections per image, if `max_detections` differs.
     """
 
     values: dict[str, dict[str, float]]
@@ -60,25 +60,28 @@ def evaluate(
     """Scores predictions on images of a source.
 
     Args:
-        source: with the ground truth.
-        indices: which images, in the order of `predictions`.
-        predictions: one per image; their labels are those of `source`.
+        source: the data set with the ground truth.
+        indices: the images to score, in the order of `predictions`.
+        predictions: one per image, with the labels of `source`.
 
     Raises:
-        DataError: when there are no images to score.
+        DataError: when `indices` is empty.
     """
     results: list[dict[str, Any]] = []
-    for index, found in zip(indices, predictions, strict=True):
-        results += coco_results(source, index, found)
+    for index, detections in zip(indices, predictions, strict=True):
+        results += coco_results(source, index, detections)
     return score(source, indices, results)
 
 
-def coco_results(source: InstanceSource, index: int, found: Detections) -> list[dict[str, Any]]:
-    """COCO results of image `index` with the source's ids, whatever ids the model was trained with."""
+def coco_results(
+    source: InstanceSource, index: int, detections: Detections
+) -> list[dict[str, Any]]:
+    """Returns COCO results of image `index` with the source's ids, not those of the training data."""
     categories = source.categories
+    results = detections.to_coco(source.info(index).id)
     return [
         result | {"category_id": categories[label].id}
-        for label, result in zip(found.labels, found.to_coco(source.info(index).id), strict=True)
+        for label, result in zip(detections.labels, results, strict=True)
     ]
 
 
@@ -89,7 +92,7 @@ def score(
     *,
     detections: int = COCO_DETECTIONS,
 ) -> CocoMetrics:
-    """Scores COCO results on the images `indices` of a source; see `Truth`, which is kept for more."""
+    """Scores COCO results on the images `indices` of a source; `Truth` serves repeated scorings."""
     return Truth(source, indices).score(results, detections=detections)
 
 
@@ -97,16 +100,16 @@ def score(
 class Truth:
     """The ground truth of some images, prepared once for any number of scorings.
 
-    Ids of the data set are names: inside, images and categories are counted from 1, so that ids beyond
-    2⁵³ and strings count like any others. Annotations that `comask.data.check` would leave out are left
-    out here, too, so every command scores the same objects.
+    Images and categories get ids of their own, counted from 1, so that a data set's ids may be strings or
+    exceed 2⁵³. Annotations that `comask.data.check` leaves out are left out here as well, so that every
+    command scores the same objects.
 
     Attributes:
         source: the data set.
-        indices: which of its images.
+        indices: the images to score.
 
     Raises:
-        DataError: when there are no images to score.
+        DataError: when `indices` is empty.
     """
 
     source: InstanceSource
@@ -118,7 +121,7 @@ class Truth:
             raise DataError("no images to evaluate on")
 
     def of(self, indices: list[int]) -> Truth:
-        """That of some of the images, prepared once as well; itself where those are all."""
+        """Returns the ground truth of some of the images, which is prepared once as well."""
         if indices == self.indices:
             return self
         return self._parts.setdefault(tuple(indices), Truth(self.source, indices))
@@ -126,13 +129,13 @@ class Truth:
     def score(
         self, results: list[dict[str, Any]], *, detections: int = COCO_DETECTIONS
     ) -> CocoMetrics:
-        """The metrics of COCO results; those of other images or categories match nothing.
+        """Computes the metrics of COCO results; results of other images or categories are ignored.
 
         Args:
-            results: each with the data set's `image_id` and `category_id`, `bbox` (x, y, w, h in pixels),
-                `score` and `segmentation` (RLE).
-            detections: how many of an image the model gives; where that, or the most results of an
-                image, is more than COCO's 100, so many count.
+            results: objects with the data set's `image_id` and `category_id`, `bbox` (x, y, w, h in
+                pixels), `score` and `segmentation` (RLE).
+            detections: the model's number of detections per image. The limit is the largest of this
+                number, COCO's 100 and the number of results of any one image.
         """
         numbered = self._numbered(results)
         most = max(Counter(result["image_id"] for result in numbered).values(), default=0)
@@ -160,9 +163,9 @@ class Truth:
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
-        """A COCO data set of the images under our own ids, every segmentation as an RLE.
+        """A COCO data set of the images under their new ids, with every segmentation as an RLE.
 
-        Annotation ids are counted from 1: an id of 0 means "not matched".
+        Annotation ids are counted from 1, since COCO's evaluation uses 0 for "not matched".
         """
         findings: dict[Kind, list[str]] = {kind: [] for kind in Kind}
         changed = changed_annotations(self.source, self.indices, findings)
@@ -202,7 +205,7 @@ class Truth:
         return _coco(self.dataset, self.dataset["annotations"])
 
     def _numbered(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The results of our images and categories, under our own ids."""
+        """Returns the results of known images and categories, under the new ids."""
         images, categories = self._image_numbers, self._category_numbers
         return [
             result | {"image_id": images[image], "category_id": categories[category]}
@@ -214,12 +217,12 @@ class Truth:
     def _curves(
         self, results: list[dict[str, Any]], task: str, limit: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Precision [IoU, recall, class, area, detections] and recall [IoU, class, area, detections]."""
+        """Computes precision [IoU, recall, class, area, limit] and recall [IoU, class, area, limit]."""
         from faster_coco_eval import COCOeval_faster
         from pycocotools import mask as coco_mask
 
-        # The area decides between small, medium and large; detectron2 also gives each task its own.
-        found = [
+        # The area, which makes an object small, medium or large, is the task's own, as in detectron2.
+        entries = [
             result
             | {
                 "id": number,
@@ -230,7 +233,7 @@ class Truth:
             }
             for number, result in enumerate(results, start=1)
         ]
-        scorer = COCOeval_faster(self._truth, _coco(self.dataset, found), task)
+        scorer = COCOeval_faster(self._truth, _coco(self.dataset, entries), task)
         scorer.params.maxDets = sorted({*_RECALLED, limit})
         scorer.evaluate()
         scorer.accumulate()
@@ -238,7 +241,7 @@ class Truth:
 
 
 def _coco(dataset: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
-    """faster-coco-eval's index of annotations, whose own loader fails on none of them."""
+    """Returns faster-coco-eval's index of annotations; its own loader fails on an empty list."""
     from faster_coco_eval import COCO
 
     index = COCO()
@@ -248,7 +251,7 @@ def _coco(dataset: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
 
 
 def _twelve(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
-    """COCO's summary: AP and the ARs of sizes at the last limit of detections."""
+    """Returns COCO's summary; AP and the ARs by size are those at the highest limit of detections."""
     average = precision[..., -1]  # [IoU, recall, class, area]
     numbers = {
         "AP": average[:, :, :, 0],
@@ -262,16 +265,16 @@ def _twelve(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict
 
 
 def ap_text(points: float, form: str = ".2f") -> str:
-    """AP points (0..100) as text; `n/a` for NaN and below 0, where there are no such objects."""
+    """Formats AP points (0..100); NaN and negative values, which mean "no such objects", give `n/a`."""
     return f"{points:{form}}" if points >= 0 else "n/a"
 
 
 def points_text(value: float, form: str = ".1f") -> str:
-    """A fraction (0..1) in points; see `ap_text`."""
+    """Formats a fraction (0..1) as AP points, as `ap_text` does."""
     return ap_text(100 * value, form)
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """The mean over what there is; -1 where there is nothing."""
-    there = values[values > -1]
-    return float(np.mean(there)) if there.size else -1.0
+    """Returns the mean of the values above -1, or -1 if no value is."""
+    known = values[values > -1]
+    return float(np.mean(known)) if known.size else -1.0

@@ -1,8 +1,9 @@
-"""Files: written whole or not at all, locked between processes, and read as JSON."""
+"""Writes files atomically, locks them between processes, reads JSON, and suggests similar names."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import functools
 import json
@@ -14,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# A full disk, a folder that may not be written, too many open files, …
+# Such as a full disk, a folder without write permission, or too many open files.
 _FOLDER_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
     errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE,
 }  # fmt: skip
 
-# What file systems without locks answer: Lustre without `-o flock`, NFS without a lock manager, NFS for
-# a folder (it wants a descriptor that is open for writing), and some of FUSE's.
+# The errors of file systems without locks: Lustre without `-o flock`, NFS without a lock manager, NFS for
+# a folder (which it only locks through a descriptor open for writing), and some FUSE file systems.
 _WITHOUT_LOCKS = {
     errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL,
 }  # fmt: skip
@@ -31,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 def is_folder_fault(error: BaseException) -> bool:
-    """Whether an error in writing a file would meet every other file of its folder as well."""
+    """Returns whether an error in writing a file would affect all other files of its folder as well."""
     return getattr(error, "errno", None) in _FOLDER_FAULTS
 
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` when all is well.
+    """Opens a temporary file for writing, and renames it to `path` if the block ends without an error.
 
     Args:
-        path: of the file; a link's target is replaced, and a device or pipe is written to as it is.
-        durable: whether it outlives a power failure, too; waiting for the disk takes milliseconds.
+        path: the file's path; a link's target is replaced, and devices and pipes are written directly.
+        durable: whether the file survives a power failure; waiting for the disk takes milliseconds.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: when the file cannot be written.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
@@ -61,20 +62,20 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         if error.filename == str(temporary):
-            error.filename = str(path)  # the name that is known
+            error.filename = str(path)  # the name that the user knows
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written until it is whole."""
-    # No number in the name: what a killed process left is overwritten, and a run has one writer.
+    """Returns the path at which a file is written until it is complete."""
+    # A fixed name, so that the file of a killed process is overwritten; each file has one writer.
     return path.with_name(f".{path.name}.tmp")
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Makes `content` the content of `path`; see `whole_file`."""
+    """Writes `content` to `path` atomically, as `whole_file` does."""
     with whole_file(path, durable=durable) as file:
         file.write(content)
 
@@ -83,20 +84,20 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
 def locked(
     path: Path, *, patience: float | None = None, waiting: Callable[[], None] | None = None
 ) -> Iterator[bool]:
-    """Holds the lock of a file or folder that is there.
+    """Holds the lock of an existing file or folder.
 
-    Where the file system has no locks, a warning says so once, and the block runs without one.
+    If the file system has no locks, a warning says so once, and the block runs without a lock.
 
     Args:
-        path: of the file or folder.
-        patience: seconds to wait for another process that holds it; None waits for as long as it takes.
-        waiting: is called once before that.
+        path: the path of the file or folder.
+        patience: seconds to wait for a process that holds the lock; None waits without a limit.
+        waiting: called once before waiting.
 
     Yields:
-        Whether the lock is held; False where the file system has none.
+        Whether the lock is held; False if the file system has no locks.
 
     Raises:
-        BlockingIOError: when another process holds it for longer than `patience`.
+        BlockingIOError: when another process holds the lock for longer than `patience`.
         OSError: when the path cannot be opened.
     """
     import fcntl
@@ -136,12 +137,23 @@ def _warn(path: Path, reason: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that `text` holds.
+    """Parses JSON.
 
     Raises:
-        ValueError: it is no JSON, not UTF-8, or holds a number or a nesting that Python refuses.
+        ValueError: when the text is not JSON or not UTF-8, or its numbers or nesting exceed Python's
+            limits.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def did_you_mean(path: Path) -> str:
+    """Returns `; did you mean X?` with the most similar name in the folder of `path`, or ""."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""

@@ -1,8 +1,8 @@
-"""Instance masks between three forms: probabilities over a box, pixels of an image, COCO's RLE.
+"""Converts instance masks from probabilities over a box to pixels of an image or to COCO's RLE.
 
-Coordinates are in pixels of the image, continuous: pixel x covers [x, x + 1), its centre is
-x + 0.5. A box's mask is a grid of equal cells whose centres carry the probabilities. Pasting is
-bilinear and zero outside the mask, as detectron2's `paste_masks_in_image` does it by grid_sample
+Coordinates are continuous, in pixels of the image: pixel x covers [x, x + 1), its centre is x + 0.5. A
+box's mask is a grid of equal cells whose centres have the probabilities. Pasting interpolates bilinearly
+and takes zeros outside the mask, as detectron2's `paste_masks_in_image` does with grid_sample
 (https://github.com/facebookresearch/detectron2, layers/mask_ops.py).
 """
 
@@ -31,21 +31,21 @@ def paste_mask(
     image_size: tuple[int, int],
     threshold: float,
 ) -> tuple[int, int, NDArray[np.bool_]]:
-    """Paste one mask into the part of the image that it can touch.
+    """Pastes one mask into the part of the image that it can touch.
 
-    Interpolation is along x, then along y, in float32 by weights worked out in float64: as in the
-    kernel `paste_masks.cu`, so that both round alike and no pixel differs.
+    Interpolation is along x, then along y, in float32, with weights computed in float64. The kernel
+    `paste_masks.cu` does the same, so that both round alike and no pixel differs.
 
     Args:
         probs: [M, M] f32, probabilities in 0..1 over the box.
-        box_xyxy: the box's corners in pixels of the image, whole or broken, inside or outside it.
+        box_xyxy: the box's corners in pixels of the image; they may be fractional or outside the image.
         image_size: (height, width) in pixels.
         threshold: above 0; a pixel belongs to the mask when its probability is at least this.
 
     Returns:
-        (x0, y0, crop): crop is [h, w] bool, its top left pixel lies at (x0, y0) of the image, and
-        no pixel outside it belongs to the mask. A box without area, with a coordinate that is not
-        finite or outside the image gives a crop without pixels.
+        (x0, y0, crop): `crop` is [h, w] bool, its top left pixel lies at (x0, y0) of the image, and no
+        pixel outside it belongs to the mask. The crop is empty if the box has no area, lies outside the
+        image, or has a coordinate that is not finite.
     """
     x1, y1, x2, y2 = map(float, box_xyxy)
     cells = np.zeros((probs.shape[0] + 2, probs.shape[1] + 2), np.float32)
@@ -62,14 +62,14 @@ def paste_mask(
 def _places(
     start: float, stop: float, cells: int, size: int
 ) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
-    """The first pixel within half a cell of a box, and between which two cells each of them lies.
+    """Returns the first pixel within half a cell of a box, and for each pixel the cells around it.
 
     Returns:
-        (first, low [pixels], weight [pixels]): cells are counted with one of zeros before the first;
-        the weight is that of cell low + 1.
+        (first, low [pixels], weight [pixels]): each pixel lies between the cells low and low + 1, of
+        which the latter has the weight. Cell 0 is a cell of zeros before the mask's first one.
     """
     extent = stop - start
-    if not 0 < extent < math.inf:  # false for NaN as well
+    if not 0 < extent < math.inf:  # False for NaN as well
         return 0, np.zeros(0, np.int64), np.zeros(0, np.float32)
     positions = (np.arange(size) + 0.5 - start) * (cells / extent) - 0.5
     first, end = np.searchsorted(positions, (-1, cells)).tolist()
@@ -83,7 +83,7 @@ def paste_masks(
     image_size: tuple[int, int],
     threshold: float,
 ) -> NDArray[np.bool_]:
-    """`paste_mask` for N instances: [N, M, M] f32 and [N, 4] f32 to [N, height, width] bool."""
+    """Pastes N masks, [N, M, M] f32 over boxes [N, 4] f32, into [N, height, width] bool."""
     masks = np.zeros((len(boxes), *image_size), np.bool_)
     for mask, probs, box in zip(masks, mask_probs, boxes, strict=True):
         x0, y0, crop = paste_mask(probs, box.tolist(), image_size, threshold)
@@ -97,9 +97,9 @@ def rles_from_mask_probs(
     image_size: tuple[int, int],
     threshold: float,
 ) -> list[dict[str, Any]]:
-    """COCO RLEs of what `paste_masks` makes of the same arguments, without whole images.
+    """Returns the COCO RLEs of the masks that `paste_masks` gives, without pasting whole images.
 
-    The kernel `paste_masks.cu` finds the edges where there is a C++ compiler, numpy elsewhere.
+    The kernel `paste_masks.cu` finds the edges if a C++ compiler is installed; otherwise, numpy does.
 
     Returns:
         N dicts of `size` ([height, width]) and `counts` (str), equal to pycocotools' `encode`.
@@ -126,10 +126,13 @@ def edges_by_kernel(
     image_size: tuple[int, int],
     threshold: float,
 ) -> tuple[Integers, Integers]:
-    """What `rles_from_edges` takes, (edge_counts, edges), of what `paste_masks` makes.
+    """Finds the edges of the masks that `paste_masks` gives, as (edge_counts, edges).
+
+    `rles_from_edges` takes both.
 
     Raises:
-        KernelError: there is no C++ compiler, or the masks have more than `MAX_CELLS` cells a side.
+        KernelError: when no C++ compiler is installed, or the masks have more than `MAX_CELLS` cells per
+            side.
     """
     probs, corners = (np.ascontiguousarray(x, np.float32) for x in (mask_probs, boxes))
     found = np.array([len(probs)], np.int32)
@@ -149,7 +152,7 @@ def edges_by_numpy(
     image_size: tuple[int, int],
     threshold: float,
 ) -> tuple[Integers, Integers]:
-    """The same, without a compiler."""
+    """Finds the same edges as `edges_by_kernel` without a compiler."""
     edges = [
         _edges_of_crop(*paste_mask(probs, box.tolist(), image_size, threshold), image_size)
         for probs, box in zip(mask_probs, boxes, strict=True)
@@ -163,10 +166,10 @@ def _edges_of_crop(
 ) -> NDArray[np.int64]:
     height, width = image_size
     crop_height, crop_width = crop.shape
-    # A blank pixel ends every run at its column's end, unless it goes on at the top of the next.
+    # A blank pixel after each column ends its last run, unless runs continue at the next column's top.
     stride = crop_height + (crop_height < height)
     flat = np.zeros(1 + crop_width * stride + 1, np.bool_)
     flat[1:-1].reshape(crop_width, stride)[:, :crop_height] = crop.T
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), max(stride, 1))
     edges = (x0 + column) * height + y0 + row
-    return edges[edges < height * width]  # the image's end is none
+    return edges[edges < height * width]  # the end of the image is not an edge

@@ -1,4 +1,4 @@
-"""Which files are images and videos: by suffix where that is known, else by their first bytes."""
+"""Recognises images and videos by their suffix or, if that is unknown, by their first bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = frozenset({
     ".mpeg", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".nut",
     ".dv", ".h264", ".hevc", ".mjpeg", ".y4m",
 })  # fmt: skip
-HEAD_BYTES = 400  # what `kind_from_content` looks at
+HEAD_BYTES = 400  # `kind_from_content` needs this number of bytes
 
 Kind = Literal["image", "video", "result", "hidden", "other"]
 
@@ -36,12 +36,12 @@ _VIDEO_CONTENT = re.compile(
     rb"|\x30\x26\xb2\x75|OggS|(.{4})?\x47.{187}(.{4})?\x47",
     re.DOTALL,
 )
-# What `comask-infer` writes: photo.jpg.overlay.png, photo.jpg.2.mask.png, clip.mp4.overlay.mp4, …
+# The files that `comask infer` writes: photo.jpg.overlay.png, photo.jpg.2.mask.png, …
 _RESULT = re.compile(
     r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt|jsonl)|.+\.(\w{2,5}|\d+)\.mask\.png"
     r"|(detections|images)\.json"
 )
-_SHOWN = 3  # names in a line
+_SHOWN = 3  # file names that a line shows
 _WORDS: dict[Kind, str] = {
     "result": "results of an earlier run",
     "other": "files that are neither images nor videos",
@@ -51,16 +51,16 @@ _WORDS: dict[Kind, str] = {
 
 
 def kind_from_content(head: bytes) -> Kind:
-    """What a file is by its first `HEAD_BYTES` bytes: `image`, `video` or `other`."""
+    """Returns a file's kind by its first `HEAD_BYTES` bytes: `image`, `video` or `other`."""
     if _IMAGE_CONTENT.match(head):
         return "image"
     return "video" if _VIDEO_CONTENT.match(head) else "other"
 
 
 def kind_from_name(name: str) -> Kind:
-    """What a file is by its name: `other` where only the content can tell."""
+    """Returns a file's kind by its name; `other` means that only the content can tell."""
     if name.startswith("._"):
-        return "hidden"  # what macOS writes beside each file
+        return "hidden"  # macOS writes such a file beside each file
     if _RESULT.fullmatch(name):
         return "result"
     suffix = Path(name).suffix.lower()
@@ -72,12 +72,12 @@ def kind_from_name(name: str) -> Kind:
 
 
 def kind_of_file(path: Path) -> Kind:
-    """What a local file is, by its name and, where that does not tell, by its content."""
+    """Returns a local file's kind by its name or, if that does not tell, by its content."""
     kind = kind_from_name(path.name)
     if kind != "other":
         return kind
     try:
-        if not path.is_file():  # a pipe might never say anything
+        if not path.is_file():  # reading a pipe may never end
             return "other"
         with path.open("rb") as file:
             return kind_from_content(file.read(HEAD_BYTES))
@@ -87,7 +87,7 @@ def kind_of_file(path: Path) -> Kind:
 
 @dataclass(slots=True)
 class PassedOver:
-    """Counts the files of a folder or pattern that are not run."""
+    """A count of the files of a folder or pattern that are left out."""
 
     _counts: Counter[Kind] = field(default_factory=Counter)
     _names: dict[Kind, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -99,55 +99,55 @@ class PassedOver:
             self._names[kind].append(one_line(name))
 
     def lines(self, where: str) -> list[str]:
-        """What to tell of them: a line for each kind but hidden files, which are nobody's images."""
+        """Returns one line per kind for the user; hidden files are not mentioned."""
         lines = []
-        for kind, what in _WORDS.items():
+        for kind, words in _WORDS.items():
             if count := self._counts[kind]:
                 shown = ", ".join(self._names[kind]) + (", …" if count > _SHOWN else "")
-                lines.append(f"{one_line(where)}: passed over {count} {what}: {shown}")
+                lines.append(f"{one_line(where)}: passed over {count} {words}: {shown}")
         return lines
 
 
 def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> list[Path]:
-    """The files that one input of a command names: a file, a folder's files, or a pattern's.
+    """Returns the files that an input of a command names: a file, or those of a folder or pattern.
 
-    A folder gives the files of the wanted kinds that lie directly in it, in order of name. A file or a
-    pattern gives whatever it names but results of comask itself, which may be all.
+    A folder gives the files of the given kinds that lie directly in it, sorted by name. A file or a
+    pattern gives all files that it names, except for results of comask itself; so the list may be empty.
 
     Args:
-        text: path of a file or folder, or a pattern of `glob`.
+        text: the path of a file or folder, or a `glob` pattern.
         kinds: `image`, `video`, or both.
-        passed_over: is told of the files that are left out.
+        passed_over: counts the files that are left out.
 
     Raises:
-        ComaskError: when it names nothing.
+        ComaskError: when nothing matches.
     """
     path = Path(text)
     is_folder = path.is_dir()
     if is_folder:
-        found = {entry: kind_of_file(entry) for entry in sorted(path.iterdir())}
+        kind_of = {entry: kind_of_file(entry) for entry in sorted(path.iterdir())}
     else:
         named = [path] if path.exists() else sorted(match_pattern(text))
-        found = {file: kind_from_name(file.name) for file in named}
-    if not found and not is_folder:
+        kind_of = {file: kind_from_name(file.name) for file in named}
+    if not kind_of and not is_folder:
         raise ComaskError(f"{text}: no such file or folder, and no file matches it")
     files = []
-    for file, kind in found.items():
+    for file, kind in kind_of.items():
         if kind in kinds if is_folder else kind != "result":
             files.append(file)
         elif not file.is_dir():
             passed_over.add(kind, file.name)
     if not files and is_folder:
-        what = "image or video" if "video" in kinds else "image"
+        wanted = "image or video" if "video" in kinds else "image"
         raise ComaskError(
-            f"{text}: no {what} lies directly in it; subfolders are not searched: "
+            f"{text}: no {wanted} lies directly in it; subfolders are not searched: "
             f"'{path / '**/*.jpg'}'"
         )
     return files
 
 
 def match_pattern(text: str) -> Iterator[Path]:
-    """The files that a pattern matches; a folder that exists may have any name, as in `a[1]/*.jpg`."""
+    """Yields the files that a pattern matches; existing folders may have names such as `a[1]`."""
     path = Path(text)
     literal = next((above for above in path.parents if above.is_dir()), Path())
     pattern = f"{glob.escape(str(literal))}/{path.relative_to(literal)}"

@@ -1,6 +1,6 @@
-"""HTML pages that need nothing beside them, drawn from Jinja templates beside the modules that use them.
+"""Renders self-contained HTML pages from Jinja templates, which lie beside the modules that use them.
 
-All pages share the look of `page.html.jinja` and the tables and pictures of `parts.html.jinja`.
+All pages share the layout of `page.html.jinja` and the tables and pictures of `parts.html.jinja`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from comask.evaluate import ap_text
 
 
 def render(template: Path, **values: Any) -> bytes:
-    """Renders a page; every text among the values is escaped.
+    """Renders a page; all text in the values is escaped.
 
     Args:
-        template: the page's file, which extends `page.html.jinja`. Besides Jinja's own it has the
-            filters `ap`, see `ap_text`; `number`, which is Python's `format`; and `data_url`.
-        values: the template's variables. One that is missing is an error, not an empty text.
+        template: the page's file, which extends `page.html.jinja`. Besides Jinja's own filters it may
+            use `ap` (`ap_text`), `number` (Python's `format`) and `data_url`.
+        values: the template's variables; a missing one is an error, not an empty text.
 
     Returns:
         HTML in UTF-8.
@@ -37,5 +37,5 @@ def render(template: Path, **values: Any) -> bytes:
 
 
 def _data_url(content: bytes, kind: str = "png") -> str:
-    """A URL that holds an encoded picture itself."""
+    """Returns a URL that contains an encoded picture."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""From a file to the network's input: decode, resize, pad. One code for training and every backend.
+"""Decodes, resizes and pads images for the network: the same code in training and for every backend.
 
 Images are u8 [h, w, 3], RGB. Legend: H and W the padded canvas in pixels.
 """
@@ -28,24 +28,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from PIL.ImageFile import ImageFile
 
-# what a `Predictor` takes for an image
+# The forms in which a `Predictor` takes an image.
 ImageLike: TypeAlias = "str | Path | PILImage | Pixels"
 
 __all__ = [
     "Placement", "Prepared", "decode_image", "padded_shape", "prepare", "resized_shape", "rgb_from_pil",
 ]  # fmt: skip
 
-# As Pillow names them; the last two where it can: HEIF by pillow-heif, AVIF from Pillow 11.3 on.
+# Pillow's names. The last two are optional: AVIF comes with Pillow 11.3, HEIF with pillow-heif.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "AVIF", "HEIF")
 _HEIF_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 _TRANSPOSING = {5, 6, 7, 8}  # values of EXIF's orientation that swap width and height
-# Decoding takes up to 14 bytes a pixel (of RGBA), so 1.4 GB, whatever a small file says of its size.
+# Decoding takes up to 14 bytes per pixel (RGBA), so at most 1.4 GB with this limit. A file may claim any
+# size, even if it is small.
 MOST_IMAGE_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an image lies on its canvas: at the top left, resized.
+    """The geometry of an image that lies, resized, at the top left of its canvas.
 
     Attributes:
         size: (h, w) of the resized image in pixels.
@@ -57,7 +58,7 @@ class Placement:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(y, x): resized pixels per original pixel."""
+        """Resized pixels per original pixel, as (y, x)."""
         return self.size[0] / self.original_size[0], self.size[1] / self.original_size[1]
 
 
@@ -73,18 +74,18 @@ class Prepared(Placement):
 
 
 def decode_image(source: str | Path | bytes, *, name: str | None = None) -> Pixels:
-    """An encoded image as u8 [h, w, 3] RGB, EXIF orientation applied, its first frame if several.
+    """Decodes an image to u8 [h, w, 3] RGB, with its EXIF orientation applied.
 
-    The format is known by its content, not its name. 16-bit gray is scaled to 8 bits; alpha is
-    dropped.
+    The format is recognised by the content, not by the name. If an image has several frames, the first
+    one is decoded. 16-bit gray is scaled to 8 bits; alpha is dropped.
 
     Args:
-        source: path of a file, or its bytes.
-        name: what errors call it; by default the path, or "image data".
+        source: the path of a file, or its bytes.
+        name: the image's name in errors; by default the path, or "image data".
 
     Raises:
-        ImageError: when it cannot be read whole: not an image, truncated, of more than
-            `MOST_IMAGE_PIXELS`, or of numbers whose range nobody knows.
+        ImageError: when the source is not an image, is truncated, has more than `MOST_IMAGE_PIXELS`, or
+            has values of an unknown range.
     """
     from PIL import ImageOps
 
@@ -94,13 +95,13 @@ def decode_image(source: str | Path | bytes, *, name: str | None = None) -> Pixe
 
 
 def upright_size(source: str | Path | bytes) -> tuple[int, int]:
-    """(h, w) of the image that `decode_image` gives, nearly always from the file's header alone.
+    """Returns the (h, w) that `decode_image` gives, nearly always from the file's header alone.
 
-    Both ask Pillow for the orientation: from EXIF, from a raw profile, or from XMP. A PNG may state it
-    behind its pixels; one that has texts there is decoded to find out.
+    Both ask Pillow for the orientation, which comes from EXIF, a raw profile or XMP. A PNG may state it
+    after its pixels, so a PNG with texts there is decoded.
 
     Raises:
-        ImageError: as `decode_image` does, as far as the header tells.
+        ImageError: as `decode_image`, for faults that the header shows.
     """
     from PIL import ExifTags, Image
     from PIL.TiffImagePlugin import TiffImageFile
@@ -109,15 +110,15 @@ def upright_size(source: str | Path | bytes) -> tuple[int, int]:
         if image.format == "PNG" and _has_texts_behind_its_pixels(image.fp):
             image.load()
         width, height = image.size
-        if isinstance(image, TiffImageFile):  # newer versions of Pillow have turned its size
+        if isinstance(image, TiffImageFile):  # newer versions of Pillow report the rotated size
             width, height = image.tag_v2[256], image.tag_v2[257]
-        # The base class's method: that of PNG decodes every image without EXIF.
+        # The base class's method, since the PNG class's decodes every image without EXIF.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         return (width, height) if orientation in _TRANSPOSING else (height, width)
 
 
 def _has_texts_behind_its_pixels(file: Any) -> bool:
-    """Whether a PNG has chunks that may state an orientation after the first one of pixels."""
+    """Returns whether a PNG has chunks after its first pixels that may state an orientation."""
     place = file.tell()
     file.seek(8)
     pixels = False
@@ -127,9 +128,8 @@ def _has_texts_behind_its_pixels(file: Any) -> bool:
             if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
                 return True
             pixels = pixels or kind == b"IDAT"
-            file.seek(
-                int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR
-            )  # the data and their checksum
+            length = int.from_bytes(head[:4], "big")
+            file.seek(length + 4, io.SEEK_CUR)  # the data and the checksum
         return False
     finally:
         file.seek(place)
@@ -137,14 +137,14 @@ def _has_texts_behind_its_pixels(file: Any) -> bool:
 
 @contextmanager
 def opened_image(source: str | Path | bytes, *, name: str | None = None) -> Iterator[ImageFile]:
-    """An encoded image whose header was read, and that can be decoded in the block.
+    """Opens an encoded image and reads its header; the block may decode it.
 
     Args:
-        source: see `decode_image`.
-        name: see `decode_image`.
+        source: the path of a file, or its bytes.
+        name: the image's name in errors; by default the path, or "image data".
 
     Raises:
-        ImageError: when that is impossible, or whatever the block raised.
+        ImageError: when the image cannot be opened, and instead of every exception of the block.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -155,8 +155,8 @@ def opened_image(source: str | Path | bytes, *, name: str | None = None) -> Iter
                 raise ImageError("the file is empty")
             file = io.BytesIO(source) if isinstance(source, bytes) else _opened_file(Path(source))
             stack.enter_context(file)
-            # Of oddities that it can read, and of sizes, which are judged here. Filters belong to the
-            # process, so other threads may meet this one: it must not be about more than Pillow.
+            # Pillow warns of oddities that it can read, and of sizes, which are checked here. Filters
+            # apply to the whole process and thus to other threads, so this one names Pillow alone.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL\.")
             image = Image.open(file, formats=_readable_formats())
@@ -165,27 +165,27 @@ def opened_image(source: str | Path | bytes, *, name: str | None = None) -> Iter
             yield image
         except UnidentifiedImageError as error:
             raise ImageError(f"{name}: {_unidentified(file)}") from error
-        # By a limit of Pillow's own, which a program may change. Its text alone has the size.
+        # Pillow has its own limit, which a program may change. Only the error's text has the size.
         except Image.DecompressionBombError as error:
             sizes = re.findall(r"\d+", str(error)) or ["too many"]
             raise ImageError(f"{name}: {_too_large(f'{sizes[0]} pixels')}") from error
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error.__cause__
-        # Pillow's decoders raise many kinds on broken data, SyntaxError and struct.error among them.
+        # Pillow's decoders raise many types for broken data, SyntaxError and struct.error among them.
         except Exception as error:
-            what = str(error) or type(error).__name__
-            raise ImageError(f"{name}: cannot be decoded: {what}") from error
+            reason = str(error) or type(error).__name__
+            raise ImageError(f"{name}: cannot be decoded: {reason}") from error
 
 
 def _opened_file(path: Path) -> io.BufferedReader:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe might never say anything, a device never end
-            raise ImageError("is no file")
-        if not found.st_size:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise ImageError("is not a file")
+        if not status.st_size:
             raise ImageError("the file is empty")
         return path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: of a name with a zero byte
+    except (OSError, ValueError) as error:  # a name with a zero byte raises ValueError
         if isinstance(error, ImageError):
             raise
         reason = getattr(error, "strerror", None) or error
@@ -194,7 +194,7 @@ def _opened_file(path: Path) -> io.BufferedReader:
 
 @cache
 def _readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow reads."""
+    """Returns those of `FORMATS` that the installed Pillow reads."""
     from PIL import Image
 
     with suppress(ImportError):
@@ -206,7 +206,7 @@ def _readable_formats() -> tuple[str, ...]:
 
 
 def _unidentified(file: BinaryIO) -> str:
-    """Why Pillow knows no image in `file`."""
+    """Says why Pillow does not recognise `file` as an image."""
     file.seek(0)
     head = file.read(12)
     known = _readable_formats()
@@ -220,37 +220,39 @@ def _unidentified(file: BinaryIO) -> str:
 
 def _too_large(size: str) -> ImageError:
     return ImageError(
-        f"{size}, and at most {MOST_IMAGE_PIXELS} are decoded: shrink it, or cut it into parts"
+        f"{size}, but at most {MOST_IMAGE_PIXELS} are decoded: shrink the image or cut it into parts"
     )
 
 
 def rgb_from_pil(image: PILImage) -> Pixels:
-    """Any Pillow mode as u8 [h, w, 3] RGB; alpha is dropped.
+    """Converts a Pillow image of any mode to u8 [h, w, 3] RGB; alpha is dropped.
 
     Raises:
-        ImageError: when the pixels are floats or exceed 16 bits, since no range is known of those.
+        ImageError: when the pixels are floats or exceed 16 bits, since the range of such values is
+            unknown.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these at 255 instead of scaling. Its 16-bit modes are I;16 or, for older files, I.
+        # Pillow would clip these at 255 instead of scaling them. 16-bit images have the mode I;16, older
+        # files the mode I.
         gray = np.asarray(image)
         if gray.dtype.kind == "f" or not 0 <= gray.min() <= gray.max() < 2**16:
             raise ImageError(
                 f"gray values of mode {image.mode} from {gray.min()} to {gray.max()}: expected 8 or 16 "
-                f"bits, since nobody knows which of others is white; convert it"
+                f"bits, since the range of others is unknown; convert the image"
             )
         to_8_bits = ((2 * np.arange(2**16) + 257) // (2 * 257)).astype(np.uint8)
         return np.repeat(to_8_bits[gray][:, :, None], 3, axis=2)
-    # A palette may hold transparency that a direct conversion to RGB warns about.
+    # Pillow warns if an image whose palette has transparency is converted to RGB directly.
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def pixels_of(image: ImageLike) -> Pixels:
-    """A path, Pillow image or array as u8 [h, w, 3] RGB.
+    """Returns the u8 [h, w, 3] RGB pixels of a path, a Pillow image or an array.
 
     Raises:
-        ImageError: when it cannot be decoded, or is not an image.
+        ImageError: when the image cannot be decoded, or the argument is not an image.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -260,7 +262,7 @@ def pixels_of(image: ImageLike) -> Pixels:
         return rgb_from_pil(image)
     except ImageError:
         raise
-    # whatever Pillow raises where a file is only decoded now, or where this is no image at all
+    # Pillow may decode a file only now, or the argument may not be an image.
     except Exception as error:
         raise ImageError(
             f"expected a path, a Pillow image or a u8 array [h, w, 3], got "
@@ -269,20 +271,20 @@ def pixels_of(image: ImageLike) -> Pixels:
 
 
 def resized_shape(size: tuple[int, int], config: PreprocessConfig) -> tuple[int, int]:
-    """(h, w) with the shorter side at `short_side` unless the longer one would pass `max_side`."""
+    """Returns (h, w) with a shorter side of `short_side`, or less if the longer would pass `max_side`."""
     h, w = size
     scale = min(config.short_side / min(h, w), config.max_side / max(h, w))
     return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))
 
 
 def padded_shape(size: tuple[int, int], config: PreprocessConfig) -> tuple[int, int]:
-    """(h, w) rounded up to `pad_multiple`."""
+    """Returns (h, w) rounded up to multiples of `pad_multiple`."""
     multiple = config.pad_multiple
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
 def prepare(image: Pixels, config: PreprocessConfig) -> Prepared:
-    """Resizes (bilinear, half-pixel centres, no antialiasing) and pads right and bottom.
+    """Resizes an image (bilinear, half-pixel centres, no antialiasing) and pads it right and bottom.
 
     Raises:
         ImageError: when `image` is not u8 [h, w, 3] with at least one pixel.

@@ -1,4 +1,4 @@
-"""Named configurations: the paper's models (Tables 1 to 3) and two that train on two CPU cores."""
+"""Defines named configurations: the paper's models (Tables 1 to 3) and two for training on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPES_TINY = Config(
     model=ModelConfig(
         num_classes=8,
         backbone="resnet18-slim",
-        backbone_norm="batch",  # from scratch, so the statistics are its own
+        backbone_norm="batch",  # training from scratch needs statistics of its own
         frozen_stages=0,
         channels=64,
         norm_groups=16,
@@ -31,8 +31,8 @@ SHAPES_TINY = Config(
         classifier_width=256,
         detections=32,
         head_rois=16,
-        # From scratch the shared features serve whoever has the loudest gradient; by default that is
-        # the classifier, and masks come late (docs/algorithm.md).
+        # From scratch, the loss with the largest gradient shapes the shared features. With the default
+        # weights that is the classifier's, and masks improve late (docs/algorithm.md).
         class_weight=1.0,
         mask_weight=16.0,
         box_weight=8.0,
@@ -45,7 +45,7 @@ SHAPES_TINY = Config(
         optimizer="adamw",
         schedule="one_cycle",
         learning_rate=2e-3,
-        adamw_beta2=0.99,  # the run is over before 0.999 has averaged anything
+        adamw_beta2=0.99,  # 0.999 would average over more steps than the run has
         weight_decay=0.05,
         epochs=2,
         warmup_steps=50,
@@ -83,10 +83,10 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration called `name`.
+    """Returns the configuration called `name`.
 
     Raises:
-        ConfigError: when there is no such preset.
+        ConfigError: when the preset does not exist.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name}: expected one of {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""Progress of a long job: a live bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a long job: a live bar on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-LINE_SECONDS = 15.0  # between lines where there is no terminal
-FIRST_STEPS = 5  # of the job; what remains is not estimated from fewer
+LINE_SECONDS = 15.0  # between two lines without a terminal
+FIRST_STEPS = 5  # the remaining time is not estimated from fewer steps
 
 
 class Progress:
-    """Counts `total` steps of a job on standard error; use as a context manager.
+    """A context manager that shows the progress of a job on standard error.
 
     Args:
-        title: what is being done.
-        total: how many steps there are.
-        unit: what a step is, in the plural.
-        done: steps that lie behind already, as after a resume.
-        quiet: show nothing, as all but the first of several processes do.
+        title: the job's name.
+        total: the number of steps.
+        unit: the name of the steps, in the plural.
+        done: steps that are done already, as after a resume.
+        quiet: show nothing, as for all but the first of several processes.
 
     Attributes:
-        done: steps so far.
+        done: the number of steps so far.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Progress:
         return self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Counts `steps` more; `note` is shown behind the bar."""
+        """Adds `steps` and shows `note` after the bar."""
         self.done += steps
         if self._quiet:
             return
         now = time.monotonic()
         rate = (self.done - self._done_before) / max(now - self._start, 1e-9)
-        timed = self._unit == "seconds"  # a second takes a second
+        timed = self._unit == "seconds"  # a rate of seconds per second would say nothing
         if self._bar:
             shown = "" if timed else f"{rate:.1f} {self._unit}/s"
             self._bar.update(self._bar.task_ids[0], completed=self.done, rate=shown, note=note)
@@ -89,7 +89,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Like `40 s`, `12 min` or `2 h 35 min`."""
+    """Formats a duration, such as `40 s`, `12 min` or `2 h 35 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -1,9 +1,9 @@
-"""Segmentations of COCO annotations and results: polygons, and run lengths (RLE) of both forms.
+"""Reads and writes the segmentations of COCO: polygons, and run lengths (RLE), plain or compressed.
 
-Formats: https://cocodataset.org/#format-data; RLE as in https://github.com/cocodataset/cocoapi,
-common/maskApi.c. An image is walked over column by column. Runs are the lengths in pixels of 0, 1, 0, …
-in turn; the first may be 0. Edges are the places, column · height + row, at which a run of other pixels
-begins.
+https://cocodataset.org/#format-data describes the formats, common/maskApi.c of
+https://github.com/cocodataset/cocoapi the RLE. It walks over an image column by column. Runs are the
+lengths in pixels of the alternating values 0, 1, 0, …; the first run may be 0. Edges are the places,
+column · height + row, at which the value changes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from comask.errors import DataError
 
 Integers = NDArray[np.signedinteger[Any]]
 
-LONGEST_NUMBER = 12  # characters; 60 bits, of which no image needs as many
+LONGEST_NUMBER = 12  # characters, which hold 60 bits: more than any image needs
 
-# A polygon's rasteriser takes memory in step with its outline, so a stray 1e12 would exhaust it.
+# The rasteriser's memory grows with a polygon's outline, so that a stray 1e12 would exhaust it.
 _LARGEST_COORDINATE = 1e6
 
 
 def rles_from_edges(
     edge_counts: Integers, edges: Integers, image_size: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """COCO RLEs of N masks, equal to pycocotools' `encode`.
+    """Returns COCO RLEs of N masks, equal to those of pycocotools' `encode`.
 
     Args:
-        edge_counts: [N], edges of each mask.
-        edges: those of all masks one after the other, each mask's in strictly rising order, in
+        edge_counts: [N], the number of edges of each mask.
+        edges: the edges of one mask after the other, each mask's in strictly rising order, in
             0..height·width - 1.
         image_size: (height, width) in pixels.
 
@@ -40,7 +40,7 @@ def rles_from_edges(
     """
     height, width = image_size
     masks = np.arange(len(edge_counts))
-    # each mask's edges between the start and the end of its image
+    # Each mask's edges are put between the start and the end of the image.
     ends = np.cumsum(edge_counts + 2) - 1
     bounds = np.zeros(len(edges) + 2 * len(masks), np.int64)
     bounds[np.arange(len(edges)) + 2 * np.repeat(masks, edge_counts) + 1] = edges
@@ -51,14 +51,14 @@ def rles_from_edges(
 
 
 def compress_runs(runs: Integers, run_counts: Integers) -> list[str]:
-    """COCO's strings of N masks' runs.
+    """Returns COCO's compressed strings of N masks' runs.
 
-    From the fourth on, a number is the difference to the run two before. Each is written five bits a
-    character, lowest first, as 48 + bits + (32 if more follow), in two's complement.
+    From the fourth run on, a string has the difference to the run two before it. Each number is written
+    in two's complement, five bits per character, lowest bits first: 48 + bits + (32 if more follow).
 
     Args:
-        runs: those of all masks one after the other.
-        run_counts: [N], at least 1 each.
+        runs: the runs of one mask after the other.
+        run_counts: [N], the number of runs of each mask, at least 1.
     """
     if not len(run_counts):
         return []
@@ -86,9 +86,9 @@ def compress_runs(runs: Integers, run_counts: Integers) -> list[str]:
 
 
 def decompress_runs(counts: bytes) -> Integers:
-    """Runs from COCO's string; for a malformed one some of them are negative, or do not add up."""
+    """Returns the runs of COCO's string; if malformed, some are negative, or the sum is wrong."""
     characters = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(~characters & 32) + 1  # behind the last character of each number
+    ends = np.flatnonzero(~characters & 32) + 1  # the place after each number's last character
     if not len(ends):
         return np.zeros(0, np.int64)
     starts = np.concatenate(([0], ends[:-1]))
@@ -98,7 +98,7 @@ def decompress_runs(counts: bytes) -> Integers:
     values = np.add.reduceat((characters[: ends[-1]] & 31) << (5 * place), starts)
     negative = characters[ends - 1] & 16 != 0
     values -= np.where(negative, np.int64(1) << (5 * (ends - starts)), 0)
-    # from the fourth on, a number is the difference to the run two before
+    # From the fourth on, a number is the difference to the run two before it.
     for first in (1, 2):
         values[first::2] = np.cumsum(values[first::2])
     return values
@@ -106,10 +106,11 @@ def decompress_runs(counts: bytes) -> Integers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunLengthMask:
-    """A mask of a whole image that takes memory by its outline, not by its image.
+    """A mask of a whole image whose memory grows with its outline, not with the image.
 
     Attributes:
-        runs: [R] i64, lengths of 0, 1, 0, … in turn, column by column; they add up to the image.
+        runs: [R] i64, the lengths of alternating 0, 1, 0, …, column by column; their sum is the number of
+            pixels.
         size: (height, width) of the image in pixels.
     """
 
@@ -118,12 +119,12 @@ class RunLengthMask:
 
     @property
     def area(self) -> int:
-        """Pixels of the foreground."""
+        """The number of foreground pixels."""
         return int(self.runs[1::2].sum())
 
     @property
     def bounds(self) -> tuple[int, int, int, int]:
-        """(x1, y1, x2, y2) of the foreground: x1 ≤ x < x2 in pixels; all zero without any."""
+        """The foreground's (x1, y1, x2, y2), where x1 ≤ x < x2 in pixels; zeros if it is empty."""
         height, edges = self.size[0], np.cumsum(self.runs)
         last = len(edges) - len(edges) % 2
         starts, ends = edges[0:last:2], edges[1:last:2]
@@ -138,7 +139,7 @@ class RunLengthMask:
         return left, int(top), right, int(bottom)
 
     def crop(self) -> tuple[int, int, NDArray[np.bool_]]:
-        """The foreground within its `bounds`.
+        """Returns the mask within its `bounds`.
 
         Returns:
             (x, y, crop): `crop` is [h, w] bool, its top left pixel lies at (x, y) of the image.
@@ -147,7 +148,7 @@ class RunLengthMask:
         return *bounds[:2], self.part(*bounds)
 
     def part(self, x1: int, y1: int, x2: int, y2: int) -> NDArray[np.bool_]:
-        """[y2 - y1, x2 - x1] bool: the mask inside a box of whole pixels within the image."""
+        """Returns [y2 - y1, x2 - x1] bool, the mask in a box of whole pixels within the image."""
         start, end = x1 * self.size[0], x2 * self.size[0]
         lengths = np.diff(np.cumsum(self.runs).clip(start, end), prepend=start)
         columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(
@@ -156,12 +157,12 @@ class RunLengthMask:
         return np.ascontiguousarray(columns[:, y1:y2].T)
 
     def bitmap(self) -> NDArray[np.bool_]:
-        """[height, width] bool."""
+        """Returns the mask of the whole image as [height, width] bool."""
         height, width = self.size
         return self.part(0, 0, width, height)
 
     def to_coco(self) -> dict[str, Any]:
-        """COCO's compressed RLE: `size` and `counts` (str)."""
+        """Returns COCO's compressed RLE: `size` and `counts` (str)."""
         (counts,) = compress_runs(self.runs, np.array([len(self.runs)]))
         return {"size": list(self.size), "counts": counts}
 
@@ -170,17 +171,17 @@ def read_segmentation(segmentation: object, height: int, width: int) -> RunLengt
     """Rasterises one object's segmentation.
 
     Args:
-        segmentation: polygons (a list of [x, y, x, y, ...] in pixels; those with fewer than
-            3 points are ignored), or an RLE dict of `size` and `counts`, which is a list of run
-            lengths or, compressed, a str or bytes.
-        height: the image's, in pixels.
-        width: the image's, in pixels.
+        segmentation: polygons, or an RLE. Polygons are a list of [x, y, x, y, ...] in pixels; those with
+            fewer than 3 points are ignored. An RLE is a dict of `size` and `counts`; the counts are a
+            list of run lengths or, compressed, a str or bytes.
+        height: the image's height in pixels.
+        width: the image's width in pixels.
 
     Returns:
         The polygons' union or the RLE's foreground.
 
     Raises:
-        DataError: when the segmentation is none of these.
+        DataError: when the segmentation has another form.
     """
     if isinstance(segmentation, dict):
         return _from_rle(segmentation, height, width)
@@ -196,7 +197,7 @@ def _from_polygons(polygons: list[Any], height: int, width: int) -> RunLengthMas
     for polygon in polygons:
         try:
             points = np.asarray(polygon, np.float64)
-        except (TypeError, ValueError, OverflowError):  # of integers beyond f64
+        except (TypeError, ValueError, OverflowError):  # OverflowError: an integer beyond f64
             points = np.full(1, np.nan)
         if points.ndim != 1 or points.size % 2 or not (abs(points) <= _LARGEST_COORDINATE).all():
             raise _malformed("polygons that are lists [x, y, x, y, ...] of pixels", polygon)
@@ -212,7 +213,7 @@ def _from_rle(rle: dict[str, Any], height: int, width: int) -> RunLengthMask:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise _malformed(f"an RLE of its image's size {[height, width]}", size)
-    # Not by pycocotools: it leaves the pixels that too short an RLE lacks uninitialised.
+    # pycocotools is not used here, since it leaves pixels uninitialised if an RLE is too short.
     runs = _runs(counts.encode(errors="replace") if isinstance(counts, str) else counts)
     pixels = height * width
     if runs is None or not ((runs >= 0) & (runs <= pixels)).all() or runs.sum() != pixels:
@@ -221,14 +222,14 @@ def _from_rle(rle: dict[str, Any], height: int, width: int) -> RunLengthMask:
 
 
 def _runs(counts: Any) -> Any:
-    """[R] i64; None where `counts` are not run lengths."""
+    """Returns [R] i64, or None if `counts` are not run lengths."""
     if isinstance(counts, bytes):
         return decompress_runs(counts)
     if not isinstance(counts, list) or not all(isinstance(run, int) for run in counts):
         return None
-    # beyond any image, and its sum beyond i64
+    # Larger runs exceed any image, and their sum might exceed i64.
     return np.array(counts, np.int64) if all(0 <= run < 2**40 for run in counts) else None
 
 
-def _malformed(expected: str, found: object) -> DataError:
-    return DataError(f"segmentation: expected {expected}, got {found!r:.80}")
+def _malformed(expected: str, got: object) -> DataError:
+    return DataError(f"segmentation: expected {expected}, got {got!r:.80}")

@@ -1,4 +1,4 @@
-"""`Detections`, the one result type: what a `Predictor` returns, whatever the backend."""
+"""Defines `Detections`, the result type of every backend and of `Predictor`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Detections:
         boxes_xyxy: [N, 4] f32, corners in pixels of the original image.
         scores: [N] f32, probabilities in 0..1.
         labels: [N] i64, classes counted from 0.
-        mask_probs: [N, 28, 28] f32, foreground probability over the box, in 0..1.
+        mask_probs: [N, 28, 28] f32, foreground probabilities over the box, in 0..1.
         image_size: (height, width) of the original image in pixels.
-        class_names: the name of each label, where known.
-        category_ids: the data set's id of each label (COCO's have gaps); label + 1 where unknown.
+        class_names: the name of each label, or None if unknown.
+        category_ids: the data set's id of each label (COCO's have gaps); None stands for label + 1.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
 
     Raises:
-        ValueError: when a field has another shape or dtype than written here.
+        ValueError: when a field has another shape or dtype than stated here.
     """
 
     boxes_xyxy: NDArray[np.float32]
@@ -74,7 +74,7 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
-        """The chosen rows of every field; `index` is a slice, a mask or an array of places."""
+        """Returns the detections that `index`, a slice, a mask or an array of indices, selects."""
         chosen = Detections(
             boxes_xyxy=self.boxes_xyxy[index],
             scores=self.scores[index],
@@ -91,11 +91,11 @@ class Detections:
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
-        """[N, H, W] bool, pasted into the original image when first asked for."""
+        """The masks as [N, H, W] bool of the original image, which are pasted at the first access."""
         return paste_masks(self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold)
 
     def crop(self, index: int) -> tuple[int, int, NDArray[np.bool_]]:
-        """One mask, cut to the part of the image that it can touch; `masks` holds whole images.
+        """Returns one mask, cut to the part of the image that it can touch; `masks` has whole images.
 
         Returns:
             (x, y, mask): `mask` is [h, w] bool, its top left pixel lies at (x, y) of the image.
@@ -104,33 +104,33 @@ class Detections:
         return paste_mask(self.mask_probs[index], box, self.image_size, self.mask_threshold)
 
     def name(self, label: int) -> str:
-        """What to call class `label`: its name, or its number where names are unknown."""
+        """Returns the name of class `label`, or its number if names are unknown."""
         return self.class_names[label] if self.class_names else str(label)
 
     def to_rle(self) -> list[dict[str, Any]]:
-        """One COCO RLE (`size`, `counts` as str) an instance, equal to pycocotools' of `masks`."""
+        """Returns a COCO RLE (`size`, `counts` as str) per instance, as pycocotools encodes `masks`."""
         return [dict(rle) for rle in self._rles]
 
     @cached_property
     def _rles(self) -> Sequence[dict[str, Any]]:
-        # No field: `dataclasses.replace` would carry them to other masks.
+        # This is not a field, since `dataclasses.replace` would copy the RLEs to other masks.
         return rles_from_mask_probs(
             self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold
         )
 
     @property
     def has_rles(self) -> bool:
-        """Whether the RLEs are known, so that `to_rle` and `to_coco` find nothing any more."""
+        """Whether the RLEs are known already, so that `to_rle` and `to_coco` need not compute them."""
         return "_rles" in self.__dict__
 
     def with_rles(self, rles: Sequence[dict[str, Any]]) -> Detections:
-        """The same with the RLEs of its masks, which something else found; a changed copy has none.
+        """Returns a copy with RLEs that were computed elsewhere; copies with other fields drop them.
 
         Args:
-            rles: one for each instance, as `to_rle` would give them.
+            rles: one per instance, equal to the result of `to_rle`.
 
         Raises:
-            ValueError: when there are more or fewer.
+            ValueError: when their number differs from the number of instances.
         """
         if len(rles) != len(self):
             raise ValueError(f"Detections.with_rles: expected {len(self)} RLEs, got {len(rles)}")
@@ -139,7 +139,7 @@ class Detections:
         return same
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """COCO results: `image_id`, `category_id`, `bbox` (x, y, w, h), `score`, `segmentation`."""
+        """Returns COCO results: `image_id`, `category_id`, `bbox` (xywh), `score`, `segmentation`."""
         ids: Sequence[int | str] | None = self.category_ids
         results = []
         for box, score, label, rle in zip(
@@ -158,7 +158,7 @@ class Detections:
         return results
 
     def to_supervision(self) -> supervision.Detections:
-        """The same as `supervision.Detections` (needs the `supervision` package)."""
+        """Converts to `supervision.Detections`; needs the package `supervision`."""
         import supervision
 
         return supervision.Detections(
@@ -178,18 +178,18 @@ def detections_from_outputs(
     category_ids: tuple[int | str, ...] | None = None,
     mask_threshold: float = 0.5,
 ) -> list[Detections]:
-    """One `Detections` an image.
+    """Returns one `Detections` per image.
 
     Args:
         outputs: `num_detections` [B], `boxes` [B, D, 4] f32 `xyxy` in pixels of the resized image,
             `scores` [B, D], `labels` [B, D], `masks` [B, D, 28, 28].
-        placements: of the B images on their canvases.
-        class_names: see `Detections`.
-        category_ids: see `Detections`.
-        mask_threshold: see `Detections`.
+        placements: the placements of the B images on their canvases.
+        class_names: as in `Detections`.
+        category_ids: as in `Detections`.
+        mask_threshold: as in `Detections`.
 
     Raises:
-        NotFiniteError: when what was found is not finite.
+        NotFiniteError: when a detection has values that are not finite.
     """
     results = []
     for i, placement in enumerate(placements):
@@ -214,10 +214,10 @@ def detections_from_outputs(
 
 
 def count_detections(outputs: Mapping[str, NDArray[np.generic]], image: int) -> int:
-    """Number of detections of an image of a batch.
+    """Returns the number of detections of one image of a batch.
 
     Raises:
-        NotFiniteError: its scores are not finite, which stage 2 says by a count of -1.
+        NotFiniteError: when the image's scores are not finite; stage 2 then gives a count of -1.
     """
     count = int(outputs["num_detections"][image])
     if count < 0:
@@ -226,10 +226,10 @@ def count_detections(outputs: Mapping[str, NDArray[np.generic]], image: int) -> 
 
 
 def require_finite(name: str, values: NDArray[np.generic]) -> None:
-    """Checks what a backend computed.
+    """Checks that a backend computed finite values only.
 
     Raises:
-        NotFiniteError: there is a NaN or an infinity; the text begins with `name`.
+        NotFiniteError: when a value is NaN or infinite; the text begins with `name`.
     """
     if not np.isfinite(values).all():
         raise _not_finite(name)
@@ -237,6 +237,6 @@ def require_finite(name: str, values: NDArray[np.generic]) -> None:
 
 def _not_finite(name: str) -> NotFiniteError:
     return NotFiniteError(
-        f"{name} are not finite, so its precision or its weights cannot be trusted: take fp32 if "
-        f"it is a lower one; comask-eval names the layer that it begins in"
+        f"{name} are not finite, so the precision or the weights cannot be trusted: use fp32 if the "
+        f"precision is lower; comask eval names the first layer whose values are not finite"
     )

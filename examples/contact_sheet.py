@@ -1,4 +1,6 @@
-"""What a bundle finds in a dozen synthetic images, enlarged, on one sheet.
+"""Draws the detections of a bundle in twelve synthetic images, enlarged, on one sheet.
+
+Run it with:
 
 python examples/contact_sheet.py demo/bundle sheet.png
 """
@@ -21,27 +23,27 @@ from comask.runtime import Detections, Predictor
 COLUMNS, ROWS, SCALE, SEED = 4, 3, 3, 42
 
 
-def enlarged(image: np.ndarray, found: Detections) -> np.ndarray:
-    """The image and its detections at SCALE times the size; masks follow their boxes."""
+def enlarge(image: np.ndarray, detections: Detections) -> np.ndarray:
+    """Returns the overlay at SCALE times the image's size; masks scale with their boxes."""
     h, w = image.shape[:2]
     large = cv2.resize(image, (w * SCALE, h * SCALE), interpolation=cv2.INTER_NEAREST)
     scaled = dataclasses.replace(
-        found, boxes_xyxy=found.boxes_xyxy * SCALE, image_size=(h * SCALE, w * SCALE)
+        detections, boxes_xyxy=detections.boxes_xyxy * SCALE, image_size=(h * SCALE, w * SCALE)
     )
     return draw_overlay(large, scaled[scaled.scores >= 0.5])
 
 
 def main() -> None:
-    """Draws the sheet."""
+    """Runs the bundle and writes the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("output", help="a picture")
+    parser.add_argument("output", help="the image file to write")
     asked = parser.parse_args()
     source = ShapesSource(num_images=200, seed=SEED)
     landscape = [i for i in range(len(source)) if source.info(i).width > source.info(i).height]
     images = [source.image(i) for i in landscape[: COLUMNS * ROWS]]
     with Predictor.load(asked.bundle) as predictor:
-        tiles = [enlarged(*pair) for pair in zip(images, predictor(images), strict=True)]
+        tiles = [enlarge(*pair) for pair in zip(images, predictor(images), strict=True)]
     rows = [np.hstack(tiles[row * COLUMNS : (row + 1) * COLUMNS]) for row in range(ROWS)]
     Image.fromarray(np.vstack(rows)).save(asked.output)
 

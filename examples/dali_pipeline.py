@@ -1,8 +1,9 @@
-"""Finds instances in a folder of JPEG and PNG files that NVIDIA DALI reads and decodes.
+"""Runs a bundle on a folder of JPEG and PNG files that NVIDIA DALI reads and decodes.
 
-Run it as `python examples/dali_pipeline.py BUNDLE FOLDER`, after `pip install nvidia-dali-cuda130`. With
-a TensorRT backend DALI decodes on the GPU and comask reads its images there; otherwise both use the CPU.
-Images may be of any sizes: of those that DALI decodes together, the ones of one canvas run as a batch.
+Run `python examples/dali_pipeline.py BUNDLE FOLDER` after `pip install nvidia-dali-cuda130`. With a
+TensorRT backend, DALI decodes on the GPU and comask reads the images there. Otherwise both use the CPU.
+Images may have any size. Among the images that DALI decodes together, those with the same canvas run as
+a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def decoder(files: list[str], on_gpu: bool, batch: int) -> Any:
-    """A pipeline that gives u8 [h, w, 3] RGB each, upright as their EXIF data say."""
+    """Returns a pipeline of u8 [h, w, 3] RGB images, rotated according to their EXIF data."""
     try:
         from nvidia.dali import fn, pipeline_def
     except ImportError as error:
@@ -37,14 +38,14 @@ def decoder(files: list[str], on_gpu: bool, batch: int) -> Any:
 
 
 def detections(predictor: Predictor, files: list[str]) -> Iterator[tuple[str, Detections]]:
-    """Of each file, in an order of their own."""
+    """Yields each file with its detections; the order of the files may change."""
     on_gpu = predictor.stages.backend.startswith("tensorrt")
     pipeline = decoder(files, on_gpu, predictor.max_batch)
     with predictor.stream() as session:
         for start in range(0, len(files), predictor.max_batch):
-            (images,) = pipeline.run()  # decoded by now, while comask had the ones before
+            (images,) = pipeline.run()  # DALI decoded these while comask ran the previous ones
             by_canvas = defaultdict(list)
-            # the reader begins again behind the last file, which zip ignores
+            # after the last file the reader starts again; zip ignores these images
             for file, image in zip(files[start:], images, strict=False):
                 size = resized_shape(tuple(image.shape()[:2]), predictor.preprocess)
                 by_canvas[padded_shape(size, predictor.preprocess)].append((file, image))
@@ -52,14 +53,14 @@ def detections(predictor: Predictor, files: list[str]) -> Iterator[tuple[str, De
                 ([file for file, _ in group], session.submit([image for _, image in group]))
                 for group in by_canvas.values()
             ]
-            # With exec_dynamic=False, DALI would overwrite its images in the next `run`, whoever holds
-            # them; here they are read by then.
+            # With exec_dynamic=False, the next `run` of DALI would overwrite these images. comask
+            # has read them by then, because `result` waits.
             for names, future in futures:
                 yield from zip(names, future.result(), strict=True)
 
 
 def main() -> None:
-    """Prints a line for each image."""
+    """Prints one line per image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""Counts what is seen in a video, or by a camera, a second at a time, and draws it if asked to.
+"""Counts the instances in each second of a video or camera stream, and writes an overlay on request.
 
 python examples/pyav_pipeline.py demo/bundle clip.mp4 [overlay]   # overlay.mp4, with the sound
 python examples/pyav_pipeline.py demo/bundle rtsp://camera/live   # until Ctrl-C
@@ -19,7 +19,7 @@ from comask.runtime.video import OverlayWriter, Sink, SourceFrame, VideoPipeline
 
 
 class CountPerSecond:
-    """A sink: prints the most instances of each class that one frame of a second showed."""
+    """A sink that prints, for each second, the largest number of instances of each class in a frame."""
 
     def __init__(self, threshold: float = 0.5) -> None:
         self._threshold = threshold
@@ -27,7 +27,7 @@ class CountPerSecond:
         self._most: Counter[str] = Counter()
 
     def add(self, frame: SourceFrame, found: Detections, track_ids: object) -> None:
-        """Takes one frame's results; called in order, in the thread that writes."""
+        """Adds the results of one frame; the writing thread calls this in the order of the frames."""
         if int(frame.time) > self._second:
             self.print()
             self._second, self._most = int(frame.time), Counter()
@@ -35,23 +35,25 @@ class CountPerSecond:
         self._most |= Counter(found.name(label) for label in labels.tolist())
 
     def print(self) -> None:
-        """Prints the second at hand."""
+        """Prints the counts of the current second."""
         seen = ", ".join(f"{count} {name}" for name, count in sorted(self._most.items()))
         print(f"{self._second:5} s: {seen or 'nothing'}", flush=True)
 
 
 def main() -> None:
-    """Runs the bundle over the video."""
+    """Runs the bundle on the video."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle")
     parser.add_argument("address", help="a video, camera:0 or a stream's URL")
-    parser.add_argument("overlay", nargs="?", type=Path, help="a video to write, without .mp4")
+    parser.add_argument(
+        "overlay", nargs="?", type=Path, help="overlay video to write, without .mp4"
+    )
     asked = parser.parse_args()
     with contextlib.ExitStack() as stack:
         predictor = stack.enter_context(Predictor.load(asked.bundle))
-        # decoded on the GPU where the predictor reads frames there
+        # decodes on the GPU if the predictor reads frames there
         audio = asked.overlay is not None
         source = VideoSource(asked.address, audio=audio, gpu=predictor.stages.gpu)
         counts = CountPerSecond()

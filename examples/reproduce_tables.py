@@ -1,11 +1,11 @@
-"""Trains the rows of the paper's Tables 1 to 3 and writes them beside the paper's figures.
+"""Trains the models of the paper's Tables 1 to 3 and writes their AP beside the paper's figures.
 
 python examples/reproduce_tables.py /data/coco runs/tables
 python examples/reproduce_tables.py /data/coco runs/tables --processes 4 --set train.batch_size=16
 
-Each row is a run of `comask-train`; one that was stopped goes on, one that is finished is read. The
-paper scores Table 1 on test-dev, whose annotations are not public: here every row is scored on
-val2017 (Tables 2 and 3 on "minival", the same images).
+Each row is a run of `comask train`. A run that was stopped continues, and the result of a finished run is
+read. The paper scores Table 1 on test-dev, whose annotations are not public. Here every row is scored on
+val2017, which are the images of "minival" in Tables 2 and 3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: its preset, and mask AP in points as the paper prints it."""
+    """One row of a table, with its preset and the paper's mask AP in points."""
 
     table: int
     name: str
@@ -44,7 +44,7 @@ ROWS = (
 
 
 def train(preset: str, data: str, output: Path, processes: int, settings: tuple[str, ...]) -> None:
-    """Runs `comask-train` in `output` to its end."""
+    """Runs `comask train` in `output` until it is finished."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -58,20 +58,20 @@ def train(preset: str, data: str, output: Path, processes: int, settings: tuple[
         subprocess.run(command, check=True)
     except subprocess.CalledProcessError as error:
         raise click.ClickException(
-            f"{output}: the training ended with {error.returncode}"
+            f"{output}: comask train exited with {error.returncode}"
         ) from error
 
 
 def mask_ap(run: Path) -> list[float]:
-    """Mask AP of the run's last evaluation, in points."""
+    """Returns the mask AP of the run's last evaluation in points."""
     evaluations = read_evaluations(run)
     if not evaluations:
-        raise click.ClickException(f"{run}: has no evaluation; leave train.evaluate_every alone")
+        raise click.ClickException(f"{run}: has no evaluation; do not set train.evaluate_every")
     return [evaluations[-1].points("final", "segm", name) for name in METRICS]
 
 
 def table(rows: dict[Row, list[float]]) -> str:
-    """Markdown: a line a row, each figure as ours / the paper's."""
+    """Returns a Markdown table with one line per row; each cell is our figure / the paper's."""
     lines = ["| table | model | " + " | ".join(METRICS) + " |", "|" + "---|" * (2 + len(METRICS))]
     for row, measured in rows.items():
         cells = [
@@ -84,10 +84,12 @@ def table(rows: dict[Row, list[float]]) -> str:
 @click.command()
 @click.argument("data")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--processes", default=1, show_default=True, help="GPUs a training uses.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of every row.")
+@click.option("--processes", default=1, show_default=True, help="Number of GPUs per training.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of every row."
+)
 def main(data: str, output: Path, processes: int, settings: tuple[str, ...]) -> None:
-    """Reproduce Tables 1 to 3 from COCO 2017 in DATA; writes OUTPUT/tables.md."""
+    """Reproduce Tables 1 to 3 with COCO 2017 in DATA and write OUTPUT/tables.md."""
     measured: dict[Row, list[float]] = {}
     for row in ROWS:
         run = output / row.preset

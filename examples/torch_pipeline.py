@@ -1,11 +1,11 @@
-"""Frames that PyTorch makes, and what becomes of them, on one CUDA stream.
+"""Runs a bundle on frames that PyTorch makes, on one CUDA stream.
 
-Run it as `python examples/torch_pipeline.py BUNDLE`.
+Run `python examples/torch_pipeline.py BUNDLE`.
 
-The loop stands for a pipeline of yours: something fills a tensor (here with moving stripes), comask finds
-instances in it, and PyTorch goes on with their scores. On a GPU with a TensorRT backend no pixel and no
-result passes through the host, and the CPU waits for nothing: torch's stream and comask's wait for each
-other. Without a GPU the same code runs on tensors of the CPU.
+The loop stands for your own pipeline: PyTorch fills a tensor (here with moving stripes), comask detects
+instances in it, and PyTorch uses their scores. On a GPU with a TensorRT backend, no pixel and no result
+passes through the host. The CPU does not wait, because PyTorch's stream and comask's stream wait for each
+other. Without a GPU, the same code runs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comask.runtime import Predictor
 
 
 def frame_at(time: int, device: str) -> torch.Tensor:
-    """u8 [3, 480, 640], planar RGB."""
+    """Returns a frame of moving stripes: u8 [3, 480, 640], planar RGB."""
     rows = torch.arange(480, device=device)[:, None]
     columns = torch.arange(640, device=device)[None]
     planes = [(rows * (i + 1) + columns * 2 + 8 * time) % 256 for i in range(3)]
@@ -29,7 +29,7 @@ def frame_at(time: int, device: str) -> torch.Tensor:
 
 
 def main() -> None:
-    """Prints a line for each frame."""
+    """Prints one line per frame."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--frames", type=int, default=100)
@@ -39,14 +39,14 @@ def main() -> None:
         on_gpu = predictor.stages.backend.startswith("tensorrt")
         device = "cuda" if on_gpu else "cpu"
         stream = torch.cuda.Stream() if on_gpu else None
-        # what follows is queued on `stream`: torch's work here, comask's in `submit`
+        # In this block, PyTorch's work is queued on `stream`; `submit` queues comask's work.
         current = torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext()
         with current, predictor.stream(stream) as session:
             futures = []
             best = torch.zeros(arguments.frames, device=device)
             for time in range(arguments.frames):
                 future = session.submit(frame_at(time, device))
-                # a tensor of comask's memory, which torch's stream reads when comask has written it
+                # a view of comask's memory; torch's stream reads it after comask has written it
                 scores = torch.from_dlpack(future.outputs["scores"])
                 best[time] = scores[0].max()
                 futures.append(future)

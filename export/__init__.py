@@ -1,1 +1,1 @@
-"""From a checkpoint to a bundle."""
+"""Exports checkpoints to bundles, and builds engines."""

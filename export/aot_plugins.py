@@ -1,10 +1,11 @@
-"""Our ops as TensorRT's ahead-of-time plugins: the plan holds each kernel's PTX and how to launch it.
+"""Registers comask's ops as TensorRT's ahead-of-time plugins, whose PTX and launches the plan contains.
 
-What loads such a plan, be it trtexec, a C++ program or Triton, needs nothing of comask; so this is of the
-builder alone. TensorRT has had `tensorrt.plugin` for it since 10.9, TensorRT-RTX has none.
+A program that loads such a plan (trtexec, a C++ program, Triton) needs nothing of comask, so only the
+builder needs this module. TensorRT supports such plugins by `tensorrt.plugin` since 10.9; TensorRT-RTX
+does not.
 
-There, a launch is made of expressions of the inputs' dimensions, whereas `comask.kernels.launch` works
-with numbers. `symbolic_launch` works with either, and tests compare the two.
+A plugin describes a launch by expressions of the inputs' dimensions, whereas `comask.kernels.launch`
+computes with numbers. `symbolic_launch` works with either, and tests compare the two.
 """
 
 from __future__ import annotations
@@ -42,51 +43,51 @@ from comask.runtime.trt.ops import (
     TensorDesc,
 )
 
-TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # of DataType → of autotuning, where they differ
+TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # DataType's names → autotuning's, if they differ
 
 
 class Arithmetic(Protocol):
-    """What dimensions' own operators lack; `tensorrt.plugin` has it for expressions."""
+    """Operations on dimensions that have no operator; `tensorrt.plugin` implements them."""
 
     def cdiv(self, first: Any, second: Any, /) -> Any:
-        """Quotient, rounded up."""
+        """Returns the quotient, rounded up."""
 
     def min(self, first: Any, second: Any, /) -> Any:
-        """Lesser of two."""
+        """Returns the lesser of two dimensions."""
 
     def max(self, first: Any, second: Any, /) -> Any:
-        """Greater of two."""
+        """Returns the greater of two dimensions."""
 
 
 def check_aot(flavor: Flavor) -> None:
-    """Refuses a TensorRT without ahead-of-time plugins.
+    """Checks that a TensorRT supports ahead-of-time plugins.
 
     Raises:
-        EngineError: naming what to take instead.
+        EngineError: it does not; the message names an alternative.
     """
     if flavor.name == "tensorrt-rtx":
         raise EngineError(
-            "--plugin aot: tensorrt-rtx has no ahead-of-time plugins; take --plugin python or none"
+            "--plugin aot: tensorrt-rtx has no ahead-of-time plugins; use --plugin python or none"
         )
     if not hasattr(flavor.trt, "QuickPluginCreationRequest"):
         raise EngineError(
             f"--plugin aot: needs tensorrt 10.9 or newer, {flavor.version} is installed; "
-            "upgrade it, or take --plugin python"
+            "upgrade it, or use --plugin python"
         )
 
 
 def ptx_capability(gpu: Gpu, hardware_compatibility: str | None) -> int:
-    """Oldest compute capability that a plan is for; newer GPUs compile its PTX too."""
+    """Returns the oldest compute capability that a plan supports; newer GPUs compile its PTX, too."""
     return AMPERE if hardware_compatibility == "ampere_plus" else gpu.capability
 
 
 @functools.cache
 def register_aot_plugins(flavor: Flavor, capability: int) -> None:
-    """Makes the ops known to a TensorRT's builder, once a process; to be called before parsing.
+    """Registers the ops with a TensorRT's builder, once per process. Call it before parsing.
 
     Args:
-        flavor: one that `check_aot` lets pass.
-        capability: compute capability that the kernels are compiled for, 90 for 9.0.
+        flavor: a TensorRT that passes `check_aot`.
+        capability: the compute capability that the kernels are compiled for, 90 for 9.0.
 
     Raises:
         EngineError: this process has other plugins of these names.
@@ -106,12 +107,12 @@ def register_aot_plugins(flavor: Flavor, capability: int) -> None:
 
 
 def symbolic_launch(op: Op, inputs: Sequence[TensorDesc], arithmetic: Arithmetic) -> Launch:
-    """`op.launch(inputs)`, but for its checks and `entry`, on dimensions of any kind.
+    """Returns `op.launch(inputs)` for dimensions of any kind, without its checks and its `entry`.
 
     Args:
-        op: of either class.
-        inputs: whose shapes hold whatever `arithmetic` works on.
-        arithmetic: see there.
+        op: the op.
+        inputs: the inputs, whose shapes hold numbers or expressions.
+        arithmetic: the operations on these dimensions.
     """
     if isinstance(op, SortedNmsOp):
         rows, boxes = inputs[1].shape
@@ -141,7 +142,7 @@ def symbolic_launch(op: Op, inputs: Sequence[TensorDesc], arithmetic: Arithmetic
 
 
 def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
-    """Registers one op: its output, the formats it takes, and its launch."""
+    """Registers one op: its output, the formats that it supports, and its launch."""
     trt, count = flavor.trt, op.num_inputs
 
     def describe(*inputs: Any, **attributes: Any) -> Any:
@@ -151,7 +152,7 @@ def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
         return trtp.from_shape_expr(tuple(dims), getattr(trt.DataType, kind))
 
     def offer_formats(*descs: Any) -> list[Any]:
-        # strongly typed: the network has settled the types
+        # The network is strongly typed, so the types are fixed.
         types = [desc.dtype.name for desc in descs[:count]]
         return [
             trtp.AutoTuneCombination(
@@ -163,15 +164,17 @@ def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
         ]
 
     def launch(*arguments: Any) -> tuple[str, bytes, Any, Any]:
-        inputs, values = arguments[:count], arguments[count:-2]  # then outputs and tactic
+        inputs, values = arguments[:count], arguments[count:-2]  # The last two: outputs and tactic.
         made = op.from_attributes(_numbers(dict(zip(op.attributes, values, strict=True))))
-        # the largest shapes tell what the kernel cannot do before the plan is used
+        # A launch of the largest shapes reveals now, not at run time, what the kernel cannot do.
         entry = made.launch([_desc(desc, _largest(desc.shape)) for desc in inputs]).entry
-        found = symbolic_launch(
+        symbolic = symbolic_launch(
             made, [_desc(desc, tuple(desc.shape_expr)) for desc in inputs], trtp
         )
-        parameters = trtp.KernelLaunchParams(grid_x=found.grid, block_x=found.block)
-        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in found.integers])
+        parameters = trtp.KernelLaunchParams(grid_x=symbolic.grid, block_x=symbolic.block)
+        integers = trtp.SymIntExprs.from_tuple(
+            [trtp.SymInt32(value) for value in symbolic.integers]
+        )
         return entry, ptx, parameters, integers
 
     tensors = [(f"input{i}", trtp.TensorDesc) for i in range(count)]
@@ -190,7 +193,7 @@ def _signed(
     parameters: Sequence[tuple[str, Any]],
     returned: Any,
 ) -> Callable[..., Any]:
-    """A function with the signature from which TensorRT takes inputs and attributes."""
+    """Returns a function with the signature from which TensorRT reads inputs and attributes."""
 
     def called(*arguments: Any, **attributes: Any) -> Any:
         try:
@@ -208,7 +211,7 @@ def _signed(
 
 
 def _annotation(kind: type) -> Any:
-    """Arrays for single numbers too: TensorRT 10 cannot make an `int` of what it gets under NumPy 2.4."""
+    """Returns an array type even for a single number: TensorRT 10's `int` fails under NumPy 2.4."""
     return NDArray[np.float32] if kind is float else NDArray[np.int32]
 
 

@@ -1,4 +1,4 @@
-"""What TensorRT's builder is asked for: plugins, precision, and the sizes that an engine accepts."""
+"""The options of TensorRT's builder, and the sizes that an engine accepts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ PLUGINS = ("python", "aot", "none")
 
 Range = tuple[int, int, int]  # least, best, largest
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-CANVAS_STEP = 32  # canvases are multiples of this
+CANVAS_STEP = 32  # a canvas's height and width are multiples of this
 LARGEST_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """Options of the builder; None leaves TensorRT's default.
+    """Options of the builder; None keeps TensorRT's default.
 
     Attributes:
-        workspace_mib: most scratch memory of a layer.
+        workspace_mib: the largest scratch memory of a layer, in MiB.
         optimization_level: 0 (builds fast) to 5 (searches long).
-        hardware_compatibility: one of `HARDWARE_COMPATIBILITY`, for plans that run on other GPUs than
-            the one they are built on; TensorRT alone.
-        version_compatible: the plan runs under later versions of TensorRT; TensorRT alone.
-        compute_capabilities: 86 and the like, for which TensorRT-RTX prepares the plan; empty: all that
-            it serves.
+        hardware_compatibility: one of `HARDWARE_COMPATIBILITY`, for plans that also run on other GPUs
+            than the one they are built on; only for TensorRT.
+        version_compatible: whether later versions of TensorRT can run the plan; only for TensorRT.
+        compute_capabilities: the GPUs that TensorRT-RTX prepares the plan for, such as 86; empty for
+            all that it supports.
     """
 
     workspace_mib: int | None = None
@@ -45,10 +45,10 @@ class BuildOptions:
 
 
 def check_options(flavor: Flavor, plugin: str, options: BuildOptions, gpu: Gpu | None) -> None:
-    """Refuses what this flavor or machine cannot honour.
+    """Checks that this flavor and machine support the options.
 
     Raises:
-        EngineError: naming the option and what to do instead.
+        EngineError: they do not; the message names the option and an alternative.
     """
     if plugin not in PLUGINS:
         raise EngineError(f"plugin {plugin!r}: expected one of {', '.join(PLUGINS)}")
@@ -57,24 +57,24 @@ def check_options(flavor: Flavor, plugin: str, options: BuildOptions, gpu: Gpu |
     if flavor.name == "tensorrt":
         if gpu is None:
             raise EngineError(
-                "tensorrt tunes its plans on a GPU and there is none here; build on the machine that "
-                "will run them, or take --engine tensorrt-rtx, which builds anywhere"
+                "tensorrt tunes its plans on a GPU, and this machine has none; build on the machine "
+                "that will run them, or use --engine tensorrt-rtx, which builds anywhere"
             )
         if options.compute_capabilities:
             raise EngineError(
-                "--compute-capability: is for tensorrt-rtx; tensorrt builds for the GPU at hand, or "
-                "for more with --hardware-compatibility"
+                "--compute-capability: is for tensorrt-rtx; tensorrt builds for this machine's GPU, or "
+                "for more GPUs with --hardware-compatibility"
             )
     if flavor.name == "tensorrt-rtx":
         if options.hardware_compatibility:
             raise EngineError(
                 "--hardware-compatibility: tensorrt-rtx compiles for the GPU when it loads a plan, so "
-                "its plans fit all GPUs that it serves; leave the option out"
+                "its plans run on all GPUs that it supports; leave the option out"
             )
         if options.version_compatible:
             raise EngineError(
-                "--version-compatible: tensorrt-rtx has no lean runtime to go with such plans; leave "
-                "the option out"
+                "--version-compatible: tensorrt-rtx has no lean runtime for such plans; leave the "
+                "option out"
             )
 
 
@@ -83,10 +83,10 @@ class Profile:
     """The sizes of both graphs, each as (least, best, largest).
 
     Attributes:
-        batch: images.
-        height: of the canvas in pixels, a multiple of 32.
-        width: likewise.
-        proposals: an image, in stage 2.
+        batch: the number of images.
+        height: the canvas's height in pixels, a multiple of 32.
+        width: the canvas's width in pixels, a multiple of 32.
+        proposals: the number of proposals per image, in stage 2.
     """
 
     batch: Range
@@ -96,14 +96,15 @@ class Profile:
 
     @classmethod
     def of(cls, manifest: Manifest, overrides: Iterable[str] = ()) -> Self:
-        """The bundle's own sizes, tuned for one landscape image of 4:3, with some of them replaced.
+        """Returns the bundle's own sizes, tuned for one landscape image of 4:3, with overrides.
 
         Args:
-            manifest: its preprocessing bounds the canvas, its model the proposals.
-            overrides: `NAME=MIN:BEST:MAX`, or `NAME=N` for one size alone.
+            manifest: the bundle's manifest, whose preprocessing limits the canvas and whose model limits
+                the proposals.
+            overrides: `NAME=MIN:BEST:MAX`, or `NAME=N` for a single size.
 
         Raises:
-            ConfigError: for an override that is none, or a size that cannot be.
+            ConfigError: an override or a size is invalid.
         """
         pre, proposals = manifest.preprocess, manifest.model.proposals
         largest = _round_up(pre.max_side)
@@ -140,20 +141,20 @@ class Profile:
             )
 
     def ranges(self) -> dict[str, Range]:
-        """By name."""
+        """Returns the ranges by name."""
         return dataclasses.asdict(self)
 
     def shapes(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Shapes]:
-        """Least, best and largest shape of each input of a graph.
+        """Returns the least, best and largest shape of each input of a graph.
 
         Args:
-            inputs: of the manifest's description of the graph, with `name` and `shape`.
+            inputs: the inputs in the manifest's description of the graph, with `name` and `shape`.
         """
-        found: dict[str, Shapes] = {}
+        shapes: dict[str, Shapes] = {}
         for entry in inputs:
-            one, two, three = (self._shape(entry, place) for place in range(3))
-            found[entry["name"]] = (one, two, three)
-        return found
+            least, best, largest = (self._shape(entry, place) for place in range(3))
+            shapes[entry["name"]] = (least, best, largest)
+        return shapes
 
     def _shape(self, entry: Mapping[str, Any], place: int) -> tuple[int, ...]:
         name, shape = entry["name"], entry["shape"]

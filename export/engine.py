@@ -1,4 +1,4 @@
-"""From a bundle's graphs to a folder of engines, built once for each request."""
+"""Builds a bundle's graphs into a folder of engines, once for each request."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ Progress = Callable[[str, str, float], None]  # stage, phase, finished share of 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What is to be built.
+    """A request to build engines.
 
     Attributes:
         flavor: `tensorrt` or `tensorrt-rtx`.
-        precision: of the bundle's graphs.
+        precision: the precision of the bundle's graphs.
         plugin: `python`, `aot` or `none`.
-        profile: sizes.
-        options: of the builder.
+        profile: the sizes that the engines support.
+        options: the builder's options.
     """
 
     flavor: str
@@ -71,28 +71,28 @@ def build_engines(
     report: Report = lambda line: None,
     progress: Progress = lambda stage, phase, share: None,
 ) -> EngineFolder:
-    """Both plans of a bundle, in `BUNDLE/engines/…`; what is there and fits is kept.
+    """Builds both plans of a bundle in `BUNDLE/engines/…`; keeps existing ones that fit the request.
 
     Args:
-        bundle: holds graphs of the precision.
-        request: what to build.
-        images: gives u8 [h, w, 3] RGB images on which finished plans are compared with PyTorch, where
-            there is a GPU that runs them; None: they are not.
-        rebuild: replace what is there but differs from the request or this machine.
-        report: takes a line a step.
-        progress: takes the builder's progress.
+        bundle: a bundle with graphs of the precision.
+        request: the request.
+        images: returns u8 [h, w, 3] RGB images. If a GPU here can run the finished plans, they are
+            compared with PyTorch on these images. None for no comparison.
+        rebuild: whether to replace engines that differ from the request or this machine.
+        report: called with a line for each step.
+        progress: called with the builder's progress.
 
     Raises:
-        EngineError: when TensorRT cannot build it, or what is there differs and `rebuild` is not given.
-        BackendUnavailableError: when the flavor is not installed.
-        BundleError: when a graph is missing or altered.
-        ParityError: when the plans do not compute what PyTorch does.
+        EngineError: TensorRT cannot build the plans, or existing ones differ and `rebuild` is false.
+        BackendUnavailableError: the flavor is not installed.
+        BundleError: a graph is missing or altered.
+        ParityError: the plans do not compute the same as PyTorch.
     """
     flavor, gpu = load_flavor(request.flavor), find_gpu()
     check_options(flavor, request.plugin, request.options, gpu)
     info = _describe(bundle, request, flavor, gpu)
     folder = bundle.folder / ENGINES / info.folder_name
-    if folder.exists() and not rebuild:  # also where nothing can be written
+    if folder.exists() and not rebuild:  # First of all, since it also works on a read-only disk.
         return _existing(folder, info, report)
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def build_engines(
         lock.touch()
         said = f"{folder.parent}: another build is running; waiting for it"
         with locked(lock, waiting=lambda: report(said)):
-            if folder.exists() and not rebuild:  # another build made it meanwhile
+            if folder.exists() and not rebuild:  # Another build has made it in the meantime.
                 return _existing(folder, info, report)
             with scratch_folder(bundle.folder, folder.parent) as work:
                 finished = _build_both(work, folder, bundle, info, report, progress)
@@ -118,7 +118,7 @@ def build_engines(
 def _build_both(
     work: Path, folder: Path, bundle: Bundle, info: EngineInfo, report: Report, progress: Progress
 ) -> EngineFolder:
-    """Builds both stages into a folder in `work`; `folder` is what they may replace."""
+    """Builds both stages into a folder in `work`; reuses the timing cache of `folder`, if it exists."""
     finished = work / "finished"
     finished.mkdir()
     if (folder / TIMING_CACHE).exists():
@@ -137,7 +137,7 @@ def _proved(
     gpu: Gpu | None,
     report: Report,
 ) -> EngineInfo:
-    """What is known of the engines, with how far they are off PyTorch."""
+    """Returns the engines' description with the result of their comparison with PyTorch."""
     reason = why_not_proved(engines.info, gpu) if images else "no images were given"
     if images is None or reason:
         return dataclasses.replace(engines.info, verification={"not_run": reason})
@@ -149,7 +149,7 @@ def _proved(
 def _describe(
     bundle: Bundle, request: EngineRequest, flavor: Flavor, gpu: Gpu | None
 ) -> EngineInfo:
-    """What `engine.json` will say, but for what building finds out."""
+    """Returns the content of `engine.json`, without the results of the build."""
     if request.flavor == "tensorrt-rtx":
         chosen = request.options.compute_capabilities
         target, tuned_on = "-".join(f"sm{c}" for c in chosen) or "portable", None
@@ -171,7 +171,7 @@ def _describe(
         plugin_sha256=None if request.plugin == "none" else kernels_sha256(),
         profile=request.profile.ranges(),
         options=dataclasses.asdict(request.options),
-        # `_graph_for_tensorrt` has compared the files with these
+        # `_graph_for_tensorrt` has checked the files against these digests.
         graphs={s: bundle.manifest.files[graph_file(s, request.precision)] for s in STAGES},
         transformed={
             stage: hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
@@ -187,10 +187,10 @@ def _describe(
 
 
 def _existing(folder: Path, wanted: EngineInfo, report: Report) -> EngineFolder:
-    """The engines that are there.
+    """Returns the existing engines.
 
     Raises:
-        EngineError: naming what differs from the request, or a damaged plan.
+        EngineError: they differ from the request, or a plan is damaged.
     """
     existing = EngineFolder.open(folder)
     told_later = {
@@ -198,14 +198,13 @@ def _existing(folder: Path, wanted: EngineInfo, report: Report) -> EngineFolder:
     }  # fmt: skip
     there, asked = _flat(existing.info), _flat(wanted)
     changed = [
-        f"{name}: {there.get(name)} is there, {asked.get(name)} is wanted"
+        f"{name}: {there.get(name)} there, {asked.get(name)} requested"
         for name in sorted(there | asked)
         if name.partition(".")[0] not in told_later and there.get(name) != asked.get(name)
     ]
     if changed:
         raise EngineError(
-            f"{folder}: differs from what was asked for ({'; '.join(changed)}); give --rebuild to "
-            f"replace it"
+            f"{folder}: differs from the request ({'; '.join(changed)}); give --rebuild to replace it"
         )
     for stage in PLANS:
         existing.plan(stage)
@@ -214,7 +213,7 @@ def _existing(folder: Path, wanted: EngineInfo, report: Report) -> EngineFolder:
 
 
 def _flat(info: EngineInfo) -> dict[str, Any]:
-    """By dotted name, with lists for tuples as they come back from JSON."""
+    """Returns all values by dotted names, as they are read back from JSON (tuples as lists)."""
     values = json.loads(json.dumps(dataclasses.asdict(info)))
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -239,11 +238,11 @@ def _build_stage(
     finished: Path,
     progress: Callable[[str, float], None],
 ) -> EngineInfo:
-    """Builds one plan into `finished`; returns `info` with what is now known."""
+    """Builds one plan into `finished`; returns `info` with the results of the build."""
     model = _graph_for_tensorrt(bundle, stage, info.precision, info.plugin)
     (work / "graph.onnx").write_bytes(model.SerializeToString())
     plan = finished / PLANS[stage]
-    tuned_here = info.flavor == "tensorrt"  # TensorRT-RTX tunes nothing before a plan is loaded
+    tuned_here = info.flavor == "tensorrt"  # TensorRT-RTX tunes a plan only when it is loaded.
     request = PlanRequest(
         flavor=info.flavor,
         plugin=info.plugin,

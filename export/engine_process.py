@@ -1,8 +1,8 @@
-"""Building one plan in a process of its own: the request, the process that builds, and who waits for it.
+"""Builds one TensorRT plan in a process of its own.
 
-TensorRT can end its process instead of raising. So `build_in_process` runs this module as a program,
-which writes lines of JSON to a file descriptor: progress, then the result or an error. Of a process that
-ends without either, `build_in_process` says how it ended.
+TensorRT can end its process instead of raising an exception. So `build_in_process` runs this module as a
+program, which writes lines of JSON to a file descriptor: progress, then the result or an error. If the
+program ends without either, the error of `build_in_process` says how it ended.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from comask.runtime.trt.plugins import register_plugins
 
 LAST_WORDS = 3  # lines of a dead process's standard error that go into the message
 MIB = 2**20
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # constant of Linux's prctl
 Emit = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """One plan to build.
+    """A request to build one plan.
 
     Attributes:
         flavor: `tensorrt` or `tensorrt-rtx`.
         plugin: `python`, `aot` or `none`.
         graph: path of the ONNX file.
-        plan: path to write to.
+        plan: path of the plan to write.
         profile: least, best and largest shape of each input.
-        options: of the builder.
-        timing_cache: path of the cache that is read and written; None: no cache.
-        tuned_here: whether this GPU runs the plan, so that its layers can be read back.
+        options: the builder's options.
+        timing_cache: path of the cache that is read and written; None for no cache.
+        tuned_here: whether this GPU can run the plan, so that its layers can be read back.
     """
 
     flavor: str
@@ -63,12 +63,13 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltPlan:
-    """What building one plan told.
+    """The result of building one plan.
 
     Attributes:
-        seconds: that TensorRT built for.
-        network: precision of each weighty layer of the parsed network, see `network_layers`.
-        engine: the same of the plan, see `engine_layers`; None where it cannot be opened here.
+        seconds: the time that TensorRT took.
+        network: the precision of each heavy layer of the parsed network, see `network_layers`.
+        engine: the precision of each heavy layer of the plan, see `engine_layers`; None if the plan
+            cannot be opened here.
     """
 
     seconds: float
@@ -82,12 +83,12 @@ def build_in_process(
     """Builds one plan in a process of its own.
 
     Args:
-        request: what to build.
-        folder: for temporary files.
-        progress: takes the phase and its finished share.
+        request: the plan to build.
+        folder: the folder for temporary files.
+        progress: called with the phase and its finished share.
 
     Raises:
-        EngineError: when it cannot be built, and when the process ends without a word.
+        EngineError: the plan cannot be built, or the process ends without a result.
     """
     request_file = folder / "request.json"
     request_file.write_text(json.dumps(dataclasses.asdict(request)))
@@ -96,7 +97,7 @@ def build_in_process(
     with (
         tempfile.TemporaryFile(dir=folder) as words,
         os.fdopen(reading) as events,
-        # not in the bundle: its path may hold a colon, which ends an entry of LD_LIBRARY_PATH
+        # Not in the bundle: its path may contain a colon, which separates entries of LD_LIBRARY_PATH.
         tempfile.TemporaryDirectory(prefix="comask-rtx-") as links,
     ):
         path = search_path(Path(links)) if request.flavor == "tensorrt-rtx" else None
@@ -115,7 +116,7 @@ def build_in_process(
             outcome = _follow(events, progress)
             status = process.wait()
         finally:
-            process.kill()  # an interrupt must not leave a build behind
+            process.kill()  # An interrupt must not leave a build running.
             process.wait()
         if "result" in outcome:
             return BuiltPlan(**outcome["result"])
@@ -126,7 +127,7 @@ def build_in_process(
 
 
 def _follow(events: Iterable[str], progress: Callable[[str, float], None]) -> dict[str, Any]:
-    """Reads events to their end; returns the last one that is no progress."""
+    """Reads all events, and returns the last one that does not report progress."""
     steps, outcome = 1, {}
     for line in events:
         event = json.loads(line)
@@ -140,20 +141,20 @@ def _follow(events: Iterable[str], progress: Callable[[str, float], None]) -> di
 
 def _obituary(flavor: str, status: int, words: str) -> str:
     if status < 0:
-        how = f"was ended by {signal.Signals(-status).name}"
+        end = f"was ended by {signal.Signals(-status).name}"
     else:
-        how = f"ended with exit code {status}"
+        end = f"ended with exit code {status}"
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    said = "; ".join(lines[-LAST_WORDS:]) or "nothing"
+    said = "; ".join(lines[-LAST_WORDS:]) or "none"
     hint = ""
     if status == -signal.SIGKILL:
         hint = "; the system may have run out of memory: give a smaller --profile"
-    return f"{flavor}'s build {how} and said last: {said}{hint}"
+    return f"the {flavor} build {end}; its last output: {said}{hint}"
 
 
 def main(request_file: str, events: str) -> None:
-    """The process: builds what the file asks for and reports on descriptor `events`."""
-    # the build ends with the process that asked for it
+    """Runs in the new process: builds the request in the file, and reports on the descriptor `events`."""
+    # The build ends if the process that asked for it ends.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with os.fdopen(int(events), "w", buffering=1) as pipe:
 
@@ -171,8 +172,7 @@ def build_plan(request: PlanRequest, emit: Emit) -> BuiltPlan:
     """Parses the graph, builds it and writes the plan.
 
     Raises:
-        EngineError: when TensorRT refuses the graph, the profile or an option, or the plan cannot be
-            written.
+        EngineError: TensorRT rejects the graph, the profile or an option, or the plan cannot be written.
     """
     flavor = load_flavor(request.flavor)
     trt = flavor.trt
@@ -213,19 +213,19 @@ def _register(flavor: Flavor, plugin: str, options: BuildOptions) -> None:
         register_plugins(flavor)
     elif plugin == "aot":
         gpu = find_gpu()
-        assert gpu is not None  # or check_options would have refused
+        assert gpu is not None  # `check_options` has made sure of it.
         capability = ptx_capability(gpu, options.hardware_compatibility)
         register_aot_plugins(flavor, capability)
 
 
 def _inspect(flavor: Flavor, plan: memoryview) -> dict[str, str]:
-    """The layers' precisions in the finished engine, which only its own GPU can open."""
+    """Returns the layers' precisions in the finished engine, which only its own GPU can open."""
     trt = flavor.trt
     runtime = trt.Runtime(flavor.log)
-    runtime.engine_host_code_allowed = True  # a version-compatible plan holds a lean runtime
+    runtime.engine_host_code_allowed = True  # A version-compatible plan contains a lean runtime.
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"{flavor.name} does not open what it built: {flavor.errors()}")
+        raise EngineError(f"{flavor.name} cannot open the plan that it built: {flavor.errors()}")
     inspector = engine.create_engine_inspector()
     return engine_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -235,14 +235,15 @@ def _parse(flavor: Flavor, network: Any, graph: str) -> None:
     flavor.clear()
     if parser.parse_from_file(graph):
         return
-    # the reason behind the parser's "could not create the plugin"
-    found = list(flavor.plugin_errors)
+    # These give the reason behind the parser's "could not create the plugin".
+    errors = list(flavor.plugin_errors)
     for i in range(parser.num_errors):
         error = parser.get_error(i)
         node = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
-        found.append(f"{error.desc()}{node}")
+        errors.append(f"{error.desc()}{node}")
     raise EngineError(
-        f"{flavor.name} {flavor.version} cannot parse the graph: {'; '.join(found) or flavor.errors()}"
+        f"{flavor.name} {flavor.version} cannot parse the graph: "
+        f"{'; '.join(errors) or flavor.errors()}"
     )
 
 
@@ -260,12 +261,12 @@ def _apply_options(flavor: Flavor, config: Any, options: BuildOptions) -> None:
         level = getattr(trt.HardwareCompatibilityLevel, name, None)
         if level is None:
             raise EngineError(
-                f"--hardware-compatibility {name.lower()}: {flavor.name} {flavor.version} does not have "
-                f"it; leave it out, or take a newer TensorRT"
+                f"--hardware-compatibility {name.lower()}: {flavor.name} {flavor.version} does not "
+                f"support it; leave it out, or use a newer TensorRT"
             )
         config.hardware_compatibility_level = level
-    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa are not what fp32 promises
-    # full names let the inspector say which layer has which precision
+    config.clear_flag(trt.BuilderFlag.TF32)  # Its 10 bits of mantissa are fewer than fp32 promises.
+    # With full names, the inspector tells which layer has which precision.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
@@ -274,13 +275,13 @@ def _apply_options(flavor: Flavor, config: Any, options: BuildOptions) -> None:
 
 
 def _capability(trt: Any, capability: int) -> Any:
-    found = getattr(trt.ComputeCapability, f"SM{capability}", None)
-    if found is None:
+    value = getattr(trt.ComputeCapability, f"SM{capability}", None)
+    if value is None:
         known = sorted(n for n in dir(trt.ComputeCapability) if n.startswith("SM"))
         raise EngineError(
-            f"compute capability {capability} is none of this TensorRT-RTX's: {', '.join(known)}"
+            f"--compute-capability {capability}: this TensorRT-RTX supports only {', '.join(known)}"
         )
-    return found
+    return value
 
 
 def _add_profile(flavor: Flavor, builder: Any, config: Any, shapes: Mapping[str, Shapes]) -> None:
@@ -297,7 +298,7 @@ def _load_timing_cache(config: Any, path: str | None) -> Any:
     data = Path(path).read_bytes() if Path(path).exists() else b""
     cache = config.create_timing_cache(data)
     if not config.set_timing_cache(cache, ignore_mismatch=False):
-        # of another GPU or version: begin a new one, so that it is written anew
+        # The cache is of another GPU or version: begin a new one, which replaces it.
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
@@ -305,7 +306,7 @@ def _load_timing_cache(config: Any, path: str | None) -> Any:
 
 def _monitor(trt: Any, emit: Emit) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the outermost phase on; the inner ones come and go too fast to read."""
+        """Reports the outermost phase; the inner ones pass too fast to read."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -319,10 +320,10 @@ def _monitor(trt: Any, emit: Emit) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if name == self.outer:
                 emit({"phase": name, "done": step + 1})
-            return True  # go on
+            return True  # Continue the build.
 
         def phase_finish(self, name: str) -> None:
-            """The last step said so."""
+            """Does nothing: the last step has already reported 100 %."""
 
     return Monitor()
 

@@ -1,8 +1,8 @@
-"""FP16 on real images: which values exceed its range, and the modules that stay fp32 for it.
+"""Finds values that exceed fp16's range on real images, and the modules that must stay fp32 for them.
 
-fp16 ends at 65504, and what exceeds it becomes infinite without a word. So the fp32 network is watched
-while it looks at images. Around a layer that exceeds the range, the smallest module that takes and gives
-values within it becomes a *float island*.
+fp16 ends at 65504, and larger values silently become infinite. So the fp32 network is observed while it
+runs on images. Around a layer that exceeds the range, the smallest module whose inputs and outputs are
+within the range becomes a *float island*.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.compare import PYRAMID
 
 FP16_END = 65504.0
-# Other images reach farther than the few that are scanned: on a trained network, 200 images up to 2.7
-# times as far as three.
+# Other images reach larger values than the few that are scanned. On a trained network, the maximum over
+# 200 images was up to 2.7 times the maximum over three.
 HEADROOM = 4.0
 ACTIVATIONS = ("input", "output")
 
@@ -38,10 +38,10 @@ class Extreme:
     """The largest magnitude of a module's inputs, of its outputs, or of one of its parameters.
 
     Attributes:
-        module: its path as `backbone.layer3.2.conv2`, or one of `PYRAMID`.
+        module: the module's path, such as `backbone.layer3.2.conv2`, or one of `PYRAMID`.
         kind: one of `ACTIVATIONS`, or the parameter's name in the module.
-        largest: the magnitude.
-        image: the place of the image that it was found on; None for parameters.
+        largest: the largest magnitude.
+        image: the index of the image with the largest magnitude; None for parameters.
     """
 
     module: str
@@ -51,7 +51,7 @@ class Extreme:
 
     @property
     def fits(self) -> bool:
-        """Whether fp16 holds it; activations, which other images change, with headroom."""
+        """Whether fp16 can hold the value; for activations with headroom, since images differ."""
         return self.largest <= FP16_END / (HEADROOM if self.kind in ACTIVATIONS else 1.0)
 
     def __str__(self) -> str:
@@ -66,28 +66,28 @@ class Extreme:
 def scan_ranges(
     model: CoMask, images: Sequence[NDArray[np.uint8]], preprocess: PreprocessConfig
 ) -> list[Extreme]:
-    """Runs both stages on each image at its own size, and notes the largest magnitudes exactly.
+    """Runs both stages on each image at its own size, and returns the exact largest magnitudes.
 
-    Watched are the modules of the network whose halves are exported, so with BatchNorm folded. What
-    stays f32 in fp16 graphs anyway is not: outputs of `FLOAT_OUTPUTS`, own parameters of `FloatTensors`.
+    It observes the modules of the network that is exported, which has BatchNorm folded. It leaves out
+    tensors that stay f32 in fp16 graphs: outputs of `FLOAT_OUTPUTS` and parameters of `FloatTensors`.
 
     Args:
-        model: f32, in evaluation mode; stays as it is.
+        model: the f32 model in evaluation mode, which is not changed.
         images: u8 [h, w, 3], RGB.
-        preprocess: from an image to the network's input.
+        preprocess: the preprocessing of images.
 
     Returns:
-        `PYRAMID` first, then outputs, inner modules before outer ones, inputs and parameters, so that the
-        first of equals is where a value arises.
+        The extremes, ordered so that of equal values the first one is where the value arises: `PYRAMID`,
+        then outputs (inner modules before outer ones), inputs and parameters.
 
     Raises:
-        PrecisionError: where fp32 itself is not finite.
+        PrecisionError: a value is not finite even in fp32.
     """
     network = folded(model)
     watch = _Watch()
     for path, module in network.named_modules():
         watch.follow(path, module)
-    stages = torch_stages(network, diagnostics=True)  # all that any graph holds
+    stages = torch_stages(network, diagnostics=True)  # everything that any exported graph computes
     for index, image in enumerate(images):
         watch.image = index
         prepared = prepare(image, preprocess)
@@ -109,12 +109,12 @@ def scan_ranges(
 
 
 class _Watch:
-    """Hooks that keep the largest magnitude of everything.
+    """Hooks that record the largest magnitude of every module's inputs and outputs.
 
     Attributes:
-        image: the place of the one that is shown.
-        called: paths of the modules that something went through.
-        extremes: by path and kind.
+        image: the index of the current image.
+        called: the paths of the modules that were called.
+        extremes: the largest magnitudes by path and kind.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class _Watch:
         self.extremes: dict[tuple[str, str], Extreme] = {}
 
     def follow(self, path: str, module: nn.Module) -> None:
-        # a hook of its own for inputs: a module may overwrite them
+        # A hook of its own is needed for inputs, since a module may overwrite them.
         def before(_: nn.Module, args: tuple[Any, ...]) -> None:
             self.called[path] = None
             self.note(path, "input", args)
@@ -137,15 +137,15 @@ class _Watch:
 
     def note(self, path: str, kind: str, value: Any) -> None:
         for tensor in _float_tensors(value):
-            # in the order of memory: over maps whose channels come last it takes 20 times as long
+            # In memory order, since channels-last maps would otherwise take 20 times as long.
             dims = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-            low, high = torch.aminmax(tensor.permute(dims))  # both are NaN where anything is
+            low, high = torch.aminmax(tensor.permute(dims))  # Both are NaN if any value is NaN.
             largest = max(-low.item(), high.item())
             if not np.isfinite(largest):
                 where = "" if self.image is None else f" on image {self.image}"
                 raise PrecisionError(
-                    f"{path}: its {kind} is not finite{where} in fp32 already, so no precision will "
-                    f"do; import or train the weights again"
+                    f"{path}: its {kind} is not finite{where} even in fp32, so no precision can hold "
+                    f"it; import or train the weights again"
                 )
             last = self.extremes.get((path, kind))
             if last is None or largest > last.largest:
@@ -153,7 +153,7 @@ class _Watch:
 
 
 def _float_tensors(value: Any) -> Iterator[Tensor]:
-    """All in a tensor or in nested lists and tuples; empty ones have no largest value."""
+    """Yields the nonempty float tensors in a tensor or in nested lists and tuples."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
             yield value
@@ -163,16 +163,16 @@ def _float_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def float_islands(extremes: Sequence[Extreme]) -> dict[str, Extreme]:
-    """The smallest modules to keep in fp32 so that no value exceeds fp16 outside of them.
+    """Returns the smallest modules to keep in fp32 so that no value outside of them exceeds fp16.
 
     Args:
-        extremes: see `scan_ranges`.
+        extremes: the result of `scan_ranges`.
 
     Returns:
-        by path, none inside another: the worst value that the module is kept for.
+        The worst value of each module, by the module's path. No module is inside another.
 
     Raises:
-        PrecisionError: when a value has no such module around it, as those that stage 1 hands to stage 2.
+        PrecisionError: no such module surrounds a value, for example one between stage 1 and stage 2.
     """
     beyond = sorted((e for e in extremes if not e.fits), key=lambda e: -e.largest)
     called = {e.module for e in extremes if e.kind in ACTIVATIONS}
@@ -195,10 +195,10 @@ def float_islands(extremes: Sequence[Extreme]) -> dict[str, Extreme]:
 
 @dataclass(frozen=True, slots=True)
 class Fp16Report:
-    """What fp16 could not hold, and how much room there is in the rest.
+    """Reports the values that fp16 cannot hold, and the largest one that it has to.
 
     Attributes:
-        islands: see `float_islands`.
+        islands: the result of `float_islands`.
         largest: the largest value that remains in fp16.
     """
 
@@ -207,22 +207,22 @@ class Fp16Report:
 
     @classmethod
     def of(cls, extremes: Sequence[Extreme], islands: Mapping[str, Extreme]) -> Self:
-        """The report on a network.
+        """Returns the report on a network.
 
         Args:
-            extremes: see `scan_ranges`.
-            islands: see `float_islands`.
+            extremes: the result of `scan_ranges`.
+            islands: the result of `float_islands`.
         """
         halves = [
             e
             for e in extremes
             if not _inside(e.module, islands)
-            and (e.module not in islands or e.kind in ACTIVATIONS)  # its border is fp16
+            and (e.module not in islands or e.kind in ACTIVATIONS)  # An island's border is fp16.
         ]
         return cls(islands, max(halves, key=lambda e: e.largest))
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest: `float_layers` and `range`."""
+        """Returns the manifest's entries `float_layers` and `range`."""
         return {
             "float_layers": [
                 {"module": path, "largest": e.largest, "image": e.image, "reason": str(e)}
@@ -233,12 +233,12 @@ class Fp16Report:
 
 
 def _lineage(path: str) -> Iterator[str]:
-    """`a.b.c` → `a.b.c`, `a.b`, `a`."""
+    """Yields a path and its parents: for `a.b.c`, `a.b.c`, `a.b` and `a`."""
     while path:
         yield path
         path = path.rpartition(".")[0]
 
 
 def _inside(path: str, islands: Collection[str]) -> bool:
-    """Whether a module lies in one of the islands, and is none itself."""
+    """Returns whether a module lies inside one of the islands, without being one itself."""
     return any(outer in islands for outer in _lineage(path.rpartition(".")[0]))

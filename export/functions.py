@@ -1,7 +1,7 @@
-"""The custom ops as ONNX functions of standard ops.
+"""Defines the custom ops as ONNX functions of standard ops.
 
-They stand in the exported file, so that any ONNX Runtime runs it with nothing installed. Each must
-agree with its PyTorch twin in `comask.models` (tests say so).
+The exported file contains them, so that any ONNX Runtime can run it without plugins. Tests compare each
+function with its counterpart in `comask.models`.
 
 Legend: G rows of M boxes; B images with N RoIs each, R = B·N; C channels, S output size.
 """
@@ -14,10 +14,10 @@ import onnx.parser
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
 
 DOMAIN = "comask"
-OPSET = 20  # Q/DQ with fp16 scales needs 19, and TensorRT knows 20
+OPSET = 20  # Q/DQ with fp16 scales needs at least 19; TensorRT supports 20.
 
-# keep = 1 where no kept box of higher rank suppresses it: iterated from all ones, a box is settled
-# once those above it are, so the fixpoint is greedy NMS exactly.
+# keep = 1 if no kept box of higher rank suppresses the box. Iterated from all ones, a box is final once
+# all boxes above it are final, so the fixed point is exactly greedy NMS.
 SORTED_NMS = """
 <domain: "comask", opset_import: ["": 20]>
 SortedNms <iou_threshold> (boxes, group_ids) => (keep)
@@ -92,7 +92,7 @@ SortedNms <iou_threshold> (boxes, group_ids) => (keep)
 }
 """
 
-# Which levels' bounds each RoI's side reaches, as `roi_levels`; the callers split the RoIs and sum.
+# Whether each RoI's side reaches each level's bound, like `roi_levels`; callers split RoIs and sum up.
 REACHED_LEVELS = """\
     width = Sub (x2, x1)
     height = Sub (y2, y1)
@@ -107,8 +107,8 @@ REACHED_LEVELS = """\
     reached_int = Cast <to = 7> (reached)
 """
 
-# Each RoI goes through RoiAlign of its own level alone; pooling all of them from all four and
-# choosing afterwards costs four times as much.
+# Each RoI is pooled only from its own level; pooling all RoIs from all four levels would cost four times
+# as much.
 PYRAMID_ROI_ALIGN_HEAD = (
     """
 <domain: "comask", opset_import: ["": 20]>
@@ -168,11 +168,11 @@ PYRAMID_ROI_ALIGN_TAIL = """
 def sorted_nms_function(
     count_type: onnx.TensorProto.DataType = onnx.TensorProto.FLOAT,
 ) -> onnx.FunctionProto:
-    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
+    """Returns `SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
 
     Args:
-        count_type: in which the boxes that suppress another are counted: `FLOAT`, or `FLOAT16`, where
-            a sum of ones may be rounded but not to 0, so that the answer is the same.
+        count_type: the type in which suppressing boxes are counted, `FLOAT` or `FLOAT16`. In `FLOAT16` a
+            sum of ones may be rounded, but never to 0, so the result is the same.
     """
     name = onnx.TensorProto.DataType.Name(count_type).lower()
     text = SORTED_NMS.replace("{count_type}", str(count_type)).replace("{count_name}", name)
@@ -180,7 +180,7 @@ def sorted_nms_function(
 
 
 def pyramid_roi_align_function() -> onnx.FunctionProto:
-    """`PyramidRoiAlign(p2, p3, p4, p5, rois [B, N, 4]) → [R, C, S, S]`, aligned to half pixels."""
+    """Returns `PyramidRoiAlign(p2, p3, p4, p5, rois [B, N, 4]) → [R, C, S, S]`; pixels are aligned."""
     levels = range(len(STRIDES))
     text = PYRAMID_ROI_ALIGN_HEAD.format(factors=", ".join(f"{f:.9g}" for f in LEVEL_FACTORS))
     for i, stride in enumerate(STRIDES):

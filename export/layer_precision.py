@@ -1,7 +1,8 @@
-"""Which precision each layer really has: asked by the ONNX graph, read back from what was built.
+"""Compares the precision of each layer in the ONNX graph with the precision in the built engine.
 
-Networks are strongly typed, so a difference means that a tool changed the model on the way. The weighty
-layers alone are compared: what TensorRT puts between them (casts, reformats) has no twin in the graph.
+Networks are strongly typed, so a difference means that a tool has changed the model. Only convolutions
+and matrix products are compared; the casts and reformats that TensorRT adds have no counterpart in the
+graph.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from comask.runtime.trt.engine_folder import LayerCounts
 
 WEIGHTY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 WEIGHTY_LAYERS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
-# `[ONNX Layer: NAME]` in a layer's metadata; an engine's fused layer names several
+# `[ONNX Layer: NAME]` in a layer's metadata; a fused layer of an engine names several.
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 SHORT = {"FLOAT": "fp32", "HALF": "fp16", "INT8": "int8", "BF16": "bf16"}
-# how engine inspectors of TensorRT 10 and 11 name a tensor's type
+# The names of tensor types in the engine inspectors of TensorRT 10 and 11.
 SPELLINGS = {
     "FP32": "fp32", "Float": "fp32", "FP16": "fp16", "Half": "fp16", "Int8": "int8", "BF16": "bf16",
 }  # fmt: skip
 
 
 def asked_precisions(model: onnx.ModelProto) -> dict[str, str]:
-    """The precision of each convolution and matrix product, by node name.
+    """Returns the precision of each convolution and matrix product, by node name.
 
-    It is the type of the node's weights, or int8 where they come out of a DequantizeLinear.
+    It is the type of the node's weights, or int8 if they come from a DequantizeLinear.
     """
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types |= {
@@ -40,24 +41,24 @@ def asked_precisions(model: onnx.ModelProto) -> dict[str, str]:
     }
     producer = {output: node for node in model.graph.node for output in node.output}
     names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
-    found = {}
+    precisions = {}
     for node in model.graph.node:
         if node.op_type not in WEIGHTY:
             continue
         weights = node.input[1]
         before = producer.get(weights)
         if before is not None and before.op_type == "DequantizeLinear":
-            found[node.name] = "int8"
+            precisions[node.name] = "int8"
         elif types.get(weights) in names:
-            found[node.name] = names[types[weights]]
-    return found
+            precisions[node.name] = names[types[weights]]
+    return precisions
 
 
 def network_layers(network: Any) -> dict[str, str]:
-    """The precision of each weighty layer of a parsed network, by the name of its ONNX node."""
+    """Returns the precision of each heavy layer of a parsed network, by the name of its ONNX node."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     dequantized = {layer.get_output(0).name for layer in layers if layer.type.name == "DEQUANTIZE"}
-    found = {}
+    precisions = {}
     for layer in layers:
         if layer.type.name not in WEIGHTY_LAYERS:
             continue
@@ -65,65 +66,66 @@ def network_layers(network: Any) -> dict[str, str]:
         is_int8 = source.name in dequantized
         kind = "int8" if is_int8 else SHORT.get(source.dtype.name, source.dtype.name)
         for name in ONNX_LAYER.findall(layer.metadata) or [layer.name]:
-            found[name] = kind
-    return found
+            precisions[name] = kind
+    return precisions
 
 
 def engine_layers(information: str) -> dict[str, str]:
-    """The precision of each layer of a built engine, by the names of its ONNX nodes.
+    """Returns the precision of each layer of a built engine, by the names of its ONNX nodes.
 
     Args:
-        information: what `EngineInspector.get_engine_information(LayerInformationFormat.JSON)` gives
-            for an engine built with detailed profiling verbosity.
+        information: the result of `EngineInspector.get_engine_information(LayerInformationFormat.JSON)`
+            for an engine that was built with detailed profiling verbosity.
     """
-    found: dict[str, str] = {}
+    precisions: dict[str, str] = {}
     for layer in json.loads(information)["Layers"]:
         if not isinstance(layer, dict):
-            continue  # a name alone: built without detailed verbosity
+            continue  # Only a name: the engine was built without detailed verbosity.
         spelled = [
             str(tensor.get("Format/Datatype", ""))
             for side in ("Inputs", "Outputs")
             for tensor in layer.get(side) or ()
         ]
         kinds = {kind for text in spelled for name, kind in SPELLINGS.items() if name in text}
-        # a fused layer may hold float islands beside half products: no verdict on any of them
+        # A fused layer of several precisions may contain float islands, so it is not judged.
         if len(kinds) == 1:
             for name in ONNX_LAYER.findall(str(layer.get("Metadata", ""))):
-                found[name] = next(iter(kinds))
-    return found
+                precisions[name] = next(iter(kinds))
+    return precisions
 
 
 def check_precisions(
     asked: Mapping[str, str], network: Mapping[str, str], engine: Mapping[str, str] | None
 ) -> LayerCounts:
-    """Compares what was built with what the graph asks for.
+    """Compares the built precisions with the graph's precisions.
 
-    Every layer of the parsed network is judged; of the engine those that fusion left recognisable.
+    It compares every layer of the parsed network, and the engine's layers that are recognisable after
+    fusion.
 
     Args:
-        asked: see `asked_precisions`.
-        network: see `network_layers`.
-        engine: see `engine_layers`; None where the engine could not be opened.
+        asked: the result of `asked_precisions`.
+        network: the result of `network_layers`.
+        engine: the result of `engine_layers`; None if the engine could not be opened.
 
     Returns:
-        how many layers the graph has, and how many of each precision were found again.
+        The number of the graph's layers, and the numbers of recognised layers by precision.
 
     Raises:
-        EngineError: when one differs, or fewer than half were found again in the network.
+        EngineError: a layer differs, or fewer than half of the layers were recognised in the network.
     """
-    for where, found in (("network", network), ("engine", engine or {})):
-        wrong = [name for name, kind in asked.items() if found.get(name, kind) != kind]
+    for where, built in (("network", network), ("engine", engine or {})):
+        wrong = [name for name, kind in asked.items() if built.get(name, kind) != kind]
         if wrong:
             name = wrong[0]
             raise EngineError(
                 f"{len(wrong)} layers of the {where} have another precision than the graph: {name} is "
-                f"{found[name]}, {asked[name]} was asked for"
+                f"{built[name]}, expected {asked[name]}"
             )
     matched = sum(name in network for name in asked)
     if 2 * matched < len(asked):
         raise EngineError(
-            f"the precision of {matched} layers out of {len(asked)} could be read back, at least half "
-            f"expected: this TensorRT names its layers in a way that comask does not know"
+            f"the precision of only {matched} of {len(asked)} layers could be read back, expected at "
+            f"least half: this TensorRT names its layers in a way that comask does not know"
         )
     return LayerCounts(
         of=len(asked),
@@ -132,5 +134,5 @@ def check_precisions(
     )
 
 
-def _count(asked: Mapping[str, str], found: Mapping[str, str]) -> dict[str, int]:
-    return dict(sorted(Counter(kind for name, kind in found.items() if name in asked).items()))
+def _count(asked: Mapping[str, str], built: Mapping[str, str]) -> dict[str, int]:
+    return dict(sorted(Counter(kind for name, kind in built.items() if name in asked).items()))

@@ -1,4 +1,4 @@
-"""From the PyTorch network to its two ONNX files, by torch's dynamo exporter."""
+"""Exports the PyTorch network to its two ONNX files with torch's dynamo exporter."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from comask.models.comask import (
 from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
 
-# The traced example: three different sizes, so that no two dynamic dimensions look alike.
+# The traced example. All sizes differ, so that no two dynamic dimensions can be confused.
 BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
 
 
 class Stage1Graph(nn.Module):
-    """`images, image_sizes` → `p2 … p5, proposals, proposal_scores`."""
+    """The module of the first graph: `images, image_sizes` → `p2 … p5, proposals, proposal_scores`."""
 
     def __init__(self, model: CoMask) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        """See `CoMask.stage1`."""
+        """Returns the outputs of `CoMask.stage1` as a tuple."""
         outputs = self.model.stage1(images, image_sizes)
         return tuple(outputs[name] for name in STAGE1_OUTPUTS)
 
 
 class Stage2Graph(nn.Module):
-    """`p2 … p5, proposals, proposal_scores, image_sizes` → padded detections."""
+    """The module of the second graph: the first one's outputs and `image_sizes` → padded detections."""
 
     def __init__(self, model: CoMask, *, diagnostics: bool) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Stage2Graph(nn.Module):
         proposal_scores: Tensor,
         image_sizes: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See `CoMask.stage2`."""
+        """Returns the outputs of `CoMask.stage2` as a tuple."""
         outputs = self.model.stage2(
             p2, p3, p4, p5, proposals, proposal_scores, image_sizes, diagnostics=self.diagnostics
         )
@@ -72,19 +72,19 @@ class Stage2Graph(nn.Module):
 
 
 def folded(model: CoMask) -> CoMask:
-    """A copy with each BatchNorm in the convolution before it; `model` is in evaluation mode."""
+    """Returns a copy with each BatchNorm folded into its convolution; `model` is in evaluation mode."""
     copy = deepcopy(model)
     fold_batch_norms(copy.backbone)
     return copy
 
 
 def in_precision(model: CoMask, precision: str, islands: Collection[str] = ()) -> CoMask:
-    """The network whose graphs are those of `precision`: itself in fp32, else a converted copy.
+    """Returns the network to export in `precision`: `model` itself for fp32, a converted copy for fp16.
 
     Args:
-        model: f32, in evaluation mode.
+        model: the f32 model in evaluation mode.
         precision: `fp32` or `fp16`.
-        islands: paths of the modules that stay f32 in fp16, see `comask.export.fp16`.
+        islands: the paths of the modules that stay f32 in fp16, see `comask.export.fp16`.
     """
     if precision == "fp32":
         return model
@@ -103,7 +103,7 @@ def export_stage1(model: CoMask, path: Path) -> None:
 
 
 def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
-    """Writes pyramid and proposals → detections; also the number of proposals is dynamic."""
+    """Writes pyramid and proposals → detections; the number of proposals is dynamic, too."""
     channels = model.config.channels
     pyramid = [
         torch.zeros(BATCH, channels, HEIGHT // s, WIDTH // s, dtype=model.dtype) for s in STRIDES
@@ -159,7 +159,7 @@ def _export(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's chatter names its own internals; what matters is raised."""
+    """Silences the exporter, whose messages are about its internals; it raises real errors."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Checkpoint → bundle: weights, graphs, verification, manifest; and more graphs for a bundle."""
+"""Exports a checkpoint to a bundle (weights, verified graphs, manifest), and adds graphs to a bundle."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphReport:
-    """How the graphs of one precision were made and compared with PyTorch before release.
+    """Reports how the graphs of one precision were made and compared with PyTorch before release.
 
     Attributes:
-        images: number of images that they were compared on.
-        verification: the graphs in ONNX Runtime.
-        rounded: PyTorch in the same precision, which rounds as a GPU does; None of fp32.
-        fp16: what stays fp32 in it; None of other precisions.
+        images: the number of images on which they were compared.
+        verification: the comparison of the graphs in ONNX Runtime.
+        rounded: the comparison of PyTorch in the same precision, which rounds like a GPU; None for fp32.
+        fp16: the modules that stay fp32 in fp16 graphs; None for other precisions.
     """
 
     images: int
@@ -59,11 +59,11 @@ class GraphReport:
     fp16: Fp16Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest's `verification` has it."""
-        found = {"images": self.images, **self.verification.to_dict()}
+        """Returns the entry of the manifest's `verification`."""
+        entry = {"images": self.images, **self.verification.to_dict()}
         if self.rounded:
-            found["rounded"] = self.rounded.to_dict()
-        return found | (self.fp16.to_dict() if self.fp16 else {})
+            entry["rounded"] = self.rounded.to_dict()
+        return entry | (self.fp16.to_dict() if self.fp16 else {})
 
 
 class Exported(NamedTuple):
@@ -84,22 +84,22 @@ def export_bundle(
     diagnostics: bool = False,
     report: Report = lambda line: None,
 ) -> Exported:
-    """Writes a bundle that has been compared with PyTorch, or nothing.
+    """Writes a bundle whose graphs have been compared with PyTorch; on failure, writes nothing.
 
     Args:
-        checkpoint: to export.
-        checkpoint_file: where it came from; its hash goes into the manifest.
-        output: folder of the bundle; must not exist, or be empty.
+        checkpoint: the checkpoint to export.
+        checkpoint_file: the checkpoint's file, whose SHA-256 goes into the manifest.
+        output: the bundle's folder, which must be new or empty.
         images: real images for the comparison, u8 [h, w, 3].
-        precisions: of the graphs, `fp32` first.
-        score_threshold: detections below it are dropped in the graph; None: the model's own.
-        diagnostics: also give stage 2 the outputs that the first stage's AP needs.
-        report: takes a line before each step.
+        precisions: the precisions of the graphs, `fp32` first.
+        score_threshold: the graphs drop detections with lower scores; None for the model's threshold.
+        diagnostics: whether stage 2 gets the extra outputs that the first stage's AP needs.
+        report: called with a line before each step.
 
     Raises:
-        BundleError: when `output` is in use.
-        ParityError: when a graph differs from PyTorch.
-        PrecisionError: when fp16 cannot hold the network's values.
+        BundleError: `output` is in use.
+        ParityError: a graph differs from PyTorch.
+        PrecisionError: fp16 cannot hold the network's values.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BundleError(f"{output}: is there already; give a folder that is new or empty")
@@ -109,7 +109,7 @@ def export_bundle(
         config = dataclasses.replace(config, model=model_config)
         checkpoint = dataclasses.replace(checkpoint, config=config)
     model = model_from_checkpoint(checkpoint)
-    # beside the output, so that the finished bundle appears by a rename
+    # The scratch folder is beside the output, so that a rename publishes the finished bundle.
     with scratch_folder(output, output.parent) as folder:
         _write_weights(model, config.preprocess, folder / WEIGHTS)
         manifest = Manifest(
@@ -127,7 +127,7 @@ def export_bundle(
         for precision in precisions:
             exported = _with_graphs(exported, model, precision, images, diagnostics, report)
         write_manifest(folder, exported.bundle.manifest)
-        folder.chmod(0o755)  # mkdtemp's is private
+        folder.chmod(0o755)  # The scratch folder is private.
         if output.exists():
             output.rmdir()
         folder.rename(output)
@@ -141,18 +141,18 @@ def add_precisions(
     *,
     report: Report = lambda line: None,
 ) -> Exported:
-    """Adds graphs of more precisions to a bundle, or changes nothing.
+    """Adds graphs of more precisions to a bundle; on failure, the bundle stays unchanged.
 
     Args:
-        bundle: with its weights.
-        precisions: that it does not hold yet.
+        bundle: the bundle, with its weights.
+        precisions: precisions that it does not hold yet.
         images: real images for the comparison, u8 [h, w, 3].
-        report: takes a line before each step.
+        report: called with a line before each step.
 
     Raises:
-        BundleError: when the bundle cannot be read or written.
-        ParityError: when a graph differs from PyTorch.
-        PrecisionError: when fp16 cannot hold the network's values.
+        BundleError: the bundle cannot be read or written.
+        ParityError: a graph differs from PyTorch.
+        PrecisionError: fp16 cannot hold the network's values.
     """
     model = model_from_bundle(bundle)
     names = {output["name"] for output in bundle.manifest.graphs["stage2"]["outputs"]}
@@ -176,11 +176,11 @@ def _with_graphs(
     diagnostics: bool,
     report: Report,
 ) -> Exported:
-    """The bundle with graphs of one more precision, compared with PyTorch; writes no manifest."""
+    """Adds graphs of one more precision, compared with PyTorch; does not write the manifest."""
     bundle, manifest = exported.bundle, exported.bundle.manifest
     fp16, rounded = None, None
     if precision == "fp16":
-        report(f"looking for values beyond fp16 in {len(images)} images")
+        report(f"scanning {len(images)} images for values beyond fp16")
         extremes = scan_ranges(model, images, manifest.preprocess)
         fp16 = Fp16Report.of(extremes, float_islands(extremes))
     converted = in_precision(model, precision, fp16.islands if fp16 else ())
@@ -199,8 +199,8 @@ def _with_graphs(
         verification = verify(reference, graphs, batches, manifest.model, tolerance)
         contract = {name: _contract(getattr(graphs, name)) for name in STAGES}
     if converted is not model:
-        # On a CPU ONNX Runtime computes fp16 graphs in fp32, PyTorch rounds every activation: what
-        # overflows shows here alone.
+        # On a CPU, ONNX Runtime computes fp16 graphs in fp32, while PyTorch rounds every activation. Only
+        # this comparison shows an overflow.
         report(f"comparing PyTorch in {precision} with PyTorch in fp32")
         half = torch_stages(converted)
         rounded = verify(reference, half, batches[:1], manifest.model, tolerance)
@@ -211,19 +211,19 @@ def _with_graphs(
 
 
 def _write_weights(model: CoMask, preprocess: PreprocessConfig, path: Path) -> None:
-    """With the preprocessing, so that `comask-eval` sees whether the manifest's was altered later."""
+    """Writes the weights and the preprocessing, so that `comask eval` can detect an altered manifest."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     try:
         save_file(tensors, path, {"preprocess": json.dumps(dataclasses.asdict(preprocess))})
-    except SafetensorError as error:  # in place of an OSError
+    except SafetensorError as error:  # safetensors raises it instead of OSError.
         raise BundleError(f"{path.name} cannot be written: {error}") from error
 
 
 def _contract(session: Stage) -> dict[str, list[dict[str, object]]]:
-    """A graph's inputs and outputs for the manifest."""
+    """Returns a graph's inputs and outputs for the manifest."""
     return {
         side: [{"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape)} for s in specs]
         for side, specs in (("inputs", session.inputs), ("outputs", session.outputs))

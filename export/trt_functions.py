@@ -1,10 +1,10 @@
-"""The custom ops in ops that TensorRT and TensorRT-RTX build on any machine, for engines without plugins.
+"""Defines the custom ops in standard ops that TensorRT and TensorRT-RTX can build on any machine.
 
-TensorRT-RTX has no NonZero and no NonMaxSuppression, and its RoiAlign does not parse without a GPU. ONNX
-Runtime runs the bodies in `comask.export.functions` three to five times as fast (docs/bundle.md), so
-both exist.
+Engines without plugins use them. TensorRT-RTX has no NonZero and no NonMaxSuppression, and its RoiAlign
+does not parse without a GPU. ONNX Runtime uses the bodies in `comask.export.functions` instead, which it
+runs three to five times as fast (docs/bundle.md).
 
-Legend: B images with N RoIs each, C channels, S output size, r samples a bin and axis.
+Legend: B images with N RoIs each, C channels, S output size, r samples per bin and axis.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from comask.export.functions import DOMAIN, REACHED_LEVELS, sorted_nms_function
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
 from comask.runtime.trt.ops import check_fixed
 
-# One GridSample serves all levels, because they lie in one image, the atlas: P2, and to its right P3 over
-# P4 over P5, which 7/8 of P2's height hold. Positions are clamped inside their level first; at its
-# border the farther tap weighs nothing, so no neighbour shines through.
+# One GridSample samples all levels, because they are put into one image, the atlas: P2, and to its right
+# P3 above P4 above P5, which together have 7/8 of P2's height. Positions are clamped to their level
+# first. At a level's border, the tap outside has weight zero, so neighbouring levels have no influence.
 ATLAS = """
 <domain: "comask", opset_import: ["": 20]>
 PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, rois) => (pooled)
@@ -51,7 +51,7 @@ PyramidRoiAlign <output_size, sampling_ratio, canonical_size> (p2, p3, p4, p5, r
     atlas = Cast <to = 1> (atlas_half)
 """
 
-# As comask.models.roi_align.roi_levels; then what that level means for a RoI, each [B, N, 1].
+# Like comask.models.roi_align.roi_levels; then the scale, size and origin of each RoI's level, [B, N, 1].
 LEVEL = (
     """
     zero_f = Constant <value_float = 0.0> ()
@@ -99,8 +99,8 @@ LEVEL = (
 """
 )
 
-# Sample positions in one axis, in torchvision's order of operations, [B, N, S·r]; then as [B, r, N, S]
-# with the axes of the other direction between. GridSample's -1 and 1 are the atlas's outer pixels.
+# Sample positions along one axis, in torchvision's order of operations, [B, N, S·r]; then [B, r, N, S]
+# with the axes of the other direction inserted. GridSample's -1 and 1 are the atlas's outer pixels.
 AXIS = """
     start_pixels_{a} = Mul ({a}1, scale)
     end_pixels_{a} = Mul ({a}2, scale)
@@ -138,7 +138,7 @@ AXIS = """
     coordinates_{a} = Unsqueeze (coordinate_parts_{a}, between_{a})
 """
 
-# The samples of a bin lie in an axis of their own, outside the RoIs, so that their mean is one of rows.
+# The samples of a bin have an axis of their own, outside the RoIs, so that their mean is a mean of rows.
 SAMPLE = """
     weights = Mul (weights_y, weights_x)
     everywhere = Shape (weights)
@@ -171,7 +171,7 @@ SAMPLE = """
 
 
 def pyramid_roi_align_by_grid_sample() -> onnx.FunctionProto:
-    """`PyramidRoiAlign` as in `comask.export.functions`, sampled in fp32 whatever the maps' type."""
+    """Returns `PyramidRoiAlign` by GridSample, which samples maps of any type in fp32."""
     text = ATLAS + LEVEL
     text += AXIS.format(a="y", axis=2, axis_after=3, between="2, 5")  # [B, r, 1, N, S, 1]
     text += AXIS.format(a="x", axis=3, axis_after=4, between="1, 4")  # [B, 1, r, N, 1, S]
@@ -184,7 +184,7 @@ def pyramid_roi_align_by_grid_sample() -> onnx.FunctionProto:
 
 
 def tensorrt_functions() -> list[onnx.FunctionProto]:
-    """Both ops."""
+    """Returns the functions of both ops."""
     return [
         pyramid_roi_align_by_grid_sample(),
         sorted_nms_function(count_type=onnx.TensorProto.FLOAT16),
@@ -192,12 +192,12 @@ def tensorrt_functions() -> list[onnx.FunctionProto]:
 
 
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose custom nodes have no function, so that TensorRT looks for their plugins.
+    """Returns a copy whose custom nodes have no function, so that TensorRT looks for their plugins.
 
     The nodes carry `plugin_namespace` and `plugin_version`.
 
     Raises:
-        EngineError: for a custom node that our kernels do not compute.
+        EngineError: comask's kernels do not compute one of the custom nodes.
     """
     for node in model.graph.node:
         if node.domain == DOMAIN:
@@ -211,10 +211,10 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with standard ops in place of the custom nodes, all of which TensorRT-RTX builds.
+    """Returns a copy with standard ops in place of the custom nodes, all of which TensorRT-RTX can build.
 
-    It has no NonZero, NonMaxSuppression or RoiAlign. Counting in NMS is an f16 product: for Turing (SM75)
-    TensorRT-RTX builds no GEMM in fp32, so there it builds the fp16 graphs alone.
+    It has no NonZero, NonMaxSuppression or RoiAlign. NMS counts by an f16 product, since TensorRT-RTX
+    has no fp32 GEMM for Turing (SM75); for the same reason it builds only fp16 graphs there.
     """
     replaced = onnx.ModelProto()
     replaced.CopyFrom(model)
@@ -232,7 +232,7 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _remove_functions(model: onnx.ModelProto) -> None:
-    """Drops the functions of the custom ops."""
+    """Removes the functions of the custom ops."""
     kept = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
     model.functions.extend(kept)

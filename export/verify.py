@@ -1,4 +1,4 @@
-"""Proof that graphs and engines compute what the network computes, before either is released."""
+"""Verifies that graphs and engines compute the same as the network, before they are released."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from comask.runtime.compare import TOLERANCES, Comparison, Tolerance, compare_st
 from comask.runtime.device import Gpu
 from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo, why_not_on
 
-# Canvases, as shares of the configured size: whole, a smaller one, and a strip.
+# Canvases as shares (y, x) of the configured size: the whole one, a smaller one, and a strip.
 SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))
 
 Batch = Sequence[Prepared]
 
-# Values at the edge between two codes fall to either side in another arithmetic. Between the same int8
-# graph on an fp16 and on an fp32 base, that moved a trained network's maps by up to 6 % of their largest
-# value, scores by 0.014, mask pixels by 0.14, and exchanged 9 % of proposals. Twice that is allowed; a
-# wrong weight, plugin or layout is off by far more.
+# In another arithmetic, a value at the edge between two codes may be rounded to the other one. Between
+# the same int8 graph on an fp16 and on an fp32 base, this changed a trained network's maps by up to 6 %
+# of their largest value, scores by 0.014, mask pixels by 0.14, and replaced 9 % of proposals. Twice as
+# much is allowed; a wrong weight, plugin or layout causes far larger differences.
 INT8_TOLERANCE = Tolerance(
     relative=0.12,
     box=1.0,
@@ -44,11 +44,11 @@ INT8_TOLERANCE = Tolerance(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """How far a backend that was accepted is off its reference.
+    """Reports the differences between a verified backend and its reference.
 
     Attributes:
-        reference: name of the backend that was taken as right.
-        backend: name of the other one.
+        reference: the name of the reference backend.
+        backend: the name of the verified backend.
         worst: the largest differences over all images.
     """
 
@@ -57,7 +57,7 @@ class Verification:
     worst: Comparison
 
     def to_dict(self) -> dict[str, Any]:
-        """For `manifest.json` and `engine.json`: all in one object, without the absent failures."""
+        """Returns one flat object for `manifest.json` and `engine.json`, without the empty failures."""
         worst = dataclasses.asdict(self.worst)
         del worst["failures"]
         return {"reference": self.reference, "backend": self.backend, **worst}
@@ -70,17 +70,17 @@ def verify(
     model: ModelConfig,
     tolerance: Tolerance,
 ) -> Verification:
-    """Runs images through both and compares every output.
+    """Runs images through two backends and compares every output.
 
     Args:
         reference: the network in PyTorch, fp32.
-        other: its graphs, or itself in another precision.
-        batches: each of images of one canvas.
-        model: its thresholds.
-        tolerance: for the other's precision.
+        other: the network's graphs, or the network in another precision.
+        batches: batches of images, each with one canvas size.
+        model: the network's configuration, for its thresholds.
+        tolerance: the tolerance for the precision of `other`.
 
     Raises:
-        ParityError: naming the first output that differs.
+        ParityError: an output differs; the message names the first one.
     """
     comparison = Comparison()
     for batch in batches:
@@ -97,11 +97,11 @@ def verify(
 def verification_batches(
     images: Sequence[NDArray[np.uint8]], preprocess: PreprocessConfig
 ) -> list[Batch]:
-    """Every image alone at its own size, then smaller and narrower; at last two on one canvas.
+    """Returns a batch for each image at each of `SCALES`, and finally one of two images on one canvas.
 
     Args:
         images: u8 [h, w, 3], RGB.
-        preprocess: from an image to the first graph's input.
+        preprocess: the preprocessing of images.
     """
     batches: list[Batch] = []
     for image in images:
@@ -122,7 +122,7 @@ def verification_batches(
 
 
 def why_not_proved(info: EngineInfo, gpu: Gpu | None) -> str:
-    """Why engines cannot run here, so that nothing is said of their results; empty where they can."""
+    """Returns why engines cannot run here and thus cannot be verified; empty if they can."""
     if reason := why_not_on(info, gpu):
         return reason
     return "" if importlib.util.find_spec("pycuda") else "pycuda is not installed"
@@ -133,20 +133,20 @@ def prove_engines(
 ) -> dict[str, Any]:
     """Runs images through both plans and compares every output with PyTorch in fp32.
 
-    int8 engines are compared with their own graphs on ONNX Runtime: whether int8 is still the model
-    says AP alone, which was measured on those.
+    int8 engines are compared with their own graphs in ONNX Runtime, because only AP, which was measured
+    on those graphs, tells whether int8 is accurate.
 
     Args:
-        bundle: with its weights.
-        engines: of the bundle, and for GPU 0.
+        bundle: the bundle, with its weights.
+        engines: the bundle's engines, for GPU 0.
         images: u8 [h, w, 3], RGB.
 
     Returns:
-        the worst differences and the number of batches, as `engine.json` has them.
+        The number of batches and the largest differences, for `engine.json`.
 
     Raises:
-        ParityError: naming the first output that differs.
-        EngineError: when the plans do not open or run, or take none of the images' canvases.
+        ParityError: an output differs; the message names the first one.
+        EngineError: the plans cannot be opened or run, or support none of the images' canvases.
     """
     from comask.runtime.backends.ort import ort_stages
     from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
@@ -160,8 +160,8 @@ def prove_engines(
     ]
     if not batches:
         raise EngineError(
-            "the engines take none of the canvases of the images that they are compared on: name "
-            "other images by --val-data, or widen --profile"
+            "the engines support none of the canvases of the images that they are compared on: give "
+            "other images by --data, or widen --profile"
         )
     if info.precision == "int8":
         reference, tolerance = ort_stages(bundle, "int8", "cpu"), INT8_TOLERANCE

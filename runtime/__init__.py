@@ -1,6 +1,6 @@
 """Runs a bundle over images: `Predictor.load("bundle/")(image)`.
 
-Importing this needs numpy alone; each backend imports what it needs when it is opened.
+Importing this package needs only numpy; each backend imports what it needs when it is opened.
 """
 
 from comask.errors import FrameDroppedError, QueueFullError

@@ -1,7 +1,7 @@
-"""Do two backends compute the same? Tensors by relative error, boxes as sets.
+"""Compares the results of two backends: tensors by relative error, boxes as sets.
 
-Boxes are compared as sets because equal scores have no order: rounding alone decides which of two
-comes first, or which of two near-equals survives NMS. Such near-ties are told apart from errors.
+Boxes are compared as sets because equal scores have no order: rounding alone decides which of two boxes
+comes first, and which of two nearly equal boxes survives NMS. Such near-ties are told apart from errors.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PYRAMID = ("p2", "p3", "p4", "p5")
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """One image's boxes, by falling score.
+    """One image's boxes in descending order of their scores.
 
     Attributes:
         boxes: [N, 4] f32 `xyxy` in pixels.
         scores: [N] f32.
         labels: [N] int; boxes of different labels do not compete.
-        masks: [N, 28, 28] f32 probabilities; None of proposals.
+        masks: [N, 28, 28] f32 probabilities; None for proposals.
     """
 
     boxes: Array
@@ -38,15 +38,15 @@ class Boxes:
 
 
 def match_boxes(a: Array, b: Array, limit: float | Array) -> Array:
-    """A partner in `b` for each box of `a`, each used once, edges at most `limit` pixels apart.
+    """Finds a partner in `b` for each box of `a`, whose edges are at most `limit` pixels away.
 
     Args:
         a: [N, 4].
-        b: [M, 4].
-        limit: in pixels, for all boxes of `a` or [N].
+        b: [M, 4]; each box is used at most once.
+        limit: pixels, one number for all boxes of `a` or [N].
 
     Returns:
-        [N] i64, -1 where there is none.
+        i64 [N], the partner's index in `b`; -1 without a partner.
     """
     limits = np.broadcast_to(limit, len(a))
     partner = np.full(len(a), -1, dtype=np.int64)
@@ -63,29 +63,29 @@ def match_boxes(a: Array, b: Array, limit: float | Array) -> Array:
 def is_contested(
     rows: Boxes, place: int, rivals: Boxes, nms_iou: float, cuts: Sequence[float], tie: float
 ) -> bool:
-    """Whether rounding alone may have cost a box its partner.
+    """Returns whether rounding alone may explain that a box has no partner.
 
-    It did when the score lies at one of `cuts`, or when an overlapping rival of its label and (nearly)
+    It may if the box's score lies at one of `cuts`, or if an overlapping rival with its label and nearly
     its score won the NMS in the other backend.
 
     Args:
-        rows: of one backend.
-        place: of the box in them.
-        rivals: of the other backend.
-        nms_iou: of the NMS that both went through.
+        rows: the boxes of one backend.
+        place: the index of the box in `rows`.
+        rivals: the boxes of the other backend.
+        nms_iou: the IoU threshold of the NMS that both went through.
         cuts: scores below which boxes were dropped.
-        tie: two scores this close may change places.
+        tie: two scores that are at most this far apart may change places.
     """
     score = rows.scores[place]
     if any(abs(score - cut) <= tie for cut in cuts):
         return True
     close = (np.abs(rivals.scores - score) <= tie) & (rivals.labels == rows.labels[place])
-    # After refinement boxes overlap less or more than when NMS saw them: half its threshold.
+    # Refinement has moved the boxes since NMS, so half of its threshold counts as an overlap.
     return bool((_iou(rivals.boxes[close], rows.boxes[place]) > nms_iou / 2).any())
 
 
 def _iou(boxes: Array, box: Array) -> Array:
-    """IoU of each of [N, 4] with one [4]."""
+    """Returns the IoU of each of the boxes [N, 4] with one box [4]."""
     side = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
     intersection = side.clip(min=0).prod(axis=1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
@@ -95,19 +95,19 @@ def _iou(boxes: Array, box: Array) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far results of one precision may lie apart; the defaults are those of fp32.
+    """The differences allowed between results of one precision; the defaults are those of fp32.
 
     Attributes:
         relative: max|a-b| / max|a| of a tensor.
         box: pixels of the resized image.
-        box_side: what a box's longer side allows on top, as a share of it.
-        score: of a detection or proposal, absolute.
-        mask: probability of a mask pixel, absolute.
-        tie: two scores this close may change places.
-        contested: share of an image's proposals that near-ties may exchange; two may in any case.
-        contested_detections: likewise of its detections.
-        alike: both shares where the reference's proposals have scores that span less than 20 ties, as
-            an untrained network's do: then rounding alone decides which of them win.
+        box_side: additional allowance as a share of a box's longer side.
+        score: absolute difference of two scores, of detections or proposals.
+        mask: absolute difference of two probabilities of a mask's pixel.
+        tie: two scores that are at most this far apart may change places.
+        contested: share of an image's proposals that near-ties may exchange; two always may.
+        contested_detections: the same share for detections.
+        alike: both shares if the scores of the reference's proposals span less than 20 ties, as an
+            untrained network's do; rounding alone then decides which of them win.
     """
 
     relative: float = 1e-3
@@ -121,20 +121,21 @@ class Tolerance:
     alike: tuple[float, float] = (0.01, 0.05)
 
     def shares(self, scores: Array) -> tuple[float, float]:
-        """Of proposals and of detections that may be exchanged, given an image's proposals' scores."""
+        """Returns the shares of proposals and detections that may be exchanged, given proposal scores."""
         if len(scores) and float(scores.max() - scores.min()) < SPAN_OF_TIES * self.tie:
             return self.alike
         return self.contested, self.contested_detections
 
 
-# f16 rounds by up to u = 2^-11 = 5e-4. Roundings of some sixty layers in a row add up like a random walk,
-# to 8u = 4e-3 of a map's largest value; a wrong weight or mean exceeds twice that (tests/test_fp16.py).
-# Deltas and offsets are predicted from such maps in units of an anchor or RoI, so boxes err in
-# proportion to their side. Logits up to 10 err by 2e-3 of it (half of what the maps may), a probability
-# by at most a quarter of that: 5e-3 a score, twice that between two. A mask may move more: where a
-# cell's confidence rounds across the threshold of ½, the box it is drawn in moves. The trained demo
-# exchanges nothing, so a trained network may exchange little. Untrained, comask-r50 has all its
-# proposals within 0.006 and detections within 0.015 of one another, 6 % and 20 % without a partner.
+# f16 rounds by up to u = 2^-11 = 5e-4. The roundings of some sixty layers in a row add up like a random
+# walk, to 8u = 4e-3 of a map's largest value; a wrong weight or mean exceeds twice that
+# (tests/test_fp16.py). Deltas and offsets are predicted from such maps in units of an anchor or RoI, so
+# the error of a box is proportional to its side. Logits up to 10 have an error of 2e-3 of that (half of
+# what the maps may have), a probability at most a quarter of that: 5e-3 per score, twice that between two
+# scores. A mask may differ more: if a cell's confidence rounds across the threshold of ½, the box in
+# which the mask is drawn moves. The trained demo exchanges nothing, so a trained network may exchange
+# little. The scores of an untrained comask-r50 lie within 0.006 of one another for proposals and 0.015
+# for detections; 6 % and 20 % of them have no partner.
 TOLERANCES = {
     "fp32": Tolerance(),
     "fp16": Tolerance(
@@ -152,18 +153,20 @@ TOLERANCES = {
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What a comparison found; `failures` is empty where the backends agree.
+    """The result of a comparison; `failures` is empty if the backends agree.
 
     Attributes:
-        relative: worst relative error by tensor name.
-        proposals: how many were compared, and `contested_proposals` how many found no partner.
-        detections: likewise, with `contested_detections`.
+        relative: the largest relative error of each tensor, by name.
+        proposals: the number of compared proposals.
+        contested_proposals: the number of proposals that have no partner because of a near-tie.
+        detections: the number of compared detections.
+        contested_detections: the number of detections that have no partner because of a near-tie.
         box: largest distance of matched detections' edges in pixels of the resized image.
         score: largest difference of matched scores.
         mask: largest difference of matched mask probabilities.
-        degenerate: whether more were exchanged than a trained network may, and let pass because the
-            proposals' scores were all alike.
-        failures: one sentence each.
+        degenerate: whether more boxes were exchanged than a trained network may exchange, which passed
+            because the proposals' scores were all alike.
+        failures: one sentence for each failure.
     """
 
     relative: dict[str, float] = field(default_factory=dict)
@@ -179,7 +182,7 @@ class Comparison:
 
 
 def relative_error(a: Array, b: Array) -> float:
-    """max|a-b| / max|a|; infinite where shapes differ or either holds NaN or infinity."""
+    """Returns max|a-b| / max|a|; infinity if shapes differ or either has NaN or infinite values."""
     if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
     scale = float(np.abs(a).max(initial=0.0))
@@ -196,16 +199,16 @@ def compare_stages(
     tolerance: Tolerance,
     into: Comparison,
 ) -> None:
-    """Runs one batch through both backends and adds what differs to `into`.
+    """Runs one batch on both backends and adds the differences to `into`.
 
-    Stage 2 of both gets the reference's stage 1 outputs, so that each stage is judged alone.
+    Stage 2 of both gets the reference's stage 1 outputs, so that each stage is judged on its own.
 
     Args:
-        reference: usually PyTorch.
-        other: the backend in question.
+        reference: the reference backend, usually PyTorch.
+        other: the backend to compare.
         batch: images on canvases of one size.
-        model: its thresholds.
-        tolerance: for the other backend's precision.
+        model: the model's configuration, for its thresholds.
+        tolerance: the tolerance for the other backend's precision.
         into: collects the result.
     """
     images = np.stack([image.canvas for image in batch])
@@ -222,7 +225,7 @@ def compare_stages(
             into.failures.append(
                 f"{name}: relative error {error:.2g}, at most {tolerance.relative:g} expected ({where})"
             )
-    shares = []  # of each image, what near-ties may exchange
+    shares = []  # for each image, the shares that near-ties may exchange
     for i, place in enumerate(places):
         match = _Match(_proposals(expected, i), _proposals(found, i), place, tolerance, into)
         shares.append(tolerance.shares(match.expected.scores))
@@ -234,7 +237,7 @@ def compare_stages(
         counts = [int(outputs["num_detections"][i]) for outputs in (expected, found)]
         if min(counts) < 0:
             into.failures.append(
-                f"num_detections: {counts[1]} where {counts[0]} is expected, and -1 says that scores are "
+                f"num_detections: {counts[1]} where {counts[0]} is expected; -1 means that scores are "
                 f"not finite ({place})"
             )
             continue
@@ -243,7 +246,7 @@ def compare_stages(
 
 
 def _proposals(outputs: Mapping[str, Array], image: int) -> Boxes:
-    """One image's, without the padding."""
+    """Returns one image's proposals without the padding."""
     scores = outputs["proposal_scores"][image]
     sound = scores > 0
     labels = np.zeros(int(sound.sum()), dtype=np.int64)
@@ -251,7 +254,7 @@ def _proposals(outputs: Mapping[str, Array], image: int) -> Boxes:
 
 
 def _detections(outputs: Mapping[str, Array], image: int) -> Boxes:
-    """The sound rows of one image's stage 2 outputs."""
+    """Returns one image's detections without the padding."""
     count = int(outputs["num_detections"][image])
     names = ("boxes", "scores", "labels", "masks")
     return Boxes(*(outputs[name][image][:count] for name in names))
@@ -262,10 +265,10 @@ class _Match:
     """The boxes of one image in two backends.
 
     Attributes:
-        expected: the reference's.
-        found: the other backend's.
-        where: what failures name as the place.
-        tolerance: for the other backend's precision.
+        expected: the reference's boxes.
+        found: the other backend's boxes.
+        where: the place that failures name.
+        tolerance: the tolerance for the other backend's precision.
         into: collects the result.
     """
 
@@ -277,7 +280,7 @@ class _Match:
 
     @cached_property
     def partner(self) -> Array:
-        """The place in `found` of the partner of each of `expected`, i64 [N]; -1 where there is none."""
+        """Index in `found` of the partner of each box in `expected`, i64 [N]; -1 without a partner."""
         partner = np.full(len(self.expected.scores), -1, dtype=np.int64)
         for label in np.unique(self.expected.labels):
             mine, theirs = (
@@ -291,7 +294,7 @@ class _Match:
         return partner
 
     def compare_proposals(self, model: ModelConfig, share: float) -> None:
-        """Compares what stage 1 proposes; that `share` of it may lack a partner."""
+        """Compares stage 1's proposals, of which `share` may lack a partner."""
         self.into.proposals += len(self.expected.scores)
         difference = self._difference("scores")
         if not difference <= self.tolerance.score:
@@ -301,10 +304,10 @@ class _Match:
         self.into.contested_proposals += self._lone("proposals", model.rpn_nms_iou, cuts, shares)
 
     def compare_detections(self, model: ModelConfig, full: int, share: float) -> None:
-        """Compares what stage 2 detects, `full` at most; that `share` of it may lack a partner."""
+        """Compares stage 2's detections, at most `full`, of which `share` may lack a partner."""
         self.into.detections += len(self.expected.scores)
         for name, tensor, allowed in (
-            ("box", "boxes", np.inf),  # partners are near
+            ("box", "boxes", np.inf),  # partners are near by definition
             ("score", "scores", self.tolerance.score),
             ("mask", "masks", self.tolerance.mask),
         ):
@@ -316,12 +319,12 @@ class _Match:
         for rows in (self.expected, self.found):
             if 0 < len(rows.scores) == full:
                 cuts.append(float(rows.scores[-1]))
-        # Where all scores are alike, a tie excuses any detection, but not most of them.
+        # If all scores are alike, a tie excuses any single detection, but not most of them.
         shares = self.tolerance.contested_detections, share
         self.into.contested_detections += self._lone("detections", model.nms_iou, cuts, shares)
 
     def _difference(self, tensor: str) -> float:
-        """The largest one of partners."""
+        """Returns the largest difference between partners in one tensor."""
         matched = np.flatnonzero(self.partner >= 0)
         a = getattr(self.expected, tensor)[matched]
         b = getattr(self.found, tensor)[self.partner[matched]]
@@ -330,13 +333,13 @@ class _Match:
     def _lone(
         self, what: str, nms_iou: float, cuts: Sequence[float], shares: tuple[float, float]
     ) -> int:
-        """How many boxes without a partner a near-tie explains; each of the others is a failure.
+        """Counts the boxes whose missing partner a near-tie explains; each other one is a failure.
 
         Args:
-            what: the boxes are.
-            nms_iou: of the NMS that they went through.
+            what: the name of the boxes.
+            nms_iou: the IoU threshold of the NMS that they went through.
             cuts: scores below which boxes were dropped.
-            shares: what may usually lack a partner, and what may here.
+            shares: the share that may usually lack a partner, and the share that may here.
         """
         lone = 0
         surplus = np.setdiff1d(np.arange(len(self.found.scores)), self.partner)
@@ -356,7 +359,7 @@ class _Match:
         usual, most = (max(2, share * count) for share in shares)
         if lone > most:
             self._fail(
-                f"{what}: {lone} of {count} have no partner but a near-tie, at most {most:.0f} may"
+                f"{what}: {lone} of {count} have no partner because of near-ties, at most {most:.0f} may"
             )
         elif lone > usual:
             self.into.degenerate = True

@@ -1,13 +1,13 @@
-"""Which GPU there is, by ctypes on the driver; its memory, streams, events and graphs, by pycuda.
+"""Finds the GPU (ctypes on the driver), and handles its memory, streams, events and graphs (pycuda).
 
-Asking which GPU there is loads no CUDA package and makes no context. Everything else happens in the
-device's primary context, which PyTorch, ONNX Runtime and whoever hands us a stream share. Contexts are
-current for a thread, so every use of a `Device`'s objects, freeing them included, stands inside `with
-device:`; pycuda frees an object in any thread, but only where the very same Context object is current,
-hence one `Device` for each GPU and process. Nothing is left to the garbage collector, which would free in
-whichever thread it happens to run.
+Finding the GPU loads no CUDA package and creates no context. Everything else happens in the device's
+primary context, which PyTorch, ONNX Runtime and the owners of foreign streams share. A context is current
+per thread, so every use of a `Device`'s objects, freeing them included, must be inside `with device:`.
+pycuda can free an object in any thread, but only if the very same Context object is current; therefore a
+process has one `Device` per GPU. Nothing is left to the garbage collector, which would free objects in an
+arbitrary thread.
 
-pycuda lacks graphs, and events on streams that are not its own; ctypes on the driver does those.
+pycuda has neither graphs nor events on foreign streams; ctypes calls the driver for those.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from comask.errors import BackendUnavailableError, EngineError
 from comask.kernels.run import CAPABILITY_MAJOR, CAPABILITY_MINOR
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
-DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: cheaper to record and to wait for
+DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: makes recording and waiting cheaper
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
@@ -41,13 +41,13 @@ _opening = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as an engine depends on it.
+    """The properties of a GPU that an engine depends on.
 
     Attributes:
         name: NVIDIA's name of the model.
-        capability: of compute, 90 for 9.0.
-        driver: newest CUDA version that the driver supports, as 13000 for 13.0.
-        memory: bytes in all.
+        capability: the compute capability, 90 for 9.0.
+        driver: the newest CUDA version that the driver supports, 13000 for 13.0.
+        memory: total memory in bytes.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Gpu:
 
 
 def find_gpu(index: int = 0) -> Gpu | None:
-    """The GPU with this index; None where there is no driver or no such GPU."""
+    """Returns the GPU with this index; None without a driver or such a GPU."""
     return find_gpu_or_reason(index)[0]
 
 
 def find_gpu_or_reason(index: int = 0) -> tuple[Gpu | None, str]:
-    """The GPU, or why there is none."""
+    """Returns the GPU and an empty text, or None and the reason."""
     try:
         cuda: Any = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -88,10 +88,10 @@ def find_gpu_or_reason(index: int = 0) -> tuple[Gpu | None, str]:
 
 
 def open_device(index: int = 0) -> Device:
-    """The GPU with this index, always the same object.
+    """Returns the GPU with this index, always as the same object.
 
     Raises:
-        BackendUnavailableError: when pycuda or the driver cannot be loaded, or there is no such GPU.
+        BackendUnavailableError: if pycuda or the driver cannot be loaded, or the GPU does not exist.
     """
     with _opening:
         if index not in _devices:
@@ -100,10 +100,10 @@ def open_device(index: int = 0) -> Device:
 
 
 class Device:
-    """A GPU and its primary context, which `with device:` makes current; made by `open_device`.
+    """A GPU and its primary context, which `with device:` makes current; `open_device` creates it.
 
     Attributes:
-        index: of the GPU, from 0.
+        index: the GPU's index, from 0.
     """
 
     def __init__(self, index: int) -> None:
@@ -116,12 +116,12 @@ class Device:
             ) from error
         try:
             self._driver.init()
-            # a second object of the same context could not free what the first one's made
+            # a second object of the same context could not free what was made with the first one
             self._context = self._driver.Device(index).retain_primary_context()
         except self._driver.Error as error:
             raise BackendUnavailableError(f"GPU {index} cannot be opened: {error}") from error
-        # Its destructor would detach as if it were no primary context, which the driver refuses. Last to
-        # be made is first to be finalised: whatever finalises itself in this context comes before.
+        # The destructor would detach the context as if it were not a primary one, which the driver
+        # refuses. Finalizers run in reverse order of creation: those that need this context come first.
         weakref.finalize(self, self._context.detach)
         self.index = index
 
@@ -135,22 +135,22 @@ class Device:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # a thread that ends with a context on pycuda's stack takes the process along
+        # a thread that ends with a context on pycuda's stack aborts the process
         self._driver.Context.pop()
 
     def memory(self, size: int) -> DeviceMemory:
         """Allocates `size` bytes, 256-byte aligned.
 
         Raises:
-            EngineError: when the GPU has not enough.
+            EngineError: if the GPU does not have enough memory.
         """
         return DeviceMemory(self._allocate(self._driver.mem_alloc, size, f"GPU {self.index}"), size)
 
     def pinned(self, size: int) -> PinnedMemory:
-        """Allocates `size` bytes of page-locked host memory, the only kind that copies run beside.
+        """Allocates `size` bytes of page-locked host memory, which asynchronous copies need.
 
         Raises:
-            EngineError: when the system has not enough.
+            EngineError: if the system does not have enough memory.
         """
         allocate = functools.partial(self._driver.pagelocked_empty, dtype=np.uint8)
         return PinnedMemory(self._allocate(allocate, size, "page-locked host memory"))
@@ -160,29 +160,29 @@ class Device:
             return allocate(size)
         except self._driver.MemoryError as error:
             raise EngineError(
-                f"{where}: {-(-size // MIB)} MiB more are not to be had; give a smaller max_batch "
-                f"(--batch), fewer slots or fewer threads, or free what else uses it"
+                f"{where}: out of memory, cannot allocate {-(-size // MIB)} MiB more; give a smaller "
+                f"max_batch (--batch), fewer slots or fewer threads, or end other programs that use it"
             ) from error
 
     def stream(self) -> Stream:
-        """Creates a stream that waits for no other one, the default stream included."""
+        """Creates a stream that waits for no other stream, not even for the default stream."""
         return Stream(self._driver)
 
     def synchronize(self, foreign: int) -> None:
-        """Returns when what is now queued on any library's stream is done, given by its handle."""
+        """Waits for the work that is now queued on another library's stream, given by its handle."""
         _call_on(foreign, "cuStreamSynchronize", ctypes.c_void_p(foreign))
 
     def event(self, *, timed: bool = False) -> Event:
-        """Creates an event, which is past until it is recorded; `timed` for `Event.since`."""
+        """Creates an event, which counts as past until it is recorded; `Event.since` needs `timed`."""
         return Event(timed=timed)
 
 
 class DeviceMemory:
-    """Memory of a GPU.
+    """A block of a GPU's memory.
 
     Attributes:
-        address: of its first byte.
-        size: in bytes.
+        address: address of the first byte.
+        size: size in bytes.
     """
 
     def __init__(self, allocation: Any, size: int) -> None:
@@ -191,16 +191,16 @@ class DeviceMemory:
         self.size = size
 
     def free(self) -> None:
-        """Gives it back; nothing may be using it."""
+        """Frees the memory, which must not be in use."""
         self._allocation.free()
 
 
 class PinnedMemory:
-    """Page-locked host memory.
+    """A block of page-locked host memory.
 
     Attributes:
-        bytes: u8 [size]; dead after `free`, as are its views.
-        size: in bytes.
+        bytes: u8 [size]; neither it nor a view of it may be used after `free`.
+        size: size in bytes.
     """
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
@@ -208,13 +208,13 @@ class PinnedMemory:
         self._allocation: Any = array.base
 
     def free(self) -> None:
-        """Gives it back; nothing may be using it."""
+        """Frees the memory, which must not be in use."""
         self.bytes = np.empty(0, dtype=np.uint8)
         self._allocation.free()
 
 
 class Stream:
-    """A queue of work on the GPU; made by `Device.stream`.
+    """A queue of work on the GPU; `Device.stream` creates it.
 
     Attributes:
         handle: the CUstream as an integer.
@@ -228,25 +228,25 @@ class Stream:
         _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
 
     def copy_in(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
-        """Queues a copy from a contiguous host array, which must stay as it is until then."""
+        """Queues a copy from a contiguous host array, which must not change until the copy is done."""
         self._driver.memcpy_htod_async(memory.address + offset, array, self._stream)
 
     def copy_over(
         self, memory: DeviceMemory, address: int, offset: int = 0, size: int | None = None
     ) -> None:
-        """Queues a copy from another place on the GPU, of all that the memory takes or `size` bytes."""
+        """Queues a copy from another address on the GPU, of `size` bytes or the whole memory's size."""
         size = memory.size if size is None else size
         self._driver.memcpy_dtod_async(memory.address + offset, address, size, self._stream)
 
     def copy_out(self, array: NDArray[Any], memory: DeviceMemory) -> None:
-        """Queues a copy of as many bytes as the contiguous host array has."""
+        """Queues a copy to a contiguous host array, of as many bytes as the array has."""
         self._driver.memcpy_dtoh_async(array, memory.address, self._stream)
 
     def synchronize(self) -> None:
-        """Returns when all queued work is done; other threads run meanwhile.
+        """Waits until all queued work is done; other threads can run meanwhile.
 
         Raises:
-            EngineError: when some of it failed, after which CUDA refuses this process everything.
+            EngineError: if some of it failed; CUDA then refuses all further calls of this process.
         """
         try:
             self._stream.synchronize()
@@ -254,30 +254,30 @@ class Stream:
             raise EngineError(f"work on the GPU failed, start a new process: {error}") from error
 
     def wait_for(self, foreign: int) -> None:
-        """Later work on this stream starts after what is now queued on another one.
+        """Makes later work on this stream wait for the work that is now queued on another stream.
 
         Args:
             foreign: handle of any library's stream in this context.
 
         Raises:
-            EngineError: it is none.
+            EngineError: if the handle is invalid.
         """
-        # a wait keeps what was recorded before it, so one event serves all
+        # a queued wait refers to the event's last record before it, so one event serves all waits
         _call_on(foreign, "cuEventRecord", self._event, ctypes.c_void_p(foreign))
         _call("cuStreamWaitEvent", ctypes.c_void_p(self.handle), self._event, 0)
 
     def capture(self, queue: Callable[[], None]) -> Graph:
-        """What `queue` queues on this stream, as a graph; none of it is done.
+        """Captures what `queue` queues on this stream as a graph, without running it.
 
         Raises:
-            EngineError: some of it cannot be captured; the stream is as before.
+            EngineError: if some of it cannot be captured; the stream is then unchanged.
         """
         _call("cuStreamBeginCapture_v2", ctypes.c_void_p(self.handle), THREAD_LOCAL)
         template = ctypes.c_void_p()
         try:
             queue()
         except BaseException:
-            # the capture must end; a broken one ends with an error and without a graph
+            # the capture must end; an invalid one ends with an error and without a graph
             _libcuda().cuStreamEndCapture(ctypes.c_void_p(self.handle), ctypes.byref(template))
             if template:
                 _call("cuGraphDestroy", template)
@@ -289,42 +289,42 @@ class Stream:
             _call("cuGraphDestroy", template)
 
     def close(self) -> None:
-        """Destroys it once its work is done."""
+        """Waits for the stream's work, then destroys the stream."""
         self.synchronize()
         _call("cuEventDestroy_v2", self._event)
         self._stream = None  # pycuda destroys it with its last reference
 
 
 class Event:
-    """A point in a stream's work; made by `Device.event`."""
+    """A point in a stream's work; `Device.event` creates it."""
 
     def __init__(self, *, timed: bool) -> None:
         self._event = ctypes.c_void_p()
         _call("cuEventCreate", ctypes.byref(self._event), 0 if timed else DISABLE_TIMING)
 
     def since(self, earlier: Event) -> float:
-        """Seconds of the GPU's clock between two timed events, both past."""
+        """Returns the seconds between two timed events by the GPU's clock; both must be past."""
         milliseconds = ctypes.c_float()
         _call("cuEventElapsedTime", ctypes.byref(milliseconds), earlier._event, self._event)
         return milliseconds.value / 1000
 
     def record(self, stream: Stream) -> None:
-        """Moves it behind what is now queued on a stream."""
+        """Moves the event behind the work that is now queued on a stream."""
         _call("cuEventRecord", self._event, ctypes.c_void_p(stream.handle))
 
     def hold_back(self, foreign: int) -> None:
-        """Later work on another stream, given by its handle, starts after this point.
+        """Makes later work on another stream, given by its handle, wait for this event.
 
         Raises:
-            EngineError: it is no stream.
+            EngineError: if the handle is invalid.
         """
         _call_on(foreign, "cuStreamWaitEvent", ctypes.c_void_p(foreign), self._event, 0)
 
     def past(self) -> bool:
-        """Whether the work before it is done.
+        """Returns whether the work before the event is done.
 
         Raises:
-            EngineError: when some of it failed.
+            EngineError: if some of it failed.
         """
         status = _libcuda().cuEventQuery(self._event)
         if status not in (0, NOT_READY):
@@ -332,16 +332,16 @@ class Event:
         return bool(status == 0)
 
     def synchronize(self) -> None:
-        """Returns when the work before it is done; other threads run meanwhile."""
+        """Waits until the work before the event is done; other threads can run meanwhile."""
         _call("cuEventSynchronize", self._event)
 
     def close(self) -> None:
-        """Destroys it."""
+        """Destroys the event."""
         _call("cuEventDestroy_v2", self._event)
 
 
 class Graph:
-    """Work that is queued as a whole; made by `Stream.capture`."""
+    """Captured work that is queued as a whole; `Stream.capture` creates it."""
 
     def __init__(self, template: ctypes.c_void_p) -> None:
         self._graph = ctypes.c_void_p()
@@ -353,11 +353,11 @@ class Graph:
         )
 
     def launch(self, stream: Stream) -> None:
-        """Queues all of it."""
+        """Queues the graph's work on a stream."""
         _call("cuGraphLaunch", self._graph, ctypes.c_void_p(stream.handle))
 
     def close(self) -> None:
-        """Destroys it; work that was queued is done all the same."""
+        """Destroys the graph; work that was queued before is still done."""
         _call("cuGraphExecDestroy", self._graph)
 
 
@@ -368,7 +368,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def _call_on(foreign: int, name: str, *arguments: object) -> None:
-    """A call for a stream of the caller's, which the error names."""
+    """Calls the driver about the caller's stream; an error names the stream."""
     try:
         _call(name, *arguments)
     except EngineError as error:
@@ -379,7 +379,7 @@ def _call_on(foreign: int, name: str, *arguments: object) -> None:
 
 
 def gpu_at(address: int) -> int | None:
-    """Index of the GPU whose memory this is; None where the driver does not know it, or is missing."""
+    """Returns the index of the GPU that owns an address; None if the driver is missing or knows none."""
     index = ctypes.c_int()
     try:
         status = _libcuda().cuPointerGetAttribute(

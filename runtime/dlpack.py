@@ -1,7 +1,7 @@
-"""Memory shared with other libraries without copies: DLPack and `__cuda_array_interface__`, both ways.
+"""Shares memory with other libraries without copies, by DLPack and `__cuda_array_interface__`.
 
-`borrow` reads what others hold; `SharedArray` shows them what we hold. DLPack's structures and rules are
-those of dlpack.h 1.0 and of the Python array API's `__dlpack__`.
+`borrow` reads the memory of other libraries; `SharedArray` lets them read ours. DLPack's structures and
+rules are those of dlpack.h 1.0 and of the Python array API's `__dlpack__`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from comask.errors import ImageError
 from comask.runtime.device import gpu_at
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
-KINDS = "iuf"  # DLDataTypeCode 0..2, as numpy calls them
-UNORDERED = -1  # the stream of a consumer that takes care of the order itself
+KINDS = "iuf"  # numpy's letters of DLDataTypeCode 0..2
+UNORDERED = -1  # the stream of a consumer that orders the work itself
 
 
 class _Tensor(ctypes.Structure):
@@ -45,7 +45,7 @@ class _Versioned(ctypes.Structure):
 
 
 def _capi(name: str, result: Any, *arguments: Any) -> Any:
-    # prototypes of our own: those of ctypes.pythonapi belong to everybody
+    # own prototypes, since those of ctypes.pythonapi are shared by the whole process
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
 
@@ -55,22 +55,21 @@ _capsule_is_valid = _capi("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, _
 _new_capsule = _capi(
     "PyCapsule_New", ctypes.py_object, ctypes.c_void_p, _Name, ctypes.c_void_p
 )  # fmt: skip
-# a dying capsule comes by address: a reference to it would bring it back to life
+# a capsule that is being destroyed is passed by address: a reference would bring it back to life
 _dying_is_valid = _capi("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, _Name)
 _dying_pointer = _capi("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.c_void_p, _Name)
 
 
 class Borrowed:
-    """Somebody's memory, theirs to free once `release` was called or this object is collected.
+    """Another library's memory, which it may free once `release` is called or this object is collected.
 
     Attributes:
-        address: of element 0.
-        shape: in elements.
-        strides: in bytes.
-        dtype: of an element.
+        address: address of element 0.
+        shape: shape in elements.
+        strides: strides in bytes.
+        dtype: type of an element.
         device: index of the GPU; None for the host's memory.
-        stream: handle of the producer's stream that its data are ready on, where it is ours to wait
-            for; else None.
+        stream: handle of the producer's stream for which the borrower must wait; None if it need not.
     """
 
     def __init__(
@@ -90,43 +89,43 @@ class Borrowed:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """For `numpy.asarray`, which keeps this object, and so the memory."""
+        """Lets `numpy.asarray` read the memory; the array keeps this object, and so the memory."""
         if self.device is not None:
-            raise AttributeError("memory of a GPU is no array of numpy's")
+            raise AttributeError("a GPU's memory is not a numpy array")
         return {
             "version": 3, "shape": self.shape, "typestr": self.dtype.str, "strides": self.strides,
             "data": (self.address, False),
         }  # fmt: skip
 
     def view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Borrowed:
-        """A part of the same memory, which keeps all of it until it is released as well.
+        """Returns a view of a part, which keeps the whole memory until it is released as well.
 
         Args:
-            offset: of its element 0, in bytes.
-            shape: in elements.
-            strides: in bytes.
+            offset: offset of the part's element 0 in bytes.
+            shape: shape in elements.
+            strides: strides in bytes.
         """
         return Borrowed(
             self.address + offset, shape, strides, self.dtype, self.device, self._owner, self.stream
         )
 
     def release(self) -> None:
-        """Lets go of it; nothing may be reading it any more."""
+        """Releases the memory, which nothing may read any longer."""
         self._owner = None
 
 
 def borrow(source: Any, stream: int = UNORDERED) -> Borrowed:
-    """The memory behind an array of another library.
+    """Borrows the memory behind another library's array.
 
     Args:
-        source: has `__dlpack__`, `__cuda_array_interface__`, or is a numpy array.
-        stream: handle of our stream, which a CUDA producer makes wait for its work; `UNORDERED` when
-            the order is seen to otherwise.
+        source: an object with `__dlpack__` or `__cuda_array_interface__`, or a numpy array.
+        stream: handle of our stream, which a CUDA producer makes wait for its work; `UNORDERED` if the
+            caller orders the work itself.
 
     Raises:
-        ImageError: it has neither, or its layout is none that can be borrowed.
+        ImageError: if it is none of these, or its layout cannot be borrowed.
     """
-    if isinstance(source, np.ndarray):  # as read-only ones have no DLPack in older versions
+    if isinstance(source, np.ndarray):  # older numpy refuses DLPack of read-only arrays
         return Borrowed(
             source.ctypes.data, source.shape, source.strides, source.dtype, None, source
         )
@@ -144,7 +143,7 @@ def _from_dlpack(source: Any, stream: int) -> Borrowed:
     kind, index = map(int, source.__dlpack_device__())
     if kind not in (CPU, CUDA, CUDA_HOST, CUDA_MANAGED):
         raise ImageError(
-            f"a frame is on DLPack device {kind}; expected CUDA's or the host's memory"
+            f"a frame is on DLPack device {kind}; expected memory of CUDA or of the host"
         )
     arguments = {"stream": stream} if kind in (CUDA, CUDA_MANAGED) else {}
     try:
@@ -166,64 +165,64 @@ def _from_dlpack(source: Any, stream: int) -> Borrowed:
     if tensor.strides:
         strides = tuple(dtype.itemsize * n for n in tensor.strides[: tensor.ndim])
     device = index if kind in (CUDA, CUDA_MANAGED) else None
-    # the capsule keeps its name: then it frees the tensor when its last reference goes
+    # the capsule keeps its name, so that it frees the tensor with its last reference
     return Borrowed(
         (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, device, capsule
     )  # fmt: skip
 
 
 def _from_cuda_array_interface(source: Any, *, ordered: bool) -> Borrowed:
-    found: Mapping[str, Any] = source.__cuda_array_interface__
-    if found.get("mask") is not None:
+    interface: Mapping[str, Any] = source.__cuda_array_interface__
+    if interface.get("mask") is not None:
         raise ImageError("a frame has a mask in its __cuda_array_interface__; expected none")
-    strides, address = found.get("strides"), int(found["data"][0])
-    # the interface itself does not say; cupy's arrays do
+    strides, address = interface.get("strides"), int(interface["data"][0])
+    # the interface does not tell the GPU; cupy's arrays do
     index = getattr(getattr(source, "device", None), "id", None)
     if index is None and (index := gpu_at(address)) is None:
         raise ImageError(
-            f"a frame with __cuda_array_interface__ lies at {address:#x}, which is no GPU's memory that "
-            "CUDA's driver knows"
+            f"a frame with __cuda_array_interface__ lies at {address:#x}, which CUDA's driver does not "
+            "know as memory of a GPU"
         )
     return Borrowed(
         address,
-        tuple(found["shape"]),
+        tuple(interface["shape"]),
         None if strides is None else tuple(strides),
-        np.dtype(found["typestr"]),
+        np.dtype(interface["typestr"]),
         int(index),
         source,
-        None if ordered else found.get("stream"),
+        None if ordered else interface.get("stream"),
     )
 
 
 class Owner(Protocol):
-    """Whoever holds a `SharedArray`'s memory."""
+    """The owner of a `SharedArray`'s memory."""
 
     def share(self, stream: int | None) -> int | None:
         """Makes a consumer's stream wait until the memory is written.
 
         Args:
-            stream: its handle; None for a consumer that will wait for our stream by itself.
+            stream: the consumer's handle; None for a consumer that waits for our stream by itself.
 
         Returns:
-            handle of our stream, None on the host.
+            handle of our stream; None on the host.
 
         Raises:
-            RuntimeError: the memory holds something else by now.
+            RuntimeError: if the memory holds other values by now.
         """
 
     def copy(self, array: SharedArray) -> SharedArray:
-        """See `SharedArray.copy`."""
+        """Waits for an array of this memory and copies it; see `SharedArray.copy`."""
 
 
 class SharedArray:
-    """C-contiguous memory of ours that other libraries may read, as torch.from_dlpack and cupy do.
+    """C-contiguous memory of ours for other libraries to read, with torch.from_dlpack for example.
 
-    Borrowed: whoever made it says until when it holds these values.
+    The memory is borrowed: the method that returned it says how long it holds these values.
 
     Attributes:
-        address: of the first element.
-        shape: in elements.
-        dtype: of an element.
+        address: address of the first element.
+        shape: shape in elements.
+        dtype: type of an element.
         device: index of the GPU; None for the host's memory.
     """
 
@@ -239,7 +238,7 @@ class SharedArray:
         self._owner = owner
 
     def copy(self) -> SharedArray:
-        """The same values in memory of their own, freed with the last that uses it; waits for them."""
+        """Waits for the values and copies them to memory that is freed with its last user."""
         return self._owner.copy(self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -253,15 +252,15 @@ class SharedArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> object:
-        """See the array API standard; capsules are unversioned, which every consumer takes."""
+        """Implements the array API standard; capsules are unversioned, which every consumer accepts."""
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("this memory is shared where it is; use .copy() first")
+            raise BufferError("this memory is shared only in place; use .copy() first")
         if stream != UNORDERED:
             self._owner.share(1 if stream is None else stream)  # 1: the legacy default stream
         return _export(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """For numpy, which would take this for a scalar object; the host's memory, not copied."""
+        """Lets numpy, which would take this object for a scalar, read the host's memory in place."""
         if self.device is not None:
             raise TypeError(
                 f"this memory is on GPU {self.device}, which numpy cannot read: take "
@@ -272,7 +271,7 @@ class SharedArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.device is None:
-            raise AttributeError("memory of the host has no __cuda_array_interface__")
+            raise AttributeError("the host's memory has no __cuda_array_interface__")
         return {
             "version": 3, "shape": self.shape, "typestr": self.dtype.str, "strides": None,
             "data": (self.address, False), "stream": self._owner.share(None),
@@ -280,27 +279,27 @@ class SharedArray:
 
 
 class HostMemory:
-    """The owner of arrays on the host.
+    """Owns arrays on the host.
 
     Args:
-        arrays: kept as long as any of them is shared.
+        arrays: the arrays, which live as long as any of them is shared.
     """
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def shared(self) -> dict[str, SharedArray]:
-        """All of them, by name."""
+        """Returns the arrays by name."""
         return {
             name: SharedArray(array.ctypes.data, array.shape, array.dtype, None, self)
             for name, array in self._arrays.items()
         }
 
     def share(self, stream: int | None) -> None:
-        """Nothing to wait for."""
+        """Does nothing: the memory is already written."""
 
     def copy(self, array: SharedArray) -> SharedArray:
-        """See `SharedArray.copy`."""
+        """Copies one of the arrays."""
         return HostMemory({"": np.array(borrow(array))}).shared()[""]
 
 
@@ -312,12 +311,12 @@ def _forget(address: int) -> None:
 
 
 def _capsule_dies(capsule: int) -> None:
-    if _dying_is_valid(capsule, b"dltensor"):  # nobody took what is in it
+    if _dying_is_valid(capsule, b"dltensor"):  # no consumer took the tensor
         _forget(_dying_pointer(capsule, b"dltensor"))
 
 
-_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)  # called in any thread
-_destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_capsule_dies)  # by the interpreter
+_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)  # any thread may call it
+_destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_capsule_dies)  # the interpreter calls it
 
 
 def _export(array: SharedArray) -> object:
@@ -339,16 +338,16 @@ def _packed(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
 
 
 def stream_handle(stream: Any) -> int:
-    """The CUstream behind a handle, an object with `__cuda_stream__`, or a torch or cupy stream.
+    """Returns the CUstream behind a handle, an object with `__cuda_stream__`, or a torch or cupy stream.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: if the object is none of these.
     """
     if isinstance(stream, int):
         return stream
     if hasattr(stream, "__cuda_stream__"):
-        found = stream.__cuda_stream__  # a method by now, an attribute in its first version
-        return int((found() if callable(found) else found)[1])
+        protocol = stream.__cuda_stream__  # a method; an attribute in the protocol's first version
+        return int((protocol() if callable(protocol) else protocol)[1])
     for name in ("cuda_stream", "ptr"):  # torch's, cupy's
         if hasattr(stream, name):
             return int(getattr(stream, name))

@@ -1,4 +1,4 @@
-"""`comask-doctor`: what this machine can run, and whether a bundle is whole."""
+"""Diagnoses what this machine can run and whether a bundle is intact, for `comask doctor`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from comask.runtime.trt.ops import kernels_sha256
 
 NEWEST_PYTHON = (3, 13)
 KERNELS = ("pyramid_roi_align", "sorted_nms", "frame_to_canvas", "paste_masks")
-FALLBACK_CAPABILITY = 80  # compiled for where there is no GPU
+FALLBACK_CAPABILITY = 80  # what the kernels are compiled for on a machine without a GPU
 
 Status = Literal["ok", "absent", "broken"]
 
@@ -48,40 +48,40 @@ class Finding:
     """One line of the diagnosis.
 
     Attributes:
-        name: of what was looked at.
-        status: `ok`; `absent`, which is no fault unless it is wanted; `broken`, which is one.
-        found: what there is, or why not.
-        mend: the command or step that remedies it; empty where nothing is wrong.
+        name: the subject of the check.
+        status: `ok`; `absent`, which is a fault only if it is needed; `broken`, which always is one.
+        found: the version or state that was found, or why it is missing.
+        fix: the command or step that fixes it; empty if nothing is wrong.
     """
 
     name: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
-class _Advice(Exception):  # noqa: N818, an answer that may be no error
-    """What a check answers where something can be done about what it found; see `Finding`."""
+class _Advice(Exception):  # noqa: N818, not always an error
+    """Raised by a check whose finding the user can do something about; see `Finding`."""
 
-    def __init__(self, status: Status, found: object, mend: str) -> None:
-        self.status, self.found, self.mend = status, " ".join(str(found).split()), mend
+    def __init__(self, status: Status, found: object, fix: str) -> None:
+        self.status, self.found, self.fix = status, " ".join(str(found).split()), fix
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:
-    """Runs a check, which returns what it found where all is well, and raises `_Advice` otherwise."""
+    """Runs a check, which returns what it found if all is well and raises `_Advice` otherwise."""
     try:
         return Finding(name=name, status="ok", found=check())
     except _Advice as advice:
-        return Finding(name=name, status=advice.status, found=advice.found, mend=advice.mend)
+        return Finding(name=name, status=advice.status, found=advice.found, fix=advice.fix)
 
 
 def diagnose() -> list[Finding]:
-    """Looks at everything that comask can use on this machine; takes seconds."""
+    """Checks everything that comask can use on this machine, which takes seconds."""
     return [_finding(name, check) for name, check in _CHECKS.items()]
 
 
 def _version(package: str, install: str) -> str:
-    """The version of an installed package, which is not imported."""
+    """Returns the version of an installed package without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
@@ -92,9 +92,9 @@ def _module(name: str, install: str, reinstall: str) -> Any:
     """Imports a module.
 
     Args:
-        name: of the module.
-        install: arguments of pip that install it where it is absent.
-        reinstall: arguments of pip that repair it where it is broken.
+        name: the module's name.
+        install: pip's arguments that install a missing module.
+        reinstall: pip's arguments that repair a broken module.
     """
     try:
         return importlib.import_module(name)
@@ -115,10 +115,10 @@ def _python() -> str:
 def _gpu() -> str:
     gpu, reason = find_gpu_or_reason()
     if gpu is None:
-        mend = "if there is an NVIDIA GPU, install its driver"
+        fix = "if there is an NVIDIA GPU, install its driver"
         if shutil.which("nvidia-smi") is not None:
-            mend = "nvidia-smi tells more"
-        raise _Advice("absent", reason, mend)
+            fix = "run nvidia-smi, which tells more"
+        raise _Advice("absent", reason, fix)
     return (
         f"{gpu.name}, sm{gpu.capability}, {gpu.memory / 2**30:.0f} GiB, driver for CUDA "
         f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
@@ -129,13 +129,13 @@ def _torch() -> str:
     torch = _module("torch", "'comask[train]'", "--force-reinstall 'comask[train]'")
     found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     if find_gpu_or_reason()[0] is not None and not torch.cuda.is_available():
-        mend = "install a torch built for this driver's CUDA, or a newer driver"
-        raise _Advice("broken", f"{found}; it does not see the GPU", mend)
+        fix = "install a torch built for this driver's CUDA, or a newer driver"
+        raise _Advice("broken", f"{found}; it does not see the GPU", fix)
     return found
 
 
 def _torchvision() -> str:
-    # a RuntimeError says that its operators do not fit the torch beside it
+    # torchvision raises RuntimeError if its operators do not fit the installed torch
     pair = "--upgrade torch torchvision (a matching pair; torch 2.13 has none)"
     version: str = _module("torchvision", "'comask[train]'", pair).__version__
     return version
@@ -147,8 +147,8 @@ def _onnxruntime() -> str:
     short = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
     found = f"{module.__version__}: {short}"
     if find_gpu_or_reason()[0] is not None and "CUDAExecutionProvider" not in providers:
-        mend = "for the GPU: pip uninstall onnxruntime; pip install onnxruntime-gpu"
-        raise _Advice("ok", found, mend)
+        fix = "for the GPU: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+        raise _Advice("ok", found, fix)
     return found
 
 
@@ -164,12 +164,12 @@ def _flavor(name: str) -> str:
 
 
 def _rtx_wheel() -> str:
-    """The link that `wheel_library` makes; our own builds work without it."""
+    """Names the link that other programs need; comask's builds make it themselves (`wheel_library`)."""
     library = wheel_library()
     if library is None:
-        return "nothing in their way"
+        return "work"
     return (
-        f"comask's builds make up for {LIBRARY}, which the wheel lacks; for other programs: "
+        f"the wheel lacks {LIBRARY}; comask's builds work without it, other programs need: "
         f"ln -s {library.name} {library.parent / LIBRARY}"
     )
 
@@ -183,8 +183,8 @@ def _pycuda() -> str:
         importlib.import_module("pycuda.driver")
     except (ImportError, OSError) as error:
         if "libcuda" in str(error):
-            found = f"{version}, waits for a driver ({error})"
-            raise _Advice("absent", found, "see gpu") from error
+            found = f"{version}, but NVIDIA's driver is missing ({error})"
+            raise _Advice("absent", found, "see the line of the gpu") from error
         reinstall = "pip install --force-reinstall --no-cache-dir pycuda"
         raise _Advice("broken", error, reinstall) from error
     return version
@@ -209,13 +209,13 @@ def _cuda_kernels() -> str:
         for source in KERNELS:
             cubin(source, capability)
     except KernelError as error:
-        mend = "pip install 'comask[gpu]', or put the CUDA toolkit's nvcc on PATH"
-        raise _Advice("broken" if gpu else "absent", error, mend) from error
-    return f"compile for sm{capability}{'' if gpu else ', as a trial: there is no GPU'}"
+        fix = "pip install 'comask[gpu]', or put the CUDA toolkit's nvcc on PATH"
+        raise _Advice("broken" if gpu else "absent", error, fix) from error
+    return f"compile for sm{capability}{'' if gpu else ' (a trial: this machine has no GPU)'}"
 
 
 def _extra(package: str, extra: str) -> str:
-    """Packages that only one kind of work needs, and that take seconds to import."""
+    """Returns the version of a package that an extra brings and that takes seconds to import."""
     return _version(package, f"pip install 'comask[{extra}]'")
 
 
@@ -234,19 +234,19 @@ _CHECKS: Mapping[str, Callable[[], str]] = {
     "kernels for the GPU": _cuda_kernels,
     "av": partial(_extra, "av", "video"),
     "trackers": partial(_extra, "trackers", "track"),
-    "ray": partial(_extra, "ray", "fleet"),
-    "pyarrow": partial(_extra, "pyarrow", "fleet"),
-    "fsspec": partial(_extra, "fsspec", "fleet"),
+    "ray": partial(_extra, "ray", "jobs"),
+    "pyarrow": partial(_extra, "pyarrow", "jobs"),
+    "fsspec": partial(_extra, "fsspec", "jobs"),
 }
 
 
 def diagnose_bundle(folder: Path) -> list[Finding]:
-    """Compares every file with its hash, and every engine with this machine."""
+    """Compares a bundle's files with their hashes, and its engines with this machine."""
     try:
         bundle = Bundle.open(folder)
     except BundleError as error:
-        mend = "comask-export CHECKPOINT --output BUNDLE"
-        return [Finding(name="bundle", status="broken", found=str(error), mend=mend)]
+        fix = "comask export CHECKPOINT --output BUNDLE"
+        return [Finding(name="bundle", status="broken", found=str(error), fix=fix)]
     manifest = bundle.manifest
     found = (
         f"{folder}: {', '.join(manifest.precisions)}, {len(manifest.categories)} classes, written by "
@@ -262,9 +262,9 @@ def diagnose_bundle(folder: Path) -> list[Finding]:
 
 
 def _files(bundle: Bundle) -> list[Finding]:
-    """Those that are not what the manifest says; one line where all are."""
+    """Returns a finding for each file that differs from the manifest, or one if none does."""
     findings = [_finding(name, partial(_file, bundle, name)) for name in bundle.manifest.files]
-    found = f"{len(findings)} have the manifest's hashes"
+    found = f"all {len(findings)} have the manifest's hashes"
     broken = [finding for finding in findings if finding.status != "ok"]
     return broken or [Finding(name="bundle's files", status="ok", found=found)]
 
@@ -273,16 +273,16 @@ def _file(bundle: Bundle, name: str) -> str:
     try:
         return str(bundle.file(name))
     except BundleError as error:
-        mend = "export the checkpoint again, or copy the bundle again from where it is whole"
-        raise _Advice("broken", error, mend) from error
+        fix = "export the checkpoint again, or copy the bundle again from an intact one"
+        raise _Advice("broken", error, fix) from error
 
 
 def _precisions(verification: Mapping[str, Any]) -> Iterator[Finding]:
-    """What stayed float in the lower precisions, and what int8 costs."""
+    """Says which layers stayed in float in the lower precisions, and how much AP int8 costs."""
     if proof := verification.get("fp16"):
         # older bundles have no such list
         islands = [island["module"] for island in proof.get("float_layers", [])]
-        found = f"stay f32: {', '.join(islands)}" if islands else "nothing stays f32 but by design"
+        found = f"stay f32: {', '.join(islands)}" if islands else "only what always does stays f32"
         yield Finding(name="fp16 graphs", status="ok", found=found)
     if proof := verification.get("int8"):
         kept = [entry["layer"] for entry in proof["float_layers"]]
@@ -293,13 +293,13 @@ def _precisions(verification: Mapping[str, Any]) -> Iterator[Finding]:
         )
         found = (
             f"{proof['layers'] - len(kept)} of {proof['layers']} layers in int8{floats}; {ap} on "
-            f"{proof['images']} images of {proof['data']}, {proof['budget']:g} may be lost"
+            f"{proof['images']} images of {proof['data']}, {proof['budget']:g} allowed"
         )
         yield Finding(name="int8 graphs", status="ok", found=found)
 
 
 def _parity(bundle: Bundle) -> list[Finding]:
-    """The latest measurement of each backend, data set and setting, as `comask-eval` recorded it."""
+    """Returns `comask eval`'s latest record of each backend, data set and setting."""
     latest: dict[str, Finding] = {}
     for entry in sorted(bundle.manifest.parity, key=lambda entry: str(entry["when"])):
         knobs = "".join(
@@ -325,7 +325,7 @@ def _not_judged(entry: Mapping[str, Any]) -> str:
 
 
 def _compared(bundle: Bundle, entry: Mapping[str, Any], backend: str) -> str:
-    """AP of one backend in an entry of the manifest, and how far it is off the reference."""
+    """Returns the AP of a backend in a manifest's entry, and its difference from the reference."""
     compared = entry["comparisons"].get(backend)
     numbers = []
     for task, what in (("bbox", "box"), ("segm", "mask")):
@@ -334,9 +334,9 @@ def _compared(bundle: Bundle, entry: Mapping[str, Any], backend: str) -> str:
             text += f" ({compared['deltas'][task]['AP']:+.2f})"
         numbers.append(text)
     found = f"{', '.join(numbers)} on {entry['images']} images, {str(entry['when'])[:10]}"
-    # what fails the whole fails its reference
+    # a failure of the whole comparison counts against its reference
     if not (compared["passed"] if compared else not entry.get("failures")):
-        page = f"comask-eval {bundle.folder} --data {entry['data']} --report report.html"
+        page = f"comask eval {bundle.folder} --data {entry['data']} --report report.html"
         raise _Advice("broken", f"{found}: FAILED", f"{page} names what differs")
     return f"{found}: {'passed' if compared else 'reference'}"
 
@@ -344,8 +344,8 @@ def _compared(bundle: Bundle, entry: Mapping[str, Any], backend: str) -> str:
 def _engines(bundle: Bundle) -> list[Finding]:
     folder = bundle.folder / ENGINES
     if folder.exists() and not folder.is_dir():
-        mend = f"rm {folder}: comask-export makes a folder of that name"
-        return [Finding(name=ENGINES, status="broken", found="is no folder", mend=mend)]
+        fix = f"rm {folder}: comask build makes a folder of that name"
+        return [Finding(name=ENGINES, status="broken", found="is not a folder", fix=fix)]
     folders = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
     return [_finding(f"{ENGINES}/{path.name}", partial(_engine, bundle, path)) for path in folders]
 
@@ -356,8 +356,8 @@ def _engine(bundle: Bundle, path: Path) -> str:
         for stage in PLANS:
             engines.plan(stage)
     except EngineError as error:
-        mend = f"rm -r {path}, and build it again by comask-export {bundle.folder} --engine …"
-        raise _Advice("broken", error, mend) from error
+        fix = f"rm -r {path}, and build it again: comask build {bundle.folder} --engine …"
+        raise _Advice("broken", error, fix) from error
     try:
         version = load_flavor(engines.info.flavor).version
     except BackendUnavailableError as error:
@@ -365,7 +365,7 @@ def _engine(bundle: Bundle, path: Path) -> str:
     gpu = find_gpu()
     reasons = engines.mismatches(bundle, version, gpu, kernels_sha256())
     if reasons == [why_not_on(engines.info, gpu)]:
-        raise _Advice("absent", f"sound, but not for here: {reasons[0]}", "")
+        raise _Advice("absent", f"intact, but not for this machine: {reasons[0]}", "")
     if reasons:
         raise _Advice("broken", "; ".join(reasons), rebuild_command(engines))
-    return "runs here"
+    return "runs on this machine"

@@ -1,4 +1,4 @@
-"""Frames of video as other libraries hold them: packed or planar RGB and BGR, and NV12, u8 each."""
+"""Video frames in other libraries' memory: packed or planar RGB and BGR, and NV12, all u8."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ FORMATS = ("rgb", "bgr", "nv12")
 
 @dataclass(frozen=True)
 class Coding:
-    """What the bytes of a frame are.
+    """The meaning of a frame's bytes.
 
     Attributes:
         format: see `FORMATS`.
-        matrix: of NV12's colours.
+        matrix: the matrix of NV12's colours.
         full_range: whether NV12's Y, U and V use 0..255.
 
     Raises:
-        ImageError: there is no such format or matrix.
+        ImageError: if the format or the matrix is unknown.
     """
 
     format: Format
@@ -44,23 +44,25 @@ class Coding:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ImageError(f"no frame format {self.format!r}; known are {', '.join(FORMATS)}")
+            raise ImageError(
+                f"unknown frame format {self.format!r}; expected one of {', '.join(FORMATS)}"
+            )
         if self.matrix not in LUMA_SHARES:
             raise ImageError(
-                f"no colour matrix {self.matrix!r}; known are {', '.join(LUMA_SHARES)}"
+                f"unknown colour matrix {self.matrix!r}; expected one of {', '.join(LUMA_SHARES)}"
             )
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame in memory of the caller's.
+    """A frame in the caller's memory.
 
     Attributes:
         planes: one of u8 [h, w, 3] or [3, h, w]; for NV12, Y [h, w] and UV [ch, cw, 2] or [ch, 2·cw].
-        coding: of its bytes.
+        coding: the meaning of its bytes.
 
     Raises:
-        ImageError: the planes are none of these, or lie on different devices.
+        ImageError: if the planes have other shapes or types, or lie on different devices.
     """
 
     planes: tuple[Borrowed, ...]
@@ -95,7 +97,7 @@ class Frame:
 
     @property
     def device(self) -> int | None:
-        """Index of the GPU that it lies on; None for the host."""
+        """Index of the GPU in whose memory the frame lies; None for the host."""
         return self.planes[0].device
 
     @property
@@ -114,10 +116,10 @@ class Frame:
         return shape[0], shape[1] if len(shape) == 3 else shape[1] // 2
 
     def launch(self, resized: Size, canvas: Size) -> tuple[Launch, list[int]]:
-        """The kernel that makes a canvas of it, and its inputs.
+        """Returns the launch of the kernel that resizes the frame to a canvas, and the kernel's inputs.
 
         Raises:
-            KernelError: it takes no such sizes or strides.
+            KernelError: if the kernel does not support these sizes or strides.
         """
         addresses = [plane.address for plane in self.planes]
         if self.coding.format == "nv12":
@@ -134,7 +136,7 @@ class Frame:
         ), addresses  # fmt: skip
 
     def pixels(self) -> NDArray[np.uint8]:
-        """u8 [h, w, 3] RGB, of a frame on the host; NV12 by the kernel's arithmetic."""
+        """Returns a frame on the host as u8 [h, w, 3] RGB; NV12 with the kernel's arithmetic."""
         planes: list[NDArray[np.uint8]] = [np.asarray(plane) for plane in self.planes]
         if self.coding.format != "nv12":
             image = planes[0].transpose(1, 2, 0) if self._planar else planes[0]
@@ -153,22 +155,22 @@ class Frame:
         return np.stack([np.clip(c >> COLOUR_SHIFT, 0, 255) for c in channels], 2).astype(np.uint8)
 
     def release(self) -> None:
-        """Lets go of the caller's memory."""
+        """Releases the caller's memory."""
         for plane in self.planes:
             plane.release()
 
 
 def borrow_frame(source: Any, stream: int, coding: Coding) -> Frame:
-    """A frame of the caller's.
+    """Borrows a frame of the caller.
 
     Args:
-        source: an array of another library, for NV12 of Y with UV below or a (Y, UV) pair; see
+        source: an array of another library; for NV12, of Y with UV below, or a (Y, UV) pair. See
             `borrow`.
-        stream: of ours, that the producer's work must come before; see `borrow`.
-        coding: of its bytes.
+        stream: our stream, which waits for the producer's work; see `borrow`.
+        coding: the meaning of its bytes.
 
     Raises:
-        ImageError: it is no such frame.
+        ImageError: if it is not such a frame.
     """
     sources = source if isinstance(source, tuple) else (source,)
     planes = tuple(borrow(plane, stream) for plane in sources)
@@ -178,10 +180,10 @@ def borrow_frame(source: Any, stream: int, coding: Coding) -> Frame:
 
 
 def _nv12_planes(whole: Borrowed) -> tuple[Borrowed, Borrowed]:
-    """Y and UV of one buffer, [3/2·h, w] but for axes of length 1.
+    """Splits one buffer, [3/2·h, w] apart from axes of length 1, into Y and UV.
 
     Raises:
-        ImageError: it is none of an even height and width.
+        ImageError: if it is not such a buffer with even height and width.
     """
     axes = [axis for axis in zip(whole.shape, whole.strides, strict=True) if axis[0] != 1]
     if len(axes) != 2 or axes[0][0] % 3 or axes[1][0] % 2:

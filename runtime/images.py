@@ -1,4 +1,4 @@
-"""The way of images: decoded, batched by canvas, run, in order; none that fails ends the others."""
+"""Runs images: decodes them, batches them by canvas, and returns results in order, errors included."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from comask.structures import Detections
 Item = TypeVar("Item")
 FoundAt: TypeAlias = Mapping[str, Detections]  # by the names of `FOUND_AT`
 
-# What the network found at each point, and the outputs that give it in place of stage 2's own:
-# its result, the proposals with the coarse masks, and the boxes of cells that all count alike.
+# The points at which the network's detections can be read, and for each the outputs that replace stage
+# 2's own: its result, the proposals with the coarse masks, and the boxes for which all cells count alike.
 FOUND_AT: dict[str, dict[str, str]] = {
     "final": {},
     "first": {"boxes": "first_boxes", "masks": "coarse_masks"},
@@ -26,7 +26,7 @@ FOUND_AT: dict[str, dict[str, str]] = {
 
 
 def batches(kinds: Iterable[Hashable], largest: int) -> Iterator[list[int]]:
-    """Indices of things of the same kind, at most `largest` in a batch."""
+    """Yields batches of the indices of items of the same kind, at most `largest` per batch."""
     same: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):
         same.setdefault(kind, []).append(index)
@@ -37,13 +37,14 @@ def batches(kinds: Iterable[Hashable], largest: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class ImageResult(Generic[Item]):
-    """What became of one image.
+    """The result of one image.
 
     Attributes:
-        item: as it was given.
-        pixels: u8 [h, w, 3] RGB, the decoded image; None where it cannot be decoded.
-        stages: its detections at each point of `FOUND_AT` that the backend tells; empty with an `error`.
-        error: why it has no detections; its text names the image.
+        item: the item that was given.
+        pixels: u8 [h, w, 3] RGB, the decoded image; None if it cannot be decoded.
+        stages: its detections at each point of `FOUND_AT` that the backend returns; empty with an
+            `error`.
+        error: the reason why it has no detections; the text names the image. Else None.
     """
 
     item: Item
@@ -56,7 +57,7 @@ class ImageResult(Generic[Item]):
         """The final detections.
 
         Raises:
-            ImageError: the image has none; see `error`.
+            ImageError: if the image has none; see `error`.
         """
         if self.error is not None:
             raise self.error
@@ -64,7 +65,7 @@ class ImageResult(Generic[Item]):
 
 
 class ImagePredictor(Protocol):
-    """What an `ImageRunner` needs of the `Predictor` that made it."""
+    """The part of a `Predictor` that its `ImageRunner` needs."""
 
     preprocess: PreprocessConfig
     max_batch: int
@@ -73,36 +74,36 @@ class ImagePredictor(Protocol):
         """Puts an image on its canvas."""
 
     def predict_stages(self, prepared: Sequence[Prepared]) -> Sequence[FoundAt]:
-        """Detections of each image at each point of `FOUND_AT`."""
+        """Returns each image's detections at each point of `FOUND_AT`."""
 
 
 class ImageRunner:
     """Runs images; one that cannot be decoded or run is reported, and the others go on.
 
-    Backends share no error that blames the image: some engines have a largest canvas, memory runs out,
-    results become NaN. When a batch fails, its images run alone, and when one fails alone, a probe image
-    runs that is known to be sound. Only when the probe fails too, the backend is to blame, and its error
-    is raised.
+    Backends have no common error that blames an image: some engines have a largest canvas, memory runs
+    out, results become NaN. If a batch fails, its images run one by one. If one of them fails, a probe
+    image runs that is known to be valid. Only if the probe fails as well, the backend is to blame, and
+    its error is raised.
 
     Args:
-        predictor: that runs them.
+        predictor: the predictor that runs the images.
     """
 
     def __init__(self, predictor: ImagePredictor) -> None:
         self._predictor = predictor
-        # images are decoded before they run, so that those of one canvas share batches: enough for a
-        # full batch of each of two canvases, as in a set of mixed orientation
+        # Images are decoded before they run, so that those of one canvas share batches. The window is
+        # large enough for a full batch of each of two canvases, as in data of mixed orientation.
         self._window = 2 * predictor.max_batch
         side = predictor.preprocess.short_side
-        # black until a real image has succeeded, since an engine of few sizes may refuse a square
+        # probe image: black until a real image has succeeded, since some engines refuse a square canvas
         self._probe = predictor.prepare(np.zeros((side, side, 3), dtype=np.uint8))
 
     def run(
         self, items: Iterable[Item], decode: Callable[[Item], Pixels], *, isolate: bool = True
     ) -> Iterator[ImageResult[Item]]:
-        """The result of each image, in order; see `Predictor.map`."""
+        """Yields the result of each image, in order; see `Predictor.map`."""
         window: list[tuple[str, ImageResult[Item]]] = []
-        waiting = 0  # pixels
+        waiting = 0  # pixels in the window
         for number, item in enumerate(items):
             # arrays and Pillow images have no name
             name = f"image {number}" if hasattr(item, "__array_interface__") else str(item)
@@ -112,7 +113,7 @@ class ImageRunner:
                 result = ImageResult(item, None, error=error)
             window.append((name, result))
             waiting += 0 if result.pixels is None else result.pixels.size // 3
-            # the limit of one image is that of all that wait, so one of more runs alone
+            # the limit for one image is the limit for the whole window as well
             if len(window) == self._window or waiting > MOST_IMAGE_PIXELS:
                 yield from self._results(window, isolate)
                 window, waiting = [], 0
@@ -122,7 +123,7 @@ class ImageRunner:
         """Runs the probe image.
 
         Raises:
-            Exception: of any kind, when that is impossible: the backend is to blame.
+            Exception: of any kind, if it fails; the backend is then to blame.
         """
         self._predictor.predict_stages([self._probe])
 
@@ -138,25 +139,25 @@ class ImageRunner:
                 except ImageError as error:
                     errors[place] = ImageError(f"{name}: {error}")
         images = list(prepared.values())
-        found = self._isolated(images) if isolate else self._predictor.predict_stages(images)
-        stages = dict(zip(prepared, found, strict=True))
+        outcomes = self._isolated(images) if isolate else self._predictor.predict_stages(images)
+        by_place = dict(zip(prepared, outcomes, strict=True))
         for place, (name, result) in enumerate(window):
-            got = stages.get(place)
-            if isinstance(got, Exception):
-                errors[place] = ImageError(f"{name}: cannot be run: {one_line(got)}")
-            elif got is not None:
-                result = replace(result, stages=got)
+            outcome = by_place.get(place)
+            if isinstance(outcome, Exception):
+                errors[place] = ImageError(f"{name}: cannot be run: {one_line(outcome)}")
+            elif outcome is not None:
+                result = replace(result, stages=outcome)
             yield replace(result, error=errors[place]) if place in errors else result
 
     def _isolated(self, images: Sequence[Prepared]) -> list[FoundAt | Exception]:
-        """Detections of each image, or what is wrong with it."""
+        """Returns each image's detections, or its error."""
         try:
-            found = self._predictor.predict_stages(images)
-        except Exception as error:  # see the class
+            stages = self._predictor.predict_stages(images)
+        except Exception as error:  # of any kind, as the class explains
             if len(images) > 1:
                 return [result for image in images for result in self._isolated([image])]
             self.check()
             return [error]
         if images:
             self._probe = images[-1]
-        return list(found)
+        return list(stages)

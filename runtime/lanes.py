@@ -1,4 +1,4 @@
-"""Where a `StreamSession` runs its batches: lanes, one batch at a time each; here those of the host."""
+"""Lanes, each of which runs one of a `StreamSession`'s batches at a time: interfaces, and the host's."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.segmentation import Integers, rles_from_edges
 from comask.structures import Detections, detections_from_outputs
 
-Outputs: TypeAlias = dict[str, NDArray[Any]]  # stage 2's, by name
+Outputs: TypeAlias = dict[str, NDArray[Any]]  # stage 2's outputs by name
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
 
 
 @dataclass(eq=False)
 class Batch:
-    """Frames of one canvas that run together, and what becomes of them.
+    """Frames of one canvas that run together, and their results.
 
     Attributes:
-        frames: in the caller's memory.
+        frames: the frames, in the caller's memory.
         preprocess: resize and padding.
-        mask_threshold: a pixel belongs to a mask when its probability is at least this.
-        rle: whether the edges of masks are to be found where the masks are.
+        mask_threshold: a pixel belongs to a mask if its probability is at least this.
+        rle: whether a GPU that holds the masks also finds their edges.
         placements: where each frame lies on its canvas, to map detections back.
         canvas: (H, W) in pixels.
-        lane: that runs it or ran it; None while it waits for one.
-        kept: what that lane keeps of it: on the host its work, on a GPU where its outputs lie.
-        outputs: stage 2's on the host, once they were fetched; they belong to the caller.
-        edges: of each frame's masks, all D of them; None where the lane finds none.
-        error: that it ended with.
+        lane: the lane that runs or ran the batch; None while it waits for one.
+        kept: the lane's own record of the batch: on the host its work, on a GPU the outputs' addresses.
+        outputs: stage 2's outputs on the host, once they were fetched; they belong to the caller.
+        edges: the edges of each frame's D masks; None if the lane does not find edges.
+        error: the error that the batch ended with.
 
     Raises:
-        ImageError: the frames need different canvases.
+        ImageError: if the frames need different canvases.
     """
 
     frames: tuple[Frame, ...]
@@ -71,63 +71,63 @@ class Batch:
 
     @property
     def settled(self) -> bool:
-        """Whether it has come to its end: its outputs are on the host, or it failed."""
+        """Whether the batch has ended: its outputs are on the host, or it failed."""
         return self.outputs is not None or self.error is not None
 
     def release(self) -> None:
-        """Lets go of the caller's memory."""
+        """Releases the caller's memory."""
         for frame in self.frames:
             frame.release()
 
-    def with_rles(self, found: list[Detections]) -> list[Detections]:
-        """The detections of each frame with the RLEs of their masks."""
+    def with_rles(self, results: list[Detections]) -> list[Detections]:
+        """Returns each frame's detections with the RLEs of their masks."""
         if self.edges is None:
-            rles = [detections.to_rle() for detections in found]
+            rles = [detections.to_rle() for detections in results]
         else:
             rles = [
                 rles_from_edges(counts[: len(detections)], edges, detections.image_size)
-                for detections, (counts, edges) in zip(found, self.edges, strict=True)
+                for detections, (counts, edges) in zip(results, self.edges, strict=True)
             ]
-        return [d.with_rles(r) for d, r in zip(found, rles, strict=True)]
+        return [d.with_rles(r) for d, r in zip(results, rles, strict=True)]
 
 
 class Lane(Protocol):
-    """Runs one batch at a time. What it is asked of a batch holds for those that it started."""
+    """Runs one batch at a time; its methods take only batches that it started itself."""
 
     def suits(self, batch: Batch) -> bool:
-        """Whether the last batch had the same shapes, so that all is ready for this one."""
+        """Returns whether the last batch had the same shapes, so that all is prepared for this one."""
 
     def start(self, batch: Batch) -> None:
-        """Begins; the batch before must be done.
+        """Starts a batch, whose predecessor must be done.
 
         Raises:
-            ComaskError: it cannot; the lane is free again.
+            ComaskError: if the batch cannot start; the lane is free again.
         """
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
-        """Waits for the batch, at most so long; whether it is done."""
+        """Waits for the batch, at most `seconds`, and returns whether it is done."""
 
     def release_read(self) -> None:
-        """Lets go of the caller's frames if they have been read."""
+        """Releases the caller's frames if they have been read."""
 
     def fetch(self, batch: Batch) -> tuple[Outputs, list[Edges] | None]:
-        """`outputs` and `edges` of the last batch, when it is done.
+        """Returns `outputs` and `edges` of the last batch, which must be done.
 
         Raises:
-            Exception: what went wrong with the batch.
+            Exception: the error that the batch ended with.
         """
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
-        """See `Future.outputs`."""
+        """Returns the batch's outputs where they lie; see `Future.outputs`."""
 
     def bitmaps(self, batch: Batch, place: int) -> SharedArray:
-        """See `Future.bitmaps`."""
+        """Returns the masks of one frame in its own pixels; see `Future.bitmaps`."""
 
     def wait_on(self, batch: Batch, stream: int) -> None:
-        """See `Future.wait_on`."""
+        """Makes later work on a stream wait for the batch; see `Future.wait_on`."""
 
     def wait_read(self, batch: Batch, stream: int) -> None:
-        """See `Future.wait_read`."""
+        """Makes later work on a stream wait until the frames were read; see `Future.wait_read`."""
 
 
 class Lanes(Protocol):
@@ -135,42 +135,42 @@ class Lanes(Protocol):
 
     @property
     def lanes(self) -> Sequence[Lane]:
-        """Each of them."""
+        """The lanes."""
 
     def borrow(self, source: Any, stream: int | None, coding: Coding) -> Frame:
-        """A frame that all batches started from now on may read.
+        """Borrows a frame, which all batches started from now on may read.
 
         Args:
             source: see `borrow_frame`.
-            stream: handle of the caller's stream that writes it; None to have the producer say.
-            coding: of its bytes.
+            stream: handle of the caller's stream that writes the frame; None for the producer's.
+            coding: the coding of the frame's bytes.
 
         Raises:
-            ImageError: it is no frame, or lies where this backend cannot read it.
-            EngineError: the stream is none.
+            ImageError: if it is not a frame, or lies where this backend cannot read it.
+            EngineError: if the stream is invalid.
         """
 
     def close(self) -> None:
-        """Frees all; their batches must be done."""
+        """Frees all lanes, whose batches must be done."""
 
 
 class HostLane:
-    """Runs batches by a backend that reads and writes the host's memory, in the worker's thread.
+    """Runs batches in the worker's thread, with a backend that reads and writes the host's memory.
 
     Args:
         run: see `Stages.run`.
-        worker: of all lanes.
+        worker: the worker of all lanes.
     """
 
     def __init__(self, run: Callable[..., Outputs], worker: futures.Executor) -> None:
         self._run, self._worker = run, worker
 
     def suits(self, batch: Batch) -> bool:
-        """See `Lane`."""
+        """Returns True, since nothing is prepared for particular shapes."""
         return True
 
     def start(self, batch: Batch) -> None:
-        """See `Lane`; the frames have been read when it returns."""
+        """Reads the frames and queues the batch."""
         try:
             prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
         finally:
@@ -180,45 +180,45 @@ class HostLane:
         batch.kept = self._worker.submit(self._run, images, sizes)
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
-        """See `Lane`."""
+        """Waits for the batch, at most `seconds`, and returns whether it is done."""
         return bool(futures.wait([batch.kept], seconds).done)
 
     def release_read(self) -> None:
-        """See `Lane`."""
+        """Does nothing, since `start` releases the frames."""
 
     def fetch(self, batch: Batch) -> tuple[Outputs, None]:
-        """See `Lane`."""
+        """Returns the batch's outputs, or raises its error."""
         return batch.kept.result(), None
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
-        """See `Lane`; they are there for good."""
+        """Waits for the batch and returns its outputs, which stay valid."""
         return HostMemory(batch.kept.result()).shared()
 
     def bitmaps(self, batch: Batch, place: int) -> SharedArray:
-        """See `Lane`."""
+        """Waits for the batch and returns the masks of one frame in its own pixels."""
         outputs = batch.kept.result()
-        found = detections_from_outputs(
+        detections = detections_from_outputs(
             outputs, batch.placements, mask_threshold=batch.mask_threshold
         )[place]
-        bitmaps = np.zeros((outputs["boxes"].shape[1], *found.image_size), np.uint8)
-        bitmaps[: len(found)] = found.masks
+        bitmaps = np.zeros((outputs["boxes"].shape[1], *detections.image_size), np.uint8)
+        bitmaps[: len(detections)] = detections.masks
         return HostMemory({"bitmaps": bitmaps}).shared()["bitmaps"]
 
     def wait_on(self, batch: Batch, stream: int) -> None:
-        """See `Lane`."""
+        """Waits for the batch in the caller's thread."""
         self.wait(batch, None)
 
     def wait_read(self, batch: Batch, stream: int) -> None:
-        """See `Lane`."""
+        """Does nothing, since `start` reads the frames."""
 
 
 class HostLanes:
-    """Lanes that one thread runs, batch after batch: the backend has threads of its own.
+    """Lanes whose batches one thread runs one after the other; the backend has threads of its own.
 
     Args:
-        backend: its name.
+        backend: the backend's name.
         run: see `Stages.run`.
-        count: how many.
+        count: the number of lanes.
     """
 
     def __init__(self, backend: str, run: Callable[..., Outputs], count: int) -> None:
@@ -227,20 +227,20 @@ class HostLanes:
         self.lanes: Sequence[Lane] = [HostLane(run, self._worker) for _ in range(count)]
 
     def borrow(self, source: Any, stream: int | None, coding: Coding) -> Frame:
-        """See `Lanes`."""
+        """Borrows a frame, which must lie in the host's memory."""
         frame = borrow_frame(source, UNORDERED, coding)
         if frame.device is not None:
             raise ImageError(
                 f"a frame is on GPU {frame.device}, and {self._backend} reads the host's memory: "
-                "copy it there, or take a tensorrt backend"
+                "copy the frame to the host, or take a tensorrt backend"
             )
         if stream is not None:
             raise ImageError(
-                f"a frame is written on CUDA stream {stream:#x}, and {self._backend} waits for "
-                "none: synchronise it and give no stream, or take a tensorrt backend"
+                f"a frame is written on CUDA stream {stream:#x}, and {self._backend} cannot wait for "
+                "streams: synchronise it and give no stream, or take a tensorrt backend"
             )
         return frame
 
     def close(self) -> None:
-        """See `Lanes`."""
+        """Ends the worker's thread after the batches that it has."""
         self._worker.shutdown()

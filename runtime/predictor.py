@@ -1,4 +1,4 @@
-"""`Predictor`: images in, `Detections` out, whatever runs in between."""
+"""`Predictor`: takes images and returns `Detections`, on any backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
+from typing_extensions import override
 
+from comask.bundle import Bundle
 from comask.config import PreprocessConfig, require_count
 from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare
 from comask.runtime.backends import LoadOptions, open_stages
@@ -23,20 +25,20 @@ Item = TypeVar("Item")
 
 
 class Predictor(Closing):
-    """Finds the instances in images.
+    """Detects the instances in images.
 
-    One Predictor may be shared by threads. It is a context manager; `close` frees its backend.
+    Threads may share a Predictor. It is a context manager; `close` frees its backend.
 
     Args:
         stages: the backend.
         preprocess: resize and padding.
-        class_names: of the labels.
-        category_ids: of the labels in the data set's numbering.
-        mask_threshold: a pixel belongs to the mask when its probability is at least this.
-        max_batch: images of one canvas that run together, fewer where the backend takes fewer.
+        class_names: the name of each label.
+        category_ids: the data set's id of each label.
+        mask_threshold: a pixel belongs to a mask if its probability is at least this.
+        max_batch: the number of images of one canvas that run together; fewer if the backend takes fewer.
 
     Raises:
-        ConfigError: `max_batch` is no whole number from 1 on.
+        ConfigError: if `max_batch` is not a whole number from 1 on.
     """
 
     def __init__(
@@ -70,27 +72,27 @@ class Predictor(Closing):
         proposals: int | None = None,
         short_side: int | None = None,
     ) -> Predictor:
-        """A predictor that runs `bundle`.
+        """Opens a predictor that runs `bundle`.
 
         Args:
-            bundle: folder that `comask-export` wrote.
-            backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, `torch`, each with a precision behind a
-                colon where it is not fp32, or `auto` for the fastest that runs here.
-            device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
-            on_mismatch: when TensorRT engines do not fit this machine or bundle, `rebuild` builds them
-                again first, which takes minutes and the packages of `comask[export]`.
-            max_batch: images of one canvas that run together.
-            proposals: of an image's, stage 2 looks at so many of the best, which is faster where they
-                are fewer; None for as many as the bundle was trained for.
-            short_side: images are resized to this, in pixels, in place of the bundle's; the limit of
-                the longer side changes in proportion. Smaller is faster.
+            bundle: folder that `comask export` wrote.
+            backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime` or `torch`, with a precision after a colon
+                unless it is fp32; or `auto` for the fastest that runs here.
+            device: index of the GPU, or `cpu`; None for the first GPU if the backend can use one.
+            on_mismatch: `rebuild` builds TensorRT engines that do not fit this machine or bundle again,
+                which takes minutes and needs the packages of `comask[export]`.
+            max_batch: the number of images of one canvas that run together.
+            proposals: the number of an image's best proposals that stage 2 takes, fewer being faster;
+                None for as many as the bundle was trained with.
+            short_side: length in pixels to which an image's shorter side is resized, shorter being
+                faster; the limit of the longer side changes in proportion. None for the bundle's.
 
         Raises:
-            BundleError: when a file of the bundle is missing or altered.
-            BackendUnavailableError: when the backend's packages, engines or GPU are missing.
-            ConfigError: when `device` is none, `proposals` or `short_side` is none that the bundle can
-                run with, or `max_batch` is no whole number from 1 on.
-            EngineError: when its engines do not fit, or cannot be opened or built.
+            BundleError: if a file of the bundle is missing or was altered.
+            BackendUnavailableError: if the backend's packages, engines or GPU are missing.
+            ConfigError: if `device` is invalid, the bundle cannot run with `proposals` or `short_side`,
+                or `max_batch` is not a whole number from 1 on.
+            EngineError: if its engines do not fit, or cannot be opened or built.
         """
         options = LoadOptions(
             device=device,
@@ -103,9 +105,7 @@ class Predictor(Closing):
 
     @classmethod
     def open(cls, bundle: str | Path, backend: str, options: LoadOptions) -> Predictor:
-        """The same as `load`, by options that are there already."""
-        from comask.bundle import Bundle
-
+        """Does the same as `load`, with options in one object."""
         require_count("max_batch", options.max_batch)  # before minutes are spent on engines
         opened = Bundle.open(Path(bundle))
         preprocess = opened.manifest.preprocess
@@ -127,16 +127,16 @@ class Predictor(Closing):
     def __call__(self, images: list[ImageLike]) -> list[Detections]: ...
 
     def __call__(self, images: Any) -> Detections | list[Detections]:
-        """Detections of one image, or of each of a list.
+        """Returns the detections in one image, or those in each image of a list.
 
         Args:
-            images: a path, a Pillow image or a u8 array [h, w, 3] in RGB; or a list of those, of any
+            images: a path, a Pillow image or a u8 array [h, w, 3] in RGB; or a list of these, of any
                 sizes.
 
         Raises:
-            ImageError: when one cannot be decoded.
-            EngineError: when there is no memory.
-            NotFiniteError: when the backend gives NaN or infinities.
+            ImageError: if an image cannot be decoded.
+            EngineError: if memory runs out.
+            NotFiniteError: if the backend computes NaN or infinite values.
         """
         if isinstance(images, list):
             return self.predict_prepared([self.prepare(image) for image in images])
@@ -149,19 +149,19 @@ class Predictor(Closing):
         *,
         isolate: bool = True,
     ) -> Iterator[ImageResult[Item]]:
-        """Detections of many images, in order, with few of them in memory at a time.
+        """Yields the detections in many images, in order, with few images in memory at a time.
 
         Args:
-            items: the images, see `__call__`, or whatever `load` makes an image of.
-            load: gives an item's image; its ImageErrors name the image.
-            isolate: an image at which the backend fails while others run gets an error of its own, as one
-                that cannot be decoded does; False: the backend's error is raised.
+            items: the images, see `__call__`, or the arguments of `load`.
+            load: returns an item's image; its ImageErrors name the image.
+            isolate: whether an image on which the backend fails gets an `error` in its result while the
+                others run, as an image does that cannot be decoded; if False, the error is raised.
 
         Yields:
             the result of each item; an image that cannot be decoded or run has an `error`.
 
         Raises:
-            Exception: of any kind, when the backend is to blame and not an image.
+            Exception: of any kind, if the backend and not an image is to blame.
         """
 
         def decode(item: Item) -> Pixels:
@@ -170,10 +170,10 @@ class Predictor(Closing):
         return self._runner.run(items, decode, isolate=isolate)
 
     def check(self) -> None:
-        """Runs an image that is known to be sound.
+        """Runs an image that is known to be valid, to check the backend.
 
         Raises:
-            Exception: of any kind, when that is impossible: the backend is to blame for a failure.
+            Exception: of any kind, if it fails; the backend is then to blame.
         """
         self._runner.check()
 
@@ -182,21 +182,21 @@ class Predictor(Closing):
         return ImageRunner(self)
 
     def prepare(self, image: ImageLike) -> Prepared:
-        """Decodes (where needed), resizes and pads one image.
+        """Decodes (if needed), resizes and pads one image.
 
         Raises:
-            ImageError: when it cannot be decoded, or is not an image.
+            ImageError: if it cannot be decoded, or is not an image.
         """
         return prepare(pixels_of(image), self.preprocess)
 
     def predict_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
-        """Detections in the order of `prepared`."""
+        """Returns the detections in prepared images, in their order."""
         return [stages["final"] for stages in self.predict_stages(prepared)]
 
     def predict_stages(self, prepared: Sequence[Prepared]) -> list[dict[str, Detections]]:
-        """Detections at each point of `FOUND_AT`, in the order of `prepared`.
+        """Returns the detections in prepared images, in their order, at each point of `FOUND_AT`.
 
-        All but `final` need graphs with diagnostics.
+        All points but `final` need graphs with diagnostics.
         """
         results: list[dict[str, Detections]] = [{} for _ in prepared]
         for indices, outputs in self.outputs(prepared):
@@ -205,15 +205,15 @@ class Predictor(Closing):
                 if not outputs.keys() >= set(instead.values()):
                     continue
                 changed = {name: outputs[other] for name, other in instead.items()}
-                found = self.detections({**outputs, **changed}, batch)
-                for i, detections in zip(indices, found, strict=True):
+                of_batch = self.detections({**outputs, **changed}, batch)
+                for i, detections in zip(indices, of_batch, strict=True):
                     results[i][stage] = detections
         return results
 
     def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:
-        """What stage 2 returns for each batch, and the batch's indices in `prepared`.
+        """Yields each batch's indices in `prepared` and stage 2's outputs for it.
 
-        Images of one canvas share batches. Only those: on another canvas an image has other borders,
+        Only images of one canvas share batches: on another canvas an image would have other borders, and
         so other detections.
         """
         for indices in batches((image.canvas.shape for image in prepared), self.max_batch):
@@ -224,7 +224,7 @@ class Predictor(Closing):
     def detections(
         self, outputs: Mapping[str, Array], placements: Sequence[Placement]
     ) -> list[Detections]:
-        """Stage 2's outputs for the images of a batch, as `Detections`."""
+        """Returns stage 2's outputs for the images of a batch as `Detections`."""
         return detections_from_outputs(
             outputs,
             placements,
@@ -242,22 +242,22 @@ class Predictor(Closing):
         slots: int = SLOTS,
         graphs: bool = True,
     ) -> StreamSession:
-        """A session for frames of video, which a GPU reads where the caller has them.
+        """Opens a session for video frames, which a GPU reads in the caller's memory.
 
-        Backends without a GPU work through the slots' batches one after the other, in another thread.
+        Backends without a GPU run the slots' batches one after the other in another thread.
 
         Args:
-            cuda_stream: that frames are written on, unless `submit` is told: a handle, an object with
-                `__cuda_stream__`, or a torch or cupy stream.
+            cuda_stream: the stream that writes the frames, unless `submit` gets another one: a handle, an
+                object with `__cuda_stream__`, or a torch or cupy stream.
             when_full: see `StreamSession`.
             timeout: see `StreamSession`.
-            slots: batches on their way at once.
+            slots: the number of batches that may be in progress at once.
             graphs: whether a GPU backend captures the network as a CUDA graph for shapes that come again.
 
         Raises:
             ConfigError: see `StreamSession`.
-            EngineError: there is no memory for the slots.
-            KernelError: the kernel for frames cannot be compiled for the GPU.
+            EngineError: if memory for the slots runs out.
+            KernelError: if the kernel for frames cannot be compiled for the GPU.
         """
         session = StreamSession(
             self,
@@ -270,8 +270,9 @@ class Predictor(Closing):
         self._sessions.add(session)
         return session
 
+    @override
     def close(self) -> None:
-        """Closes the sessions that are open, then frees the backend; an error stops none of it."""
+        """Closes all open sessions, then frees the backend, even if some of that fails."""
         with ExitStack() as stack:
             stack.callback(self.stages.close)
             for session in self._sessions:

@@ -1,11 +1,14 @@
-"""`StreamSession`: frames of video in, futures out, in order with the CUDA stream of the caller."""
+"""`StreamSession`: takes video frames and returns futures, ordered with the caller's CUDA stream."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+from typing_extensions import override
 
 from comask.config import require_count
 from comask.errors import ConfigError, FrameDroppedError, ImageError, QueueFullError
@@ -17,28 +20,28 @@ from comask.runtime.lanes import Batch, Lane
 from comask.structures import Detections
 
 WhenFull: TypeAlias = Literal["block", "raise", "drop_oldest"]
-WHEN_FULL = ("block", "raise", "drop_oldest")
-SLOTS = 3  # batches at once where nothing is said: one comes in, one is at work, one goes out
+WHEN_FULL = get_args(WhenFull)
+SLOTS = 3  # batches at once by default: one comes in, one runs, one goes out
 
 
 class StreamSession(Closing):
-    """Runs frames as they come; made by `Predictor.stream`, closed by `with`, or else with its predictor.
+    """Runs frames as they come; `Predictor.stream` creates it, `with` or its predictor closes it.
 
-    Threads may share it. Each slot runs a batch; when that is complete, its results are kept on the host
-    for their future, and the slot is used again. A session is full while all slots run.
+    Threads may share a session. Each slot runs one batch. Once the batch is complete, its results are
+    kept on the host for its future, and the slot is free again. A session is full while all slots run.
 
     Args:
-        predictor: whose frames they are.
-        cuda_stream: of the caller, where `submit` is given none.
+        predictor: the predictor that runs the frames.
+        cuda_stream: the caller's stream for calls of `submit` without `stream`.
         when_full: `block` until a slot is free; `raise` QueueFullError; `drop_oldest`: one frame waits
             for a slot, and a newer one takes its place.
-        timeout: seconds that `block` takes at most, then QueueFullError; None for no limit.
+        timeout: seconds after which `block` raises QueueFullError; None for no limit.
         slots, graphs: see `Predictor.stream`.
 
     Raises:
-        ConfigError: an option that there is not, or that goes with no other one.
-        EngineError: there is no memory for the slots.
-        KernelError: the kernel for frames cannot be compiled for the GPU.
+        ConfigError: if an option is invalid, or two options contradict each other.
+        EngineError: if memory for the slots runs out.
+        KernelError: if the kernel for frames cannot be compiled for the GPU.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class StreamSession(Closing):
             raise ConfigError(f"when_full={when_full!r}; expected one of {', '.join(WHEN_FULL)}")
         if timeout is not None and (when_full != "block" or timeout < 0):
             raise ConfigError(
-                f"timeout={timeout} with when_full={when_full!r}; expected seconds, and 'block'"
+                f"timeout={timeout} with when_full={when_full!r}; expected seconds, and when_full='block'"
             )
         require_count("slots", slots)
         self.predictor, self._cuda_stream = predictor, cuda_stream
@@ -65,7 +68,7 @@ class StreamSession(Closing):
         self._idle = list(self._lanes.lanes)  # the longest idle first
         self._running: deque[Batch] = deque()  # the oldest first
         self._waiting: Batch | None = None
-        self._waiters = 0  # threads that wait for a lane without the lock
+        self._waiters = 0  # threads that wait for a lane without holding the lock
         self._closed = False
 
     def submit(
@@ -81,26 +84,27 @@ class StreamSession(Closing):
         """Queues a frame, or a list of frames of one canvas as a batch.
 
         Nothing is copied to the host, and only the GPU waits. The session holds a frame until it has read
-        it and is used again. Until then only work on a stream that `Future.wait_read` or `wait_on` was
-        called for may write it. A frame in the host's memory is read at once, unless it waits for a slot.
+        it and a later call of the session notices that. Until then, only work on a stream for which
+        `Future.wait_read` or `wait_on` was called may overwrite the frame. A frame in the host's memory
+        is read during this call unless it waits for a slot.
 
         Args:
             frames: u8 [h, w, 3] or [3, h, w] with `__dlpack__` or `__cuda_array_interface__`, or a numpy
                 array; for NV12 [3/2·h, w], Y with UV below, or a tuple of Y [h, w] and UV [h/2, w/2, 2],
-                rows of any pitch. Or a list.
-            stream: that the frames are written on: a handle, an object with `__cuda_stream__`, or a
-                torch or cupy stream; None for the session's, else for what the producer says.
-            format: of the frames.
-            matrix: of NV12's colours.
+                rows of any pitch. Or a list of frames.
+            stream: the stream that writes the frames: a handle, an object with `__cuda_stream__`, or a
+                torch or cupy stream; None for the session's, or if it has none, the producer's.
+            format: the format of the frames.
+            matrix: the matrix of NV12's colours.
             full_range: whether NV12's Y, U and V use 0..255.
-            rle: whether the results come with COCO's RLEs; a GPU finds the edges of masks.
+            rle: whether the results get COCO's RLEs; on a GPU, the GPU finds the masks' edges for them.
 
         Raises:
-            ImageError: frames that are none, need different canvases, or lie where the backend cannot
-                read them; a stream, where the backend waits for none.
+            ImageError: if frames are invalid, need different canvases, or lie where the backend cannot
+                read them; or if `stream` is given to a backend that cannot wait for streams.
             QueueFullError: see `when_full`.
-            EngineError: frames outside the engines' profile, no memory, or a `stream` that is none.
-            RuntimeError: the session is closed.
+            EngineError: if frames exceed the engines' profile, memory runs out, or `stream` is invalid.
+            RuntimeError: if the session is closed.
         """
         single = not isinstance(frames, list)
         sources = [frames] if single else frames
@@ -134,7 +138,7 @@ class StreamSession(Closing):
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        """Starts the batch that waits, if a lane is free by now."""
+        """Starts the waiting batch if a lane is free by now."""
         batch = self._waiting
         lane = self._lane_at_hand(batch) if batch else None
         if batch is None or lane is None:
@@ -142,8 +146,12 @@ class StreamSession(Closing):
         self._waiting = None
         try:
             self._start(batch, lane)
-        except Exception as error:  # whoever called is another one than whose frame it is
-            batch.error = error
+        except BaseException as error:
+            if isinstance(error, Exception):
+                batch.error = error
+            else:
+                batch.error = RuntimeError("this frame was interrupted before it ran")
+                raise
 
     def _start(self, batch: Batch, lane: Lane) -> None:
         try:
@@ -155,15 +163,19 @@ class StreamSession(Closing):
         self._running.append(batch)
 
     def _lane_at_hand(self, batch: Batch) -> Lane | None:
-        """A lane that has nothing to do, freed of a complete batch where need be.
+        """Returns an idle lane, or None; first finishes complete batches if no lane is idle.
 
-        Of several one that suits, as graphs are of a lane's last shapes; else the longest idle one.
+        A lane that suits the batch is preferred, since a CUDA graph belongs to a lane's last shapes; the
+        longest idle lane comes next.
         """
         for running in self._running:
             assert running.lane is not None
-            running.lane.release_read()
+            with contextlib.suppress(Exception):  # its own future raises it
+                running.lane.release_read()
         if not self._idle:
-            any(self._finish(running) for running in list(self._running))
+            for running in self._running:
+                if self._finish(running):
+                    break
         if not self._idle:
             return None
         lane = next((lane for lane in self._idle if lane.suits(batch)), self._idle[0])
@@ -185,9 +197,9 @@ class StreamSession(Closing):
         return lane
 
     def _await(self, batch: Batch, end: float | None) -> bool:
-        """Waits for a running batch without the lock; False when the time is over.
+        """Waits for a running batch without holding the lock; returns False if the time is over.
 
-        Another thread may have finished it by then, and its lane may run another one.
+        Another thread may have finished the batch by then, and its lane may run another one.
         """
         assert batch.lane is not None
         error = None
@@ -196,7 +208,7 @@ class StreamSession(Closing):
         self._changed.release()
         try:
             done = batch.lane.wait(batch, seconds)
-        except Exception as failure:  # for whoever asks for this result
+        except Exception as failure:  # raised by this batch's future
             done, error = True, failure
         finally:
             self._changed.acquire()
@@ -208,7 +220,7 @@ class StreamSession(Closing):
         return done
 
     def _finish(self, batch: Batch) -> bool:
-        """Brings a complete batch's outputs to the host, which frees its lane."""
+        """Copies a complete batch's outputs to the host and frees its lane; returns whether it did."""
         lane = batch.lane
         if lane is None or batch.settled:
             return batch.settled
@@ -217,7 +229,7 @@ class StreamSession(Closing):
                 return False
             lane.release_read()
             batch.outputs, batch.edges = lane.fetch(batch)
-        except Exception as error:  # for whoever asks for this result
+        except Exception as error:  # raised by this batch's future
             batch.error = error
         self._give_back(batch, lane)
         return True
@@ -229,31 +241,35 @@ class StreamSession(Closing):
     # The methods below acquire the lock themselves.
 
     def done(self, batch: Batch) -> bool:
-        """See `Future.done`."""
+        """Returns whether the future's `result` would not wait."""
         with self._changed:
             self._start_waiting()
-            return batch.settled or (batch.lane is not None and batch.lane.wait(batch, 0))
+            try:
+                return batch.settled or (batch.lane is not None and batch.lane.wait(batch, 0))
+            except Exception:  # `result` raises it
+                return True
 
     def settle(self, batch: Batch, timeout: float | None) -> None:
-        """Returns when a batch has come to its end; raises TimeoutError after so many seconds."""
+        """Waits until a batch is settled; raises TimeoutError after `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while not self._finish(batch):
                 self._start_waiting()
                 if batch.settled:
                     return
-                # a batch that waits for a slot waits for the oldest one first
+                # a batch that waits for a slot waits for the oldest running batch first
                 done = self._await(batch if batch.lane else self._running[0], end)
                 if not done and not self._finish(batch):
                     raise TimeoutError(f"no result within {timeout} s")
 
+    @override
     def close(self) -> None:
-        """Waits for what runs, keeps its results for the futures, and frees everything else.
+        """Waits for running batches, keeps their results for the futures, and frees everything else.
 
-        Outputs on the GPU are gone then, but for copies. Again is harmless.
+        Outputs on the GPU are freed unless they were copied. A second call does nothing.
 
         Raises:
-            EngineError: the GPU failed, so that nothing can be freed.
+            EngineError: if the GPU failed, so that nothing can be freed.
         """
         with self._changed:
             if self._closed:
@@ -274,29 +290,29 @@ class StreamSession(Closing):
 
 
 class Future:
-    """What becomes of one `submit`; its methods may be called from any thread."""
+    """The results of one `submit`; any thread may call its methods."""
 
     def __init__(self, session: StreamSession, batch: Batch, *, single: bool) -> None:
         self._session, self._batch, self._single = session, batch, single
         self._detections: Detections | list[Detections] | None = None
 
     def done(self) -> bool:
-        """Whether `result` would return, or raise, without waiting."""
+        """Returns whether `result` would return or raise without waiting."""
         return self._session.done(self._batch)
 
     def result(self, timeout: float | None = None) -> Any:
-        """The detections, brought to the host when first asked for.
+        """Waits for the batch and returns its detections, which the first call copies to the host.
 
         Args:
-            timeout: seconds to wait at most.
+            timeout: seconds to wait at most; None for no limit.
 
         Returns:
-            `Detections`, or a list of them where a list was submitted.
+            `Detections`, or a list of them if a list was submitted.
 
         Raises:
-            TimeoutError: it takes longer.
-            FrameDroppedError: a newer frame took its place.
-            EngineError: the GPU failed.
+            TimeoutError: if the batch takes longer.
+            FrameDroppedError: if a newer frame took its place.
+            EngineError: if the GPU failed.
         """
         batch = self._batch
         self._session.settle(batch, timeout)
@@ -304,48 +320,48 @@ class Future:
             raise batch.error
         if self._detections is None:
             assert batch.outputs is not None
-            found = self._session.predictor.detections(batch.outputs, batch.placements)
+            detections = self._session.predictor.detections(batch.outputs, batch.placements)
             if batch.rle:
-                found = batch.with_rles(found)
-            self._detections = found[0] if self._single else found
+                detections = batch.with_rles(detections)
+            self._detections = detections[0] if self._single else detections
         return self._detections
 
     @property
     def outputs(self) -> dict[str, SharedArray]:
-        """Stage 2's outputs by name where the backend wrote them; a consumer's stream waits for them.
+        """Stage 2's outputs by name, in the memory where the backend wrote them.
 
         `num_detections` [B], `boxes` [B, D, 4] `xyxy` in pixels of the resized frame, `scores` [B, D],
-        `labels` [B, D], `masks` [B, D, 28, 28]. On the host this waits for them, and they stay.
+        `labels` [B, D], `masks` [B, D, 28, 28]. Outputs on the host are waited for here, and stay valid.
 
-        On a GPU nothing waits, and they are borrowed until the slot is used again, which any use of the
-        session may do once they are complete; `copy` waits for them and keeps them. What a consumer
-        queued by then, on the stream that it gave to `__dlpack__` or that was given to `wait_on`, still
-        reads these values: the slot's next batch comes behind it, so the stream must live until then.
-        `__cuda_array_interface__` does not say who reads: call `wait_on` with the stream that does.
+        On a GPU, a consumer's stream waits for them, and they are borrowed until the slot is used again,
+        which any call of the session may cause once they are complete; `SharedArray.copy` makes a copy
+        that lasts. Work that a consumer has queued by then still reads these values if it is on the
+        stream that was given to `__dlpack__` or `wait_on`: the slot's next batch waits for that stream,
+        which must exist until then. `__cuda_array_interface__` does not tell which stream reads.
 
         Raises:
-            RuntimeError: the frame waits for a slot.
-            FrameDroppedError: a newer frame took its place.
+            RuntimeError: if the frame still waits for a slot.
+            FrameDroppedError: if a newer frame took its place.
         """
         return self._lane().outputs(self._batch)
 
     def bitmaps(self, place: int = 0) -> SharedArray:
-        """Masks of one frame in its own pixels, where the outputs are and borrowed as they are.
+        """Returns the masks of one frame in its own pixels, equal to those of `Detections.masks`.
 
-        On a GPU nothing waits: the pasting is queued behind the network, and how many masks there are is
-        known there alone. They are those of `Detections.masks`.
+        They lie where the outputs lie, and are borrowed as `outputs` explains. On a GPU this does not
+        wait: the masks are pasted behind the network, and only the GPU knows their number.
 
         Args:
-            place: of the frame, where a list was submitted.
+            place: the frame's index, if a list was submitted.
 
         Returns:
-            u8 [D, h, w], 1 inside of a mask; zeros from `num_detections` on.
+            u8 [D, h, w], 1 inside a mask; zeros from `num_detections` on.
 
         Raises:
-            IndexError: there is no such frame.
-            RuntimeError: the frame waits for a slot, or the outputs' slot is in use again.
-            FrameDroppedError: a newer frame took its place.
-            EngineError: there is no memory for them.
+            IndexError: if the batch has no such frame.
+            RuntimeError: if the frame still waits for a slot, or the outputs' slot is in use again.
+            FrameDroppedError: if a newer frame took its place.
+            EngineError: if memory for the masks runs out.
         """
         if not 0 <= place < len(self._batch.frames):
             raise IndexError(f"no frame {place} in a batch of {len(self._batch.frames)}")
@@ -359,34 +375,26 @@ class Future:
         return self._batch.lane
 
     def wait_on(self, stream: Any) -> None:
-        """Later work on the caller's stream starts after this batch; only on the host the caller waits.
+        """Makes later work on the caller's stream wait for this batch; on the host, the caller waits.
 
         Args:
             stream: see `StreamSession.submit`.
 
         Raises:
-            RuntimeError: the frame waits for a slot.
-            EngineError: the stream is none.
+            RuntimeError: if the frame still waits for a slot.
+            EngineError: if `stream` is invalid.
         """
         if (lane := self._begun_lane()) is not None:
             lane.wait_on(self._batch, stream_handle(stream))
 
     def wait_read(self, stream: Any) -> None:
-        """Later work on the caller's stream starts after the frames were read, and may overwrite them.
-
-        Args:
-            stream: see `StreamSession.submit`.
-
-        Raises:
-            RuntimeError: the frame waits for a slot.
-            EngineError: the stream is none.
-        """
+        """Like `wait_on`, for the reading of the frames alone: later work may overwrite them."""
         if (lane := self._begun_lane()) is not None:
             lane.wait_read(self._batch, stream_handle(stream))
 
     def _begun_lane(self) -> Lane | None:
-        """None for what will never run."""
-        lane = self._batch.lane
-        if lane is None and not self._batch.settled:
+        """Returns the lane that runs or ran the batch; None for a batch that will never run."""
+        settled = self._batch.settled  # read first, since a batch has its lane before it is settled
+        if (lane := self._batch.lane) is None and not settled:
             raise RuntimeError("this frame waits for a slot: there is nothing to wait on yet")
         return lane

@@ -1,8 +1,8 @@
-"""The model that a Triton server shows to clients: images in, detections and RLE masks out.
+"""The model that a Triton server shows to clients: takes images, returns detections and RLE masks.
 
-Triton's Python backend finds it through the repository's `model.py`. Images are prepared, put together
-in batches and their detections read by `comask.runtime`, as everywhere; the two stages of the network
-are models of the same server.
+Triton's Python backend loads it through the repository's `model.py`. As everywhere, `comask.runtime`
+prepares the images, groups them in batches and reads the detections; the network's two stages are models
+of the same server.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from typing_extensions import override
 
 from comask.bundle import MANIFEST, STAGES, Manifest
 from comask.errors import ComaskError, EngineError, ImageError
@@ -33,13 +34,13 @@ from comask.structures import Detections, require_finite
 
 
 class ServerSession:
-    """One stage, which is a model of the server.
+    """One stage, which runs as a model of the server.
 
     Args:
-        model: the model that clients see.
+        model: the name of the model that clients see.
         stage: `stage1` or `stage2`.
-        manifest: of the bundle.
-        precision: of the stage.
+        manifest: the bundle's manifest.
+        precision: the stage's precision.
     """
 
     def __init__(self, model: str, stage: str, manifest: Manifest, precision: str) -> None:
@@ -47,10 +48,10 @@ class ServerSession:
         self.inputs, self.outputs = graph_tensors(manifest, stage, precision)
 
     def infer(self, tensors: Sequence[Any], **options: Any) -> list[Any]:
-        """Runs it on the server's tensors; its outputs are such too, where the stage left them.
+        """Runs the stage on the server's tensors and returns such tensors, in the memory it wrote.
 
         Raises:
-            EngineError: the server refuses, or fails.
+            EngineError: if the server refuses the request or fails.
         """
         request = pb_utils.InferenceRequest(
             model_name=self.name,
@@ -64,31 +65,32 @@ class ServerSession:
         return list(response.output_tensors())
 
     def infer_on_host(self, tensors: Sequence[Any]) -> dict[str, Array]:
-        """The same with the outputs as arrays."""
+        """Runs the stage on the server's tensors and returns its outputs by name, as arrays."""
         host = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-        found = self.infer(tensors, preferred_memory=host)
-        # a tensor's array is the server's memory, which goes with the tensor
-        return {tensor.name(): np.array(tensor.as_numpy()) for tensor in found}
+        outputs = self.infer(tensors, preferred_memory=host)
+        # a tensor's array is the server's memory, which is freed with the tensor
+        return {tensor.name(): np.array(tensor.as_numpy()) for tensor in outputs}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Stage`."""
+        """Runs the stage and returns its outputs by name; the arrays belong to the caller."""
         return self.infer_on_host([pb_utils.Tensor(name, feed) for name, feed in feeds.items()])
 
     def close(self) -> None:
-        """Nothing of its own."""
+        """Does nothing, since the server owns the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStages(Stages):
-    """Both stages; what the first one leaves on a GPU, the second one takes from there."""
+    """Both stages; stage 2 reads stage 1's outputs on the GPU if the server left them there."""
 
     stage1: ServerSession
     stage2: ServerSession
 
+    @override
     def run(
         self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
     ) -> dict[str, Array]:
-        """See `Stages`; the server itself measures `seconds`."""
+        # `seconds` is ignored: the server measures them itself
         sizes = pb_utils.Tensor("image_sizes", image_sizes)
         features = self.stage1.infer([pb_utils.Tensor("images", images), sizes])
         for tensor in features:
@@ -100,10 +102,10 @@ class ServerStages(Stages):
 
 
 class TritonPythonModel:
-    """What Triton's Python backend looks for; it calls the methods, one at a time."""
+    """The class that Triton's Python backend looks for; it calls one method at a time."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the manifest that lies beside `model.py`."""
+        """Reads the manifest beside `model.py` and prepares a predictor."""
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -123,18 +125,20 @@ class TritonPythonModel:
         self._outputs = client_outputs(manifest)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """A response for each request; images of one canvas share batches, whoever sent them."""
+        """Returns a response for each request; images of one canvas share batches across requests."""
         asked = [self._images(request) for request in requests]
-        found = iter(
+        results = iter(
             self._predict([i for images in asked for i in images if isinstance(i, Prepared)])
         )
         return [
-            self._response(request, [next(found) if isinstance(i, Prepared) else i for i in images])
+            self._response(
+                request, [next(results) if isinstance(i, Prepared) else i for i in images]
+            )
             for request, images in zip(requests, asked, strict=True)
         ]
 
     def _images(self, request: Any) -> list[Prepared | ComaskError]:
-        """A request's images, or why one is none."""
+        """Returns a request's images, each prepared or with its error."""
         encoded = pb_utils.get_input_tensor_by_name(request, IMAGE)
         pixels = pb_utils.get_input_tensor_by_name(request, PIXELS)
         if (encoded is None) == (pixels is None):
@@ -151,7 +155,7 @@ class TritonPythonModel:
             return error
 
     def _predict(self, images: Sequence[Prepared]) -> list[Detections | ComaskError]:
-        """What was found in each image; if not all can be run together, each one is run alone."""
+        """Returns the detections in each image; runs them one by one if they cannot run together."""
         try:
             return list(self._predictor.predict_prepared(images))
         except EngineError as error:
@@ -161,7 +165,7 @@ class TritonPythonModel:
 
     def _response(self, request: Any, results: Sequence[Detections | ComaskError]) -> Any:
         errors = [result for result in results if isinstance(result, ComaskError)]
-        if len(errors) == len(results):  # so that whoever asks for one image cannot overlook it
+        if len(errors) == len(results):  # an error: a client cannot overlook it
             text = "; ".join(dict.fromkeys(map(str, errors)))
             bad_input = all(isinstance(error, ImageError) for error in errors)
             code = pb_utils.TritonError.INVALID_ARG if bad_input else pb_utils.TritonError.INTERNAL
@@ -181,7 +185,7 @@ class TritonPythonModel:
 
 
 def _values(output: str, result: Detections | ComaskError) -> Sequence[Any] | Array:
-    """The rows of one output of one image; what follows them is padding."""
+    """Returns the rows of one output for one image, without the padding that follows them."""
     if isinstance(result, ComaskError):
         return [str(result).encode()] if output == "error" else []
     match output:

@@ -1,4 +1,4 @@
-"""What crosses the border of each model in a Triton server: tensors by name, type and shape.
+"""The inputs and outputs of each model in a Triton server: names, types and shapes of the tensors.
 
 `comask.export.triton` declares them in the repository; `comask.runtime.triton_model` reads and writes
 them in the server.
@@ -13,9 +13,9 @@ from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.backends.base import TensorSpec
 
 IMAGE, PIXELS = "image", "pixels"
-TEXT = np.dtype(object)  # bytes in UTF-8, as Triton has them in numpy
+TEXT = np.dtype(object)  # UTF-8 as bytes, Triton's strings in numpy
 
-# A request has one of them.
+# A request has one of these.
 CLIENT_INPUTS = (
     TensorSpec(IMAGE, TEXT, (1,)),  # an encoded image: JPEG, PNG, …
     TensorSpec(PIXELS, np.dtype(np.uint8), ("height", "width", 3)),  # RGB
@@ -23,10 +23,10 @@ CLIENT_INPUTS = (
 
 
 def client_outputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    """The outputs, padded to D rows with zeros and empty strings.
+    """Returns the outputs that clients get, padded to D rows with zeros and empty strings.
 
-    `boxes` are `xyxy` in pixels of the client's image. `rle_counts` with `image_size`, (height, width),
-    are COCO's RLE. `error` says why an image has no detections; it is empty where all went well.
+    `boxes` are `xyxy` in pixels of the client's image. `rle_counts` and `image_size`, (height, width),
+    are COCO's RLE. `error` says why an image has no detections; it is empty if all went well.
     """
     most = manifest.model.detections
     whole, small, real = (np.dtype(t) for t in (np.int64, np.int32, np.float32))
@@ -44,14 +44,14 @@ def client_outputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
 
 
 def stage_name(model: str, stage: str) -> str:
-    """The model in the server that is `stage1` or `stage2` of `model`."""
+    """Returns the name of the server's model that is `stage1` or `stage2` of `model`."""
     return f"{model}_{stage}"
 
 
 def graph_tensors(
     manifest: Manifest, stage: str, precision: str
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of a stage's graph in `precision`; the manifest has them in fp32."""
+    """Returns inputs and outputs of a stage's graph in `precision`; the manifest has those of fp32."""
 
     def specs(side: str) -> tuple[TensorSpec, ...]:
         return tuple(

@@ -1,4 +1,4 @@
-"""Reports of `comask-bench` with made-up numbers that fill their columns."""
+"""Reports of `comask bench` with made-up numbers that fill their columns."""
 
 from __future__ import annotations
 

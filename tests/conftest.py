@@ -7,17 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+import click
 import hypothesis
 import pytest
 from click.testing import CliRunner, Result
 
-import comask.cli.bench
-import comask.cli.doctor
-import comask.cli.evaluate
-import comask.cli.export
-import comask.cli.infer
-import comask.cli.shapes
-import comask.cli.train
+import comask.cli.main
 from comask.runtime import Predictor
 
 # Examples take long where a network runs; the machine's speed is not what is tested. They are the
@@ -27,14 +22,10 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=30, 
 hypothesis.settings.load_profile("default")
 hypothesis.settings.register_profile("search", deadline=None, max_examples=300, derandomize=False)
 
-COMMANDS = {
-    "train": comask.cli.train.main,
-    "export": comask.cli.export.main,
-    "infer": comask.cli.infer.main,
-    "eval": comask.cli.evaluate.main,
-    "bench": comask.cli.bench.main,
-    "shapes": comask.cli.shapes.main,
-    "doctor": comask.cli.doctor.main,
+COMMANDS: dict[str, click.Command] = {
+    name: command
+    for name in comask.cli.main.MODULES
+    if (command := comask.cli.main.main.get_command(click.Context(comask.cli.main.main), name))
 }
 # shapes-tiny, slimmer still: what is tested is the path, not the accuracy
 MICRO = (
@@ -57,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def run(command: str, *arguments: object) -> Result:
     """Runs a command in this process, as a shell would."""
-    return CliRunner().invoke(COMMANDS[command], [str(argument) for argument in arguments])
+    return CliRunner().invoke(comask.cli.main.main, [command, *map(str, arguments)])
 
 
 def settings(*assignments: str) -> list[str]:
@@ -82,7 +73,7 @@ def micro_bundle(micro_run: Path) -> Path:
     output = micro_run.parent / "bundle"
     result = run(
         "export", micro_run / "checkpoint-last.pt", "--output", output, "--score-threshold", "0",
-        "--diagnostics", "--verify-images", "1",
+        "--diagnostics", "--limit", "1",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return output
@@ -93,7 +84,7 @@ def micro_fp16(micro_bundle: Path) -> Path:
     """A copy of it, to which the command added fp16 graphs."""
     folder = micro_bundle.parent / "bundle-fp16"
     shutil.copytree(micro_bundle, folder)
-    result = run("export", folder, "--precision", "fp16,fp32", "--verify-images", "1")
+    result = run("export", folder, "--precision", "fp16,fp32", "--limit", "1")
     assert result.exit_code == 0, result.output
     assert "holds fp32 graphs already" in result.output
     assert "fp16 graphs agree with PyTorch" in result.output
@@ -105,7 +96,7 @@ def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Images whose annotations are PyTorch's own detections: on them its AP is high, though it was
     hardly trained, and whoever differs from it loses AP."""
     data = tmp_path_factory.mktemp("truth") / "data"
-    assert run("shapes", data, "--images", 4, "--seed", 11).exit_code == 0
+    assert run("shapes", data, "--count", 4, "--seed", 11).exit_code == 0
     file = data / "annotations" / "instances.json"
     content = json.loads(file.read_text())
     content["annotations"] = []
@@ -123,8 +114,7 @@ def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def int8_arguments(bundle: Path, data: Path, *more: object) -> tuple[object, ...]:
     return (
-        "export", bundle, "--precision", "int8", "--calib-data", data, "--calib-images", 3,
-        "--val-data", data, "--verify-images", 1, *more,
+        "quantize", bundle, "--calib-data", data, "--calib-limit", 3, "--data", data, *more,
     )  # fmt: skip
 
 
@@ -135,7 +125,7 @@ def int8_bundle(
     """A copy of `micro_fp16`, to which the command added int8 graphs."""
     folder = tmp_path_factory.mktemp("int8") / "bundle"
     shutil.copytree(micro_fp16, folder)
-    result = run(*int8_arguments(folder, own_truth, "--ap-budget", 100))
+    result = run(*int8_arguments(folder, own_truth, "--max-loss", 100))
     assert result.exit_code == 0, result.output
     assert "whether int8 is faster than fp16 was not measured" in result.output
     return folder

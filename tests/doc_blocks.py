@@ -80,8 +80,8 @@ def check_command(words: list[str]) -> None:
         module = rest.index("-m")
         assert rest[module + 1] == "comask.cli.train"
         COMMANDS["train"].make_context(name, rest[module + 2 :])
-    elif name.startswith("comask-"):
-        make_context(name, rest)
+    elif name == "comask" or name.startswith("comask-"):
+        make_context(words)
     elif name == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         asked = [word for word in rest if not ASSIGNMENT.match(word)]
@@ -99,18 +99,24 @@ def check_command(words: list[str]) -> None:
         assert name in FOREIGN, f"nothing here checks {name}"
 
 
-def make_context(name: str, arguments: list[str]) -> None:
-    """Parses them as the command would; nothing is run."""
-    short = name.removeprefix("comask-")
-    assert short in COMMANDS, f"there is no command {name}"
+def make_context(words: list[str]) -> None:
+    """Parses a command line as the command would; nothing is run."""
+    name, arguments = short_name(words)
     with contextlib.suppress(click.exceptions.Exit):  # --help
-        COMMANDS[short].make_context(name, list(arguments))
+        COMMANDS[name].make_context(name, arguments)
+
+
+def short_name(words: list[str]) -> tuple[str, list[str]]:
+    """`comask infer …` and `comask infer …` → `infer`, and the other words."""
+    first, *rest = words
+    name = rest.pop(0) if first == "comask" else first.removeprefix("comask-")
+    assert name in COMMANDS, f"there is no command {name}"
+    return name, rest
 
 
 def unknown_options(span: str) -> set[str]:
-    """Options in a span like `comask-eval … --data shapes` that its command does not have."""
-    name, *words = span.split()
-    command = COMMANDS[name.removeprefix("comask-")]
-    known = {option for parameter in command.params for option in parameter.opts}
+    """Options in a span like `comask eval … --data shapes` that its command does not have."""
+    name, words = short_name(span.split())
+    known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     known |= {"--help", "--version"}
     return {word.partition("=")[0] for word in words if word.startswith("--")} - known

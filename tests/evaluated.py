@@ -1,4 +1,4 @@
-"""Runs `comask-eval` on a few images, and edits bundles for it."""
+"""Runs `comask eval` on a few images, and edits bundles for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate(bundle: Path, tmp_path: Path, *options: object) -> tuple[int, dict[
     """Exit code, JSON and page of a small evaluation."""
     page, report = tmp_path / "report.html", tmp_path / "report.json"
     result = run(
-        "eval", bundle, "--data", "shapes", "--images", IMAGES, "--json", report, "--report", page,
+        "eval", bundle, "--data", "shapes", "--limit", IMAGES, "--json", report, "--report", page,
         *options,
     )  # fmt: skip
     assert report.exists(), result.output

@@ -165,7 +165,7 @@ def command_line(commands: Mapping[str, click.Command]) -> str:
     """Every command's arguments and options."""
     lines = []
     for name, command in sorted(commands.items()):
-        lines.append(f"\n[comask-{name}]")
+        lines.append(f"\n[comask {name}]")
         lines += [_parameter(parameter) for parameter in command.params]
     return "\n".join(lines).strip() + "\n"
 

@@ -25,7 +25,7 @@ PROFILE = Profile(
 def write_engines(
     folder: str | Path, *, plugin: str = "python", flavor: str = "tensorrt", **changes: Any
 ) -> EngineFolder:
-    """Engines in a bundle as `comask-export` lays them down; needs the stand-in driver."""
+    """Writes engines to a bundle as `comask build` does; needs the stand-in driver."""
     from standin_tensorrt import __version__, write_plan
 
     bundle, gpu = Bundle.open(Path(folder)), find_gpu()

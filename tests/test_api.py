@@ -76,19 +76,19 @@ def test_command_line_is_frozen(frozen: Frozen) -> None:
 
 def test_files_are_frozen(micro_bundle: Path, tmp_path: Path, frozen: Frozen) -> None:
     data, results = tmp_path / "data", tmp_path / "results"
-    assert run("shapes", data, "--images", 2, "--seed", 11).exit_code == 0
+    assert run("shapes", data, "--count", 2, "--seed", 11).exit_code == 0
     clip = make_clip(tmp_path / "clip.mp4", pictures(2), audio=None)
     no_image = data / "annotations" / "instances.json"  # to have a failure reported
     backends = ("--backend", "torch", "--backend", "onnxruntime", "--device", "cpu")
     infer = ("infer", "--output", results, "--device", "cpu", "--backend", "onnxruntime")
     calls: dict[str, tuple[object, ...]] = {
-        "comask-infer --json of images": (
+        "comask infer --json of images": (
             *infer, data / "images", no_image, "--save", "overlay,masks,coco,labels",
         ),
-        "comask-infer --json of videos": (*infer, clip),
-        "comask-eval --json": ("eval", "--data", data, "--no-record", *backends),
-        "comask-bench --json": ("bench", "--runs", 1, "--warmup", 1, "--no-record", *backends),
-        "comask-doctor --json": ("doctor",),
+        "comask infer --json of videos": (*infer, clip),
+        "comask eval --json": ("eval", "--data", data, "--no-record", *backends),
+        "comask bench --json": ("bench", "--runs", 1, "--warmup", 1, "--no-record", *backends),
+        "comask doctor --json": ("doctor",),
     }  # fmt: skip
     written: dict[str, list[Any]] = {}
     told = tmp_path / "told.json"
@@ -165,6 +165,11 @@ def test_exit_codes(name: str, tmp_path: Path) -> None:
         "infer": (nowhere, nowhere, "--output", tmp_path / "results"),
         "eval": (nowhere, "--data", "shapes"),
         "export": (nowhere, "--output", tmp_path / "bundle"),
+        "quantize": (nowhere, "--calib-data", "shapes"),
+        "build": (nowhere, "--engine", "tensorrt-rtx"),
+        "serve": (nowhere, "--output", tmp_path / "repository"),
+        "job": (nowhere, nowhere, "--output", tmp_path / "job"),
+        "sweep": (nowhere, "--data", "shapes"),
     }
     done = run(name, *arguments.get(name, (nowhere,)))
     assert done.exit_code == 1, done.output

@@ -1,4 +1,4 @@
-"""`comask-bench` without --sweep: parts, percentiles, what it reports, records and refuses."""
+"""`comask bench`: parts, percentiles, what it reports, records and refuses."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ def test_a_batch_that_the_backend_splits_is_refused(micro_bundle: Path) -> None:
 def test_the_command_measures_reports_and_records(micro_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
     photos = tmp_path / "photos"
-    assert run("shapes", photos, "--images", 3, "--seed", 1).exit_code == 0
+    assert run("shapes", photos, "--count", 3, "--seed", 1).exit_code == 0
     done = run(
-        "bench", bundle, "--backend", "torch", "--backend", "onnxruntime", "--images",
+        "bench", bundle, "--backend", "torch", "--backend", "onnxruntime", "--data",
         photos / "images", "--runs", 3, "--warmup", 1, "--batch", 2, "--device", "cpu",
         "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png",
     )  # fmt: skip
@@ -224,16 +224,16 @@ def test_memory_of_a_process_that_fails_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--images", "{photos}", "--size", "9x9"), 2, "give one of them"),
+        (("--data", "{photos}", "--size", "9x9"), 2, "give one of them"),
         (("--size", "9"), 2, "expected HxW"),
-        (("--runs", "0"), 2, "--runs 0: expected at least 1"),
-        (("--max-loss", "1"), 2, "--max-loss needs --sweep"),
-        (("--data", "shapes"), 2, "--data needs --sweep"),
+        (("--runs", "0"), 2, "'--runs': 0 is not in the range"),
+        (("--max-loss", "1"), 2, "--max-loss belongs to a command of its own: comask sweep"),
+        (("--soak", "1"), 2, "--soak belongs to a command of its own: comask soak"),
         (("--backend", "auto"), 2, "name the backends"),
         (("--backend", "tensorrt"), 1, "error: "),
         (("--proposals", "999999"), 1, "proposals: expected a whole number from 1 to"),
-        (("--images", "{photos}"), 1, "the file is empty"),
-        (("--images", "nowhere"), 1, "no such file"),
+        (("--data", "{photos}"), 1, "the file is empty"),
+        (("--data", "nowhere"), 1, "no such file"),
         (("--plot", "a.txt"), 1, "ends in .png"),
         (("--plot", "no/where.png"), 1, "--plot no/where.png: its folder does not exist"),
         (("--json", "no/where"), 1, "--json no/where: its folder does not exist"),

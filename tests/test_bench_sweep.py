@@ -1,4 +1,4 @@
-"""`comask-bench --sweep`: the Pareto front, the choice within a loss, and the whole command."""
+"""`comask sweep`: the Pareto front, the choice within a loss, and the whole command."""
 
 from __future__ import annotations
 
@@ -69,14 +69,12 @@ def test_choice_on_made_up_numbers() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    assert run("shapes", folder, "--images", 4, "--seed", 8).exit_code == 0
+    assert run("shapes", folder, "--count", 4, "--seed", 8).exit_code == 0
     return folder
 
 
 def sweep(bundle: Path, data: Path | str, *more: object) -> Any:
-    return run(
-        "bench", bundle, "--sweep", "--data", data, "--runs", 1, "--backend", "onnxruntime", *more
-    )
+    return run("sweep", bundle, "--data", data, "--runs", 1, "--backend", "onnxruntime", *more)
 
 
 def test_the_command(micro_bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_the_command(micro_bundle: Path, data: Path, tmp_path: Path) -> None:
         loss = max(own["box_ap"] - entry["box_ap"], own["mask_ap"] - entry["mask_ap"])
         assert entry["loss"] == pytest.approx(loss)
         assert entry["ms_per_image"] == pytest.approx(entry["ms_per_batch"] / entry["batch"])
-    # AP is that of comask-eval, and no business of the batch
+    # AP is that of comask eval, and no business of the batch
     ap = {
         (e["proposals"], e["short_side"], e["box_ap"], e["mask_ap"])
         for e in settings
@@ -105,7 +103,7 @@ def test_the_command(micro_bundle: Path, data: Path, tmp_path: Path) -> None:
     }
     assert len(ap) == 2
     for proposals, side, box_ap, mask_ap in ap:
-        run("eval", micro_bundle, "--data", data, "--images", 3, "--backend", "onnxruntime",
+        run("eval", micro_bundle, "--data", data, "--limit", 3, "--backend", "onnxruntime",
             "--no-record", "--proposals", proposals, "--short-side", side,
             "--json", tmp_path / "e.json")  # fmt: skip
         values = json.loads((tmp_path / "e.json").read_text())["backends"]["onnxruntime"]
@@ -131,7 +129,8 @@ def test_printed_usage_runs(micro_bundle: Path, data: Path, tmp_path: Path) -> N
     command = report["command"].split()
     command[command.index("INPUT")] = str(data / "images")
     command[command.index("DIR")] = str(tmp_path / "out")
-    assert run(command[0].removeprefix("comask-"), *command[1:]).exit_code == 0
+    assert command.pop(0) == "comask"
+    assert run(*command).exit_code == 0
     with eval(report["python"]) as predictor:
         chosen = next(e for e in report["settings"] if e["chosen"])
         assert predictor.preprocess.short_side == chosen["short_side"]
@@ -192,27 +191,24 @@ def test_interrupted_sweep_reports_what_it_has(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--sweep",), 2, "--sweep needs --data"),
-        (("--sweep", "--data", "shapes", "--images", "x"), 2, "--images does not go with --sweep"),
-        (("--sweep", "--data", "shapes", "--max-loss", "-1"), 2, "expected at least 0"),
-        (("--sweep", "--data", "shapes", "--no-record"), 2, "--no-record does not go with --sweep"),
-        (("--sweep", "--data", "shapes", "--batch", "2"), 2, "--grid batch=2"),
-        (("--sweep", "--data", "shapes", "--batch", "1"), 2, "--grid batch=1"),
-        (("--sweep", "--data", "shapes", "--proposals", "9"), 2, "--grid proposals=9"),
-        (("--sweep", "--data", "shapes", "--grid", "batch=0"), 2, "numbers from 1 on"),
-        (("--sweep", "--data", "shapes", "--grid", "size=3"), 2, "expected proposals"),
+        ((), 2, "Missing option '--data'"),
+        (("--data", "shapes", "--max-loss", "-1"), 2, "-1.0 is not in the range"),
+        (("--data", "shapes", "--no-record"), 2, "No such option '--no-record'"),
+        (("--data", "shapes", "--batch", "2"), 2, "No such option '--batch'"),
+        (("--data", "shapes", "--grid", "batch=0"), 2, "numbers from 1 on"),
+        (("--data", "shapes", "--grid", "size=3"), 2, "expected proposals"),
         (
-            ("--sweep", "--data", "shapes", "--grid", "proposals=201"),
+            ("--data", "shapes", "--grid", "proposals=201"),
             1,
             "--grid proposals: expected a whole number from 1 to 200, got 201",
         ),
         (
-            ("--sweep", "--data", "shapes", "--grid", "short-side=99999"),
+            ("--data", "shapes", "--grid", "short-side=99999"),
             1,
             "--short-side: expected a canvas of at most",
         ),
-        (("--sweep", "--data", "nowhere"), 1, "nowhere"),
-        (("--sweep", "--data", "{other}"), 1, "categories are not the bundle's"),
+        (("--data", "nowhere"), 1, "nowhere"),
+        (("--data", "{other}"), 1, "categories are not the bundle's"),
     ],
 )
 def test_wrong_use(
@@ -230,7 +226,7 @@ def test_wrong_use(
     annotations["categories"][0]["name"] = "zebra"
     (other / "annotations" / "instances.json").write_text(json.dumps(annotations))
     filled = [argument.format(other=other) for argument in arguments]
-    done = run("bench", micro_bundle, "--backend", "onnxruntime", *filled)
+    done = run("sweep", micro_bundle, "--backend", "onnxruntime", *filled)
     assert done.exit_code == code, done.output
     assert words in " ".join(done.output.split())
 
@@ -246,7 +242,7 @@ def test_data_with_nothing_to_lose_is_refused(
     (empty / "annotations" / "instances.json").write_text(json.dumps(annotations))
     done = sweep(micro_bundle, empty)
     assert done.exit_code == 1
-    assert "holds no objects to score" in done.output
+    assert "has no objects to score" in done.output
 
 
 def test_picture_keeps_the_limit_in_sight_of_large_losses() -> None:

@@ -1,4 +1,4 @@
-"""What `comask-bench` shows: tables for 80 columns, and pictures that say what the tables do."""
+"""`comask bench`: its tables fit 80 columns, and its pictures show the same numbers."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_images_of_another_choice_do_not_count(
     calibration.save(cache)
     lines: list[str] = []
     found = collect_ranges(bundle, images[:2], cache=cache, report=lines.append)
-    assert lines == [f"{cache}: has 2 images that were not chosen now; it is made anew"]
+    assert lines == [f"{cache}: replaced, since 2 of its images are not among those chosen now"]
     assert found == collect_ranges(bundle, images[:2], cache=None, report=ignore)
     assert Calibration.load(cache) == found != calibration
 
@@ -219,7 +219,7 @@ def no_counts(content: dict[str, dict[str, dict[str, list[int]]]]) -> None:
         (other_graph, r"another stage2_roi_head\.onnx \(sha256 0000"),
         (other_size, r"preprocess\.short_side = 64, .* has 96"),
         (other_format, "format 99"),
-        (no_counts, "no calibration cache"),
+        (no_counts, "not a calibration cache"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(
@@ -240,7 +240,7 @@ def test_a_cache_of_something_else_is_refused(
 
 
 def test_what_is_no_cache_is_refused(bundle: Bundle, images: list[CalibrationImage]) -> None:
-    with pytest.raises(CalibrationError, match="no calibration cache"):
+    with pytest.raises(CalibrationError, match="not a calibration cache"):
         collect_ranges(bundle, images, cache=bundle.folder / "manifest.json", report=ignore)
     with pytest.raises(CalibrationError, match="no images"):
         collect_ranges(bundle, [], cache=None, report=ignore)

@@ -70,7 +70,7 @@ UNSOUND = [
     ("boxes partly outside the image", {"id": 28, "bbox": [-3, 2, 13, 6]}, "[-3, 2, 13, 6]"),
     ("annotations with a polygon of fewer than 3 points",
      {"id": 29, "segmentation": [[5, 5], SQUARE]}, "[5, 5]"),
-    ("annotations with an area that is no number", {"id": 30, "area": None}, "None"),
+    ("annotations with an area that is not a number", {"id": 30, "area": None}, "None"),
     ("annotations without a unique id", {"id": 2}, "annotation 2"),
     ("annotations without a unique id", {"id": None}, "annotation None"),
 ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_no_sound_image_is_an_error(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(DataError, match=r"no image.* can be used; .*7 images without a file"):
         sound_part(source)
-    with pytest.raises(DataError, match="it lists none"):
+    with pytest.raises(DataError, match="the file lists no images"):
         sound_part(MemorySource([], []))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import COMMANDS, run
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -20,6 +22,7 @@ from video_clips import pictures as pictures_of_clip
 
 import comask.preprocess
 from comask.bundle import SCHEMA_VERSION
+from comask.cli.main import main
 from comask.data.coco import write_coco
 from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS, CocoMetrics
@@ -28,30 +31,40 @@ from comask.runtime.parity.evaluation import Evaluation
 from comask.runtime.parity.scores import Scores
 
 # Frozen: a new option is a decision, not an accident.
+RUNS = {"device", "batch", "proposals", "short-side"}
 OPTIONS = {
     "train": {
         "data", "val", "preset", "output", "set", "resume", "seeds", "eval-only", "print-config",
     },
     "export": {
-        "output", "precision", "score-threshold", "val-data", "verify-images", "diagnostics",
-        "calib-data", "calib-images", "calib-method", "calib-seed", "val-images", "ap-budget", "engine",
-        "plugin", "profile", "workspace", "optimization-level", "hardware-compatibility",
-        "version-compatible", "compute-capability", "rebuild", "serve", "backend", "engines",
-        "model-name", "max-batch", "json",
+        "output", "precision", "score-threshold", "diagnostics", "data", "limit", "json",
     },
+    "quantize": {
+        "calib-data", "calib-limit", "calib-method", "calib-seed", "data", "limit", "max-loss", "json",
+    },
+    "build": {
+        "engine", "precision", "plugin", "profile", "rebuild", "data", "limit", "workspace",
+        "optimization-level", "hardware-compatibility", "version-compatible", "compute-capability",
+        "json",
+    },
+    "serve": {"output", "backend", "engines", "model-name", "batch", "json"},
     "infer": {
-        "output", "backend", "save", "threshold", "device", "batch", "proposals", "short-side", "every",
-        "track", "decode", "encode", "runner", "format", "shard", "actors", "json",
+        "output", "backend", "save", "threshold", *RUNS, "every", "track", "decode", "encode", "json",
     },
+    "job": {"output", "backend", "runner", "format", "shard", "actors", *RUNS, "json"},
     "eval": {
-        "data", "backend", "results", "boxes", "images", "tolerance", "trace", "device", "batch",
-        "proposals", "short-side", "no-record", "report", "json",
+        "data", "backend", "results", "boxes", "limit", "tolerance", "trace", *RUNS, "no-record",
+        "report", "json",
     },
     "bench": {
-        "backend", "device", "batch", "proposals", "short-side", "images", "size", "runs", "warmup",
-        "no-record", "sweep", "soak", "data", "limit", "max-loss", "grid", "plot", "json",
+        "backend", "data", "size", "runs", "warmup", "no-record", *RUNS, "plot", "json",
     },
-    "shapes": {"images", "seed"},
+    "sweep": {
+        "backend", "device", "data", "limit", "max-loss", "grid", "runs", "plot", "json",
+    },
+    "soak": {"backend", "minutes", "data", *RUNS, "plot", "json"},
+    "check": {"split", "boxes", "json"},
+    "shapes": {"count", "seed"},
     "doctor": {"need", "json"},
 }  # fmt: skip
 
@@ -69,6 +82,48 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+def test_every_command_is_frozen() -> None:
+    assert COMMANDS.keys() == OPTIONS.keys()
+    listed = CliRunner().invoke(main, ["--help"]).output
+    assert all(re.search(rf"^  {name} +\w", listed, re.MULTILINE) for name in COMMANDS)
+
+
+def test_a_mistyped_command_or_option_is_answered_with_the_likely_one() -> None:
+    for words, answer in [(["infr"], "infer"), (["infer", "--sav", "x"], "--save")]:
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 2
+        assert f"Did you mean '{answer}'" in done.output
+
+
+# the name in 0.1, which stays until 0.3
+ALIASES = {
+    "export": {"val-data", "verify-images"},
+    "quantize": {"calib-images", "val-data", "val-images", "ap-budget"},
+    "build": {"val-data", "verify-images"},
+    "serve": {"max-batch"},
+    "eval": {"images"},
+    "bench": {"images"},
+    "soak": {"images"},
+    "shapes": {"images"},
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_names_of_the_version_before_are_taken_and_hidden(command: str) -> None:
+    aliases = {
+        alias.removeprefix("--")
+        for parameter in COMMANDS[command].params
+        for alias in getattr(parameter, "aliases", ())
+    }
+    assert aliases == ALIASES.get(command, set())
+    shown = run(command, "--help").output
+    assert not [alias for alias in aliases if f"--{alias} " in shown]
+    for alias in aliases:
+        said = run(command, f"--{alias}", "x").output
+        assert f"warning: --{alias} is called --" in said
+        assert "No such option" not in said
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_fits_and_options_are_known(command: str) -> None:
     result = run(command, "--help")
@@ -77,7 +132,7 @@ def test_help_fits_and_options_are_known(command: str) -> None:
     options = {
         option.removeprefix("--")
         for parameter in COMMANDS[command].params
-        for option in parameter.opts
+        for option in set(parameter.opts) - set(getattr(parameter, "aliases", ()))
         if option.startswith("--")
     }
     assert options - {"verbose", "version"} == OPTIONS[command]
@@ -266,7 +321,7 @@ def test_manifest_errors_say_what_to_do(micro_bundle: Path, pictures: Path, tmp_
 def test_eval_measures_records_and_exits(micro_bundle: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(micro_bundle, bundle)
-    arguments = (bundle, "--data", "shapes", "--images", "6", "--json", tmp_path / "r.json")
+    arguments = (bundle, "--data", "shapes", "--limit", "6", "--json", tmp_path / "r.json")
     for _ in range(2):
         result = run("eval", *arguments, "--tolerance", "0.02")
         assert result.exit_code == 0, result.output
@@ -315,7 +370,7 @@ def test_eval_exits_by_the_tolerance(
         return Scores(final=metrics, results=[[]] * 6, truth=evaluation.truth)
 
     monkeypatch.setattr("comask.runtime.parity.evaluation.Evaluation._score", measured)
-    result = run("eval", micro_bundle, "--data", "shapes", "--images", "6", "--no-record")
+    result = run("eval", micro_bundle, "--data", "shapes", "--limit", "6", "--no-record")
     assert result.exit_code == code, result.output
 
 

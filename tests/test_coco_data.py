@@ -239,7 +239,7 @@ def test_a_truncated_image_is_replaced_by_the_next_and_reported_once(
     assert len(lines) == 2
     for line, name in zip(lines, ["000003.png", "000005.png"], strict=True):
         assert line.startswith(f"warning: {tmp_path / 'set' / 'images' / name}: cannot be decoded")
-        assert line.endswith("; trained without it")
+        assert line.endswith("; training without it")
 
 
 def test_a_truncated_image_does_not_end_a_worker(
@@ -249,7 +249,7 @@ def test_a_truncated_image_does_not_end_a_worker(
     batches = [[(0, 1), (0, 2)], [(1, 2), (1, 3)]]
     ids = [batch.image_ids for batch in loaded(data, batches, workers=1)]
     assert ids == [[2, 4], [4, 4]]
-    assert capfd.readouterr().err.count("trained without it") == 1
+    assert capfd.readouterr().err.count("training without it") == 1
 
 
 def test_no_decodable_image_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,7 @@ def run_out_of_memory() -> None:
     device = open_device()
     with device:
         memory = device.memory(1 << 20)
-        with pytest.raises(EngineError, match=r"GPU 0: 2 MiB more .* max_batch \(--batch\)"):
+        with pytest.raises(EngineError, match=r"GPU 0: .* 2 MiB more; .* max_batch \(--batch\)"):
             device.memory(2 << 20)
         memory.free()
         device.memory(2 << 20).free()

@@ -37,7 +37,7 @@ def belongings(
 ) -> Path:
     """What a reader has: photographs, a clip, a data set, a run and a bundle."""
     folder = tmp_path_factory.mktemp("belongings")
-    assert run("shapes", folder / "coco", "--images", 20).exit_code == 0
+    assert run("shapes", folder / "coco", "--count", 20).exit_code == 0
     images = sorted((folder / "coco" / "images").iterdir())
     for place in ("photos/a.png", "photos/b.png", "more/c.jpg", "photo.jpg"):
         (folder / place).parent.mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def check_types(text: str, folder: Path) -> None:
 def test_what_a_page_names_exists(page: Path) -> None:
     wrong = []
     for span in doc_blocks.spans(page):
-        if re.match(r"comask-(\w+) ", span):
+        if re.match(r"comask[ -][a-z]+ ", span):
             wrong += [f"{span}: {name}" for name in doc_blocks.unknown_options(span)]
         if re.fullmatch(
             r"(comask|export|runtime|cli|calib|tests|examples|benchmarks)/[\w./*-]+", span

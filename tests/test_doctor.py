@@ -1,4 +1,4 @@
-"""`comask-doctor`: what it says of an installation, of a bundle, and when it fails."""
+"""`comask doctor`: what it says about an installation and a bundle, and when it fails."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_this_machine_is_well() -> None:
         assert f"{name}: " in result.output
 
 
-def test_every_lack_comes_with_its_mending() -> None:
+def test_every_lack_comes_with_a_fix() -> None:
     lacks = [f for f in diagnose() if f.status != "ok"]
-    assert all(f.found and f.mend for f in lacks)
+    assert all(f.found and f.fix for f in lacks)
 
 
 def test_json_holds_the_same(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_is_needed_and_absent_fails(without_module: Any) -> None:
     assert run("doctor").exit_code == 0
     result = run("doctor", "--need", "onnxruntime")
     assert result.exit_code == 1
-    assert "1 to mend: onnxruntime" in result.output
+    assert "1 to fix: onnxruntime" in result.output
     assert "pip install 'comask[ort]'" in result.output
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_need_is_wrong_usage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "error", "mend"),
+    ("module", "error", "fix"),
     [
         ("torchvision", RuntimeError("operator torchvision::nms does not exist"), "matching pair"),
         ("torch", OSError("libcudart.so.13: cannot open shared object file"), "comask[train]"),
@@ -84,13 +84,13 @@ def test_an_unknown_need_is_wrong_usage() -> None:
     ],
 )
 def test_what_does_not_import_is_broken(
-    without_module: Any, module: str, error: Exception, mend: str
+    without_module: Any, module: str, error: Exception, fix: str
 ) -> None:
     without_module(module, error)
     found = finding(module)
     assert found.status == "broken"
     assert str(error) in found.found
-    assert mend in found.mend
+    assert fix in found.fix
     assert run("doctor").exit_code == 1
 
 
@@ -102,7 +102,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert finding("torch").status == "broken"
     assert finding("gpu").found.startswith("H200, sm90, 128 GiB, driver for CUDA 13.0")
-    assert "onnxruntime-gpu" in finding("onnxruntime").mend
+    assert "onnxruntime-gpu" in finding("onnxruntime").fix
 
 
 def test_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +113,8 @@ def test_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     host, cuda = finding("kernels for the CPU"), finding("kernels for the GPU")
     assert (host.status, cuda.status) == ("absent", "absent")
     assert "falls back to torchvision" in host.found
-    assert "g++" in host.mend
-    assert "comask[gpu]" in cuda.mend
+    assert "g++" in host.fix
+    assert "comask[gpu]" in cuda.fix
 
 
 def test_a_whole_bundle(micro_bundle: Path) -> None:

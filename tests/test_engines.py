@@ -115,7 +115,7 @@ def test_another_request_is_named_and_rebuilt_when_asked(
     wider = dataclasses.replace(
         request(copy), profile=Profile.of(copy.manifest, (*SMALL, "batch=1:2:4"))
     )
-    with pytest.raises(EngineError, match=r"profile\.batch: \[1, 1, 2\] is there, \[1, 2, 4\]"):
+    with pytest.raises(EngineError, match=r"profile\.batch: \[1, 1, 2\] there, \[1, 2, 4\]"):
         build_engines(copy, wider)
     rebuilt = build_engines(copy, wider, rebuild=True)
     assert rebuilt.info.profile["batch"] == (1, 2, 4)
@@ -135,14 +135,16 @@ def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
 def test_a_plan_for_chosen_gpus(bundle: Bundle) -> None:
     engines = build_engines(bundle, request(bundle, compute_capabilities=(86, 89)))
     assert "-sm86-sm89-" in engines.folder.name
-    with pytest.raises(EngineError, match="compute capability 90 is none of"):
+    with pytest.raises(
+        EngineError, match="--compute-capability 90: this TensorRT-RTX supports only"
+    ):
         build_engines(bundle, request(bundle, compute_capabilities=(90,)))
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"hardware_compatibility": "ampere_plus"}, "its plans fit all GPUs"),
+        ({"hardware_compatibility": "ampere_plus"}, "its plans run on all GPUs"),
         ({"version_compatible": True}, "no lean runtime"),
     ],
 )
@@ -307,13 +309,13 @@ def test_engine_json_is_plain_json(engines: EngineFolder) -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
-def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None:
+def test_build_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None:
     copy = own_copy(bundle, tmp_path)
     shutil.rmtree(copy.folder / ENGINES)
     profile = [part for text in SMALL for part in ("--profile", text)]
     report = tmp_path / "report.json"
     result = run(
-        "export", copy.folder, "--engine", "tensorrt-rtx", *profile, "--workspace", 512,
+        "build", copy.folder, "--engine", "tensorrt-rtx", *profile, "--workspace", 512,
         "--optimization-level", 1, "--json", report,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -327,7 +329,7 @@ def test_export_adds_engines_to_a_bundle(bundle: Bundle, tmp_path: Path) -> None
     assert content["layers"] == dataclasses.asdict(folder.info)["layers"]
     assert run("doctor", copy.folder).exit_code == 0
 
-    refused = run("export", copy.folder, "--engine", "tensorrt-rtx")
+    refused = run("build", copy.folder, "--engine", "tensorrt-rtx")
     assert refused.exit_code == 1
     assert "--rebuild" in refused.output.splitlines()[-1]
     assert refused.output.splitlines()[-1].startswith("error: ")
@@ -340,32 +342,34 @@ def test_engines_that_are_there_need_no_writing(
     assert build_engines(bundle, request(bundle)).info == engines.info
 
 
-def test_what_cannot_be_built_is_refused_before_the_export(micro_run: Path, tmp_path: Path) -> None:
-    checkpoint, output = micro_run / "checkpoint-last.pt", tmp_path / "bundle"
-    result = run("export", checkpoint, "--output", output, "--engine", "tensorrt")
+def test_what_cannot_be_built_is_refused_before_graphs_are_made(
+    micro_bundle: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
+    result = run("build", folder, "--engine", "tensorrt", "--precision", "fp16")
     assert result.exit_code == 1
     assert "pip install tensorrt" in result.output
-    assert not output.exists()
-    result = run("export", tmp_path / "nothing", "--engine", "tensorrt-rtx")
+    assert Bundle.open(folder).manifest.precisions == ("fp32",)
+    result = run("build", tmp_path / "nothing", "--engine", "tensorrt-rtx")
     assert result.exit_code == 1
-    assert "no such checkpoint or bundle" in result.output
+    assert "neither a checkpoint nor a bundle" in result.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--rebuild"], 2, "--rebuild needs --engine"),
-        (["--profile", "batch=1"], 2, "--profile needs --engine"),
+        (["--rebuild"], 2, "Missing option '--engine'"),
+        (["--engine", "tensorrt-rtx", "--precision", "int8"], 1, "comask quantize"),
         (["--engine", "tensorrt-rtx", "--profile", "batch=9:1:1"], 1, "1 <= MIN <= BEST <= MAX"),
         (["--engine", "tensorrt-rtx", "--plugin", "aot"], 1, "aot"),
         (["--engine", "tensorrt-rtx", "--version-compatible"], 1, "no lean runtime"),
         (["--engine", "tensorrt"], 1, "pip install tensorrt"),
-        (["--engine", "tensorrt-rtx", "--output", "elsewhere"], 2, "--output is for checkpoints"),
+        (["--engine", "tensorrt-rtx", "--output", "elsewhere"], 2, "No such option '--output'"),
     ],
 )
 def test_engine_options_that_cannot_be_honoured(
     bundle: Bundle, arguments: list[str], code: int, text: str
 ) -> None:
-    result = run("export", bundle.folder, *arguments)
+    result = run("build", bundle.folder, *arguments)
     assert result.exit_code == code
-    assert text in result.output.splitlines()[-1]
+    assert text in result.output.split("rror: ")[-1]

@@ -156,7 +156,7 @@ def test_a_graph_that_differs_is_not_released(
     output = tmp_path / "bundle"
     result = run(
         "export", micro_run / "checkpoint-last.pt", "--output", output, "--score-threshold", "0",
-        "--verify-images", "1",
+        "--limit", "1",
     )  # fmt: skip
     assert result.exit_code == 1
     assert "onnxruntime:fp32 does not compute what PyTorch does" in result.output
@@ -170,7 +170,7 @@ def test_export_refuses_in_one_line(tmp_path: Path, micro_run: Path, micro_bundl
         ((tmp_path / "missing.pt", "--output", tmp_path / "b"), "no such checkpoint"),
         ((tmp_path / "no.pt", "--output", tmp_path / "b"), "not a readable checkpoint"),
         ((checkpoint, "--output", micro_bundle), "is there already"),
-        ((checkpoint, "--output", tmp_path / "b", "--val-data", tmp_path), "no data set found"),
+        ((checkpoint, "--output", tmp_path / "b", "--data", tmp_path), "no data set found"),
     ]:
         result = run("export", *arguments)
         assert result.exit_code == 1, result.output
@@ -199,14 +199,14 @@ def test_json_report(micro_bundle: Path) -> None:
     ids=["fc_reg", "many", "others"],
 )  # fmt: skip
 def test_every_option_exports(tmp_path: Path, changes: tuple[str, ...]) -> None:
-    """`comask-export` compares with PyTorch before it writes anything."""
+    """`comask export` compares with PyTorch before it writes anything."""
     assert run(
         "train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path / "run",
         *settings(*MICRO, "train.max_steps=0", "train.evaluate_every=0", *changes),
     ).exit_code == 0  # fmt: skip
     result = run(
         "export", tmp_path / "run" / "checkpoint-best.pt", "--output", tmp_path / "bundle",
-        "--score-threshold", "0", "--verify-images", "1",
+        "--score-threshold", "0", "--limit", "1",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())

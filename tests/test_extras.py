@@ -111,7 +111,7 @@ def test_help_needs_no_extra(with_layer: Run, name: str) -> None:
 def test_shapes_and_doctor_need_no_extra(
     with_layer: Run, tmp_path: Path, micro_bundle: Path
 ) -> None:
-    code, said = with_layer("shapes", tmp_path / "shapes", "--images", 2)
+    code, said = with_layer("shapes", tmp_path / "shapes", "--count", 2)
     assert code == 0, said
     code, said = with_layer("doctor", micro_bundle)
     assert code == 0, said
@@ -130,7 +130,7 @@ def test_shapes_and_doctor_need_no_extra(
         ("infer", ("BUNDLE", "IMAGE", "--output", "results"), "ort"),
         (
             "eval",
-            ("BUNDLE", "--data", "shapes", "--images", "1"),
+            ("BUNDLE", "--data", "shapes", "--limit", "1"),
             "train",
         ),  # its reference is PyTorch
         ("eval", ("BUNDLE", "--data", "shapes", "--backend", "onnxruntime"), "ort"),
@@ -142,7 +142,7 @@ def test_what_lacks_an_extra_names_it(
     extra: str,
 ) -> None:  # fmt: skip
     (tmp_path / "checkpoint.pt").touch()
-    with_layer("shapes", tmp_path / "shapes", "--images", 1)
+    with_layer("shapes", tmp_path / "shapes", "--count", 1)
     (image,) = (tmp_path / "shapes" / "images").iterdir()
     given = {"BUNDLE": shutil.copytree(micro_bundle, tmp_path / "copy"), "IMAGE": image}
     code, said = with_layer(name, *(given.get(word, word) for word in arguments))
@@ -157,14 +157,14 @@ def test_onnxruntime_runs_judges_and_times_a_bundle(
     with_layer: Run, tmp_path: Path, micro_bundle: Path
 ) -> None:
     bundle, data = shutil.copytree(micro_bundle, tmp_path / "copy"), tmp_path / "shapes"
-    assert with_layer("shapes", data, "--images", 2)[0] == 0
+    assert with_layer("shapes", data, "--count", 2)[0] == 0
     code, said = with_layer("infer", bundle, data / "images", "--output", tmp_path / "results")
     assert code == 0, said
     assert "backend onnxruntime:fp32" in said
     assert len(list((tmp_path / "results").glob("*.overlay.png"))) == 2
     own = ("--results", tmp_path / "results" / "detections.json")
     code, said = with_layer(
-        "eval", bundle, "--data", data, "--backend", "onnxruntime", *own, "--images", 2
+        "eval", bundle, "--data", data, "--backend", "onnxruntime", *own, "--limit", 2
     )
     assert "Traceback" not in said
     assert code == 0, said

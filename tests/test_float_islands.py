@@ -250,7 +250,7 @@ def exported(micro_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     original = pipeline.model_from_bundle
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "model_from_bundle", lambda bundle: make_loud(original(bundle)))
-        result = run("export", folder, "--precision", "fp16", "--verify-images", "1")
+        result = run("export", folder, "--precision", "fp16", "--limit", "1")
     assert result.exit_code == 0, result.output
     return Bundle.open(folder), result.output
 
@@ -333,7 +333,7 @@ def test_a_network_that_does_not_fit_leaves_the_bundle_alone(
         return model
 
     monkeypatch.setattr(pipeline, "model_from_bundle", loud)
-    result = run("export", folder, "--precision", "fp16", "--verify-images", "1")
+    result = run("export", folder, "--precision", "fp16", "--limit", "1")
     assert result.exit_code == 1
     assert result.output.splitlines()[-1].startswith("error: this network does not fit fp16: p3 ")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -241,7 +241,7 @@ def test_an_overflow_in_f16_is_found(
 
     monkeypatch.setattr(pipeline, "model_from_bundle", loud)
     monkeypatch.setattr(pipeline, "float_islands", lambda extremes: {})
-    result = run("export", folder, "--precision", "fp16", "--verify-images", "1")
+    result = run("export", folder, "--precision", "fp16", "--limit", "1")
     assert result.exit_code == 1
     assert "torch:fp16 does not compute what PyTorch does" in result.output
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -272,7 +272,7 @@ def test_wrong_usage(bundle: Bundle, micro_run: Path, tmp_path: Path) -> None:
     for arguments, words in [
         (
             (checkpoint, "--output", tmp_path / "b", "--precision", "fp32,int4"),
-            "none of fp32, fp16",
+            "not one of fp32, fp16",
         ),
         ((bundle.folder, "--output", tmp_path / "b"), "--output"),
         ((bundle.folder, "--score-threshold", "0.1"), "--score-threshold"),

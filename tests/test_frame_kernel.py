@@ -210,13 +210,13 @@ def test_grey_is_grey_and_black_is_black() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frame_size": (0, 9)}, "sizes are at least 1"),
-        ({"resized_size": (33, 30)}, "at least as large as the resized frame"),
+        ({"frame_size": (0, 9)}, "expected sizes of at least 1"),
+        ({"resized_size": (33, 30)}, "a canvas that holds the resized frame"),
         ({"chroma_size": (4, 4)}, r"chroma of \[4, 4\] pairs"),
         ({"chroma_size": (5, 6)}, "rounded up or down"),
         ({"pitches": (8, 10)}, r"pitches \[8, 10\]"),
         ({"pitches": (9, 9)}, r"9 and 10 bytes have pitches \[9, 9\]"),
-        ({"matrix": "bt470"}, "no colour matrix 'bt470'; known are bt601, bt709, bt2020"),
+        ({"matrix": "bt470"}, "unknown colour matrix 'bt470'; expected bt601, bt709, bt2020"),
     ],
 )
 def test_what_is_no_frame_is_refused(change: dict[str, Any], message: str) -> None:

@@ -117,7 +117,7 @@ def test_pipes_and_folders_are_no_checkpoints(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", tmp_path):
         for load in (load_checkpoint, read_weights):
-            with pytest.raises(CheckpointError, match="is no file"):
+            with pytest.raises(CheckpointError, match="is not a file"):
                 load(path)
 
 
@@ -154,16 +154,16 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.path.insert(0, sys.argv[2])
-from conftest import COMMANDS
-COMMANDS[sys.argv[3]](sys.argv[4:])
+from comask.cli.main import main
+main(sys.argv[3:])
 """
 
 
 @pytest.mark.parametrize(
     ("largest", "arguments"),
     [
-        (50_000, ("export", "CHECKPOINT", "--output", "OUT/bundle", "--verify-images", "1")),
-        (2000, ("shapes", "OUT/set", "--images", "2")),
+        (50_000, ("export", "CHECKPOINT", "--output", "OUT/bundle", "--limit", "1")),
+        (2000, ("shapes", "OUT/set", "--count", "2")),
     ],
 )
 def test_files_that_cannot_grow_leave_nothing_half_written(
@@ -184,7 +184,7 @@ def test_files_that_cannot_grow_leave_nothing_half_written(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_results_that_cannot_be_written(micro_bundle: Path) -> None:
-    result = run("eval", micro_bundle, "--data", "shapes", "--images", 1, "--backend", "torch",
+    result = run("eval", micro_bundle, "--data", "shapes", "--limit", 1, "--backend", "torch",
                  "--no-record", "--json", "/dev/full")  # fmt: skip
     assert result.exit_code == 1
     assert "No space left on device" in result.output.splitlines()[-1]

@@ -112,8 +112,8 @@ def test_a_manifest_lists_files_of_its_bundle_alone(
     ("put", "words"),
     [
         (lambda path, file: path.symlink_to(file), "is a link out of the bundle"),
-        (lambda path, file: os.mkfifo(path), "is no file"),
-        (lambda path, file: path.mkdir(), "is no file"),
+        (lambda path, file: os.mkfifo(path), "is not a file"),
+        (lambda path, file: path.mkdir(), "is not a file"),
     ],
 )
 def test_links_out_of_a_bundle_and_pipes_are_refused(

@@ -234,7 +234,7 @@ def test_rows_of_classes_go_by_name(path: Path) -> None:
     assert report.lines()[1:] == [
         "class rows from the file: background, fox, cat",
         "class rows that stay random: gnu",
-        "classes of the file alone: dog, eel",
+        "classes only in the file: dog, eel",
     ]
 
 

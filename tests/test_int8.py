@@ -61,14 +61,14 @@ def _loss(proof: dict[str, Any]) -> float:
     return max(proof["reference"][task] - proof["ap"][task] for task in ("box", "mask"))
 
 
-def test_it_runs_and_is_not_made_again(int8_bundle: Path, own_truth: Path, tmp_path: Path) -> None:
+def test_it_runs_and_graphs_stay(int8_bundle: Path, own_truth: Path, tmp_path: Path) -> None:
     done = run("infer", int8_bundle, own_truth / "images", "--output", tmp_path, "--save", "coco",
                "--backend", "onnxruntime:int8")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "detections.json").read_text())
-    plain = run("export", int8_bundle, "--precision", "int8")
+    plain = run("export", int8_bundle, "--precision", "fp16")
     assert plain.exit_code == 0, plain.output
-    assert "holds int8 graphs already; they stay" in plain.output
+    assert "holds fp16 graphs already; they stay" in plain.output
 
 
 def test_another_method_replaces_it_without_another_calibration(
@@ -76,7 +76,7 @@ def test_another_method_replaces_it_without_another_calibration(
 ) -> None:
     folder = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
     before = Bundle.open(folder).manifest
-    done = run(*int8_arguments(folder, own_truth, "--ap-budget", 100, "--calib-method", "minmax"))
+    done = run(*int8_arguments(folder, own_truth, "--max-loss", 100, "--calib-method", "minmax"))
     assert done.exit_code == 0, done.output
     assert "calibration.json: has 3 of 3 images" in done.output
     after = Bundle.open(folder).manifest
@@ -112,30 +112,33 @@ def test_what_must_be_kept_float_is_found(
     ]
     first = proof["float_layers"][0]
     assert first["rank"] == 1
-    assert "% noise into the predictions" in first["reason"]
+    assert "% noise to the predictions" in first["reason"]
     assert _loss(proof) <= validation.budget
 
 
 def test_refusals(micro_fp16: Path, own_truth: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(micro_fp16, tmp_path / "bundle"))
     before = {path.name for path in folder.iterdir()}
-    without = run("export", folder, "--precision", "int8")
+    without = run("quantize", folder)
     assert without.exit_code == 2
-    assert "--precision int8 needs --calib-data" in without.output
-    idle = run("export", folder, "--precision", "fp16", "--ap-budget", "1")
-    assert idle.exit_code == 2
-    assert "--ap-budget is for --precision int8" in idle.output
+    assert "Missing option '--calib-data'" in without.output
+    for arguments, words in [
+        (("--ap-budget", "1"), "--ap-budget belongs to a command of its own: comask quantize"),
+        (("--precision", "int8"), "int8 graphs are made by: comask quantize BUNDLE"),
+    ]:
+        moved = run("export", folder, *arguments)
+        assert (moved.exit_code, words in moved.output) == (2, True), moved.output
     # of these images the network knows nothing, which is seen before the calibration
-    empty = run(*int8_arguments(folder, own_truth, "--val-data", "shapes", "--val-images", 2))
+    empty = run(*int8_arguments(folder, own_truth, "--data", "shapes", "--limit", 2))
     assert empty.exit_code == 1
-    assert "there is nothing to lose" in empty.output
+    assert "a loss cannot be measured" in empty.output
     assert {p.name for p in folder.iterdir()} == before
     assert Bundle.open(folder).manifest.precisions == ("fp32", "fp16")
 
 
 def test_int8_that_is_not_faster_is_refused() -> None:
     require_faster({"fp16": 2e-3, "int8": 1.9e-3})
-    with pytest.raises(PrecisionError, match=r"2\.00 ms an image against 2\.00 ms"):
+    with pytest.raises(PrecisionError, match=r"2\.00 ms per image, fp16 takes 2\.00 ms"):
         require_faster({"fp16": 2e-3, "int8": 2e-3})
 
 
@@ -149,7 +152,7 @@ def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) 
     sizes = [
         f"--profile={size}" for size in ("batch=1:1:2", "height=32:96:128", "width=32:128:128")
     ]
-    done = run("export", folder, "--precision", "int8", "--engine", "tensorrt-rtx",
+    done = run("build", folder, "--precision", "int8", "--engine", "tensorrt-rtx",
                "--plugin", plugin, *sizes)  # fmt: skip
     assert done.exit_code == 0, done.output
     (engines,) = find_engines(Bundle.open(Path(folder)))
@@ -166,7 +169,7 @@ def test_graphs_that_do_not_get_smaller_are_refused(
     bundle = Bundle.open(Path(shutil.copytree(micro_fp16, tmp_path / "bundle")))
     source = coco_source(own_truth, "val")
     scorer = Scorer(bundle, Validation(source=source, indices=[0, 1], name="own", budget=100))
-    with pytest.raises(PrecisionError, match="nothing gets smaller"):
+    with pytest.raises(PrecisionError, match="int8 saves no space"):
         add_int8(bundle, {}, [source.image(0)], scorer, calibration=RANGES)
     assert {path.name for path in bundle.folder.iterdir()} == {p.name for p in micro_fp16.iterdir()}
 

@@ -1,4 +1,4 @@
-"""`comask-infer --runner` and its workers: the results of the command, and what happens to bad images."""
+"""`comask infer --runner` and its workers: the results of the command, and what happens to bad images."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from comask.runtime.jobs.folder import Folder
 from comask.runtime.jobs.job import Row
 from comask.runtime.jobs.worker import Model, Worker
 
-fsspec = pytest.importorskip("fsspec", reason="jobs need comask[fleet]")
-pytest.importorskip("pyarrow", reason="Parquet needs comask[fleet]")
+fsspec = pytest.importorskip("fsspec", reason="jobs need comask[jobs]")
+pytest.importorskip("pyarrow", reason="Parquet needs comask[jobs]")
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_a_job_gives_what_the_command_gives_whatever_the_format_shard_and_storag
         (str(tmp_path / "b"), pictures, "jsonl", 1),
         (f"{memory}/out", f"{memory}/in", "parquet", 3),
     ]:
-        arguments = ("infer", micro_bundle, inputs, "--output", output, "--runner", "local",
-                     "--format", form, "--shard", shard)  # fmt: skip
+        arguments = ("job", micro_bundle, inputs, "--output", output, "--format", form,
+                     "--shard", shard)  # fmt: skip
         result = run(*arguments)
         assert result.exit_code == 1, result.output
         assert "5 of 8 images" in result.output
@@ -93,10 +93,8 @@ def test_a_job_gives_what_the_command_gives_whatever_the_format_shard_and_storag
         again = run(*arguments)
         assert (again.exit_code, "finished already" in again.output) == (1, True), again.output
         assert f"failures: {output}/failures.jsonl" in again.output
-    mixed = run(
-        "infer", micro_bundle, pictures, "--output", tmp_path / "plain", "--runner", "local"
-    )
-    assert (mixed.exit_code, "of a run without --runner" in mixed.output) == (1, True), mixed.output
+    mixed = run("job", micro_bundle, pictures, "--output", tmp_path / "plain")
+    assert (mixed.exit_code, " of 'comask infer'" in mixed.output) == (1, True), mixed.output
 
 
 def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
@@ -113,13 +111,11 @@ def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
     monkeypatch.setattr(Predictor, "predict_stages", interrupted)
     output = tmp_path / "out"
     arguments = (
-        "infer",
+        "job",
         micro_bundle,
         pictures,
         "--output",
         output,
-        "--runner",
-        "local",
         "--shard",
         3,
     )
@@ -141,7 +137,7 @@ def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
         assert (refused.exit_code, words in refused.output) == (1, True), refused.output
 
     (pictures / "new.png").write_bytes(b"came later")  # so the job's own listing is named
-    result = run("infer", micro_bundle, f"@{output}/inputs.jsonl", *arguments[3:])
+    result = run("job", micro_bundle, f"@{output}/inputs.jsonl", *arguments[3:])
     assert result.exit_code == 1, result.output
     assert "continues: 3 of 8 images are done" in result.output
     assert "5 of 8 images" in result.output
@@ -152,24 +148,23 @@ def test_a_job_goes_on_after_a_signal_and_refuses_other_terms(
 def test_options_that_do_not_go_together_are_refused(
     micro_bundle: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    job = ("--runner", "local")
-    for arguments, words in [
-        (("--shard", "3"), "--shard goes with --runner"),
-        (("--format", "jsonl"), "--format goes with --runner"),
-        ((*job, "--actors", "2"), "--actors goes with --runner ray"),
-        ((*job, "--save", "overlay"), "--save does not go with --runner"),
-        ((*job, "--track"), "--track does not go with --runner"),
-        (("--runner", "ray", "--device", "1"), "Ray tells GPUs apart"),
-        (("--output", "memory://out"), "addresses go with --runner"),
+    output = ("--output", tmp_path / "out")
+    for command, arguments, words in [
+        ("infer", (*output, "--shard", "3"), "--shard belongs to a command of its own: comask job"),
+        ("infer", (*output, "--runner", "ray"), "belongs to a command of its own: comask job"),
+        ("infer", ("--output", "memory://out"), "addresses are for comask job"),
+        ("job", (*output, "--actors", "2"), "--actors needs --runner ray"),
+        ("job", (*output, "--track"), "No such option '--track'"),
+        ("job", (*output, "--runner", "ray", "--device", "1"), "Ray assigns GPUs itself"),
     ]:
-        result = run("infer", micro_bundle, pictures, "--output", tmp_path / "out", *arguments)
+        result = run(command, micro_bundle, pictures, *arguments)
         assert (result.exit_code, words in result.output) == (2, True), result.output
 
 
 def test_missing_packages_are_named_at_once(
     micro_bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = ("infer", micro_bundle, pictures, "--output", tmp_path / "out", "--runner")
+    job = ("job", micro_bundle, pictures, "--output", tmp_path / "out", "--runner")
     with monkeypatch.context() as patch:
         for package in ("pyarrow", "ray"):
             patch.setitem(sys.modules, package, None)
@@ -181,10 +176,10 @@ def test_missing_packages_are_named_at_once(
         assert (tmp_path / "out" / "summary.json").exists()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     address = "s3://bucket/*.jpg"
-    result = run("infer", micro_bundle, address, *job[3:], "local", "--format", "jsonl")
+    result = run("job", micro_bundle, address, *job[3:], "local", "--format", "jsonl")
     assert (result.exit_code, ": pip install s3fs" in result.output) == (1, True), result.output
     result = run("infer", micro_bundle, address, "--output", tmp_path / "plain")
-    assert "addresses of object storage need --runner" in result.output
+    assert "comask job reads addresses of object storage" in result.output
 
 
 def test_an_image_that_the_backend_cannot_run_is_reported_and_a_broken_backend_is_not(

@@ -18,10 +18,10 @@ from PIL import Image
 from comask.data.shapes import ShapesSource
 
 if importlib.util.find_spec("ray") is None:
-    pytest.skip("Ray is not installed: pip install 'comask[fleet]'", allow_module_level=True)
+    pytest.skip("Ray is not installed: pip install 'comask[jobs]'", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
-COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
+COMMAND = [sys.executable, "-c", "from comask.cli.job import main; main()"]
 
 
 def test_a_killed_ray_job_continues_and_gives_what_the_command_gives(

@@ -96,7 +96,7 @@ def test_what_cannot_be_honoured_is_refused(
 
 def test_options_of_the_commands(micro_bundle: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    assert run("shapes", data, "--images", 2, "--seed", 1).exit_code == 0
+    assert run("shapes", data, "--count", 2, "--seed", 1).exit_code == 0
     knobs = ("--device", "cpu", "--proposals", FEW, "--short-side", 96)
     done = run("infer", micro_bundle, data / "images", "--output", tmp_path / "out",
                "--backend", "onnxruntime", "--save", "coco", *knobs)  # fmt: skip

@@ -58,12 +58,12 @@ def test_what_is_as_asked_is_counted() -> None:
 def test_another_precision_fails(where: str) -> None:
     wrong = AS_ASKED | {"gemm": "fp32"}
     network, engine = (wrong, AS_ASKED) if where == "network" else (AS_ASKED, wrong)
-    with pytest.raises(EngineError, match=f"1 layers of the {where}.*gemm is fp32, fp16 was asked"):
+    with pytest.raises(EngineError, match=f"1 layers of the {where}.*gemm is fp32, expected fp16"):
         check_precisions(ASKED, network, engine)
 
 
 def test_names_that_nobody_knows_are_no_proof() -> None:
-    with pytest.raises(EngineError, match="0 layers out of 4 could be read back"):
+    with pytest.raises(EngineError, match="only 0 of 4 layers could be read back"):
         check_precisions(ASKED, {"renamed": "fp16"}, None)
 
 

@@ -71,7 +71,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, instead: Callable[[], None]) -> Tra
     [
         (RuntimeError("two\nlines"), "000004.png: cannot be loaded: RuntimeError: two lines"),
         (AssertionError(), "000004.png: cannot be loaded: AssertionError: AssertionError"),
-        (MemoryError("12 TiB"), "000004.png: not enough memory to load its batch (12 TiB): take fewer"),
+        (MemoryError("12 TiB"), "000004.png: not enough memory to load its batch (12 TiB): lower data"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "000004.png: not enough memory"),
         (RuntimeError("unable to allocate shared memory(shm)"), "/dev/shm is full"),
     ],
@@ -178,7 +178,7 @@ def test_the_command_ends_at_once_when_one_of_its_processes_is_killed(tmp_path: 
 def test_an_image_that_changed_after_the_check_is_reported_and_passed_over(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    result = run("shapes", tmp_path / "set", "--images", "4", "--seed", "1")
+    result = run("shapes", tmp_path / "set", "--count", "4", "--seed", "1")
     assert result.exit_code == 0
     source = coco_source(tmp_path / "set", "train")
     from PIL import Image
@@ -188,7 +188,7 @@ def test_an_image_that_changed_after_the_check_is_reported_and_passed_over(
     data = TrainingSet(source, [0, 1, 2], size, flip_probability=0.0, seed=0)
     with load_batches(data, [[(0, 0)], [(0, 1)]], workers=1) as loaded:
         assert [batch.image_ids for batch in loaded] == [[source.info(i).id] for i in (0, 2)]
-    assert "is 5x7 pixels, its annotation says" in capfd.readouterr().err
+    assert "is 5x7 pixels, but its annotation says" in capfd.readouterr().err
 
 
 # Memory grows with the objects, not with objects x image.

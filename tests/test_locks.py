@@ -107,5 +107,5 @@ def test_training_and_export_do_without_locks(
     bundle = tmp_path / "bundle"
     exported = run("export", output / "checkpoint-best.pt", "--output", bundle)
     assert exported.exit_code == 0, exported.output
-    evaluated = run("eval", bundle, "--data", "shapes", "--images", "4", "--tolerance", "1")
+    evaluated = run("eval", bundle, "--data", "shapes", "--limit", "4", "--tolerance", "1")
     assert evaluated.exit_code == 0, evaluated.output  # which records in the manifest

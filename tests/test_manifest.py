@@ -56,7 +56,7 @@ def test_wrong_fields_are_named(micro_bundle: Path, field: str, value: object, w
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is not a comask manifest: it is no JSON: "),
+        ("{", "is not a comask manifest: it is not JSON: "),
         ("[]", "is not a comask manifest: expected a JSON object with schema_version"),
         ("{}", "is not a comask manifest: expected a JSON object with schema_version"),
         ("3", "is not a comask manifest: expected a JSON object with schema_version"),

@@ -25,7 +25,7 @@ def test_shapes_are_never_the_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     assert isinstance(opened("shapes"), ShapesSource)
     assert caplog.text == ""
-    assert run("shapes", "shapes", "--images", 2, "--seed", 3).exit_code == 0
+    assert run("shapes", "shapes", "--count", 2, "--seed", 3).exit_code == 0
     for _ in range(2):  # said once
         found = opened("shapes")
         assert isinstance(found, ShapesSource)
@@ -43,8 +43,8 @@ def test_the_record_tells_them_apart(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("shapes", "shapes", "--images", 2, "--seed", 3).exit_code == 0
+    assert run("shapes", "shapes", "--count", 2, "--seed", 3).exit_code == 0
     for data in ("shapes", "./shapes"):
-        run("eval", micro_bundle, "--data", data, "--images", 1, "--backend", "torch",
+        run("eval", micro_bundle, "--data", data, "--limit", 1, "--backend", "torch",
             "--backend", "onnxruntime", "--no-record", "--json", "r.json")  # fmt: skip
         assert json.loads(Path("r.json").read_text())["data"] == data

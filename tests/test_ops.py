@@ -285,7 +285,7 @@ def test_roi_align_refuses_mixed_types_and_devices() -> None:
 def test_nms_refuses_boxes_that_do_not_fit_the_groups() -> None:
     boxes, groups = torch.zeros(2, 9, 4), torch.zeros(2, 9, dtype=torch.int32)
     for wrong in (boxes[:1], boxes[:, :8], boxes[..., :3], boxes[0]):
-        with pytest.raises(ValueError, match=r"\[G, M, 4\] and \[G, M\] on one device expected"):
+        with pytest.raises(ValueError, match=r"expected \[G, M, 4\] and \[G, M\] on one device"):
             sorted_nms(wrong, groups, 0.5)
     with pytest.raises(ValueError, match=r"group_ids .* on meta"):
         nms._sorted_nms._init_fn(boxes, groups.to("meta"), 0.5)

@@ -1,4 +1,4 @@
-"""`comask-eval --results`: a pipeline of one's own, its mistakes and its malformed files."""
+"""`comask eval --results`: a pipeline of one's own, its mistakes and its malformed files."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_results_that_cannot_be_used_are_refused(
     micro_bundle: Path, tmp_path: Path, content: str, words: str
 ) -> None:
     (tmp_path / "own.json").write_text(content)
-    result = run("eval", micro_bundle, "--data", "shapes", "--images", "1", "--backend", "torch",
+    result = run("eval", micro_bundle, "--data", "shapes", "--limit", "1", "--backend", "torch",
                  "--no-record", "--results", tmp_path / "own.json")  # fmt: skip
     assert result.exit_code == 1
     assert words in result.output
@@ -181,10 +181,13 @@ def test_each_usual_mistake_of_normalisation_is_told() -> None:
         (normalised(pixels, 127.5, 127.5), "scaled to -1..1"),
         (normalised(pixels, mean[::-1], std[::-1]), "reversed order"),
         (normalised(pixels, mean, 1), "not divided"),
-        (normalised(pixels, 0, std), "mean taken off"),
+        (normalised(pixels, 0, std), "mean subtracted"),
         (normalised(pixels, (100, 110, 120), std), "mean (100, 110, 120)"),
         (normalised(pixels[..., [1, 2, 0]], mean, std), "from GBR"),
-        (normalised(np.roll(pixels, 3, axis=1), mean, std), "resized, cropped or moved"),
+        (
+            normalised(np.roll(pixels, 3, axis=1), mean, std),
+            "the graph resizes, crops or moves them",
+        ),
         (normalised(pixels, mean, std), "not zero outside"),
     ):
         assert words in explain_input(image, (32, 64), found, config, 1e-3)

@@ -1,4 +1,4 @@
-"""`comask-eval`: broken graphs and pipelines fail, and the report names what is wrong with them."""
+"""`comask eval`: broken graphs and pipelines fail, and the report names what is wrong with them."""
 
 from __future__ import annotations
 
@@ -153,9 +153,9 @@ def test_reversed_channels_are_named(micro_bundle: Path, tmp_path: Path) -> None
          "head.refine.3.weight in stage2 is not the network's"),
         ("stage1_proposals.int8.onnx", scale("model.rpn.conv.weight.scale"),
          "rpn.conv.weight in stage1 is not the network's"),
-        ("stage1_proposals.int8.onnx", scale_of_input("rpn.conv"), "what rpn.conv reads in stage1"),
+        ("stage1_proposals.int8.onnx", scale_of_input("rpn.conv"), "stage1: the input of rpn.conv"),
         ("stage2_roi_head.int8.onnx", scale_of_input("head.refine.3"),
-         "what head.refine.3 reads in stage2"),
+         "stage2: the input of head.refine.3"),
     ],
 )  # fmt: skip
 def test_a_fault_in_int8_is_named_whatever_ap_says(
@@ -184,7 +184,7 @@ def test_sound_int8_passes_and_its_story_is_told(int8_bundle: Path, tmp_path: Pa
     trace = report["traces"]["onnxruntime:int8"]
     assert (trace["first"], trace["limit"]) == (None, 0.01)
     assert len(trace["differences"]) > 100
-    for words in ("How int8 was made", "for a test", "3 images of", "reached 7e4"):
+    for words in ("Quantization to int8", "for a test", "3 images of", "reached 7e4"):
         assert words in page
     result = run("doctor", bundle)
     assert result.exit_code == 0, result.output
@@ -201,7 +201,7 @@ def test_scales_without_their_calibration_are_not_compared(
 ) -> None:
     bundle = Path(shutil.copytree(int8_bundle, tmp_path / "bundle"))
     (bundle / "calibration.json").unlink()
-    result = run("eval", bundle, "--data", "shapes", "--images", 1, "--no-record",
+    result = run("eval", bundle, "--data", "shapes", "--limit", 1, "--no-record",
                  "--backend", "torch", "--backend", "onnxruntime:int8")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "warning: the scales of int8 activations are not compared" in result.output
@@ -271,7 +271,7 @@ def test_a_network_that_finds_nothing_is_not_judged(
 ) -> None:
     monkeypatch.setattr("comask.runtime.parity.scores.coco_results", lambda *_: [])
     bundle = Path(shutil.copytree(micro_bundle, tmp_path / "bundle"))
-    done = run("eval", bundle, "--data", "shapes", "--images", 2, "--report", tmp_path / "r.html")
+    done = run("eval", bundle, "--data", "shapes", "--limit", 2, "--report", tmp_path / "r.html")
     assert done.exit_code == 1
     assert "NOT JUDGED torch: the reference found nothing in these images: train" in done.output
     assert "FAIL" not in done.output

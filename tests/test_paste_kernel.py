@@ -250,8 +250,8 @@ def test_masks_too_fine_for_the_kernel_are_pasted_all_the_same() -> None:
         ({"image_size": (0, 4)}, "2\\^31 - 1 pixels"),
         ({"image_size": (2**16, 2**15)}, "2\\^31 - 1 pixels"),
         ({"masks": 2**28, "image_size": (4, 9)}, "as many columns"),
-        ({"threshold": 0.0}, "must be above 0"),
-        ({"threshold": float("nan")}, "must be above 0"),
+        ({"threshold": 0.0}, "expected a number above 0"),
+        ({"threshold": float("nan")}, "expected a number above 0"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:

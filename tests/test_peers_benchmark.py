@@ -65,7 +65,7 @@ def test_a_small_run_measures_all(micro_bundle: Path, tmp_path: Path) -> None:
 def test_more_than_a_bundle_can_find_is_refused(micro_bundle: Path) -> None:
     result = vs_peers(micro_bundle, "--sizes", 64, "--detections", 200)
     assert result.returncode == 1
-    assert "has 16 detections, 200 are asked for" in result.stderr
+    assert "has 16 detections, and --detections asks for 200" in result.stderr
     assert "Traceback" not in result.stderr
     assert vs_peers(micro_bundle, "--sizes", "64,x").returncode == 2
 

@@ -66,6 +66,6 @@ def test_a_budget_that_nothing_meets_is_refused() -> None:
     search = Search(lambda kept: 1.5 - 0.1 * len(kept), 0.3)
     assert not search.try_all_int8()
     with pytest.raises(
-        PrecisionError, match=r"budget of 0\.3 points .* 1\.30 points must be expected"
+        PrecisionError, match=r"--max-loss 0\.3 cannot be met: .* expected loss is 1\.30 AP points"
     ):
         search.run({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0})

@@ -93,7 +93,7 @@ def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     path = tmp_path / "bomb.png"
     Image.new("L", (100, 100)).save(path)
     monkeypatch.setattr("comask.preprocess.MOST_IMAGE_PIXELS", 60 * 100)
-    with pytest.raises(ImageError, match="100x100 pixels, and at most 6000 are decoded"):
+    with pytest.raises(ImageError, match="100x100 pixels, but at most 6000 are decoded"):
         decode_image(path)
 
 

@@ -24,9 +24,9 @@ from comask.runtime.jobs.folder import Folder
 pytestmark = pytest.mark.slow
 
 if importlib.util.find_spec("ray") is None:
-    pytest.skip("Ray is not installed: pip install 'comask[fleet]'", allow_module_level=True)
+    pytest.skip("Ray is not installed: pip install 'comask[jobs]'", allow_module_level=True)
 
-COMMAND = [sys.executable, "-c", "from comask.cli.infer import main; main()"]
+COMMAND = [sys.executable, "-c", "from comask.cli.job import main; main()"]
 # A process of its own, so that this one keeps nothing of Ray. It says where the cluster is and
 # which process each node is, then ends the nodes whose numbers it is told; 0 is the head.
 CLUSTER = """

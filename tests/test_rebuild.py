@@ -6,19 +6,17 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 
-from comask.cli.build import EngineOptions, engine_options
+from comask.cli import build
 from comask.errors import EngineError
 from comask.runtime.trt import engine_folder as rebuild_module
 from comask.runtime.trt.engine_folder import (
     ENGINES,
     EngineFolder,
     EngineInfo,
-    export_command,
+    installed_command,
     rebuild,
     rebuild_arguments,
 )
@@ -41,23 +39,14 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
         "--hardware-compatibility", "ampere_plus", "--compute-capability", "86",
         "--compute-capability", "89", "--rebuild",
     ]  # fmt: skip
-    parsed: list[EngineOptions] = []
-
-    @click.command
-    @click.argument("bundle")
-    @click.option("--precision")
-    @engine_options
-    def command(building: EngineOptions, **values: Any) -> None:
-        parsed.append(building)
-
     arguments = rebuild_arguments(Path("my bundle"), info, info.profile)
-    command(arguments, standalone_mode=False)
-    (building,) = parsed
-    assert (building.rebuild, building.engine, building.plugin) == (True, "tensorrt", "aot")
-    assert building.builder.workspace_mib == 512
-    assert building.builder.compute_capabilities == (86, 89)
+    parsed = build.main.make_context("build", arguments).params
+    assert (parsed["rebuild"], parsed["engine"], parsed["plugin"]) == (True, "tensorrt", "aot")
+    assert parsed["profile"] == ("batch=1:2:8", "height=32:64:96")
+    assert parsed["workspace_mib"] == 512
+    assert parsed["compute_capabilities"] == (86, 89)
     failing = [sys.executable, "-c", "print('a'); raise SystemExit('error: no nvcc')"]
-    monkeypatch.setattr(rebuild_module, "export_command", lambda: failing)
+    monkeypatch.setattr(rebuild_module, "installed_command", lambda: failing)
     with pytest.raises(
         EngineError, match=r"cannot be built again: a; error: no nvcc|error: no nvcc; a"
     ):
@@ -65,9 +54,10 @@ def test_rebuild_passes_the_options_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_installed_command_builds_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run([*export_command(), "--help"], capture_output=True, text=True)
+    help_ = [*installed_command(), "build", "--help"]
+    done = subprocess.run(help_, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--rebuild" in done.stdout
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: [])
     with pytest.raises(EngineError, match="which is not installed here"):
-        export_command()
+        installed_command()

@@ -83,13 +83,13 @@ def test_report_of_a_run_that_found_nothing(tmp_path: Path) -> None:
     stages = {"final": nothing, "first": nothing, "plain": nothing}
     RunRecord(tmp_path, keep_until=0).add_metrics(20, 1, stages)
     text = report(tmp_path).text
-    assert "Nothing was found yet." in text
+    assert "The model detects nothing yet." in text
     assert "changes box AP" not in text
 
 
 @pytest.mark.parametrize(
     ("collaboration", "words"),
-    [("uniform", "All cells count alike"), ("fc_reg", "regressed by the classification branch")],
+    [("uniform", "All cells have equal weight"), ("fc_reg", "branch regresses the boxes")],
 )
 def test_report_names_what_refines(tmp_path: Path, collaboration: str, words: str) -> None:
     write_run(tmp_path, 1)
@@ -111,4 +111,5 @@ def test_report_of_a_young_run(tmp_path: Path) -> None:
     record.add_metrics(10, 0, {"final": nothing})
     assert "What the second stage adds" not in report(tmp_path).text  # not before a run's end
     record.add_metrics(20, 0, {"final": nothing, "first": nothing, "plain": nothing})
-    assert "It cannot be told: the validation data holds no objects." in report(tmp_path).text
+    words = "The gain cannot be measured, since the validation data holds no objects."
+    assert words in report(tmp_path).text

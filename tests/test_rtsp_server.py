@@ -31,7 +31,7 @@ from comask.runtime.video.container import shown_name
 
 pytestmark = pytest.mark.slow
 
-REPORT = Path(sys.prefix) / "rtsp"  # of install_rtsp.py
+REPORT = Path(sys.prefix) / "rtsp"  # of install_debian.py
 SYSTEM_PYTHON = "/usr/bin/python3"  # that has the server's bindings
 SERVER = Path(__file__).with_name("rtsp_server.py")
 STILL_READING = "a thread still reads while Python ends"
@@ -55,7 +55,7 @@ SECONDS = 90  # that anything awaited may take
 def _installed() -> None:
     told = REPORT.read_text().strip() if REPORT.is_file() else ""
     if told != "ready":
-        pytest.skip(told or "no RTSP server: tests/install_rtsp.py gets one")
+        pytest.skip(told or "no RTSP server: tests/install_debian.py gets one")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Watching:
 def watching(
     bundle: Path, address: str, folder: Path, *options: object, save: str = "coco"
 ) -> Iterator[Watching]:
-    """`comask-infer` on a stream, with its results in `folder`/out and its report beside them."""
+    """`comask infer` on a stream, with its results in `folder`/out and its report beside them."""
     arguments = (bundle, address, *options, "--output", folder / "out", "--save", save,
                  "--backend", "onnxruntime", "--json", folder / "r.json")  # fmt: skip
     with (

@@ -29,7 +29,7 @@ from comask.runtime.jobs.job import Row
 
 pytestmark = pytest.mark.slow
 
-parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs comask[fleet]")
+parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs comask[jobs]")
 
 REPORT = Path(sys.prefix) / "s3"  # of install_s3.py
 READY = 60  # seconds that the server may take to be ready
@@ -147,7 +147,7 @@ class Server:
     def start(self, *arguments: object, **changes: str) -> subprocess.Popen[str]:
         """Begins a job of `--runner local`, with changes to its environment."""
         return subprocess.Popen(
-            [str(self.python.with_name("comask-infer")), *map(str, arguments), "--runner", "local"],
+            [str(self.python.with_name("comask")), "job", *map(str, arguments)],
             env=self.environment | changes, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             encoding="utf-8",
         )  # fmt: skip

@@ -90,7 +90,7 @@ def test_train_keeps_what_it_did(
 ) -> None:  # fmt: skip
     signal_at(owner, name, call)
     done = run(*TRAIN, tmp_path)
-    check(done, number, f"interrupted after step {step} of 6: --resume goes on there")
+    check(done, number, f"interrupted after step {step} of 6: continue with --resume")
     assert load_checkpoint(tmp_path / LAST).step == step
     assert not list(tmp_path.glob(".*.tmp"))
     again = run(*TRAIN, tmp_path, "--resume")
@@ -149,7 +149,7 @@ def test_an_export_leaves_nothing(
 ) -> None:
     signal_at(pipeline, "export_stage1", 1)  # the weights are written
     done = run("export", micro_run / "checkpoint-last.pt", "--output", tmp_path / "bundle",
-               "--verify-images", 1)  # fmt: skip
+               "--limit", 1)  # fmt: skip
     check(done, number)
     assert list(tmp_path.iterdir()) == []
 
@@ -158,15 +158,15 @@ def test_an_export_leaves_nothing(
     ("number", "owner", "name", "call", "arguments"),
     [
         (TERM, pipeline, "export_stage1", 1,
-         ("export", "{}", "--precision", "fp16", "--verify-images", 1)),
+         ("export", "{}", "--precision", "fp16", "--limit", 1)),
         (INT, OrtSession, "run", 5,
-         ("eval", "{}", "--data", "shapes", "--images", 4, "--backend", "onnxruntime", "--backend",
+         ("eval", "{}", "--data", "shapes", "--limit", 4, "--backend", "onnxruntime", "--backend",
           "torch", "--json", "{}.json", "--report", "{}.html")),
         (TERM, OrtSession, "run", 5,
          ("bench", "{}", "--backend", "onnxruntime", "--size", "64x64", "--json", "{}.json", "--plot",
           "{}.png")),
         (INT, OrtSession, "run", 2,
-         ("bench", "{}", "--backend", "onnxruntime", "--sweep", "--data", "shapes", "--limit", 2,
+         ("sweep", "{}", "--backend", "onnxruntime", "--data", "shapes", "--limit", 2,
           "--json", "{}.json")),
     ],
     ids=["export", "eval", "bench", "sweep"],
@@ -189,9 +189,9 @@ def test_a_data_set_is_not_taken_for_whole(
     tmp_path: Path, signal_at: Any, number: signal.Signals
 ) -> None:
     signal_at(json, "dumps", 1)  # of the annotations, which come last
-    check(run("shapes", tmp_path / "data", "--images", 2), number)
+    check(run("shapes", tmp_path / "data", "--count", 2), number)
     assert not (tmp_path / "data" / "annotations" / "instances.json").exists()
-    again = run("shapes", tmp_path / "data", "--images", 2)
+    again = run("shapes", tmp_path / "data", "--count", 2)
     assert again.exit_code == 0, again.output
 
 
@@ -207,7 +207,7 @@ def test_a_terminated_sweep_reports_what_it_has(
 
     monkeypatch.setattr(Sweep, "_measure", terminated)
     monkeypatch.setattr("comask.runtime.bench.sweep._check_reference", lambda metrics: None)
-    done = run("bench", micro_bundle, "--backend", "onnxruntime", "--sweep", "--data", "shapes",
+    done = run("sweep", micro_bundle, "--backend", "onnxruntime", "--data", "shapes",
                "--limit", 1, "--runs", 1, "--grid", "short-side=96", "--grid", "batch=1", "--json",
                tmp_path / "r.json")  # fmt: skip
     check(done, TERM)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from doc_blocks import ROOT
+from public_api import public
+
+BROWSER = Path(sys.prefix) / "chromium"  # report of install_debian.py
 
 
 class Links(HTMLParser):
@@ -37,6 +46,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "docs", folder / "docs")
+    package = folder / ".typecheck" / "comask"  # as `make docs` lays it out
+    package.mkdir(parents=True)
+    for entry in (ROOT / "comask").iterdir():
+        (package / entry.name).symlink_to(entry)
+    for name in ("export", "runtime", "cli", "calib"):
+        (package / name).unlink(missing_ok=True)
+        (package / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict"],
         cwd=folder, capture_output=True, text=True,
@@ -82,3 +98,79 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_what_is_public_is_in_the_reference(site: Path) -> None:
+    """Each name of `tests/api` has a place of its own."""
+    ids = set[str]()
+    for path in (site / "api").rglob("*.html"):
+        ids |= Links(path.read_text()).ids
+    wanted = {
+        f"{module}.{name}"
+        for module, names in public().items()
+        for name, value in names.items()
+        if inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value))
+    }
+    # errors of streams are named by `comask.runtime` as well
+    twice = {"comask.runtime.FrameDroppedError", "comask.runtime.QueueFullError"}
+    assert not wanted - ids - twice
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    told = BROWSER.read_text().strip() if BROWSER.exists() else ""
+    if told != "ready":
+        pytest.skip(told or "no browser: tests/install_debian.py gets one")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """The site's address: a browser lets no file search others."""
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 400])
+def test_pages_fit_and_load_without_an_error(
+    browser: Any, served: str, site: Path, width: int
+) -> None:
+    browser.set_window_size(width, 900)
+    wrong = []
+    for path in sorted(site.rglob("index.html")):
+        page = path.parent.relative_to(site).as_posix()
+        browser.get(f"{served}/{page}/")
+        wrong += [f"{page}: {entry['message']}" for entry in browser.get_log("browser")]
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        if wide > browser.execute_script("return window.innerWidth"):
+            wrong.append(f"{page}: {wide} pixels wide, scrolls sideways at {width}")
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_search_finds_what_a_user_looks_for(browser: Any, served: str) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.set_window_size(1400, 900)
+    browser.get(f"{served}/")
+    body = browser.find_element(By.TAG_NAME, "body")
+    assert "RoIAlign" not in body.text
+    body.send_keys("/")
+    browser.switch_to.active_element.send_keys("RoIAlign", Keys.NULL)
+    WebDriverWait(browser, 20).until(
+        lambda driver: "RoIAlign" in driver.find_element(By.TAG_NAME, "body").text
+    )

@@ -84,7 +84,7 @@ def test_host_nv12_is_the_kernels(predictor: Predictor) -> None:
     [
         (np.zeros((8, 8), np.uint8), "rgb", r"rgb frame of uint8 \[8, 8\]"),
         (np.zeros((8, 8, 3), np.float32), "rgb", r"float32 \[8, 8, 3\]"),
-        (np.zeros((8, 8, 3), np.uint8), "yuv", "no frame format 'yuv'"),
+        (np.zeros((8, 8, 3), np.uint8), "yuv", "unknown frame format 'yuv'"),
         ((np.zeros((8, 8), np.uint8), np.zeros((3, 4, 2), np.uint8)), "nv12", r"\[3, 4, 2\]"),
         ([], "rgb", "a batch of 0 frames"),
         ([picture(96, 128), picture(128, 96)], "rgb", "one for all"),

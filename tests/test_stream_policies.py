@@ -120,7 +120,10 @@ def test_what_the_backend_raises_is_the_results() -> None:
 
 
 def test_streams_are_refused_on_the_host() -> None:
-    with gated() as (session, _), pytest.raises(ImageError, match=r"stream 0x5, and gated waits"):
+    with (
+        gated() as (session, _),
+        pytest.raises(ImageError, match=r"stream 0x5, and gated cannot wait"),
+    ):
         session.submit(FRAME, stream=5)
 
 

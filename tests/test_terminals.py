@@ -14,15 +14,14 @@ from conftest import COMMANDS, run
 from PIL import Image
 from video_clips import pictures
 
-from comask.cli.options import _in_other_characters
+from comask.cli.command import _in_other_characters
 
 
 def in_terminal(
     encoding: str, command: str, *arguments: object
 ) -> subprocess.CompletedProcess[bytes]:
-    module = COMMANDS[command].callback.__module__  # type: ignore[union-attr]
     return subprocess.run(
-        [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from comask.cli.main import main; main()", command, *map(str, arguments)],
         env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
         capture_output=True, check=False,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`comask-train` and `comask-shapes` as a user types them: data sets, sound, unsound and none."""
+"""`comask train` and `comask shapes` as a user types them: data sets, sound, unsound and none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from comask.training.record import read_rows
 
 def test_shapes_writes_a_set_that_trains(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    assert run("shapes", folder, "--images", "12", "--seed", "5").exit_code == 0
-    assert run("shapes", folder, "--images", "12").exit_code == 1
+    assert run("shapes", folder, "--count", "12", "--seed", "5").exit_code == 0
+    assert run("shapes", folder, "--count", "12").exit_code == 1
     result = run(
         "train", "--data", folder, "--preset", "shapes-tiny", "--output", tmp_path / "run",
         *settings(*MICRO, "train.max_steps=1"),
@@ -35,8 +35,8 @@ def test_train_refuses_in_one_line(tmp_path: Path) -> None:
         (("--data", tmp_path, "--output", tmp_path / "r"), 1, "no data set found"),
         (("--data", tmp_path / "no", "--output", tmp_path / "r"), 1, "no: no such folder"),
         (("--data", tmp_path / "set" / "images", "--output", tmp_path / "r"), 1,
-         f"data set {tmp_path / 'set'}: give that"),
-        (("--data", listed, "--output", tmp_path / "r"), 1, f"data set {tmp_path / 'set'}: give"),
+         f"data set {tmp_path / 'set'}; give that folder"),
+        (("--data", listed, "--output", tmp_path / "r"), 1, f"data set {tmp_path / 'set'}; give"),
         (("--data", tmp_path / "set", "--output", tmp_path / "r"), 1, "set: no image of the"),
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "train.epochs", "1"), 2,
          "--set takes key=value"),

@@ -29,7 +29,7 @@ ALL = (
 @pytest.fixture(scope="module")
 def repository(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("triton") / "repository"
-    result = run("export", micro_fp16, "--serve", "triton", "--output", output, "--max-batch", 2)
+    result = run("serve", micro_fp16, "--output", output, "--batch", 2)
     assert result.exit_code == 0, result.output
     return output
 

@@ -39,7 +39,7 @@ def address(
     for repository, options in zip(
         repositories, ((), ("--backend", "onnxruntime:fp16", "--model-name", "half")), strict=True
     ):
-        result = run("export", micro_fp16, "--serve", "triton", "--output", repository, *options)
+        result = run("serve", micro_fp16, "--output", repository, *options)
         assert result.exit_code == 0, result.output
         stand_in_stages(installation, repository)
     with serving(installation, repositories, folder / "log") as address:

@@ -112,10 +112,7 @@ def test_objects_set_aside_are_not_learnt_from(tmp_path: Path) -> None:
         except DataError as error:
             said.add(str(error))
     (message,) = said  # in some seeds the one image with objects trains
-    assert (
-        "all objects are in the part set aside for validation; name other images by --val"
-        in message
-    )
+    assert "all objects are in the part set aside for validation; name others with --val" in message
 
 
 def test_mostly_crowds_are_warned_of(tmp_path: Path) -> None:
@@ -205,7 +202,7 @@ UNSOUND: dict[str, tuple[Change, str]] = {
     "iscrowd_text": (first(iscrowd="0"), "annotation with an iscrowd other than 0 and 1"),
     "iscrowd_null": (first(iscrowd=None), ""),
     "crowd": (first(iscrowd=1), ""),
-    "area": (first(area="big"), "annotation with an area that is no number"),
+    "area": (first(area="big"), "annotation with an area that is not a number"),
     "missing_file": (missing_file, "image without a file"),
     "other_size": (other_size, "image of another size than annotated"),
     "listed_twice": (listed_twice, "image listed again"),
@@ -253,7 +250,7 @@ def test_an_image_that_cannot_be_decoded_ends_no_command(
     report = json.loads((tmp_path / "eval.json").read_text())
     assert (report["images"], report["not_decoded"]) == (4, 1)
 
-    result = run("bench", micro_bundle, "--sweep", "--data", data, "--runs", 1,
+    result = run("sweep", micro_bundle, "--data", data, "--runs", 1,
                  "--backend", "onnxruntime", "--grid", "proposals=7")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "1 of 5 images cannot be decoded" in result.output
@@ -261,7 +258,7 @@ def test_an_image_that_cannot_be_decoded_ends_no_command(
     assert broken.name in result.output
 
     result = run("export", micro_run / "checkpoint-last.pt", "--output", tmp_path / "bundle",
-                 "--val-data", data, "--verify-images", 5)  # fmt: skip
+                 "--data", data, "--limit", 5)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert told in result.output
     assert broken.name in result.output

@@ -129,7 +129,7 @@ def test_nv12_of_real_clips(shared_data: Path, micro_bundle: Path, name: str) ->
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({}, None), ({"format": "yuv420p"}, "so that h264 decodes on the processor"),
+    [({}, None), ({"format": "yuv420p"}, "so h264 decodes on the CPU"),
      ({"sw_format": "p010le"}, "8 bits"),
      ({"orientation": Orientation(mirror_x=True)}, "turned or mirrored"),
      ({"colorspace": 4}, "colour matrix 4")],
@@ -153,11 +153,11 @@ def test_a_codec_that_the_gpu_does_not_know_is_decoded_or_an_error(
         with (
             VideoSource(clip, gpu=0, decode="gpu") as source,
             pytest.raises(
-                VideoError, match=r"a\.mp4: frames cannot stay on the GPU: frames come as yuv420p"
+                VideoError, match=r"a\.mp4: frames cannot stay on the GPU: frames are yuv420p"
             ),
         ):
             next(iter(source))
-    assert caplog.text.count("frames by way of the host: frames come as yuv420p") == 1
+    assert caplog.text.count("frames are copied to the host: frames are yuv420p") == 1
     with VideoSource(clip, decode="cpu") as source:
         for ours, theirs in zip(frames, source, strict=True):
             np.testing.assert_array_equal(ours, theirs.pixels)
@@ -170,7 +170,7 @@ def test_av1_says_which_decoder_is_taken_and_may_use_every_core(
     cuda = av.codec.hwaccel.HWAccel("cuda", device=0, is_hw_owned=True)  # not opened for libdav1d
     monkeypatch.setattr(video_source, "gpu_decoder", lambda decode, gpu: cuda)
     with VideoSource(clip, gpu=0, decode="gpu") as source:
-        with pytest.raises(VideoError, match="PyAV takes libdav1d for this codec, which uses no G"):
+        with pytest.raises(VideoError, match="PyAV decodes this codec by libdav1d, which uses no"):
             next(iter(source))
         assert source._video.thread_type.name == "AUTO"
 
@@ -335,15 +335,15 @@ def test_without_a_gpu_the_command_says_why_or_does_without(
     command = ("infer", micro_bundle, clip, "--output", output)
     caplog.set_level(logging.INFO)
     assert run(*command).exit_code == 0
-    assert "decoding on the processor: the backend reads frames in the host's memory" in caplog.text
-    assert "encoding on the processor: no NVIDIA driver" in caplog.text
+    assert "decoding on the CPU: the backend reads frames in the host's memory" in caplog.text
+    assert "encoding on the CPU: no NVIDIA driver" in caplog.text
     shutil.rmtree(output)
 
     monkeypatch.setattr(VideoSource, "__iter__", lambda self: pytest.fail("a frame was decoded"))
     for arguments, words in [
-        (("--decode", "gpu"), "decoding on the GPU cannot be had: the backend reads frames in"),
-        (("--encode", "gpu"), "encoding on the GPU cannot be had: no NVIDIA driver"),
-        (("--encode", "gpu", "--device", "cpu"), "the processor alone is to be used"),
+        (("--decode", "gpu"), "decoding on the GPU is not possible: the backend reads frames in"),
+        (("--encode", "gpu"), "encoding on the GPU is not possible: no NVIDIA driver"),
+        (("--encode", "gpu", "--device", "cpu"), "only the CPU is to be used"),
         (("--encode", "gpu", "--save", "coco"), "--encode is for overlays"),
     ]:
         result = run(*command, *arguments)

@@ -1,4 +1,4 @@
-"""`comask-infer` over videos: the results of their frames as images, whole files whatever happens."""
+"""`comask infer` over videos: the results of their frames as images, whole files whatever happens."""
 
 from __future__ import annotations
 

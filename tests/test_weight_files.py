@@ -180,7 +180,7 @@ def test_values_of_another_shape_stay_random_and_are_listed(state: State, path: 
     report = import_weights(ours, str(path), TWO)
     assert len(report.taken) == BACKBONE18  # and no bias of the RPN, though that fits by itself
     assert (
-        "backbone.fpn.inner_blocks.0.0.weight: another shape, [256, 64, 1, 1] where the model has "
+        "backbone.fpn.inner_blocks.0.0.weight: another shape, [256, 64, 1, 1]; the model has "
         "[32, 64, 1, 1]" in report.left
     )
     assert "rpn.head.bbox_pred.bias: the rest of its layer does not fit" in report.left

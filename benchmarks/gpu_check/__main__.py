@@ -1,8 +1,8 @@
 """`make gpu-check`: builds and runs everything that needs a GPU, and prints one table.
 
-Needs no installation: run it with any Python from 3.11 on that has torch; rows whose packages are not
-there are `unavailable` and say what is missing. Nothing is fetched. Every row runs in a process of its
-own, since an abort or a failed kernel takes the process's CUDA with it.
+It needs no installation: run it with any Python from 3.11 on that has torch. Rows whose packages are
+missing are `unavailable` and name them. Nothing is downloaded. Every row runs in its own process, because
+an abort or a failed kernel makes CUDA unusable in its process.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 1
-FOLDERS = ("export", "runtime", "cli", "calib")  # sub-packages that lie beside `comask/`
+FOLDERS = ("export", "runtime", "cli", "calib")  # sub-packages beside `comask/`
 
 
 def main() -> int:
-    """Runs the checks that `--only` names, all by default; returns the exit code."""
+    """Runs all checks, or those that `--only` names, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write machine, versions and rows to this file")
-    parser.add_argument("--bundle", type=Path, help="a trained bundle; default: train shapes-tiny")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument(
+        "--bundle", type=Path, help="a trained bundle; without it, shapes-tiny is trained"
+    )
+    parser.add_argument(
+        "--only", default="", help="run only the rows whose name contains this text"
+    )
     parser.add_argument(
         "--rehearse", action="store_true",
-        help="small sizes on the CPU: tries the code of the rows that can run there, proves nothing",
+        help="use small sizes on the CPU to test the code of the rows; proves nothing about a GPU",
     )  # fmt: skip
     parser.add_argument(
         "--row", nargs=3, metavar=("GROUP", "NAME", "FOLDER"), help=argparse.SUPPRESS
     )
     options = parser.parse_args()
     if importlib.util.find_spec("numpy") is None:
-        sys.exit(f"error: {sys.executable} has no numpy; name a Python that has it by PYTHON=…")
+        sys.exit(f"error: {sys.executable} has no numpy; name a Python that has it with PYTHON=…")
     if options.bundle and not (options.bundle / "manifest.json").is_file():
-        sys.exit(f"error: {options.bundle}: there is no bundle here; comask-export writes one")
+        sys.exit(f"error: {options.bundle}: there is no bundle here; comask export writes one")
     if options.row:
         return run_here(options)
     with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
@@ -52,7 +56,7 @@ def main() -> int:
 
 
 def link_package(folder: Path) -> None:
-    """Makes `import comask` work without an installation, for this process and its children."""
+    """Makes `import comask` work without an installation in this process and its children."""
     package = folder / "comask"
     package.mkdir(parents=True)
     for path in (ROOT / "comask").iterdir():
@@ -60,13 +64,13 @@ def link_package(folder: Path) -> None:
     for name in FOLDERS:
         (package / name).symlink_to(ROOT / name)
     sys.path.insert(0, str(folder))
-    # rows, and what they build and evaluate in processes of their own, must find it as well
+    # the processes of the rows, and the commands that they run, must find it as well
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def all_checks() -> dict[str, dict[str, Check]]:
-    """By group and name, in the order of the table."""
+    """Returns the checks by group and name, in the order of the table."""
     import backends
     import kernels
     import speed
@@ -75,7 +79,7 @@ def all_checks() -> dict[str, dict[str, Check]]:
 
 
 def check_all(options: argparse.Namespace, folder: Path) -> int:
-    """Every group of checks, row by row; the table and the file grow while they run."""
+    """Runs the checks row by row and writes the table and the file after each row."""
     import machine
     from rows import FAIL, PASS, UNAVAILABLE, Row
     from table import HEAD, line
@@ -112,7 +116,7 @@ def check_all(options: argparse.Namespace, folder: Path) -> int:
 
 
 def write(path: Path | None, content: dict[str, Any], rows: list[Row]) -> None:
-    """The file that `--json` names, with the rows so far."""
+    """Writes the rows so far to the file that `--json` names."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         full = content | {"rows": [row.as_json() for row in rows]}
@@ -120,7 +124,7 @@ def write(path: Path | None, content: dict[str, Any], rows: list[Row]) -> None:
 
 
 def run_apart(group: str, name: str, options: argparse.Namespace, folder: Path) -> Row:
-    """One row from a process of its own."""
+    """Runs one row in its own process and returns it."""
     from rows import finished_row
 
     arguments = ["--row", group, name, str(folder)]
@@ -132,7 +136,7 @@ def run_apart(group: str, name: str, options: argparse.Namespace, folder: Path) 
 
 
 def run_here(options: argparse.Namespace) -> int:
-    """The process of one row, which it prints as JSON in a line of its own."""
+    """Runs one row in this process and prints it as one line of JSON."""
     from context import REHEARSAL, Context, Sizes
     from rows import run_check
 

@@ -1,4 +1,4 @@
-"""PyTorch on CUDA, ONNX Runtime on CUDA and the engines: does each still compute the model?"""
+"""Checks that PyTorch and ONNX Runtime on CUDA and the engines still compute the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from context import Context
 from rows import Figure, UnavailableError
 
-AP_POINTS = {"fp32": 0.02, "fp16": 0.1, "int8": 0.3}  # bars of the design, in AP points
-TENSORS = ("fp32", "fp16")  # whose outputs are compared; int8 is judged by AP
+AP_POINTS = {"fp32": 0.02, "fp16": 0.1, "int8": 0.3}  # limits in AP points
+TENSORS = ("fp32", "fp16")  # precisions whose outputs are compared; int8 is judged by AP
 FLAVORS = ("tensorrt", "tensorrt-rtx")
 PLUGINS = ("python", "aot", "none")
 
 
 def torch_outputs(context: Context) -> Figure:
-    """Stage outputs of PyTorch on CUDA against PyTorch on the CPU."""
+    """Compares the stage outputs of PyTorch on CUDA with PyTorch on the CPU."""
     context.need_gpu()
     from comask.bundle import Bundle
     from comask.runtime.backends import open_stages
@@ -28,7 +28,7 @@ def torch_outputs(context: Context) -> Figure:
 
 
 def onnxruntime_outputs(context: Context, precision: str) -> Figure:
-    """Stage outputs of ONNX Runtime's CUDA provider against PyTorch on the CPU."""
+    """Compares the stage outputs of ONNX Runtime's CUDA provider with PyTorch on the CPU."""
     from comask.bundle import Bundle
 
     bundle = Bundle.open(context.trained_bundle)
@@ -37,7 +37,7 @@ def onnxruntime_outputs(context: Context, precision: str) -> Figure:
 
 
 def engine_outputs(context: Context, flavor: str, precision: str, plugin: str) -> Figure:
-    """Stage outputs of a freshly built engine against PyTorch on the CPU."""
+    """Compares the stage outputs of a newly built engine with PyTorch on the CPU."""
     from comask.bundle import Bundle
     from comask.runtime.backends import open_stages
 
@@ -47,7 +47,7 @@ def engine_outputs(context: Context, flavor: str, precision: str, plugin: str) -
 
 
 def ap(context: Context, backend: str, precision: str) -> Figure:
-    """The larger difference to PyTorch of box and mask AP, in AP points, by comask-eval."""
+    """Measures the larger difference of box and mask AP from PyTorch with `comask eval`."""
     from comask.bundle import Bundle
 
     bundle = with_int8(context) if precision == "int8" else context.trained_bundle
@@ -58,7 +58,7 @@ def ap(context: Context, backend: str, precision: str) -> Figure:
     name = f"{backend}:{precision}"
     report = json.loads(
         context.command(
-            "evaluate", str(bundle), "--data", "shapes", "--backend", "torch",
+            "eval", str(bundle), "--data", "shapes", "--backend", "torch",
             "--backend", name, "--no-record", "--json", "-", "--tolerance", "1000",
         )
     )  # fmt: skip
@@ -66,51 +66,51 @@ def ap(context: Context, backend: str, precision: str) -> Figure:
     worst = max(abs(comparison["deltas"][task]["AP"]) for task in ("bbox", "segm"))
     note = (
         f"mask AP {report['backends']['torch']['segm']['AP']:.1f} in PyTorch; "
-        f"{comparison['largest']:.2g} in the worst of 24 numbers"
+        f"largest difference of 24 numbers {comparison['largest']:.2g}"
     )
     return Figure(value=worst, unit="AP points", most=AP_POINTS[precision], note=note)
 
 
 def int8_speed(context: Context, flavor: str) -> Figure:
-    """How many times as fast as fp16 int8 is in both graphs, as `comask-export` measures it."""
+    """Returns the speed of int8 relative to fp16 in both graphs, as `comask build` measures it."""
     from comask.bundle import Bundle
 
     source = with_int8(context)
     for precision in ("fp16", "int8"):
         bundle = build_engine(context, source, flavor, precision, "python")
     seconds = Bundle.open(bundle).manifest.verification["int8"]["latency"]
-    note = f"{1e3 * seconds['int8']:.2f} ms an image, fp16 {1e3 * seconds['fp16']:.2f} ms"
+    note = f"{1e3 * seconds['int8']:.2f} ms per image, fp16 {1e3 * seconds['fp16']:.2f} ms"
     return Figure(value=seconds["fp16"] / seconds["int8"], unit="x", least=1.0, note=note)
 
 
 def with_int8(context: Context) -> Path:
-    """The trained bundle with int8 graphs, calibrated and searched on `shapes` where it has none."""
+    """Returns the trained bundle with int8 graphs; quantizes it on `shapes` if it has none."""
     from comask.bundle import Bundle
 
     context.need_gpu()
     bundle = context.trained_bundle
     if "int8" not in Bundle.open(bundle).manifest.precisions:
         context.command(
-            "export", str(bundle), "--precision", "int8", "--calib-data", "shapes",
-            "--val-data", "shapes", "--ap-budget", str(AP_POINTS["int8"]),
+            "quantize", str(bundle), "--calib-data", "shapes", "--data", "shapes",
+            "--max-loss", str(AP_POINTS["int8"]),
         )  # fmt: skip
     return bundle
 
 
 def build_engine(context: Context, source: Path, flavor: str, precision: str, plugin: str) -> Path:
-    """`comask-export BUNDLE --engine …` in a copy; builds nothing where it is there already.
+    """Runs `comask build` in a copy of a bundle; an existing engine is not built again.
 
     Args:
-        context: of the checks.
+        context: the context of the checks.
         source: the bundle to copy.
-        flavor, precision, plugin: of the engines.
+        flavor, precision, plugin: the properties of the engines.
 
     Returns:
-        the copy, which holds these engines and no others of the precision.
+        The copy, which contains these engines and no others of the precision.
 
     Raises:
-        UnavailableError: when the flavor is not installed or has no such plugin route.
-        RuntimeError: when the copy holds other engines than these.
+        UnavailableError: if the flavor is not installed or does not support the plugin.
+        RuntimeError: if the copy contains other engines.
     """
     context.need_gpu()
     from comask.bundle import Bundle
@@ -126,7 +126,7 @@ def build_engine(context: Context, source: Path, flavor: str, precision: str, pl
         raise UnavailableError(str(error)) from error
     bundle = context.without_engines(source, flavor, plugin)
     context.command(
-        "export", str(bundle), "--precision", precision, "--engine", flavor, "--plugin", plugin
+        "build", str(bundle), "--precision", precision, "--engine", flavor, "--plugin", plugin
     )
     there = [engines.info for engines in find_engines(Bundle.open(bundle))]
     found = [(info.flavor, info.plugin) for info in there if info.precision == precision]
@@ -136,10 +136,10 @@ def build_engine(context: Context, source: Path, flavor: str, precision: str, pl
 
 
 def open_onnxruntime(context: Context, bundle: Any, precision: str) -> Any:
-    """Both stages in ONNX Runtime, in a rehearsal on the CPU.
+    """Opens both stages in ONNX Runtime, on the CPU in a rehearsal.
 
     Raises:
-        UnavailableError: when it does not take its CUDA provider.
+        UnavailableError: if ONNX Runtime does not use its CUDA provider.
     """
     import onnxruntime
 
@@ -151,14 +151,14 @@ def open_onnxruntime(context: Context, bundle: Any, precision: str) -> Any:
         stages.close()
         there = CUDA_PROVIDER in onnxruntime.get_available_providers()
         raise UnavailableError(
-            f"onnxruntime {onnxruntime.__version__} takes {', '.join(sorted(providers))}; "
+            f"onnxruntime {onnxruntime.__version__} uses {', '.join(sorted(providers))}; "
             + ("its CUDA libraries are missing" if there else "pip install onnxruntime-gpu")
         )
     return stages
 
 
 def smallest_engine(context: Context, flavor: str) -> Figure:
-    """One convolution: does this TensorRT run on this GPU at all?"""
+    """Runs one convolution to test whether this TensorRT works on this GPU at all."""
     context.need_gpu()
     import torch
 
@@ -182,10 +182,10 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
     loaded.clear()
     engine = trt.Runtime(loaded.log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise RuntimeError(f"does not deserialise: {loaded.errors()}")
+        raise RuntimeError(f"cannot be deserialised: {loaded.errors()}")
     execution = engine.create_execution_context()
     if execution is None:
-        raise RuntimeError(f"gives no context: {loaded.errors()}")
+        raise RuntimeError(f"cannot create a context: {loaded.errors()}")
     x, y = torch.randn(1, 4, 32, 32, device="cuda"), torch.zeros(1, 8, 32, 32, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -201,7 +201,7 @@ def smallest_engine(context: Context, flavor: str) -> Figure:
 
 
 def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figure:
-    """The worst relative error of the maps; anything beyond the precision's tolerance is a failure."""
+    """Returns the largest relative error of the maps; fails beyond the precision's tolerance."""
     import torch
 
     from comask.data.shapes import ShapesSource
@@ -209,7 +209,7 @@ def _compare(context: Context, bundle: Any, stages: Any, precision: str) -> Figu
     from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
     from comask.runtime.compare import TOLERANCES
 
-    # else PyTorch's convolutions on CUDA have the ten bits of TensorFloat-32
+    # otherwise PyTorch's convolutions on CUDA use the ten mantissa bits of TensorFloat-32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     source, manifest = ShapesSource(num_images=4, seed=4_000_000), bundle.manifest
     worst = verify(

@@ -1,4 +1,4 @@
-"""Times on a GPU: medians of CUDA events, after a warm-up."""
+"""Measures times on a GPU as medians of CUDA events after a warm-up."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 
 WARM_UP = 5
-FLUSHING = 2**29  # bytes; the largest L2 caches have a quarter of it
+FLUSHING = 2**29  # bytes, four times the largest L2 caches
 
 
 def seconds(call: Callable[[], object], repeats: int, device: str, *, cold: bool = False) -> float:
-    """The median time of one call; on CUDA of the work it queues on torch's current stream.
+    """Returns the median time of a call; on CUDA, of the work that it queues on torch's current stream.
 
     Args:
-        call: to time.
-        repeats: of it.
+        call: the function to time.
+        repeats: the number of timed calls.
         device: `cuda` or `cpu`.
-        cold: on CUDA, whether the L2 cache is overwritten before each call.
+        cold: whether to overwrite the L2 cache before each call on CUDA.
     """
     import torch
 
@@ -42,7 +42,7 @@ def seconds(call: Callable[[], object], repeats: int, device: str, *, cold: bool
 
 
 def wall_seconds(call: Callable[[], object], repeats: int) -> float:
-    """The median wall time of a call that returns finished results."""
+    """Returns the median wall time of a call that returns finished results."""
     for _ in range(min(WARM_UP, repeats)):
         call()
     times = []

@@ -1,4 +1,4 @@
-"""What the checks share: the device, their sizes, and bundles made once for all of them."""
+"""Provides what the checks share: the device, the sizes, and bundles that are made only once."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from typing import Any
 import numpy as np
 from rows import UnavailableError, is_ours
 
-LAST_LINES = 3  # of a failed command
-# cuDNN's convolutions take TensorFloat-32 by default, whose mantissa is f16's
+LAST_LINES = 3  # shown of a failed command's output
+# By default cuDNN's convolutions use TensorFloat-32, which has the mantissa of f16.
 COMMAND = (
-    "import torch; torch.backends.cudnn.allow_tf32 = False; from comask.cli.{} import main; main()"
+    "import torch; torch.backends.cudnn.allow_tf32 = False; "
+    "from comask.cli.main import main; main()"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large the checks are; a rehearsal on a CPU has to end this year.
+    """The sizes of the checks; a rehearsal on a CPU needs small ones.
 
     Attributes:
-        height, width: of the canvas in pixels.
-        channels: of the pyramid.
-        proposals: an image.
-        repeats: of a timed call.
-        batch: of the larger benchmark.
-        preset: of the network that is timed.
+        height, width: the size of the canvas in pixels.
+        channels: the number of channels of the pyramid.
+        proposals: the number of proposals per image.
+        repeats: how often a timed call is repeated.
+        batch: the batch of the larger benchmark.
+        preset: the preset of the network that is timed.
     """
 
     height: int = 800
@@ -50,13 +51,13 @@ REHEARSAL = Sizes(
 
 @dataclass
 class Context:
-    """Handed to every check. Each runs in a process of its own; what they share lies in `folder`.
+    """The argument of every check. Each check runs in its own process; they share files in `folder`.
 
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
-        sizes: of the checks.
-        folder: for what they write.
-        trained: a bundle with real accuracy; None: train one.
+        sizes: the sizes of the checks.
+        folder: the folder for the files of the checks.
+        trained: a bundle with real accuracy; if None, one is trained.
     """
 
     device: str
@@ -71,7 +72,7 @@ class Context:
 
     @cached_property
     def timed_bundle(self) -> Path:
-        """The network that is timed, with random weights: its work does not depend on them."""
+        """The bundle to time; its weights are random, since they do not affect the time."""
         return self._bundle(
             "timed", "--preset", self.sizes.preset, "--set", "train.max_steps=0",
             "--set", "train.weights=none",
@@ -79,14 +80,14 @@ class Context:
 
     @cached_property
     def trained_bundle(self) -> Path:
-        """A network whose accuracy means something."""
+        """A bundle of a trained network, whose accuracy is meaningful."""
         if self.trained is not None:
             return self.trained
         steps = [] if self.device == "cuda" else ["--set", "train.max_steps=2"]
         return self._bundle("trained", "--preset", "shapes-tiny", *steps)
 
     def without_engines(self, bundle: Path, flavor: str, plugin: str) -> Path:
-        """A copy for the engines of one flavor and plugin, lest another's be run instead of them."""
+        """Returns a copy for the engines of one flavor and plugin, so that no other engine can run."""
         copy = self.folder / f"{bundle.name}-{flavor}-{plugin}"
         if not copy.exists():
             unfinished = copy.with_name(f".{copy.name}")
@@ -108,19 +109,19 @@ class Context:
                     "--precision", "fp32,fp16", "--score-threshold", "0" if name == "timed" else "0.05",
                 )  # fmt: skip
         except RuntimeError as error:
-            failed.write_text(f"the {name} bundle cannot be made: {error}", encoding="utf-8")
+            failed.write_text(f"the {name} bundle could not be made: {error}", encoding="utf-8")
             raise
         return bundle
 
     def command(self, name: str, *arguments: str) -> str:
-        """Runs a comask command in a process of its own; returns its standard output.
+        """Runs a comask command in its own process and returns its standard output.
 
         Raises:
-            RuntimeError: with its last words, when it fails.
-            UnavailableError: when a package that it needs is not installed.
+            RuntimeError: if the command fails; the message contains its last lines.
+            UnavailableError: if a package that it needs is not installed.
         """
         result = subprocess.run(
-            [sys.executable, "-c", COMMAND.format(name), *arguments],
+            [sys.executable, "-c", COMMAND, name, *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -129,12 +130,12 @@ class Context:
             words = (result.stderr or result.stdout).strip().splitlines()[-LAST_LINES:]
             missing = re.match(r"ModuleNotFoundError: No module named '(.+)'", " ".join(words[-1:]))
             if missing and not is_ours(missing[1]):
-                raise UnavailableError(f"comask-{name}: {words[-1]}")
-            raise RuntimeError(f"comask-{name} ended with {result.returncode}: {'; '.join(words)}")
+                raise UnavailableError(f"comask {name}: {words[-1]}")
+            raise RuntimeError(f"comask {name} exited with {result.returncode}: {'; '.join(words)}")
         return result.stdout
 
     def images(self, batch: int) -> dict[str, Any]:
-        """Noise on full canvases: `images` u8 [B, H, W, 3] and `image_sizes` i32 [B, 2]."""
+        """Returns noise on full canvases: `images` u8 [B, H, W, 3] and `image_sizes` i32 [B, 2]."""
         size = (self.sizes.height, self.sizes.width)
         noise = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
         return {"images": noise, "image_sizes": np.array([size] * batch, dtype=np.int32)}

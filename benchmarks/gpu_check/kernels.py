@@ -1,4 +1,4 @@
-"""Our kernels on the device against torchvision's operators: values, time, bandwidth."""
+"""Compares the values, time and bandwidth of our kernels with torchvision's operators."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 STRIDES = (4, 8, 16, 32)
 CANONICAL = 224.0
-HALF_ERROR = 4e-3  # of maps in -4..4: two roundings to half, 2^-11 each
+HALF_ERROR = 4e-3  # for maps in -4..4: two roundings to half of 2^-11 each
 
 
 def values_f32(context: Context) -> Figure:
-    """RoIAlign, planes, against torchvision in float32."""
+    """Compares RoIAlign on planes with torchvision in float32."""
     return Figure(value=_roi_error(context, half=False, channels_last=False), most=1e-5)
 
 
 def values_f32_channels_last(context: Context) -> Figure:
-    """RoIAlign, channels last."""
+    """Compares RoIAlign on channels-last maps with torchvision."""
     return Figure(value=_roi_error(context, half=False, channels_last=True), most=1e-5)
 
 
 def values_f16(context: Context) -> Figure:
-    """RoIAlign on half maps."""
+    """Compares RoIAlign on half-precision maps with torchvision."""
     return Figure(value=_roi_error(context, half=True, channels_last=False), most=HALF_ERROR)
 
 
 def values_f16_channels_last(context: Context) -> Figure:
-    """RoIAlign on half maps, channels last."""
+    """Compares RoIAlign on half-precision channels-last maps with torchvision."""
     return Figure(value=_roi_error(context, half=True, channels_last=True), most=HALF_ERROR)
 
 
 def nms_keeps(context: Context) -> Figure:
-    """Rows of NMS whose keep set differs from torchvision's, ties included."""
+    """Counts the rows of NMS whose keep set differs from torchvision's, ties included."""
     need_kernels(context)
     import torch
     import torchvision
@@ -65,13 +65,13 @@ def nms_keeps(context: Context) -> Figure:
 
 
 def speed(context: Context) -> Figure:
-    """Our RoIAlign against torchvision's pooling of the same pyramid, half maps, 7x7."""
+    """Compares the time of our RoIAlign and torchvision's pooling of the same half-precision pyramid."""
     ours, theirs, note = _times(context)
     return Figure(value=theirs / ours, unit="times as fast", least=3.0, note=note)
 
 
 def bandwidth(context: Context) -> Figure:
-    """Bytes of the outputs and of the map pixels that are read, against a copy's bytes a second."""
+    """Measures the bytes per second of RoIAlign's inputs and outputs relative to a plain copy."""
     context.need_gpu()
     need_kernels(context)
     import torch
@@ -94,7 +94,7 @@ def bandwidth(context: Context) -> Figure:
 
 
 def nms_speed(context: Context) -> Figure:
-    """Five rows of 1000 boxes, against torchvision's NMS called row by row."""
+    """Compares the time of NMS on five rows of 1000 boxes with torchvision's NMS row by row."""
     need_kernels(context)
     import torch
     import torchvision
@@ -118,11 +118,11 @@ def nms_speed(context: Context) -> Figure:
 
 
 def need_kernels(context: Context) -> None:
-    """Without them the operators fall back to torchvision, and would be compared with themselves.
+    """Makes sure that our kernels are used; otherwise torchvision would be compared with itself.
 
     Raises:
-        UnavailableError: there is no compiler.
-        KernelError: there is one, and a kernel fails to compile or load.
+        UnavailableError: if no compiler is available.
+        KernelError: if a kernel fails to compile or load.
     """
     import torch
 
@@ -131,13 +131,15 @@ def need_kernels(context: Context) -> None:
 
     device = torch.device(context.device, 0) if context.device == "cuda" else torch.device("cpu")
     if not all(available(source, device) for source in (ROI_ALIGN, NMS)):
-        raise UnavailableError("there is no compiler for the kernels; comask-doctor says which")
+        raise UnavailableError(
+            "there is no compiler for the kernels; comask doctor says which one is needed"
+        )
 
 
 def noise_pyramid(
     context: Context, *, half: bool, channels_last: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """A pyramid of noise, and RoIs from 8 pixels to the canvas, spread over all levels."""
+    """Returns a pyramid of noise and RoIs from 8 pixels to the canvas size, spread over all levels."""
     import torch
 
     sizes, generator = context.sizes, torch.Generator().manual_seed(2)
@@ -156,7 +158,7 @@ def noise_pyramid(
 
 
 def _torchvision_pool(maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
-    """What a user has today: torchvision's op level by level, as its `MultiScaleRoIAlign` does."""
+    """Pools with torchvision's operator level by level, as its `MultiScaleRoIAlign` does."""
     import torch
     import torchvision
 
@@ -181,7 +183,7 @@ def _roi_error(context: Context, *, half: bool, channels_last: bool) -> float:
     worst = 0.0
     for size in (7, 14):
         ours = pyramid_roi_align(maps, rois, size, sampling_ratio=2, canonical_size=CANONICAL)
-        # in f32 throughout: half boxes would cost half a pixel
+        # in f32 throughout, because half-precision boxes would be wrong by half a pixel
         expected = _torchvision_pool([m.float().contiguous() for m in maps], rois, size)
         worst = max(worst, float((ours.float() - expected).abs().max()))
     return worst
@@ -212,7 +214,7 @@ def _times(context: Context) -> tuple[float, float, str]:
 
 
 def _pixels_read(maps: list[Tensor], rois: Tensor) -> int:
-    """Map pixels under the RoIs, each counted once: no kernel has to read one twice from memory."""
+    """Counts the map pixels under the RoIs once each, since no kernel must read one twice from memory."""
     import torch
 
     from comask.models.roi_align import roi_levels

@@ -1,4 +1,4 @@
-"""The machine that a table was made on: versions and GPU; never its name or its user."""
+"""Describes the machine of a table by its versions and GPU, never by its name or user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = (
 
 
 def facts() -> dict[str, Any]:
-    """Operating system, Python, GPU, driver and versions, in the order of the table's head."""
+    """Returns operating system, Python, GPU, driver and versions, in the order of the table's head."""
     from comask import __version__
     from comask.runtime.device import find_gpu_or_reason
 
@@ -34,7 +34,7 @@ def facts() -> dict[str, Any]:
 
 
 def why_no_gpu() -> str | None:
-    """The reason why no row can run; None where torch sees a GPU."""
+    """Returns the reason why no row can run; None if torch sees a GPU."""
     from comask.runtime.device import find_gpu_or_reason
 
     gpu, reason = find_gpu_or_reason()

@@ -1,4 +1,4 @@
-"""The kernels before and after the network on the device: values against the CPU's, time."""
+"""Compares the kernels before and after the network with the CPU, and measures their time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 DETECTIONS = 100
 CELLS = 28
 FULL_HD = (1080, 1920)
-EDGES_A_COLUMN = 4  # room for; compact masks have two
+EDGES_PER_COLUMN = 4  # allocated; compact masks need two
 
 
 def rgb_canvas(context: Context) -> Figure:
-    """A frame of RGB against OpenCV's resize, in grey levels."""
+    """Compares the canvas of an RGB frame with OpenCV's resize, in grey levels."""
     from comask.config import PreprocessConfig
     from comask.kernels.launch import rgb_to_canvas_launch
     from comask.preprocess import prepare
@@ -40,7 +40,7 @@ def rgb_canvas(context: Context) -> Figure:
 
 
 def nv12_canvas(context: Context) -> Figure:
-    """A frame of NV12 against the same kernel on the CPU, in grey levels."""
+    """Compares the canvas of an NV12 frame with the same kernel on the CPU, in grey levels."""
     from comask.kernels import run
 
     launch, planes, canvas = _nv12(context)
@@ -53,7 +53,7 @@ def nv12_canvas(context: Context) -> Figure:
 
 
 def mask_edges(context: Context) -> Figure:
-    """Edges of masks that differ from numpy's."""
+    """Counts the edges of masks that differ from numpy's."""
     from comask.masks import edges_by_numpy
 
     probs, boxes = _instances(context)
@@ -66,7 +66,7 @@ def mask_edges(context: Context) -> Figure:
 
 
 def bitmaps(context: Context) -> Figure:
-    """Pixels of pasted masks that differ from numpy's."""
+    """Counts the pixels of pasted masks that differ from numpy's."""
     from comask.kernels.launch import MaskLaunches
     from comask.masks import paste_masks
 
@@ -81,7 +81,7 @@ def bitmaps(context: Context) -> Figure:
 
 
 def nv12_time(context: Context) -> Figure:
-    """A frame of 1920x1080 to a canvas of 800x1344."""
+    """Times the conversion of a frame of 1920x1080 to a canvas of 800x1344."""
     context.need_gpu()
     launch, planes, canvas = _nv12(context)
     time = seconds(
@@ -91,7 +91,7 @@ def nv12_time(context: Context) -> Figure:
 
 
 def edges_time(context: Context) -> Figure:
-    """Both steps for 100 masks, and the copy of their edges to the host."""
+    """Times both steps for 100 masks and the copy of their edges to the host."""
     context.need_gpu()
     inputs = _inputs(context, *_instances(context))
     counts, edges = _edges(context, inputs)
@@ -107,7 +107,7 @@ def edges_time(context: Context) -> Figure:
 
 
 def _instances(context: Context) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Blurred discs, and boxes of 16 pixels to the canvas' height, some beyond its borders."""
+    """Returns blurred discs and boxes from 16 pixels to the canvas height, some beyond its borders."""
     rng = np.random.default_rng(3)
     size = np.array([context.sizes.width, context.sizes.height])
     y, x = np.mgrid[:CELLS, :CELLS]
@@ -122,7 +122,7 @@ def _instances(context: Context) -> tuple[NDArray[np.float32], NDArray[np.float3
 def _inputs(
     context: Context, probs: NDArray[np.float32], boxes: NDArray[np.float32]
 ) -> list[Tensor]:
-    """The mask kernels'."""
+    """Returns the inputs of the mask kernels on the device."""
     found = np.array([len(probs)], np.int32)
     return [_put(context, array) for array in (probs, boxes, found)]
 
@@ -134,7 +134,7 @@ def _edges(
     from comask.kernels.launch import MaskLaunches
 
     size = (context.sizes.height, context.sizes.width)
-    capacity = DETECTIONS * size[1] * EDGES_A_COLUMN
+    capacity = DETECTIONS * size[1] * EDGES_PER_COLUMN
     if counts is None or edges is None:
         counts = _empty(context, (DETECTIONS * (1 + size[1]),), "int32")
         edges = _empty(context, (capacity,), "int32")
@@ -182,7 +182,7 @@ def _run(launch: Launch, inputs: Sequence[Tensor], output: Tensor) -> None:
     from comask.kernels import run
 
     if not run.available(launch.source, output.device):
-        raise UnavailableError("the kernels cannot be compiled here; comask-doctor says why")
+        raise UnavailableError("the kernels cannot be compiled here; comask doctor says why")
     run.on_tensors(launch, inputs, output)
 
 

@@ -1,4 +1,4 @@
-"""A row of the table: one thing that was checked, its figure, the bar it had to reach."""
+"""Defines a row of the table: a check, its figure, and the limit that the figure must keep."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PASS, FAIL, UNAVAILABLE = "PASS", "FAIL", "unavailable"
 
 
 class UnavailableError(Exception):
-    """What a row needs is not on this machine; the text says what."""
+    """A requirement of a row is missing on this machine; the text names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What a check measured.
+    """A measurement of a check.
 
     Attributes:
-        value: the figure; a check without one gives 1.0 for "it works".
-        unit: of the figure.
-        least: the bar from below; None where there is none.
-        most: the bar from above.
-        note: anything else worth knowing, in a few words.
+        value: the figure; 1.0 for "it works" if the check measures nothing.
+        unit: the unit of the figure.
+        least: the lower limit, or None.
+        most: the upper limit, or None.
+        note: further information in a few words.
     """
 
     value: float
@@ -41,7 +41,7 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether the bars are kept; a NaN keeps none."""
+        """Whether the value is within its limits; NaN never is."""
         above = self.least is None or self.value >= self.least
         below = self.most is None or self.value <= self.most
         return above and below and self.value == self.value
@@ -63,13 +63,13 @@ class Row:
 
     @property
     def bar(self) -> str:
-        """As text: `>= 3`, `<= 1e-05`, or nothing."""
+        """The limits as text, such as `>= 3` or `<= 1e-05`; empty without limits."""
         parts = [f">= {self.least:g}"] if self.least is not None else []
         parts += [f"<= {self.most:g}"] if self.most is not None else []
         return " and ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, `least` and `most` included."""
+        """Returns all fields, including `least` and `most`."""
         return dataclasses.asdict(self)
 
 
@@ -77,11 +77,11 @@ Check = Callable[[Any], Figure]
 
 
 def run_check(group: str, name: str, check: Check, context: Any) -> Row:
-    """Runs one check; whatever it raises becomes part of the row, so that the next one runs too."""
+    """Runs one check; an exception becomes part of the row, so that the next check still runs."""
     start = time.perf_counter()
     try:
         figure = check(context)
-    except Exception as error:  # a row that breaks is a finding, and not the end of the table
+    except Exception as error:  # a failing row is a result and must not end the table
         if _is_missing(error):
             return Row(group=group, name=name, status=UNAVAILABLE, note=one_line(str(error)))
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -102,7 +102,7 @@ def run_check(group: str, name: str, check: Check, context: Any) -> Row:
 
 
 def finished_row(group: str, name: str, done: subprocess.CompletedProcess[str]) -> Row:
-    """The row that a process printed as its last line of JSON, or how the process died."""
+    """Returns the row that a process printed as JSON, or a row that says how the process died."""
     if done.returncode == 0:
         printed = [text for text in done.stdout.splitlines() if text.startswith('{"group"')]
         return Row(**json.loads(printed[-1]))
@@ -114,18 +114,18 @@ def finished_row(group: str, name: str, done: subprocess.CompletedProcess[str]) 
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether a package, compiler or device is not there, as opposed to one that fails."""
+    """Returns whether a package, compiler or device is missing, and not merely failing."""
     if isinstance(error, ModuleNotFoundError):
         return not is_ours(error.name or "comask")
     return isinstance(error, UnavailableError | BackendUnavailableError | KernelUnavailableError)
 
 
 def is_ours(module: str) -> bool:
-    """Whether a module is comask's: without it the checkout is broken."""
+    """Returns whether a module belongs to comask; without it the checkout is broken."""
     return module.split(".")[0] == "comask"
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, cut where a table ends."""
+    """Returns the text without line breaks, cut to the width of a table."""
     text = " ".join(text.split())
     return text if len(text) <= 400 else text[:397] + "..."

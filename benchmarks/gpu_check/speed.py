@@ -1,4 +1,4 @@
-"""How fast the whole model is, as ratios in one run, and what memory it takes."""
+"""Measures the speed of the whole model, as ratios in one run, and its memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rows import Figure
 if TYPE_CHECKING:
     from comask.structures import Detections
 
-IMAGES_A_SECOND = {1: 250.0, 8: 450.0}  # bars for an H200, by batch
-BARS_ARE_FOR = "H200"
+IMAGES_PER_SECOND = {1: 250.0, 8: 450.0}  # limits for an H200, by batch
+LIMITS_ARE_FOR = "H200"
 MEMORY_GIB = 6.0
 STREAMED = 32  # frames
 
 
 def against_amp(context: Context, flavor: str) -> Figure:
-    """The fp16 engine against PyTorch under float16 autocast, images on the host to results."""
+    """Compares the fp16 engine with PyTorch under float16 autocast, from host images to results."""
     engine = _engine_seconds(context, flavor, "fp16", 1)
     amp = _torch_seconds(context, 1)
     note = f"{1e3 * engine:.2f} ms against {1e3 * amp:.2f} ms"
@@ -32,7 +32,7 @@ def against_amp(context: Context, flavor: str) -> Figure:
 
 
 def against_fp32(context: Context, flavor: str) -> Figure:
-    """The fp16 engine against the fp32 engine."""
+    """Compares the fp16 engine with the fp32 engine."""
     half = _engine_seconds(context, flavor, "fp16", 1)
     full = _engine_seconds(context, flavor, "fp32", 1)
     note = f"{1e3 * half:.2f} ms against {1e3 * full:.2f} ms"
@@ -40,7 +40,7 @@ def against_fp32(context: Context, flavor: str) -> Figure:
 
 
 def throughput(context: Context, backend: str, batch: int) -> Figure:
-    """Images a second, host to host; the bars are those of an H200."""
+    """Measures images per second, host to host; the limits are those of an H200."""
     if backend == "torch":
         context.need_gpu()
         seconds = _torch_seconds(context, batch)
@@ -50,17 +50,17 @@ def throughput(context: Context, backend: str, batch: int) -> Figure:
         seconds = _engine_seconds(context, backend, "fp16", batch)
     import torch
 
-    judged = backend in FLAVORS and BARS_ARE_FOR in torch.cuda.get_device_name(0)
+    judged = backend in FLAVORS and LIMITS_ARE_FOR in torch.cuda.get_device_name(0)
     return Figure(
         value=batch / seconds,
         unit="images/s",
-        least=IMAGES_A_SECOND[batch] if judged else None,
-        note=f"{1e3 * seconds:.2f} ms a batch of {batch}",
+        least=IMAGES_PER_SECOND[batch] if judged else None,
+        note=f"{1e3 * seconds:.2f} ms per batch of {batch}",
     )
 
 
 def engine_memory(context: Context, flavor: str) -> Figure:
-    """GPU memory that both stages take at batch 8, by the driver's free memory before and after."""
+    """Measures the GPU memory of both stages at batch 8 from the driver's free memory."""
     context.need_gpu()
     import torch
 
@@ -74,7 +74,7 @@ def engine_memory(context: Context, flavor: str) -> Figure:
 
 
 def captured_graph(context: Context) -> Figure:
-    """Both custom ops in a captured CUDA graph, replayed on other data, against eager calls."""
+    """Replays both custom operators in a CUDA graph on other data and compares with eager calls."""
     context.need_gpu()
     import torch
     from kernels import CANONICAL, need_kernels, noise_pyramid
@@ -103,7 +103,7 @@ def captured_graph(context: Context) -> Figure:
 
 
 def streamed(context: Context, flavor: str) -> Figure:
-    """Frames through `Predictor.stream`: replayed CUDA graphs must give what eager execution gives."""
+    """Compares replayed CUDA graphs with eager execution on frames of `Predictor.stream`."""
     import numpy as np
 
     from comask.runtime import Predictor
@@ -125,7 +125,7 @@ def streamed(context: Context, flavor: str) -> Figure:
                 futures = [session.submit(frame) for frame in frames]
                 found.append([future.result() for future in futures])
                 rates.append(STREAMED / (time.perf_counter() - begin))
-            if launch.call_count != graphs * STREAMED:  # a capture that fails is but a warning
+            if launch.call_count != graphs * STREAMED:  # a failed capture only logs a warning
                 raise RuntimeError(
                     f"{launch.call_count} of {STREAMED} frames were graphs, with graphs={graphs}"
                 )
@@ -135,7 +135,7 @@ def streamed(context: Context, flavor: str) -> Figure:
 
 
 def distance(one: Detections, other: Detections) -> float:
-    """The largest difference: of boxes in pixels, of scores and mask probabilities in percent."""
+    """Returns the largest difference: boxes in pixels, scores and mask probabilities in percent."""
     import numpy as np
 
     if one.labels.tolist() != other.labels.tolist():
@@ -148,7 +148,7 @@ def distance(one: Detections, other: Detections) -> float:
 
 
 def streamed_masks(context: Context, flavor: str) -> Figure:
-    """Bitmaps and RLEs that the GPU makes of a stream's masks, against the host's of the same results."""
+    """Compares the bitmaps and RLEs of a stream's masks from the GPU with those from the host."""
     from dataclasses import replace
 
     import numpy as np
@@ -173,7 +173,7 @@ def streamed_masks(context: Context, flavor: str) -> Figure:
 
 
 def training_step(context: Context) -> Figure:
-    """Twenty steps of training on the GPU in mixed precision: the loss falls and stays finite."""
+    """Trains twenty steps on the GPU in mixed precision; the loss must fall and stay finite."""
     context.need_gpu()
     run = context.folder / "training"
     context.command(
@@ -221,7 +221,7 @@ def _onnxruntime_seconds(context: Context, batch: int) -> float:
 
 
 def _torch_seconds(context: Context, batch: int) -> float:
-    """PyTorch under float16 autocast in channels-last, from host images to host results."""
+    """Times PyTorch under float16 autocast in channels-last, from host images to host results."""
     context.need_gpu()
     import torch
 
@@ -251,9 +251,9 @@ def _checks() -> dict[str, Callable[[Context], Figure]]:
             streamed_masks, flavor=flavor
         )
         checks[f"{flavor} memory, batch 8"] = partial(engine_memory, flavor=flavor)
-    for batch in IMAGES_A_SECOND:
+    for batch in IMAGES_PER_SECOND:
         for backend in (*FLAVORS, "onnxruntime", "torch"):
-            checks[f"{backend} images a second, batch {batch}"] = partial(
+            checks[f"{backend} images per second, batch {batch}"] = partial(
                 throughput, backend=backend, batch=batch
             )
     return checks

@@ -1,4 +1,4 @@
-"""The table on the terminal, a line a row, printed as soon as the row is done."""
+"""Formats the table on the terminal, one line per row."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from rows import Row
 WIDTHS = (12, 52, 12, 14)
 HEAD = "".join(
     text.ljust(width)
-    for text, width in zip(("status", "check", "figure", "bar"), WIDTHS, strict=True)
+    for text, width in zip(("status", "check", "figure", "limit"), WIDTHS, strict=True)
 ) + "note"  # fmt: skip
 
 
 def line(row: Row) -> str:
-    """One row."""
+    """Returns a row as one line of text."""
     value = "" if row.value is None else f"{row.value:.3g}"
     note = "; ".join(part for part in (row.unit, row.note) if part)
     cells = (row.status, row.name, value, row.bar)

@@ -1,1 +1,1 @@
-"""Data sets: COCO files on disk, and shapes made from a seed."""
+"""Data sets: COCO files on disk, and shapes that are generated from a seed."""

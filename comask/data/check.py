@@ -1,6 +1,6 @@
-"""What is wrong with a data set, found before training instead of hours into it.
+"""Finds the problems of a data set before training instead of hours into it.
 
-Whatever `sound_part` lets through, training and evaluation can use.
+Training and evaluation can use everything that `sound_part` returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comask.data.source import Category, Id, ImageInfo, InstanceSource
 from comask.errors import DataError, ImageError, one_line
 from comask.preprocess import upright_size
 
-_THREADS = 16  # reading headers is waiting for the disk
+_THREADS = 16  # reading headers is mostly waiting for the disk
 
 
 @runtime_checkable
@@ -29,18 +29,18 @@ class FileSource(InstanceSource, Protocol):
     """A source whose images are files."""
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies.
+        """Returns the path of image `index`.
 
         Raises:
-            ImageError: when it must not be read.
+            ImageError: when the file must not be read.
         """
 
 
 def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
-    """Indices of the images whose entries are sound, whatever their files."""
+    """Returns the indices of the images whose entries are sound; files are not checked."""
     infos = [source.info(index) for index in range(len(source))]
     first: dict[Id, ImageInfo] = {}
-    # Nobody knows to which of them the annotations belong.
+    # If images share an id, it is unknown to which of them the annotations belong.
     ambiguous = {info.id for info in infos if first.setdefault(info.id, info) != info}
     seen: set[Id] = set()
     sound = []
@@ -58,8 +58,8 @@ def sound_images(source: InstanceSource, findings: Findings) -> list[int]:
 
 
 def with_sound_files(source: FileSource, indices: list[int], findings: Findings) -> list[int]:
-    """Those of the images whose file is there and has the annotated size."""
-    # Around all threads, since filters belong to the process: theirs overlap, and this one ends them.
+    """Returns those of the images whose file exists and has the annotated size."""
+    # The threads change the process's filters at overlapping times; this block restores them at the end.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         problems = list(pool.map(partial(_file_problem, source), indices))
     sound = []
@@ -72,7 +72,7 @@ def with_sound_files(source: FileSource, indices: list[int], findings: Findings)
 
 
 def _file_problem(source: FileSource, index: int) -> tuple[Kind, str] | None:
-    """What `decode_image` would find wrong, or a size that differs from the entry's."""
+    """Returns a fault that `decode_image` would find, or a size that differs from the entry's."""
     info = source.info(index)
     try:
         path = source.path(index)
@@ -92,22 +92,22 @@ def _file_problem(source: FileSource, index: int) -> tuple[Kind, str] | None:
 def sound_part(
     source: InstanceSource, *, boxes: Literal["annotated", "mask"] = "annotated"
 ) -> tuple[InstanceSource, list[Problem]]:
-    """What training can use of a data set, and what is wrong with the rest.
+    """Returns the part of a data set that training can use, and the problems of the rest.
 
-    Files are looked at where the source has them, that is, a method `path(index)`; only their headers
-    are read. Annotations of images that are left out go with them and are not counted.
+    If the source has files, that is, a method `path(index)`, their headers are checked as well.
+    Annotations of images that are left out are left out with them and not counted.
 
     Args:
-        source: the data set; read whole, but for its pixels.
+        source: the data set, which is read completely except for its pixels.
         boxes: `mask` takes each box from the bounds of its mask.
 
     Returns:
-        A view without the unsound images and annotations, in which boxes are clipped, polygons of
-        fewer than 3 points left out, and ids unique; then the problems in a fixed order. A source of
-        which nothing is left out or changed is returned itself.
+        (sound part, problems). The sound part is a view without the unsound images and annotations;
+        boxes are clipped, polygons of fewer than 3 points are left out, and ids are unique. If nothing
+        has to be left out or changed, it is the source itself. The problems have a fixed order.
 
     Raises:
-        DataError: when no image is left.
+        DataError: when no image remains.
     """
     findings: Findings = {kind: [] for kind in Kind}
     indices = sound_images(source, findings)
@@ -124,21 +124,21 @@ def sound_part(
     problems = [
         Problem(
             kind=kind.words,
-            count=len(found),
-            examples=tuple(map(one_line, found[:EXAMPLES])),
+            count=len(cases),
+            examples=tuple(map(one_line, cases[:EXAMPLES])),
             consequence=kind.consequence,
             remedy=kind.remedy,
         )
-        for kind, found in findings.items()
-        if found
+        for kind, cases in findings.items()
+        if cases
     ]
     if not indices:
         why = "; ".join(line.removeprefix("data: ") for line in describe(problems))
         raise DataError(
             f"no image of the data set can be used; check that its annotation file and image folder "
-            f"belong together ({why or 'it lists none'})"
+            f"belong together ({why or 'the file lists no images'})"
         )
-    if not changed and not any(found for kind, found in findings.items() if kind not in NOTES):
+    if not changed and not any(cases for kind, cases in findings.items() if kind not in NOTES):
         return source, problems
     if isinstance(source, FileSource):
         return _SoundFiles(source, indices, changed), problems
@@ -147,7 +147,7 @@ def sound_part(
 
 @runtime_checkable
 class _StraySource(Protocol):
-    """A source that knows what of its file belongs to none of its images or categories."""
+    """A source that knows the annotations and categories of its file that it does not use."""
 
     stray_annotations: Annotations
     namesakes: tuple[Category, ...]
@@ -159,7 +159,7 @@ def _look_for_crowds(
     changed: dict[int, Annotations],
     findings: Findings,
 ) -> None:
-    """Notes the crowds where they are most of the annotations, as in exports that mark every mask so."""
+    """Adds the crowds to the findings if most annotations are crowds, as in some tools' exports."""
     crowds, total = [], 0
     for index in indices:
         annotations = changed.get(index)
@@ -173,7 +173,7 @@ def _look_for_crowds(
 
 
 class _SoundPart:
-    """Some images of a source, with other annotations where some were corrected or left out."""
+    """A view of some images of a source, with corrected annotations where necessary."""
 
     def __init__(
         self, source: InstanceSource, indices: list[int], changed: dict[int, Annotations]
@@ -192,12 +192,12 @@ class _SoundPart:
 
     def annotations(self, index: int) -> Annotations:
         original = self._indices[index]
-        found = self._changed.get(original)
-        return self._source.annotations(original) if found is None else found
+        changed = self._changed.get(original)
+        return self._source.annotations(original) if changed is None else changed
 
 
 class _SoundFiles(_SoundPart):
-    """The same of files."""
+    """A view of some images of a source whose images are files."""
 
     _source: FileSource
 

@@ -1,6 +1,6 @@
-"""Which annotations of a data set are sound, and which become so by a correction.
+"""Checks annotations, corrects some and leaves out those that cannot be used.
 
-Masks are judged by `read_segmentation`, which will read them again in training.
+Masks are checked by `read_segmentation`, which also reads them in training.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from comask.segmentation import read_segmentation
 Bounds = Sequence[float]
 Corners = tuple[float, float, float, float]
 
-# Annotators round, and draw boxes apart from outlines: some of COCO's boxes lie 3 to 7 pixels beside.
+# Annotators round, and draw boxes and outlines separately: some of COCO's boxes are 3 to 7 pixels off.
 _PIXELS = 10.0
 _LEAST_IOU = 0.6
-_SAME = 0.8  # IoU from which a changed reading of the box explains it
+_SAME = 0.8  # IoU from which another reading of a box's numbers explains a mistake
 
 Annotation = dict[str, Any]
 Annotations = list[Annotation]
 
-_MAX_OVERSHOOT = 1.0  # pixels outside the image; annotators' tools round
-# f32 tells coordinates apart by 1/128 px at 65536; a box that it makes empty has no logarithm.
+_MAX_OVERSHOOT = 1.0  # pixels outside the image that are tolerated, since annotation tools round
+# At 65536, f32 has steps of 1/128 px. A box that rounding makes empty would have no logarithm.
 _MIN_SIDE = 0.01
 _NUMBERS = {int, float}
-_LARGEST = 1e9  # anything beyond is no coordinate; such integers may not even fit a float
+_LARGEST = 1e9  # larger numbers are not coordinates; such integers may not even fit a float
 
 
 def fits(box: Sequence[float], bounds: Bounds) -> bool:
-    """Whether a box is close to the bounds of its mask, by pixels or by overlap."""
+    """Returns whether a box is close to the bounds of its mask, by distance or by overlap."""
     corners = _from_corner(*box)
-    beside = max(abs(a - b) for a, b in zip(corners, bounds, strict=True))
-    return beside <= _PIXELS or iou(corners, bounds) >= _LEAST_IOU
+    distance = max(abs(a - b) for a, b in zip(corners, bounds, strict=True))
+    return distance <= _PIXELS or iou(corners, bounds) >= _LEAST_IOU
 
 
 def likely_cause(box: Sequence[float], bounds: Bounds, width: int, height: int) -> str:
-    """What the four numbers seem to be, in words; empty where no usual mistake explains them.
+    """Describes what the four numbers of a box seem to be; empty if no usual mistake explains them.
 
     Args:
-        box: as annotated.
-        bounds: of the mask.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        box: the annotated numbers.
+        bounds: the mask's bounds.
+        width: the image's width in pixels.
+        height: the image's height in pixels.
     """
     a, b, c, d = box
     for words, read in _READINGS.items():
@@ -63,7 +63,7 @@ def likely_cause(box: Sequence[float], bounds: Bounds, width: int, height: int) 
 
 
 def iou(a: Bounds, b: Bounds) -> float:
-    """Intersection over union of two boxes given by their corners."""
+    """Returns the intersection over union of two boxes, given by their corners."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -81,7 +81,7 @@ def _from_centre(x: float, y: float, w: float, h: float) -> Corners:
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
-# Each takes the four numbers, width and height of the image, and gives the corners that were meant.
+# Each function takes the four numbers, the image's width and height, and returns the intended corners.
 _READINGS: dict[str, Callable[[float, float, float, float, int, int], Corners]] = {
     "corners x1, y1, x2, y2": lambda a, b, c, d, w, h: (a, b, c, d),
     "centre and size": lambda a, b, c, d, w, h: _from_centre(a, b, c, d),
@@ -107,22 +107,22 @@ def changed_annotations(
     *,
     boxes: Literal["annotated", "mask"] = "annotated",
 ) -> dict[int, Annotations]:
-    """The annotations of those images that have unsound ones, without these; by image index.
+    """Returns the corrected annotations, by image index, of the images whose annotations change.
 
     Args:
         source: the data set.
-        indices: of the images to look at.
-        findings: takes what is wrong.
+        indices: the images to check.
+        findings: receives the problems.
         boxes: `mask` replaces each box by the bounds of its mask.
     """
     categories = {category.id for category in source.categories}
     changed: dict[int, Annotations] = {}
     first: dict[Any, Annotation] = {}  # by annotation id
-    nameless: Annotations = []  # our copies
+    nameless: Annotations = []  # copies, which get new ids
     for index in indices:
-        info, found = source.info(index), source.annotations(index)
+        info, annotations = source.info(index), source.annotations(index)
         sound = []
-        for annotation in found:
+        for annotation in annotations:
             id_ = annotation.get("id")
             name = f"{info.file_name} annotation {shortened(id_)}"
             named = type(id_) in (int, str)
@@ -136,7 +136,7 @@ def changed_annotations(
                 continue
             for kind, words in corrections:
                 findings[kind].append(f"{name}: {words}")
-            # Left out, such objects would be taken for background, and only their ids are bad.
+            # Only their ids are bad; without them, these objects would be trained as background.
             if not named or id_ in first:
                 findings[Kind.NO_ID].append(name)
                 kept = dict(kept)
@@ -144,7 +144,9 @@ def changed_annotations(
             else:
                 first[id_] = annotation
             sound.append(kept)
-        if len(sound) < len(found) or any(a is not b for a, b in zip(sound, found, strict=True)):
+        if len(sound) < len(annotations) or any(
+            a is not b for a, b in zip(sound, annotations, strict=True)
+        ):
             changed[index] = sound
     numbers = [id_ for id_ in first if isinstance(id_, int)]
     for new, annotation in enumerate(nameless, start=max(numbers, default=0) + 1):
@@ -158,10 +160,10 @@ def _corrected(
     categories: set[Id],
     boxes: Literal["annotated", "mask"],
 ) -> tuple[Annotation, list[tuple[Kind, str]]]:
-    """The annotation, or a copy where something was changed; and of what kind that was, with an example.
+    """Returns the annotation, or a corrected copy, and the corrections as (kind, example).
 
     Raises:
-        UnsoundError: when it has to be left out.
+        UnsoundError: when the annotation has to be left out.
     """
     box, category = annotation.get("bbox"), annotation.get("category_id")
     if category is None or (box is None and boxes == "annotated"):
@@ -185,7 +187,7 @@ def _corrected(
         if sound_box is not box:
             changes["bbox"] = sound_box
             problems.append((Kind.CLIPPED, shortened(box)))
-        assert box is not None  # see above
+        assert box is not None  # checked at the start
         if not fits(box, bounds):
             cause = likely_cause(box, bounds, info.width, info.height)
             spans = f"{shortened(box)}, its mask spans x {x1}..{x2}, y {y1}..{y2}"
@@ -198,11 +200,11 @@ def _corrected(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) <= _LARGEST  # false for NaN as well
+    return isinstance(value, int | float) and abs(value) <= _LARGEST  # False for NaN as well
 
 
 def _sound_box(box: Any, info: ImageInfo) -> Any:
-    """The box (x, y, w, h), clipped where it is too far outside the image."""
+    """Returns the box (x, y, w, h), clipped if it extends too far beyond the image."""
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_number, box)):
         raise UnsoundError(Kind.BAD_BOX, f": {shortened(box)}")
     x, y, w, h = box
@@ -218,7 +220,7 @@ def _sound_box(box: Any, info: ImageInfo) -> Any:
 
 
 def _sound_segmentation(segmentation: Any, info: ImageInfo) -> tuple[Any, Bounds]:
-    """The segmentation without its polygons of fewer than 3 points, and the bounds of its mask."""
+    """Returns the segmentation without polygons of fewer than 3 points, and the bounds of its mask."""
     if not segmentation:
         raise UnsoundError(Kind.NO_SEGMENTATION, "")
     if isinstance(segmentation, list):
@@ -229,7 +231,7 @@ def _sound_segmentation(segmentation: Any, info: ImageInfo) -> tuple[Any, Bounds
             return _sound_segmentation(whole, info)
     try:
         bounds = _bounds(segmentation, info)
-    # OverflowError: of integers that do not fit a float
+    # Integers that do not fit a float raise OverflowError.
     except (DataError, ValueError, OverflowError) as error:
         kind = Kind.BAD_RLE if isinstance(segmentation, dict) else Kind.NO_POLYGONS
         raise UnsoundError(kind, f": {error}") from error
@@ -239,7 +241,7 @@ def _sound_segmentation(segmentation: Any, info: ImageInfo) -> tuple[Any, Bounds
 
 
 def _bounds(segmentation: Any, info: ImageInfo) -> Bounds | None:
-    """(x1, y1, x2, y2) of the mask in pixels; None where it is empty.
+    """Returns (x1, y1, x2, y2) of the mask in pixels, or None if it is empty.
 
     Raises:
         DataError: when the segmentation is malformed.
@@ -247,10 +249,10 @@ def _bounds(segmentation: Any, info: ImageInfo) -> Bounds | None:
     from pycocotools import mask as coco
 
     if isinstance(segmentation, list) and all(map(_is_plain_polygon, segmentation)):
-        # The same rasteriser as training's, but only as far as run lengths, which it makes of the
-        # outline alone: no time and memory go into pixels.
+        # This is the rasteriser that training uses, but it stops at run lengths, which it derives from
+        # the outline alone. So pixels cost neither time nor memory.
         boxes = coco.toBbox(coco.frPyObjects(segmentation, info.height, info.width)).tolist()
-        corners = [(x, y, x + w, y + h) for x, y, w, h in boxes if w and h]  # 0: of no pixel
+        corners = [(x, y, x + w, y + h) for x, y, w, h in boxes if w and h]  # 0: no pixel
         if not corners:
             return None
         left, top, right, bottom = zip(*corners, strict=True)
@@ -260,9 +262,9 @@ def _bounds(segmentation: Any, info: ImageInfo) -> Bounds | None:
 
 
 def _is_plain_polygon(polygon: object) -> bool:
-    """Whether a polygon is surely well-formed; if not, `read_segmentation` judges it."""
+    """Returns whether a polygon is certainly well-formed; `read_segmentation` checks the others."""
     if not isinstance(polygon, list) or len(polygon) % 2 or not {*map(type, polygon)} <= _NUMBERS:
         return False
     if not polygon or min(polygon) < -1e5 or max(polygon) > 1e5:
         return False
-    return math.isfinite(sum(polygon))  # comparisons overlook NaN
+    return math.isfinite(sum(polygon))  # min() and max() may overlook NaN

@@ -1,4 +1,4 @@
-"""A COCO-format data set on disk: read, and written from any source."""
+"""Reads data sets in COCO's format from disk, and writes any source in that format."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from comask.structures import Detections
 
 T = TypeVar("T", int, str, list[Any])
 
-TRUE_MASK_SIZE = 112  # four times as fine as a prediction's
-# (images, annotations) of the layouts that are recognised, in this order
+TRUE_MASK_SIZE = 112  # four times the resolution of a prediction's mask
+# The layouts (images, annotations) that are recognised, in this order.
 LAYOUTS = {
     "train": [
         ("images", "annotations/instances.json"),
@@ -42,18 +42,19 @@ LAYOUTS = {
 class CocoSource:
     """An `InstanceSource` over an annotation file and a folder of images.
 
-    Only what would make the set unusable is an error here; the rest is for `comask.data.check`.
+    Only faults that make the whole set unusable raise an error here; `comask.data.check` reports the
+    others.
 
     Args:
-        image_folder: holds the images under their `file_name`.
-        annotation_file: COCO instances JSON.
+        image_folder: the folder that holds the images under their `file_name`.
+        annotation_file: a JSON file of COCO instances.
 
     Attributes:
         images: the image files.
-        categories: numbers by ascending id, then texts.
-        namesakes: categories without an annotation that are called like one with annotations; they are
-            not among `categories` (Roboflow's group category may be called like the class in it).
-        stray_annotations: those whose `image_id` is none of the images'.
+        categories: the classes, sorted by id; numbers come before texts.
+        namesakes: categories without annotations that share their name with a category that has some;
+            they are not among `categories`. Roboflow's group category may have the name of its class.
+        stray_annotations: annotations whose `image_id` belongs to no image.
 
     Raises:
         DataError: when the file cannot be read or is not COCO's, or when categories are missing or share
@@ -97,44 +98,45 @@ class CocoSource:
         return len(self._infos)
 
     def info(self, index: int) -> ImageInfo:
-        """See `InstanceSource`."""
+        """Returns id, name and size of image `index`, as the annotation file states them."""
         return self._infos[index]
 
     def path(self, index: int) -> Path:
-        """See `ImageFolder`."""
+        """Returns the path of image `index`, as `ImageFolder.path` finds it."""
         return self.images.path(self._infos[index].file_name)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """See `ImageFolder`."""
+        """Decodes image `index` to u8 [H, W, 3] RGB, with the checks of `ImageFolder.image`."""
         return self.images.image(self._infos[index])
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """See `InstanceSource`."""
+        """Returns the annotations of image `index`, unchecked, as the file has them."""
         return self._annotations[self._infos[index].id]
 
 
 class ImageFolder:
-    """Image files that an annotation file names.
+    """The image files that an annotation file names.
 
     Args:
-        folder: holds them.
+        folder: the folder that holds the files.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def path(self, file_name: str) -> Path:
-        """Where an image lies.
+        """Returns the path of an image.
 
-        A name may be written in another Unicode form than its file (macOS decomposes ä, Linux and Windows
-        do not): where there is no such file, one whose name looks the same is taken.
+        The annotation file and the file system may write a name in different Unicode forms (macOS
+        decomposes ä, Linux and Windows do not). If no file has exactly this name, the one whose name
+        looks the same is returned.
 
         Raises:
-            ImageError: when the name leads out of the folder, as one from a stranger may.
+            ImageError: when the name leads out of the folder; annotation files need not be trustworthy.
         """
         name = PurePath(file_name)
         if name.is_absolute() or ".." in name.parts:
-            raise ImageError(f"{name}: this file_name leads out of {self._folder}, and is not read")
+            raise ImageError(f"{name}: this file_name leads out of {self._folder} and is not read")
         path = self._folder / name
         if file_name.isascii() or path.exists():
             return path
@@ -144,16 +146,17 @@ class ImageFolder:
         return path
 
     def image(self, info: ImageInfo) -> NDArray[np.uint8]:
-        """An image as u8 [H, W, 3], RGB.
+        """Decodes an image to u8 [H, W, 3], RGB.
 
         Raises:
-            ImageError: when it cannot be decoded, its size is not the annotated one, or see `path`.
+            ImageError: when it cannot be decoded, when its size differs from the annotated one, or when
+                `path` raises one.
         """
         path = self.path(info.file_name)
         pixels = decode_image(path)
         if pixels.shape[:2] != (info.height, info.width):
             raise ImageError(
-                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, its annotation says "
+                f"{path}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, but its annotation says "
                 f"{info.width}x{info.height}"
             )
         return pixels
@@ -161,7 +164,7 @@ class ImageFolder:
 
 @functools.lru_cache(maxsize=64)
 def _alike(folder: Path) -> dict[str, Path]:
-    """The entries of a folder by their composed names."""
+    """Returns the entries of a folder by their names in composed form."""
     try:
         return {unicodedata.normalize("NFC", entry.name): entry for entry in folder.iterdir()}
     except OSError:
@@ -169,14 +172,14 @@ def _alike(folder: Path) -> dict[str, Path]:
 
 
 def coco_source(folder: Path, split: str) -> CocoSource:
-    """The data set in `folder`: `images/` + `annotations/instances.json`, or COCO 2017's names.
+    """Opens the data set in `folder`: `images/` and `annotations/instances.json`, or COCO 2017's names.
 
     Args:
-        folder: of the data set.
-        split: `train` or `val`; decides between train2017 and val2017.
+        folder: the data set's folder.
+        split: `train` or `val`, which selects train2017 or val2017.
 
     Raises:
-        DataError: when neither layout is there.
+        DataError: when the folder has neither layout, or when `CocoSource` raises one.
     """
     files = [annotation_file for _, annotation_file in LAYOUTS[split]]
     for images, annotation_file in LAYOUTS[split]:
@@ -187,22 +190,22 @@ def coco_source(folder: Path, split: str) -> CocoSource:
         raise DataError(f"{folder}: no such folder; expected one with {expected}")
     for above in folder.parents[:2]:
         if any((above / file).is_file() for file in files):
-            raise DataError(f"{folder}: is a part of the data set {above}: give that")
+            raise DataError(f"{folder}: is a part of the data set {above}; give that folder")
     raise DataError(f"{folder}: no data set found; expected {expected}")
 
 
 def detections_from_coco(
     entries: Sequence[Mapping[str, Any]], info: ImageInfo, categories: Sequence[Category]
 ) -> Detections:
-    """COCO annotations or results of one image, crowds and empty boxes left out.
+    """Converts COCO annotations or results of one image; crowds and empty boxes are left out.
 
-    Boxes are widened to whole pixels inside the image; masks are finer than those of predictions,
-    [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE]. Scores are 1 where there are none.
+    Boxes are widened to whole pixels inside the image. Masks are finer than those of predictions:
+    [N, TRUE_MASK_SIZE, TRUE_MASK_SIZE]. An entry without a score has a score of 1.
 
     Args:
-        entries: each with `category_id`, `bbox`, `segmentation` and, of results, `score`.
-        info: of the image.
-        categories: in label order.
+        entries: objects with `category_id`, `bbox`, `segmentation` and, for results, `score`.
+        info: the image's entry.
+        categories: the classes in label order.
 
     Raises:
         DataError: when a segmentation cannot be used.
@@ -219,7 +222,7 @@ def detections_from_coco(
             continue
         mask = read_segmentation(annotation["segmentation"], info.height, info.width)
         crop = mask.part(x1, y1, x2, y2).astype(np.float32)
-        # Means of pixels where it shrinks; where it grows, it only repeats them.
+        # INTER_AREA averages pixels where the mask shrinks and repeats them where it grows.
         masks.append(cv2.resize(crop, (TRUE_MASK_SIZE,) * 2, interpolation=cv2.INTER_AREA))
         boxes.append((x1, y1, x2, y2))
         labels.append(label_of[annotation["category_id"]])
@@ -237,7 +240,7 @@ def detections_from_coco(
 def _categories(
     entries: list[Any], annotations: list[dict[str, Any]]
 ) -> tuple[tuple[Category, ...], tuple[Category, ...]]:
-    """The classes, sorted by id, so that labels do not depend on the file's order; and namesakes."""
+    """Returns (classes, namesakes), sorted by id so that labels do not depend on the file's order."""
     if not entries:
         raise DataError("its categories are empty: expected one object with id and name per class")
     categories = [Category(id=_id(entry), name=_field(entry, "name", str)) for entry in entries]
@@ -253,23 +256,23 @@ def _categories(
             if other is not category:
                 raise DataError(
                     f"categories {other.id} ({other.name}) and {category.id} ({category.name}) share "
-                    f"an id or a name; give each its own, labels would be ambiguous"
+                    f"an id or a name; give each its own, since labels would be ambiguous"
                 )
     return kept, namesakes
 
 
 def _id(entry: Any) -> Id:
-    """The id of an image or category."""
+    """Returns the id of an image or category."""
     if isinstance(entry, dict) and isinstance(entry.get("id"), str):
         return str(entry["id"])
     return _field(entry, "id", int, "int or str")
 
 
 def _field(entry: Any, name: str, kind: type[T], expected: str | None = None) -> T:
-    """A field of a JSON object, a whole number's float taken for the integer.
+    """Returns a field of a JSON object; a float without a fraction counts as an integer.
 
     Raises:
-        DataError: when it is missing or of another type.
+        DataError: when the field is missing or of another type.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -286,15 +289,15 @@ def _field(entry: Any, name: str, kind: type[T], expected: str | None = None) ->
 def write_coco(
     source: InstanceSource, folder: Path, advance: Callable[[], None] = lambda: None
 ) -> None:
-    """`folder/images/*` and `folder/annotations/instances.json`, as `coco_source` reads them.
+    """Writes `folder/images/*` and `folder/annotations/instances.json`, which `coco_source` reads.
 
     Args:
-        source: to write.
-        folder: made where it is missing.
+        source: the data set to write.
+        folder: the folder to write to, which is made if it does not exist.
         advance: called after each image.
 
     Raises:
-        DataError: when it cannot be written, or holds a data set already.
+        DataError: when the folder cannot be written, or holds a data set already.
     """
     annotation_file = folder / "annotations" / "instances.json"
     formats = Image.registered_extensions()
@@ -319,6 +322,7 @@ def write_coco(
             "annotations": annotations,
             "categories": [dataclasses.asdict(category) for category in source.categories],
         }
-        write_whole(annotation_file, json.dumps(content).encode())  # last: then the set is whole
+        # The annotation file is written last: it marks a complete data set.
+        write_whole(annotation_file, json.dumps(content).encode())
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error

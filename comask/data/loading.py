@@ -1,4 +1,4 @@
-"""Batches of a training set: which images share one, and the processes that load them."""
+"""Groups the images of a training set into batches, and loads batches in other processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from comask.errors import ComaskError, TrainingError, is_out_of_memory, one_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Images on one canvas.
+    """Images on canvases of one size, with their targets.
 
     Attributes:
         images: u8 [B, H, W, 3] RGB.
-        image_sizes: i32 [B, 2], (h, w) in pixels of each image on the canvas.
-        targets: one an image.
-        image_ids: the data set's ids.
+        image_sizes: i32 [B, 2], (h, w) in pixels of each image on its canvas.
+        targets: one per image.
+        image_ids: the images' ids in the data set.
     """
 
     images: Tensor
@@ -36,24 +36,24 @@ class Batch:
     image_ids: list[Id]
 
     def pin_memory(self) -> Batch:
-        """The same in pinned memory, from where a GPU fetches it while the CPU goes on.
+        """Returns a copy in pinned memory, which a GPU reads while the CPU continues.
 
-        PyTorch's loader calls this where there is a GPU.
+        PyTorch's loader calls this if the machine has a GPU.
         """
         return moved_tensors(self, Tensor.pin_memory)
 
     def share_memory(self) -> Batch:
-        """The same in memory that another process can map."""
+        """Returns the batch in memory that other processes can map."""
         return moved_tensors(self, Tensor.share_memory_)
 
 
 def epoch_batches(
     dataset: TrainingSet, batch_size: int, seed: int, epoch: int, *, ranks: int = 1
 ) -> list[list[Key]]:
-    """One epoch's batches: each image once, landscape and portrait images apart.
+    """Returns one epoch's batches, with each image once, and landscape and portrait images separate.
 
-    What is left of both at the end shares batches, padded; only the last may be smaller. Images of
-    the epoch's start fill that one up to a multiple of `ranks`, so that every process has its share.
+    The images left over from both groups share batches; only the last of these may be smaller. Images
+    from the start of the epoch fill it up to a multiple of `ranks`, so that every process has a share.
     """
     rng = np.random.default_rng([seed, epoch])
     order = [dataset.indices[i] for i in rng.permutation(len(dataset.indices))]
@@ -74,15 +74,15 @@ def epoch_batches(
 
 
 def micro_batches(batch: list[Key], size: int, rank: int, ranks: int) -> list[list[Key]]:
-    """One process's share of a batch, in parts of at most `size` images (0: in one)."""
+    """Returns one process's share of a batch in parts of at most `size` images (0: one part)."""
     share = batch[rank::ranks]
     size = size or len(share)
     return [share[i : i + size] for i in range(0, len(share), size)]
 
 
 _NO_SHARED_MEMORY = (
-    "/dev/shm is full, through which processes hand over batches; a container gets more by "
-    "--shm-size=8g or --ipc=host, and data.workers=0 needs none; then go on with --resume"
+    "/dev/shm is full, and processes pass batches through it; start the container with "
+    "--shm-size=8g or --ipc=host, or set data.workers=0; then go on with --resume"
 )
 
 
@@ -90,15 +90,15 @@ _NO_SHARED_MEMORY = (
 def load_batches(
     dataset: TrainingSet, batches: list[list[Key]], *, workers: int
 ) -> Iterator[Iterator[Batch]]:
-    """The given batches in order; the processes that load them end with the block, however it is left.
+    """Loads the given batches in order, and ends the loading processes when the block is left.
 
     Args:
-        dataset: what is loaded.
+        dataset: the data set to load from.
         batches: the keys of each batch.
-        workers: how many processes load; 0 for this one alone.
+        workers: the number of loading processes; with 0, this process loads.
 
     Raises:
-        TrainingError: when an image cannot be loaded, or a process that loads was killed. PyTorch raises
+        TrainingError: when an image cannot be loaded, or a loading process was killed. PyTorch may raise
             the latter anywhere in the block.
     """
     loader: DataLoader[Batch | _Failure] = DataLoader(
@@ -113,9 +113,9 @@ def load_batches(
     others = set(multiprocessing.active_children())
     try:
         iterator = iter(loader)
-    except OSError as error:  # no memory, or no more processes
+    except OSError as error:  # out of memory, or too many processes
         raise TrainingError(
-            f"{workers} processes to load images cannot be started ({error.strerror}): take fewer "
+            f"{workers} processes to load images cannot be started ({error.strerror}): lower "
             f"data.workers"
         ) from error
     processes = [child for child in multiprocessing.active_children() if child not in others]
@@ -127,8 +127,8 @@ def load_batches(
         codes = [process.exitcode for process in processes if process.exitcode]
         raise _killed(codes, workers, str(error)) from error
     finally:
-        # An iterator ends its processes when it is collected. An exception may keep it for long, so it is
-        # told to; and a process in the middle of an image ignores that and SIGTERM.
+        # An iterator ends its processes when it is collected, which an exception may delay for long. A
+        # process that is decoding an image ignores both this request and SIGTERM, hence `kill`.
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
         for process in processes:
@@ -141,27 +141,30 @@ def _checked(loaded: Iterator[Batch | _Failure]) -> Iterator[Batch]:
     for batch in loaded:
         if isinstance(batch, _Failure):
             error = TrainingError(batch.message)
-            error.add_note(batch.traceback)  # shown with --verbose
+            error.add_note(batch.traceback)  # --verbose shows it
             raise error
         yield batch
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why a batch could not be loaded, handed over like a batch: an exception would lose its kind."""
+    """The reason why a batch could not be loaded.
+
+    It is handed over like a batch, since PyTorch would replace an exception by one of another type.
+    """
 
     message: str
     traceback: str
 
 
 class _BatchLoading(Dataset["Batch | _Failure"]):
-    """Loads whole batches, and never raises."""
+    """A data set whose items are whole batches; it returns failures instead of raising them."""
 
     def __init__(self, dataset: TrainingSet) -> None:
         self._dataset = dataset
 
     def __getitem__(self, keys: list[Key]) -> Batch | _Failure:
-        """The batch of these keys."""
+        """Loads the batch with these keys."""
         name = ""
         try:
             items = []
@@ -169,7 +172,7 @@ class _BatchLoading(Dataset["Batch | _Failure"]):
                 name = self._dataset.source.info(key[1]).file_name
                 items.append(self._dataset[key])
             batch = collate(items)
-            # Here and not on the way to the parent, where a full /dev/shm would lose the batch.
+            # Shared here, since a full /dev/shm would lose the batch silently on its way to the parent.
             return batch.share_memory() if get_worker_info() else batch
         except Exception as error:
             return _Failure(_message(error, name), traceback.format_exc())
@@ -182,37 +185,40 @@ def _message(error: Exception, name: str) -> str:
         return f"{name}: its batch cannot be handed over: {_NO_SHARED_MEMORY}"
     if is_out_of_memory(error):
         return (
-            f"{name}: not enough memory to load its batch ({one_line(error)}): take fewer data.workers "
-            f"or a smaller train.batch_size, and go on with --resume"
+            f"{name}: not enough memory to load its batch ({one_line(error)}): lower data.workers or "
+            f"train.batch_size, and go on with --resume"
         )
     return f"{name}: cannot be loaded: {type(error).__name__}: {one_line(error)}"
 
 
 def _killed(codes: list[int], workers: int, text: str) -> TrainingError:
-    """The error of a process that did not end by itself."""
+    """Returns the error for loading processes that were killed or failed."""
     names = {signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in codes}
     ending = f"ended by {' and '.join(sorted(names))}" if names else f"lost ({one_line(text)})"
-    found = f"a process that loads images was {ending}"
+    event = f"a process that loads images was {ending}"
     if "SIGBUS" in names:
-        return TrainingError(f"{found}: {_NO_SHARED_MEMORY}")
+        return TrainingError(f"{event}: {_NO_SHARED_MEMORY}")
     if "SIGKILL" in names:
         return TrainingError(
-            f"{found}, most likely because memory ran out: go on with --resume --set "
+            f"{event}, most likely because memory ran out: go on with --resume --set "
             f"data.workers={workers // 2}"
         )
     return TrainingError(
-        f"{found}: go on with --resume, or with data.workers=0 to see where it fails"
+        f"{event}: go on with --resume, or with data.workers=0 to see where it fails"
     )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent still needs its batches."""
+    """Ignores signals that reach the whole process group, since the parent still needs its batches.
+
+    Ctrl-C and a scheduler's SIGTERM are such signals.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items: list[Item]) -> Batch:
-    """Images of differing canvases on one that holds them all."""
+    """Makes a batch of images by extending their canvases to the largest height and width."""
     canvases, sizes, targets, image_ids = zip(*items, strict=True)
     height, width = (max(canvas.shape[axis] for canvas in canvases) for axis in (0, 1))
     images = torch.zeros((len(items), height, width, 3), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""From what `--data` says to a data set, checked where it comes from outside."""
+"""Opens the data sets that `--data` names, and checks those that come from outside."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from comask.data.problems import EXAMPLES, describe
 from comask.data.source import InstanceSource
 from comask.errors import DataError, one_line
 
-SHAPES = "shapes"  # as `--data` says it
-SHAPES_VAL_SEED = 1_000_000  # far from training seeds: other images
+SHAPES = "shapes"  # the value of `--data`
+SHAPES_VAL_SEED = 1_000_000  # far from training seeds, so that the images differ
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +37,25 @@ def open_source(
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None] | None = None,
 ) -> InstanceSource:
-    """The sound part of the data set that `--data` names: a folder, or `shapes` made on the fly.
+    """Opens the sound part of the data set that `--data` names: a folder, or the generated `shapes`.
 
-    Every command opens its data here, so all of them use the same part. `shapes` means the same wherever
-    a command runs. A folder of that name is `./shapes`, and its mere `shapes` is answered with a line
-    that says so.
+    Every command opens its data here, so that all of them use the same part. `shapes` always means the
+    generated data set. If the working directory has a folder of that name, a warning says that `./shapes`
+    selects the folder.
 
     Args:
-        data: as `--data` has it.
-        split: `train` or `val`; decides between COCO's files.
-        shapes_images: of `shapes`, how many.
-        shapes_seed: of `shapes`.
+        data: the value of `--data`.
+        split: `train` or `val`, which selects COCO's files.
+        shapes_images: the number of images of `shapes`.
+        shapes_seed: the seed of `shapes`.
         boxes: `mask` takes each box from the bounds of its mask.
-        report: takes a line that begins with `data:` for each kind of thing that is wrong with the rest;
-            by default the log does.
+        report: receives a line that begins with `data:` for each kind of problem; by default, the log
+            does.
 
     Raises:
-        DataError: when the folder holds no data set, or none of its images can be used.
+        DataError: when the folder has no data set, or none of its images can be used.
     """
-    if data == SHAPES:  # sound by construction, and rendered when asked for
+    if data == SHAPES:  # its images are rendered on demand and need no check
         from comask.data.shapes import ShapesSource
 
         if (folder := Path.cwd() / SHAPES).is_dir():
@@ -71,7 +71,7 @@ def open_folder(
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None],
 ) -> PackedSource:
-    """The sound part of the data set in a folder; see `open_source`."""
+    """Opens the sound part of the data set in a folder; the arguments are those of `open_source`."""
     source = coco_source(folder, split)
     try:
         part, problems = sound_part(source, boxes=boxes)
@@ -84,13 +84,13 @@ def open_folder(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
-    """What a run learns from and what it is scored on.
+    """The data of a training run: the images for training and those for validation.
 
     Attributes:
         train: the data set of the training images.
-        train_indices: which of its images train.
+        train_indices: the indices of the training images.
         val: the data set of the validation images, with the same categories.
-        val_indices: which of its images are scored.
+        val_indices: the indices of the validation images.
     """
 
     train: InstanceSource
@@ -100,7 +100,7 @@ class TrainingData:
 
     @property
     def digest(self) -> str:
-        """Tells whether a run goes on with the images it began with: their ids and the classes."""
+        """A hash of image ids and classes, by which a resumed run recognises its data."""
         content = [
             ([(c.id, c.name) for c in source.categories], [source.info(i).id for i in indices])
             for source, indices in ((self.train, self.train_indices), (self.val, self.val_indices))
@@ -109,25 +109,26 @@ class TrainingData:
 
 
 def open_training_data(config: DataConfig, data: str, val: str | None, seed: int) -> TrainingData:
-    """The sound part of the training and of the validation data; what is wrong with the rest is logged.
+    """Opens the sound part of the training and the validation data; problems of the rest are logged.
 
     Categories without any object are left out.
 
     Args:
-        config: sizes of `shapes`, and the share that is set aside without `val`.
-        data: as `--data` has it.
-        val: as `--val` has it; a seeded share of `data` without it, or other images with `shapes`.
-        seed: of that share and of the shapes.
+        config: the sizes of `shapes`, and the share of images that is set aside without `val`.
+        data: the value of `--data`.
+        val: the value of `--val`. Without it, a random share of `data` is set aside; `shapes` generates
+            other images.
+        seed: the seed of that share and of the shapes.
 
     Raises:
-        DataError: when a folder holds no data set, the two differ in categories, there are too few images
-            to set some aside, or there is no object to learn from.
+        DataError: when a folder has no data set, the two differ in categories, too few images can be set
+            aside, or no object is left to learn from.
     """
-    said: set[str] = set()  # --data and --val may be one folder
+    reported: set[str] = set()  # --data and --val may be the same folder
 
     def report(line: str) -> None:
-        if line not in said:
-            said.add(line)
+        if line not in reported:
+            reported.add(line)
             logger.warning("%s", line)
 
     open_one = partial(open_source, boxes=config.boxes, report=report)
@@ -138,7 +139,7 @@ def open_training_data(config: DataConfig, data: str, val: str | None, seed: int
         if count >= len(everything):
             raise DataError(
                 f"--data {data}: too few images ({len(everything)}) to set {count} aside for "
-                f"validation; name some by --val"
+                f"validation; name some with --val"
             )
         order = np.random.default_rng(seed).permutation(everything).tolist()
         chosen = sorted(order[count:]), sorted(order[:count])
@@ -153,17 +154,17 @@ def open_training_data(config: DataConfig, data: str, val: str | None, seed: int
 
 
 def _with_objects(opened: TrainingData, data: str) -> TrainingData:
-    """The data without categories that have no object in either part.
+    """Returns the data without the categories that have no object in either part.
 
     Args:
         opened: both parts.
-        data: as the user named the training data.
+        data: the user's name for the training data.
 
     Raises:
-        DataError: no training image has an object.
+        DataError: when no training image has an object.
     """
     if not isinstance(opened.train, PackedSource) or not isinstance(opened.val, PackedSource):
-        return opened  # shapes
+        return opened  # the generated `shapes`
     train, val = opened.train, opened.val
     if not any(
         not annotation.get("iscrowd")
@@ -175,18 +176,18 @@ def _with_objects(opened: TrainingData, data: str) -> TrainingData:
             most = max(telling, key=lambda problem: problem.count)
             why = f"{most.counted}; {most.remedy}"
         elif any(train.objects.values()):
-            why = "all objects are in the part set aside for validation; name other images by --val"
+            why = "all objects are in the part set aside for validation; name others with --val"
         raise DataError(
             f"--data {data}: no object to learn from in {len(opened.train_indices)} training images: "
             f"{why}"
         )
-    there = {id_ for source in (train, val) for id_, count in source.objects.items() if count}
-    kept = tuple(category for category in train.categories if category.id in there)
-    if left := [category.name for category in train.categories if category.id not in there]:
-        shown = ", ".join(left[:EXAMPLES]) + (", …" if len(left) > EXAMPLES else "")
-        noun = "category" if len(left) == 1 else "categories"
+    used = {id_ for source in (train, val) for id_, count in source.objects.items() if count}
+    kept = tuple(category for category in train.categories if category.id in used)
+    if unused := [category.name for category in train.categories if category.id not in used]:
+        shown = ", ".join(unused[:EXAMPLES]) + (", …" if len(unused) > EXAMPLES else "")
+        noun = "category" if len(unused) == 1 else "categories"
         logger.warning(
-            "%s", one_line(f"data: {len(left)} {noun} without an object (left out): {shown}")
+            "%s", one_line(f"data: {len(unused)} {noun} without an object (left out): {shown}")
         )
     if not any(val.objects.values()):
         logger.warning(
@@ -195,7 +196,7 @@ def _with_objects(opened: TrainingData, data: str) -> TrainingData:
     return replace(opened, train=train.with_categories(kept), val=val.with_categories(kept))
 
 
-@functools.cache  # once for all the sets that a command opens
+@functools.cache  # a command may open several data sets
 def _tell_apart(folder: Path) -> None:
     logger.warning(
         "%s is the built-in data set here, not the folder %s: write ./%s for that",

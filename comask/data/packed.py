@@ -1,8 +1,8 @@
-"""A data set in a few arrays, which processes share instead of holding a copy each.
+"""Packs a data set into a few arrays, which processes share instead of holding a copy each.
 
-Python objects are copied into a forked process as soon as it looks at them, since looking counts
-references: a loading process would end up with a copy of every annotation that it loads. Bytes in an
-array stay where they are.
+Reading a Python object changes its reference count, which copies its memory into a forked process. So a
+loading process would end up with a copy of every annotation that it loads. The bytes of an array stay
+shared.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from comask.data.problems import Problem
 from comask.data.source import Category, Id, ImageInfo, InstanceSource
 
 MEMORY = Path("/dev/shm")  # a folder in memory
-_SPARE = 2  # times what is written there; batches pass through it, too
+# The free space that must exist, in multiples of the data, since batches also pass through the folder.
+_SPARE = 2
 
 
 class Records:
-    """Python values that are pickled into one array, and come out as copies.
+    """A sequence of Python values that are pickled into one array and unpickled at each access.
 
     Args:
-        values: each may be freed before the next one is made.
+        values: the values; each one may be freed before the next one is made.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
@@ -46,7 +47,7 @@ class Records:
 
     def __getitem__(self, index: int) -> Any:
         start, end = self._ends[index : index + 2]
-        return pickle.loads(self._content[start:end].data)  # our own
+        return pickle.loads(self._content[start:end].data)  # trusted: pickled above
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,12 +55,12 @@ class PackedSource:
     """An `InstanceSource` over image files whose entries are `Records`.
 
     Attributes:
-        categories: in label order.
+        categories: the classes in label order.
         images: the image files.
         infos: (id, file_name, height, width) of each image.
         entries: the annotations of each image.
-        objects: how many objects each category has, crowds apart; by id.
-        problems: what is wrong with the rest of the data set.
+        objects: the number of objects by category id; crowds do not count.
+        problems: the problems of the part of the data set that was left out.
     """
 
     categories: tuple[Category, ...]
@@ -92,36 +93,36 @@ class PackedSource:
         )
 
     def with_categories(self, categories: tuple[Category, ...]) -> PackedSource:
-        """The same with some of its categories, which all of its objects must be of."""
+        """Returns a copy with fewer categories, which must contain those of all objects."""
         return replace(self, categories=categories)
 
     def __len__(self) -> int:
         return len(self.infos)
 
     def info(self, index: int) -> ImageInfo:
-        """See `InstanceSource`."""
+        """Returns id, name and size of image `index`, without decoding it."""
         id_, file_name, height, width = self.infos[index]
         return ImageInfo(id=id_, file_name=file_name, height=height, width=width)
 
     def path(self, index: int) -> Path:
-        """See `ImageFolder`."""
+        """Returns the path of image `index`, as `ImageFolder.path` finds it."""
         return self.images.path(self.info(index).file_name)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """See `ImageFolder`."""
+        """Decodes image `index` to u8 [H, W, 3] RGB, with the checks of `ImageFolder.image`."""
         return self.images.image(self.info(index))
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """See `InstanceSource`."""
+        """Returns a copy of the COCO annotations of image `index`."""
         annotations: list[dict[str, Any]] = self.entries[index]
         return annotations
 
 
 def write_arrays(value: object) -> Path:
-    """Writes a value for processes of this machine; its arrays become files of their own.
+    """Writes a value to files for other processes of this machine, with one file per array.
 
     Returns:
-        A new folder, in memory where that has room, which the caller removes.
+        A new folder, which the caller removes; it is in memory if that has enough room.
     """
     buffers: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
@@ -135,7 +136,8 @@ def write_arrays(value: object) -> Path:
 
 
 def open_arrays(folder: Path) -> Any:
-    """What `write_arrays` wrote; every process that opens it shares the same memory."""
+    """Reads what `write_arrays` wrote; all processes that open it share the arrays' memory."""
     files = [folder / f"{number}.array" for number in range(len(list(folder.glob("*.array"))))]
     arrays = [np.memmap(file, np.uint8, mode="r") for file in files]
-    return pickle.loads((folder / "rest.pickle").read_bytes(), buffers=arrays)  # our own
+    content = (folder / "rest.pickle").read_bytes()
+    return pickle.loads(content, buffers=arrays)  # trusted: `write_arrays` pickled it

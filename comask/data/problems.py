@@ -1,11 +1,11 @@
-"""The kinds of problem that `comask.data.check` knows, and how they are told."""
+"""Defines the kinds of problem that `comask.data.check` finds, and their descriptions for users."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-EXAMPLES = 3  # of each kind of problem
+EXAMPLES = 3  # examples that are shown of each kind of problem
 
 
 _BOXES = "a bbox is [x, y, width, height] in pixels from the image's upper left corner"
@@ -13,9 +13,9 @@ _MASKS = (
     "a segmentation is a list of polygons [x1, y1, x2, …] in pixels or an RLE of its image's size"
 )
 _IDS = "give annotations the id of {}, of the same type (1 is not '1')"
-_ONLY_BOXES = "CoMask learns masks: give annotations a segmentation, boxes alone do not do"
+_ONLY_BOXES = "CoMask learns masks: give annotations a segmentation, since boxes are not enough"
 _CROWDS = (
-    "crowds are not learnt, and CVAT marks every painted mask so: set iscrowd to 0 where an "
+    "crowds are not learnt, and CVAT marks every painted mask as a crowd: set iscrowd to 0 where an "
     "annotation is one object (jq '.annotations[].iscrowd = 0' old.json > new.json)"
 )
 
@@ -24,9 +24,9 @@ class Kind(Enum):
     """Every kind of problem, in the order of the report.
 
     Attributes:
-        words: what is wrong, in the plural.
-        consequence: what is done about it.
-        remedy: what to do where a kind leaves no object; empty where it cannot.
+        words: the problem's description in the plural.
+        consequence: comask's treatment of the affected images or annotations.
+        remedy: advice for data in which this problem leaves no object; empty if that cannot happen.
     """
 
     NO_SIZE = "images annotated with a side below 1 pixel", "left out"
@@ -61,22 +61,22 @@ class Kind(Enum):
         "used as they are; data.boxes=mask takes boxes from the masks",
     )
     SOME_SHORT = "annotations with a polygon of fewer than 3 points", "polygon left out"
-    BAD_AREA = "annotations with an area that is no number", "area ignored"
+    BAD_AREA = "annotations with an area that is not a number", "area ignored"
     NO_ID = "annotations without a unique id", "given a new one"
     MOSTLY_CROWDS = (
         "annotations marked as crowds by iscrowd 1", "more than half of all; not learnt", _CROWDS
     )  # fmt: skip
-    NAMESAKE = "categories without an object, called like one with objects", "left out"
+    NAMESAKE = "categories without an object, named like one with objects", "left out"
 
     def __init__(self, words: str, consequence: str, remedy: str = "") -> None:
         self.words, self.consequence, self.remedy = words, consequence, remedy
 
 
-NOTES = {Kind.BESIDE_MASK, Kind.MOSTLY_CROWDS}  # of what is used as it is
+NOTES = {Kind.BESIDE_MASK, Kind.MOSTLY_CROWDS}  # the affected annotations are used unchanged
 
 _SINGULAR = {"boxes": "box", "categories": "category"}
 
-Findings = dict[Kind, list[str]]  # examples of each kind, all of them
+Findings = dict[Kind, list[str]]  # descriptions of all cases of each kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +84,11 @@ class Problem:
     """One kind of problem of a data set.
 
     Attributes:
-        kind: what is wrong, in the plural, as in "boxes without area".
-        count: how often.
-        examples: the first 3, naming the file, the annotation's id and the values.
-        consequence: what was done about it, as in "left out" or "clipped".
-        remedy: what to do where this leaves no object; empty where it cannot.
+        kind: the problem's description in the plural, such as "boxes without area".
+        count: the number of cases.
+        examples: the first 3 cases, with the file, the annotation's id and the values.
+        consequence: comask's treatment of the cases, such as "left out" or "clipped".
+        remedy: advice for data in which this problem leaves no object; empty if that cannot happen.
     """
 
     kind: str
@@ -99,7 +99,7 @@ class Problem:
 
     @property
     def counted(self) -> str:
-        """As in "9 boxes without area" and "1 box without area"."""
+        """Count and description, such as "9 boxes without area" or "1 box without area"."""
         noun, rest = self.kind.split(" ", 1)
         if self.count == 1:
             noun = _SINGULAR.get(noun, noun.removesuffix("s"))
@@ -107,7 +107,7 @@ class Problem:
 
 
 def describe(problems: list[Problem]) -> list[str]:
-    """One line a problem: `data: 9 boxes without area (left out): 1.jpg annotation 7: …, …`."""
+    """Returns a line per problem: `data: 9 boxes without area (left out): 1.jpg annotation 7: …`."""
     lines = []
     for problem in problems:
         examples = [*problem.examples, "…"] if problem.count > EXAMPLES else problem.examples

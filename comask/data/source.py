@@ -1,4 +1,4 @@
-"""What training and evaluation need to know of a data set, wherever its images come from."""
+"""Defines the interface of data sets that training and evaluation use."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from comask.errors import ImageError, one_line
 
 logger = logging.getLogger(__name__)
 
-# An id is a name, never a number to calculate with: data sets have hashes beyond 2**53, and strings.
+# Ids are names; never calculate with them: some data sets have hashes beyond 2**53 or strings as ids.
 Id: TypeAlias = int | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Category:
-    """A class as COCO names it; `id` may have gaps, labels never do."""
+    """A class of a COCO data set; ids may have gaps, labels do not."""
 
     id: Id
     name: str
@@ -28,7 +28,7 @@ class Category:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
-    """One entry of a COCO file's `images`. Sizes in pixels."""
+    """One entry of a COCO file's `images`; sizes are in pixels."""
 
     id: Id
     file_name: str
@@ -49,13 +49,13 @@ class InstanceSource(Protocol):
     def __len__(self) -> int: ...
 
     def info(self, index: int) -> ImageInfo:
-        """Id, name and size of image `index`, without decoding it."""
+        """Returns id, name and size of image `index`, without decoding it."""
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """Image `index` as u8 [H, W, 3], RGB."""
+        """Decodes image `index` to u8 [H, W, 3], RGB."""
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """COCO annotations of image `index`.
+        """Returns the COCO annotations of image `index`.
 
         Each has `id`, `image_id`, `category_id`, `bbox` (x, y, w, h in pixels), `area`, `iscrowd`
         and `segmentation` (polygons or RLE).
@@ -63,14 +63,14 @@ class InstanceSource(Protocol):
 
 
 def not_decoded_text(not_decoded: int, scored: int) -> str:
-    """How many images of a report were not scored, and why, given the numbers of both."""
+    """Says how many images of a report were not scored, and why."""
     return f"{not_decoded} of {not_decoded + scored} images cannot be decoded"
 
 
 def readable_images(
     source: InstanceSource, indices: Iterable[int]
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Images with their indices; those that cannot be decoded are logged and passed over."""
+    """Yields indices and images; images that cannot be decoded are logged and skipped."""
     for index in indices:
         try:
             yield index, source.image(index)

@@ -1,7 +1,7 @@
-"""What the training loop iterates over: resized, flipped, padded images with their ground truth.
+"""Prepares images for the training loop: resized, flipped and padded, with their ground truth.
 
-Everything random is a function of (seed, epoch, image), never of the worker or the order in which
-images are loaded, so a resumed run sees what an undisturbed one would have seen.
+Everything random is a function of (seed, epoch, image). It depends neither on the worker nor on the order
+in which images are loaded, so that a resumed run gets the same images as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from comask.preprocess import prepare
 from comask.segmentation import read_segmentation
 
 T = TypeVar("T")
-Crop = tuple[int, int, NDArray[np.bool_]]  # x, y of the top left pixel in the image, and [h, w]
+Crop = tuple[int, int, NDArray[np.bool_]]  # the top left pixel's x and y in the image, and [h, w]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskCrops:
-    """Bitmaps of G objects, each cut to its own bounds: memory grows with the objects, not the image.
+    """Bitmaps of G objects, each cut to its bounds, so that memory grows with the objects alone.
 
     Attributes:
-        pixels: [P] u8, 0 or 1: the rows of all crops, one object after the other.
+        pixels: [P] u8, 0 or 1, the rows of one object's crop after the other's.
         places: [G, 4] i64, (x, y, h, w) of each crop in pixels of the image.
         image_size: (h, w) of the image in pixels.
     """
@@ -44,7 +44,7 @@ class MaskCrops:
 
     @classmethod
     def of(cls, crops: list[Crop], image_size: tuple[int, int]) -> MaskCrops:
-        """Packs crops that lie in one image."""
+        """Packs crops of one image."""
         places = [(x, y, *crop.shape) for x, y, crop in crops]
         pixels = [np.zeros(0, np.uint8), *(crop.reshape(-1).view(np.uint8) for _, _, crop in crops)]
         return cls(
@@ -54,7 +54,7 @@ class MaskCrops:
         )
 
     def bitmaps(self) -> Tensor:
-        """[G, h, w] u8 of the whole image, which takes memory as objects × image."""
+        """Returns [G, h, w] u8 of the whole image; memory grows with objects × pixels."""
         whole = self.pixels.new_zeros((len(self.places), *self.image_size))
         start = 0
         for bitmap, (x, y, h, w) in zip(whole, self.places.tolist(), strict=True):
@@ -64,7 +64,7 @@ class MaskCrops:
 
 
 def moved_tensors(value: T, move: Callable[[Tensor], Tensor]) -> T:
-    """A copy of nested dataclasses and lists in which `move` gives each tensor."""
+    """Copies nested dataclasses and lists, and replaces each tensor by the result of `move`."""
     if isinstance(value, Tensor):
         return move(value)  # type: ignore[return-value]
     if isinstance(value, list):
@@ -80,12 +80,12 @@ class Target:
     """The ground truth of one image with G objects and C crowd regions.
 
     Attributes:
-        boxes: [G, 4] f32, of the objects.
-        crowds: [C, 4] f32; what lies in them is neither learnt nor background.
+        boxes: [G, 4] f32, the objects' boxes.
+        crowds: [C, 4] f32, the crowds' boxes; objects in them are neither learnt nor background.
         labels: [G] i64 from 0.
-        masks: G bitmaps in pixels of the *original* image. Their `places` stay on the CPU.
-        mask_scale: [4] f32; boxes × mask_scale are in pixels of `masks`.
-        seed: of everything random about this image in this step.
+        masks: G bitmaps in pixels of the *original* image; their `places` stay on the CPU.
+        mask_scale: [4] f32, the factors from `boxes` to pixels of `masks`.
+        seed: the seed of all random choices about this image in this step.
     """
 
     boxes: Tensor
@@ -96,30 +96,30 @@ class Target:
     seed: int = 0
 
     def to(self, device: torch.device) -> Target:
-        """The same on `device`."""
+        """Returns a copy on `device`."""
         moved = moved_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, masks=replace(moved.masks, places=self.masks.places))
 
     def generator(self) -> torch.Generator:
-        """What draws this image's samples: the same whatever batch or process it is in."""
+        """Returns this image's generator, which depends neither on the batch nor on the process."""
         return torch.Generator(self.boxes.device).manual_seed(self.seed)
 
 
 Key = tuple[int, int]  # (epoch, index into the source)
-Item = tuple[Tensor, tuple[int, int], Target, Id]  # canvas, size on it, target, image id
-_reported: set[str] = set()  # this process's messages about images, which name their files
+Item = tuple[Tensor, tuple[int, int], Target, Id]  # canvas, size on the canvas, target, image id
+_reported: set[str] = set()  # this process's messages about images, which contain file names
 
 
 @dataclass(eq=False)
 class TrainingSet(Dataset[Item]):
-    """Images and targets of a source, ready for the network but for batching.
+    """The images and targets of a source, prepared for the network but not batched.
 
     Attributes:
-        source: where they come from.
+        source: the data set.
         indices: the images of `source` to use.
-        preprocess: resize and padding.
-        flip_probability: of a horizontal flip.
-        seed: of the flips.
+        preprocess: the settings of resize and padding.
+        flip_probability: the probability of a horizontal flip.
+        seed: the seed of the flips.
     """
 
     source: InstanceSource
@@ -137,13 +137,13 @@ class TrainingSet(Dataset[Item]):
         return len(self.indices)
 
     def __getitem__(self, key: Key) -> Item:
-        """Canvas u8 [H, W, 3], size (h, w) on it, target and image id; `key` is (epoch, index).
+        """Returns canvas u8 [H, W, 3], size (h, w) on it, target and image id for (epoch, index).
 
-        An image that cannot be decoded is reported once a process, and the set's next one that can
-        be takes its place.
+        If an image cannot be decoded, the next one of the set that can takes its place, and a message
+        says so once per process.
 
         Raises:
-            ImageError: when no image can be decoded.
+            ImageError: when no image of the set can be decoded.
         """
         epoch, index = key
         index, pixels = self._next_decodable(index)
@@ -154,7 +154,7 @@ class TrainingSet(Dataset[Item]):
             if annotation.get("iscrowd"):
                 crowds.append([x, y, x + w, y + h])
                 continue
-            if w <= 0 or h <= 0:  # in a source that nobody checked
+            if w <= 0 or h <= 0:  # possible in sources that were not checked
                 continue
             boxes.append([x, y, x + w, y + h])
             labels.append(self._label_of[annotation["category_id"]])
@@ -184,7 +184,7 @@ class TrainingSet(Dataset[Item]):
         return torch.from_numpy(prepared.canvas), prepared.size, target, info.id
 
     def _next_decodable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """The image at `index`, or the next in `indices`, wrapping round; and which it is."""
+        """Returns (index, pixels) of the image at `index` or, cyclically, the next decodable one."""
         errors: list[ImageError] = []
         while True:
             try:
@@ -198,5 +198,5 @@ class TrainingSet(Dataset[Item]):
         for message in map(one_line, errors):
             if message not in _reported:
                 _reported.add(message)
-                print(f"warning: {message}; trained without it", file=sys.stderr, flush=True)
+                print(f"warning: {message}; training without it", file=sys.stderr, flush=True)
         return index, pixels

@@ -1,6 +1,6 @@
-"""The kernels, one CUDA C source each, and what compiles and launches them.
+"""The kernels, one CUDA C source each, and the modules that compile and launch them.
 
-`compile` makes a cubin, PTX or a CPU library of a source, `launch` says how to launch it for given
-shapes, and `run` launches it. Only what `run` does with PyTorch's tensors needs more than the standard
-library.
+`compile` compiles a source to a cubin, PTX or a CPU library, `launch` computes the launch parameters for
+given shapes, and `run` launches the kernel. All of it needs the standard library alone, except for the
+functions of `run` that take PyTorch's tensors.
 """

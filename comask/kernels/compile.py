@@ -1,6 +1,7 @@
-"""Kernel sources to cubins, PTX and CPU libraries, cached by content.
+"""Compiles kernel sources to cubins, PTX and CPU libraries, and caches the results by content.
 
-The cache is `$COMASK_CACHE/kernels`, else `~/.cache/comask/kernels`, else a temporary folder.
+The cache is `$COMASK_CACHE/kernels`; without that variable `~/.cache/comask/kernels`; and a temporary
+folder if neither can be written.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 
 from comask.errors import KernelError, KernelUnavailableError
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that tests compile for
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that the tests compile for
 HEADER = "portable.h"
-# Products and sums are not contracted: see the sources.
+# The sources say why products and sums must not be contracted.
 CUDA_OPTIONS = ("--std=c++17", "--fmad=false")
 HOST_OPTIONS = (
     "-x", "c++", "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
-# The PTX version that knows each target. Compilers write their own, which needs as new a driver.
+# The first PTX version for each target. Compilers write their own version, which needs a newer driver.
 PTX_VERSIONS = {
     75: "7.0", 80: "7.0", 86: "7.1", 89: "7.8", 90: "7.8", 100: "8.6", 120: "8.7",
 }  # fmt: skip
@@ -38,20 +39,21 @@ FOLDER = Path(__file__).parent
 
 
 def cubin(source: str, capability: int) -> bytes:
-    """A kernel for GPUs of one compute capability (90 for 9.0).
+    """Compiles a kernel for GPUs of one compute capability (90 for 9.0).
 
     Raises:
-        KernelUnavailableError: neither NVRTC nor nvcc is there.
-        KernelError: it does not know the capability, or does not compile the kernel.
+        KernelUnavailableError: when neither NVRTC nor nvcc is installed.
+        KernelError: when the compiler does not know the capability, or reports an error.
     """
     return _cuda(source, f"sm_{capability}", "cubin")
 
 
 def ptx(source: str, capability: int) -> bytes:
-    """A kernel as PTX for GPUs of at least that capability, for drivers as old as it allows.
+    """Compiles a kernel to PTX for GPUs of at least this capability, for the oldest possible drivers.
 
     Raises:
-        KernelError: as `cubin`.
+        KernelUnavailableError: when neither NVRTC nor nvcc is installed.
+        KernelError: when the compiler does not know the capability, or reports an error.
     """
     text = _cuda(source, f"compute_{capability}", "ptx")
     version = PTX_VERSIONS.get(capability)
@@ -62,11 +64,11 @@ def ptx(source: str, capability: int) -> bytes:
 
 @cache
 def host_library(source: str) -> ctypes.CDLL:
-    """A kernel as a CPU library with `<entry>_host(blocks, threads, arguments)` for each entry.
+    """Compiles a kernel to a CPU library with `<entry>_host(blocks, threads, arguments)` per entry.
 
     Raises:
-        KernelUnavailableError: there is no C++ compiler, or no folder that libraries load from.
-        KernelError: the compiler failed.
+        KernelUnavailableError: when no C++ compiler is installed, or no folder allows loading libraries.
+        KernelError: when the compiler reports an error.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     commands = [shlex.split(name) for name in names]  # $CXX may be "ccache g++"
@@ -84,38 +86,38 @@ def host_library(source: str) -> ctypes.CDLL:
         except KernelError:
             if tuning == "-O3":
                 raise
-            build(target, "-O3")  # some compilers do not know -march=native
+            build(target, "-O3")  # for compilers that do not know -march=native
 
     path = _cached(source, "host", ".so", (version, _cpu()), build)
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # a home that is mounted noexec
+    except OSError:  # the folder may be mounted noexec
         elsewhere = _temporary_folder() / path.name
-        if not elsewhere.exists():  # writing over a library that is loaded would crash its process
+        if not elsewhere.exists():  # overwriting a loaded library would crash the process
             shutil.copy(path, elsewhere)
         path = elsewhere
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelUnavailableError(
-            f"no folder to load kernels from: {_one_line(str(error))}; name one by $COMASK_CACHE"
+            f"no folder to load kernels from: {_one_line(str(error))}; set $COMASK_CACHE to one"
         ) from error
 
 
 def entries(source: str) -> list[str]:
-    """The names by which a source's kernels are launched."""
+    """Returns the names of a source's kernels."""
     code = (FOLDER / f"{source}.cu").read_text(encoding="utf-8")
     return re.findall(r"^(?:KERNEL|ENTRY)\((\w+),", code, flags=re.MULTILINE)
 
 
 def _cuda(source: str, architecture: str, kind: str) -> bytes:
-    """The cubin or PTX of a source, by NVRTC or else nvcc."""
+    """Compiles a source to a cubin or PTX with NVRTC or, without it, nvcc."""
     try:
         nvrtc = import_module("cuda.bindings.nvrtc")
         _, major, minor = nvrtc.nvrtcVersion()
         version = f"NVRTC {major}.{minor}"
     except (ImportError, OSError, RuntimeError) as error:
-        # cuda-bindings without the library raises RuntimeError at the first call
+        # Without the library, cuda-bindings raises RuntimeError at the first call.
         compiler = shutil.which("nvcc")
         if compiler is None:
             raise KernelUnavailableError(
@@ -171,7 +173,7 @@ def _by_nvrtc(nvrtc: Any, source: str, architecture: str, kind: str) -> bytes:
 def _cached(
     source: str, target: str, suffix: str, versions: tuple[str, ...], build: Callable[[Path], None]
 ) -> Path:
-    """The file that `build` writes, kept under a name that changes with all that shapes it."""
+    """Returns the file that `build` writes, cached under a name that hashes everything it depends on."""
     digest = hashlib.sha256()
     for part in (target, *versions, *CUDA_OPTIONS, *HOST_OPTIONS):
         digest.update(part.encode() + b"\0")
@@ -180,7 +182,7 @@ def _cached(
     folder = _cache_folder()
     path = folder / f"{source}-{target}-{digest.hexdigest()[:20]}{suffix}"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # others may build the same
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # other processes may build it, too
             built = Path(work) / path.name
             build(built)
             os.replace(built, path)
@@ -206,7 +208,7 @@ def _temporary_folder() -> Path:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """Returns a text that identifies the CPU as far as -march=native depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

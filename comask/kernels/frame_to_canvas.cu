@@ -1,22 +1,23 @@
-// A frame of video, resized and padded, in one pass: the canvas that stage 1 takes.
+// Resizes and pads a frame of video in one pass, which gives the canvas that stage 1 takes.
 //
-// A block takes a row of the canvas. Each pixel converts the four pixels of the frame that it lies
-// between to u8 RGB, then interpolates between them as OpenCV's INTER_LINEAR does, roundings included:
-// positions in double rounded to float, weights in 2^-11, and two bits kept past the vertical sum
-// (opencv, modules/imgproc/src/resize.cpp). So the canvas is that of comask/preprocess.py, bit by bit.
+// A block handles a row of the canvas. For each pixel, the four surrounding pixels of the frame are
+// converted to u8 RGB and interpolated with the roundings of OpenCV's INTER_LINEAR: positions in double
+// are rounded to float, weights are multiples of 2^-11, and two extra bits are kept after the vertical
+// sum (opencv, modules/imgproc/src/resize.cpp). So every byte of the canvas equals that of
+// comask/preprocess.py.
 //
-// The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output.
+// The arguments are in the order of TensorRT's AOT plugins: inputs, int32 scalars, output.
 #include "portable.h"
 
-constexpr int THREADS = 256;          // as in launch.py
+constexpr int THREADS = 256;          // launch.py has the same value
 constexpr int WEIGHT_ONE = 2048;      // 2^11
-constexpr int COLOUR_SHIFT = 16;      // likewise; of the colour matrix
+constexpr int COLOUR_SHIFT = 16;      // fraction bits of the colour matrix; launch.py has the same value
 
 struct Pixel {
     int red, green, blue;
 };
 
-// Where a pixel of the canvas lies between two of the frame along an axis.
+// The two pixels of the frame that a pixel of the canvas lies between along an axis, and their weights.
 struct Taps {
     int low, high, low_weight, high_weight;
 };
@@ -38,7 +39,7 @@ DEVICE unsigned char interpolate(int low_low, int low_high, int high_low, int hi
     return (unsigned char)((sum + 2) >> 2);
 }
 
-// Bytes of red, green and blue, anywhere around a pixel's own address.
+// A frame of RGB. `red`, `green` and `blue` are the offsets of a pixel's bytes from its address.
 struct RgbFrame {
     const unsigned char *pixels;
     int row_stride, column_stride, red, green, blue;
@@ -50,7 +51,7 @@ DEVICE Pixel pixel_at(const RgbFrame &frame, int row, int column) {
     return {pixel[frame.red], pixel[frame.green], pixel[frame.blue]};
 }
 
-// A plane of Y, and one of U and V side by side that two rows and two columns share.
+// A frame of a plane of Y and a plane of pairs (U, V), each of which two rows and two columns share.
 struct Nv12Frame {
     const unsigned char *luma, *chroma;
     int luma_pitch, chroma_pitch, chroma_height, chroma_width;
@@ -75,7 +76,7 @@ template <typename Frame>
 DEVICE void frame_to_canvas(const Frame &frame, int height, int width, int resized_height,
                             int resized_width, int canvas_height, int canvas_width,
                             unsigned char *RESTRICT canvas) {
-    // as OpenCV: the inverse of the destination's share, not the source's
+    // The inverse of destination / source, as in OpenCV: source / destination may round differently.
     const double scale_y = 1.0 / ((double)resized_height / (double)height);
     const double scale_x = 1.0 / ((double)resized_width / (double)width);
     for (int row = BLOCK; row < canvas_height; row += BLOCKS) {

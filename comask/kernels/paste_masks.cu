@@ -1,28 +1,28 @@
-// Masks over boxes to pixels of the image: as bitmaps, or as where a column-major walk over the image
-// enters and leaves each mask, which is what COCO's RLE counts.
+// Pastes masks, given over boxes, into the image: as bitmaps, or as edges. Edges are the places at which
+// a column-major walk over the image enters or leaves a mask; COCO's RLE counts the pixels between them.
 //
-// A pixel's probability is bilinear between the four cells around its centre, zero outside the mask, and
-// worked out in one way everywhere (comask/masks.py has the same): positions in double, then in float
+// A pixel's probability is interpolated bilinearly between the four cells around its centre; outside the
+// mask it is zero. comask/masks.py computes it in the same way: positions in double, then in float
 //     along x:  upper = a + (b - a) * x_weight,  lower likewise
 //     along y:  upper + (lower - upper) * y_weight
 // Every rounding is monotonic, so between two rows of cells a column's probability only rises or only
-// falls: its ends tell whether it crosses the threshold, and bisection tells where. Compile without
-// contraction of products and sums, and with divisions that round as IEEE 754 has it.
+// falls. Its ends therefore show whether it crosses the threshold, and bisection finds the place. Compile
+// without contraction of products and sums, and with divisions that are rounded as in IEEE 754.
 //
-// Boxes are in pixels of a resized image, `x_scale` by `y_scale` of them a pixel of the image, and lie in
-// it after a division in float, as `comask.structures` divides. Rows from `found` on hold no mask: how
-// many do is known on the device alone.
+// Boxes are in pixels of a resized image, which has `x_scale` by `y_scale` pixels per pixel of the image.
+// They are divided by these scales in float, as in `comask.structures`. Rows from `found` on hold no
+// mask; that number is known on the device alone.
 //
-// The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output.
+// The arguments are in the order of TensorRT's AOT plugins: inputs, int32 scalars, output.
 #include "portable.h"
 
-constexpr int THREADS = 128;      // as in launch.py
-constexpr int MAX_CELLS = 56;     // likewise
+constexpr int THREADS = 128;      // launch.py has the same value
+constexpr int MAX_CELLS = 56;     // and this one
 constexpr int BORDERED = MAX_CELLS + 2;
 
-// Where a mask's cells lie along an axis of the image.
+// The position of a mask's cells along an axis of the image.
 struct Axis {
-    double start, scale;  // in pixels; cells a pixel
+    double start, scale;  // in pixels; cells per pixel
 };
 
 DEVICE double cell_at(const Axis &axis, int pixel) {
@@ -38,7 +38,7 @@ DEVICE Axis axis_of(float start, float stop, int cells) {
     return {(double)start, (double)cells / ((double)stop - (double)start)};
 }
 
-// The first pixel of 0..length at or past a cell, `length` if there is none.
+// Returns the first pixel at or past a cell, or `length` if no pixel is.
 DEVICE int first_past(const Axis &axis, int cell, int length) {
     const double guess = ((double)cell + 0.5) / axis.scale + axis.start - 0.5;
     int pixel = (int)smaller(larger(guess, 0.0), (double)length);
@@ -47,7 +47,7 @@ DEVICE int first_past(const Axis &axis, int cell, int length) {
     return pixel;
 }
 
-// Between which two cells a pixel lies, and how near to the second.
+// The first of the two cells that a pixel lies between, and the weight of the second.
 struct Between {
     int low;
     float weight;
@@ -63,11 +63,11 @@ DEVICE float mix(float from, float to, float weight) { return from + (to - from)
 // A mask with zeros around it, column by column: cell (row, column) at [column + 1][row + 1].
 struct Mask {
     float cells[BORDERED * BORDERED];
-    int size, height, width;     // cells a side; the image in pixels
+    int size, height, width;     // cells per side; the image in pixels
     float threshold;
     Axis x, y;
     int first_column, columns;   // the pixels that lie within half a cell of the box
-    int rows[BORDERED + 1];      // the first at or past each cell from -1 on
+    int rows[BORDERED + 1];      // the first row of pixels at or past each cell from -1 on
 };
 
 DEVICE void load(Mask &mask, const float *RESTRICT probs, const float *RESTRICT box, bool found,
@@ -97,7 +97,7 @@ DEVICE void load(Mask &mask, const float *RESTRICT probs, const float *RESTRICT 
     BARRIER();
 }
 
-// A column of pixels: two columns of cells, from one row above the mask's first one on.
+// A column of pixels: the columns of cells around it, from the row above the mask's first one on.
 struct Column {
     const float *left, *right;
     float weight;
@@ -121,7 +121,8 @@ DEVICE bool is_in(const Mask &mask, int row, int pixel) {
     return mix(upper, lower, y.weight) >= mask.threshold;
 }
 
-// The first of rows begin..end - 1 below whose centre the column is as at its lower end, else `end`.
+// Returns the first row of begin..end - 1 whose membership in the mask equals that of the lower end,
+// `lower_in`, or `end` if no row's does.
 DEVICE int crossing(const Mask &mask, float upper, float lower, bool lower_in, int begin, int end) {
     while (begin < end) {
         const int middle = (begin + end) / 2;
@@ -132,8 +133,9 @@ DEVICE int crossing(const Mask &mask, float upper, float lower, bool lower_in, i
     return begin;
 }
 
-// Counts where a walk down a column enters and leaves the mask, and writes it to `edges` before `end`.
-// The walk comes from the bottom of the column before, so that one past the mask's last may have an edge.
+// Counts the places at which a walk down a column enters or leaves the mask, and writes the first `room`
+// of them to `edges`. The walk continues from the bottom of the column before, so the column after the
+// mask's last one may have an edge.
 DEVICE int walk_column(const Mask &mask, int pixel, int *edges, int room) {
     const int last = mask.first_column + mask.columns;
     bool in = pixel > mask.first_column && is_in(mask, mask.height - 1, pixel - 1);
@@ -168,14 +170,14 @@ DEVICE int walk_column(const Mask &mask, int pixel, int *edges, int room) {
     return count;
 }
 
-// `ends`: [masks] edges of each mask, then [masks, width] those of a mask up to the end of a column.
+// `counts`: [masks], the edges of each mask; then [masks, width], those of a mask up to a column's end.
 KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, const int *found,
                                      int masks, int size, int height, int width, int x_scale_bits,
                                      int y_scale_bits, int threshold_bits, int *counts) {
     SHARED Mask mask;
     SHARED int sums[THREADS];
     for (int m = BLOCK; m < masks; m += BLOCKS) {
-        BARRIER();  // the last mask has been read
+        BARRIER();  // all threads have read the last mask
         load(mask, probs + (long long)m * size * size, boxes + 4ll * m, m < *found, size, height, width,
              x_scale_bits, y_scale_bits, threshold_bits);
         int *ends = counts + masks + (long long)m * width;
@@ -201,13 +203,13 @@ KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, con
 }
 HOST_LAUNCH(mask_edge_counts)
 
-// `edges`: those of all masks one after the other, each in rising order, as column * height + row.
+// `edges`: the edges of one mask after the other, each mask's in rising order, as column * height + row.
 KERNEL(mask_edges, THREADS, 4)(const float *probs, const float *boxes, const int *counts, int masks,
                                int size, int height, int width, int x_scale_bits, int y_scale_bits,
                                int threshold_bits, int capacity, int *edges) {
     SHARED Mask mask;
     for (int m = BLOCK; m < masks; m += BLOCKS) {
-        if (counts[m] == 0) continue;  // so that only found ones are left
+        if (counts[m] == 0) continue;  // which also skips the rows without a mask
         BARRIER();
         load(mask, probs + (long long)m * size * size, boxes + 4ll * m, true, size, height, width,
              x_scale_bits, y_scale_bits, threshold_bits);

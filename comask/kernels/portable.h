@@ -1,13 +1,13 @@
-// What lets one kernel source be CUDA C (nvcc, NVRTC) and plain C++ (g++).
+// Definitions that make one kernel source valid as CUDA C (nvcc, NVRTC) and as plain C++ (g++).
 //
-// A kernel walks over its work in steps of BLOCKS and LANES, so that on the host a block runs with one
-// thread (LANE 0 of 1), shared memory is a local array, and a barrier is nothing. The host's launch
-// mirrors cuLaunchKernel: the arguments come as an array of pointers to them.
+// Kernels walk over their work in steps of BLOCKS and LANES. On the host, a block therefore runs with one
+// thread (LANE 0 of 1), shared memory is a local array, and barriers do nothing. The host's launch
+// resembles cuLaunchKernel: it takes an array of pointers to the arguments.
 #pragma once
 
 #ifdef __CUDACC__
 
-// `blocks` of `threads` are to fit a multiprocessor at once, which bounds the registers.
+// `blocks` blocks of `threads` threads must fit a multiprocessor at once, which limits the registers.
 #define KERNEL(entry, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) entry
 #define HOST_LAUNCH(entry)
@@ -23,7 +23,7 @@
 DEVICE float float_of_bits(int bits) { return __int_as_float(bits); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// Halves travel as their bits: this needs no cuda_fp16.h, which NVRTC would have to find.
+// Halves are passed as their bits, so that NVRTC need not find cuda_fp16.h.
 DEVICE float to_float(unsigned short half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
@@ -73,13 +73,13 @@ DEVICE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return std::fmaf(a, b, c);
 #else
-    return a * b + c;  // fmaf would be a call into the library
+    return a * b + c;  // without the instruction, fmaf would call the library
 #endif
 }
 
-// By bits, since _Float16 is not known to g++ before 12.
+// Computed on the bits, since g++ does not know _Float16 before version 12.
 DEVICE float to_float(unsigned short half) {
-    const float two_to_112 = float_of_bits((127 + 112) << 23);  // between the exponents' biases
+    const float two_to_112 = float_of_bits((127 + 112) << 23);  // the difference of the exponents' biases
     float magnitude = float_of_bits((half & 0x7fff) << 13) * two_to_112;
     unsigned bits = bits_of_float(magnitude);
     if (magnitude >= 65536.0f) bits |= 0xffu << 23;  // infinity and NaN
@@ -93,10 +93,10 @@ DEVICE void store(unsigned short *half, float value) {
     } else if (bits >= 0x47800000u) {
         result = 0x7c00;  // 65536 and more
     } else if (bits < 0x38800000u) {
-        // Below half's least normal number: adding a half leaves the rounded subnormal in the last bits.
+        // Below the least normal half: adding 0.5 leaves the rounded subnormal number in the last bits.
         result = bits_of_float(float_of_bits((int)bits) + 0.5f) - bits_of_float(0.5f);
     } else {
-        bits += 0xfffu + (bits >> 13 & 1);  // to the nearest, ties to even; may carry into infinity
+        bits += 0xfffu + (bits >> 13 & 1);  // rounds to nearest, ties to even; may carry to infinity
         result = (bits - (112u << 23)) >> 13;
     }
     *half = (unsigned short)(result | sign >> 16);
@@ -107,7 +107,7 @@ static void call(void (*kernel)(A...), void **arguments, std::index_sequence<I..
     kernel(*static_cast<std::remove_reference_t<A> *>(arguments[I])...);
 }
 
-// Runs the blocks of a launch on up to `threads` threads, each taking the next block there is.
+// Runs the blocks of a launch on up to `threads` threads, each of which takes the next block in turn.
 template <typename... A>
 static void spread(void (*kernel)(A...), int blocks, int threads, void **arguments) {
     std::atomic<int> next{0};

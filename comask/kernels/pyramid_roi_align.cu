@@ -1,22 +1,22 @@
 // PyramidRoiAlign: RoIAlign (He et al., Mask R-CNN, section 3; half-pixel aligned, averaged samples)
 // of each RoI from the level of the pyramid that fits it (Lin et al., FPN, equation 1).
 //
-// The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output. Maps are
-// [B, C, H, W] or, channels-last, [B, H, W, channel_stride] of T; the output is alike, a RoI in place
-// of an image. Geometry and sums are f32. Compile without contraction of products and sums, so that
-// coordinates are rounded as torchvision's are: a sample may lie just inside or outside of a map.
+// The arguments are in the order of TensorRT's AOT plugins: inputs, int32 scalars, output. Maps of T are
+// [B, C, H, W] or, channels-last, [B, H, W, channel_stride]; the output has the same layout, with RoIs in
+// the place of images. Geometry and sums are f32. Compile without contraction of products and sums, so
+// that coordinates are rounded as in torchvision: rounding decides whether a sample is inside a map.
 //
-// A block takes one RoI and CHANNEL_BYTES of channels. Bilinear sampling is separable: the block
-// tabulates, for either axis, the two pixels and weights of each sample, and a thread then sums for
-// one bin and one channel or, channels-last, one 16-byte vector of channels.
+// A block handles one RoI and CHANNEL_BYTES of channels. Bilinear sampling is separable: the block
+// tabulates the two pixels and weights of each sample along each axis. Then each thread sums one bin of
+// one channel or, channels-last, of one 16-byte vector of channels.
 #include "portable.h"
 
-// These three are in launch.py too.
-constexpr int MAX_SAMPLES = 128;    // bins × samples a bin, of one axis
-constexpr int CHANNEL_BYTES = 256;  // of a pixel, for a block
+// launch.py has the same three values.
+constexpr int MAX_SAMPLES = 128;    // bins × samples per bin, along one axis
+constexpr int CHANNEL_BYTES = 256;  // bytes of one pixel's channels per block
 constexpr int THREADS = 128;
 
-// A RoI leaves level k for k + 1 where its side reaches canonical_size × 2^(k - 4 - 1e-6):
+// A RoI leaves level k for k + 1 where its side reaches canonical_size × 2^(k - 4 - 1e-6). These are
 // LEVEL_FACTORS of comask/models/roi_align.py.
 constexpr float LEAVES_P2 = 0.499999642f, LEAVES_P3 = 0.999999285f, LEAVES_P4 = 1.99999857f;
 
@@ -31,7 +31,7 @@ struct Geometry {
     float canonical_size;
 };
 
-// What a sample takes from one axis; outside of the map both weights are 0.
+// The two pixels along one axis that a sample lies between, and their weights: 0 outside the map.
 struct alignas(16) Sample {
     int low, high;
     float low_weight, high_weight;
@@ -41,7 +41,7 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
     T at[V];
 };
 
-// Counts in steps, in digits whose last runs fastest: a division costs more than the carries.
+// Three indices, the last of which runs fastest, that advance in steps: carries cost less than divisions.
 struct Odometer {
     int first, second, third;
     int first_step, second_step, third_step;
@@ -62,12 +62,13 @@ DEVICE void advance(Odometer &place) {
     if (place.second >= place.seconds) place.second -= place.seconds, ++place.first;
 }
 
-// values[level], which as such would put the array into memory and hide that it points to global memory.
+// Returns values[level]. That expression itself would make the compiler spill the array to local memory,
+// and lose track of the pointers' address space.
 template <typename T> DEVICE T of_level(const T (&values)[4], int level) {
     return level == 0 ? values[0] : level == 1 ? values[1] : level == 2 ? values[2] : values[3];
 }
 
-// 0 = P2 … 3 = P5; a RoI without an area, or with NaN, takes P2.
+// Returns 0 for P2 to 3 for P5; a RoI without area, or with NaN, takes P2.
 DEVICE int roi_level(const float *box, float canonical_size) {
     const float width = larger(box[2] - box[0], 0.0f), height = larger(box[3] - box[1], 0.0f);
     const float side = sqrtf(width * height);
@@ -75,7 +76,8 @@ DEVICE int roi_level(const float *box, float canonical_size) {
            (side >= LEAVES_P4 * canonical_size);
 }
 
-// The samples between `start` and `end`, in pixels of a map with `length` of them; NaN is outside.
+// Tabulates the samples between `start` and `end`, in pixels of a map with `length` pixels on this axis.
+// A position of NaN is outside the map.
 DEVICE void tabulate(Sample *table, float start, float end, int length, int bins, int ratio) {
     const float bin_size = (end - start) / (float)bins;
     for (int i = LANE; i < bins * ratio; i += LANES) {
@@ -94,12 +96,12 @@ DEVICE void tabulate(Sample *table, float start, float end, int length, int bins
     }
 }
 
-// The mean of a bin's samples, for V channels from `origin` on. RATIO is their number along an axis, or
-// 0 for `any_ratio`.
+// Computes the mean of a bin's samples for V channels from `origin` on. RATIO is the number of samples
+// along each axis; with 0, `any_ratio` is.
 template <typename T, int V, int RATIO>
 DEVICE void sum_bin(float *sum, const T *RESTRICT origin, long long row_step, int column_step,
                     const Sample *along_y, const Sample *along_x, int any_ratio) {
-    [[maybe_unused]] constexpr int UNROLLED = RATIO ? RATIO : 1;  // else registers run out
+    [[maybe_unused]] constexpr int UNROLLED = RATIO ? RATIO : 1;  // more would exhaust the registers
     const int ratio = RATIO ? RATIO : any_ratio;
     for (int v = 0; v < V; ++v) sum[v] = 0.0f;
 #pragma unroll(UNROLLED)
@@ -128,7 +130,7 @@ DEVICE void sum_bin(float *sum, const T *RESTRICT origin, long long row_step, in
     }
 }
 
-// One RoI's `count` channels.
+// Pools `count` channels of one RoI.
 template <typename T, int RATIO>
 DEVICE void pool_planes(T *RESTRICT output, const T *RESTRICT planes, int height, int width,
                         int count, const Sample *along_y, const Sample *along_x, int bins,
@@ -145,7 +147,7 @@ DEVICE void pool_planes(T *RESTRICT output, const T *RESTRICT planes, int height
     }
 }
 
-// The same channels-last; those from `channels` on are padding and become 0.
+// Does the same for channels-last maps; channels from `channels` on are padding and become 0.
 template <typename T, int V, int RATIO>
 DEVICE void pool_pixels(T *RESTRICT output, const T *RESTRICT pixels, int width, int stride,
                         int count, int channels, const Sample *along_y, const Sample *along_x,
@@ -176,7 +178,7 @@ DEVICE void pyramid_roi_align(Maps<T> maps, const float *RESTRICT rois, T *RESTR
     const int tiles = (stored + TILE - 1) / TILE;
 
     for (int block = BLOCK; block < g.rois * tiles; block += BLOCKS) {
-        // All RoIs of a tile before the next tile: what they share of a map stays in the cache.
+        // A tile's RoIs precede the next tile, so that the parts of a map they share stay in the cache.
         const int roi = block % g.rois, first = block / g.rois * TILE;
         const int count = smaller(TILE, stored - first);
         const float *box = rois + (g.rois_per_image ? 4ll : 5ll) * roi;
@@ -186,12 +188,12 @@ DEVICE void pyramid_roi_align(Maps<T> maps, const float *RESTRICT rois, T *RESTR
             const float named = *box++;
             const bool known = named >= 0.0f && named < (float)g.batch;
             image = known ? (int)named : 0;
-            nowhere = known ? 0.0f : float_of_bits(0x7fc00000);  // NaN puts it outside of the map
+            nowhere = known ? 0.0f : float_of_bits(0x7fc00000);  // NaN moves it outside the map
         }
         const int level = roi_level(box, g.canonical_size);
         const int height = of_level(g.heights, level), width = of_level(g.widths, level);
         const float scale = 0.25f / (float)(1 << level);
-        BARRIER();  // the last RoI's tables have been read
+        BARRIER();  // all threads have read the last RoI's tables
         tabulate(along_x, box[0] * scale - 0.5f + nowhere, box[2] * scale - 0.5f, width, g.bins,
                  g.ratio);
         tabulate(along_y, box[1] * scale - 0.5f, box[3] * scale - 0.5f, height, g.bins, g.ratio);

@@ -1,6 +1,6 @@
-"""Runs kernels: on a GPU through CUDA's driver alone, on the CPU, and on PyTorch's tensors of either.
+"""Runs kernels on a GPU (through CUDA's driver alone), on the CPU, and on PyTorch's tensors.
 
-libcuda and PyTorch are loaded at the first use; this module can be imported without them.
+libcuda and PyTorch are loaded at the first use, so that this module can be imported without them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _functions: dict[tuple[int, str], ctypes.c_void_p] = {}  # by context and entry
 
 
 def prepare(source: str) -> None:
-    """Compiles a kernel for the current context's device and loads it, ahead of its first launch.
+    """Compiles and loads a kernel for the current context's device ahead of its first launch.
 
-    Its functions are fetched as well: a CUDA graph that is being captured allows no loading.
+    The kernel's functions are loaded as well, since loading is not possible while a CUDA graph is being
+    captured.
 
     Raises:
-        KernelUnavailableError: no driver or no compiler.
-        KernelError: no current context, or the driver refuses the module.
+        KernelUnavailableError: when the driver or a compiler is missing.
+        KernelError: when no context is current, or the driver rejects the module.
     """
     context = _current_context()
     for entry in compile.entries(source):
@@ -47,13 +48,13 @@ def on_gpu(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> N
     """Launches a kernel in the current CUDA context and returns at once.
 
     Args:
-        launch: from `comask.kernels.launch`.
-        inputs: device addresses.
-        output: device address.
+        launch: a launch from `comask.kernels.launch`.
+        inputs: the device addresses of the inputs.
+        output: the device address of the output.
         stream: a CUstream's handle; 0 is the default stream.
 
     Raises:
-        KernelError: as `prepare`, or the driver refuses the launch.
+        KernelError: when `prepare` raises one, or the driver rejects the launch.
     """
     if launch.grid == 0:
         return
@@ -66,12 +67,12 @@ def on_gpu(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> N
 
 
 def use_primary_context(device: int) -> None:
-    """Makes a device's primary context current, if this thread has no context.
+    """Makes a device's primary context current if this thread has no context.
 
-    A thread that has not called CUDA's runtime yet has none, though it was handed arrays of one.
+    A thread that has not called CUDA's runtime yet has no context, even if it was given arrays of one.
 
     Raises:
-        KernelError: no driver or no such device.
+        KernelError: when the driver is missing, or the device does not exist.
     """
     if _context():
         return
@@ -82,16 +83,16 @@ def use_primary_context(device: int) -> None:
 
 
 def on_host(launch: Launch, inputs: Sequence[int], output: int, threads: int = 1) -> None:
-    """Runs a kernel, compiled for the CPU, and returns when it is done.
+    """Runs a kernel on the CPU and returns when it is done.
 
     Args:
-        launch: from `comask.kernels.launch`.
-        inputs: addresses of C-contiguous arrays.
-        output: likewise.
-        threads: the most to use.
+        launch: a launch from `comask.kernels.launch`.
+        inputs: the addresses of the inputs, which are C-contiguous arrays.
+        output: the address of the output, a C-contiguous array.
+        threads: the largest number of threads to use.
 
     Raises:
-        KernelError: there is no C++ compiler.
+        KernelError: when no C++ compiler is installed, or it reports an error.
     """
     entry = getattr(compile.host_library(launch.source), f"{launch.entry}_host")
     entry(launch.grid, threads, pack(launch, inputs, output))
@@ -99,10 +100,10 @@ def on_host(launch: Launch, inputs: Sequence[int], output: int, threads: int = 1
 
 @cache
 def available(source: str, device: torch.device) -> bool:
-    """Whether a kernel can be used on a device; the first time it cannot, a warning says why.
+    """Returns whether a kernel can be used on a device; if not, a warning says once why.
 
     Raises:
-        KernelError: the machine has all that it takes, and the kernel fails nevertheless.
+        KernelError: when driver and compiler are installed, but the kernel cannot be compiled or loaded.
     """
     import torch
 
@@ -122,15 +123,15 @@ def available(source: str, device: torch.device) -> bool:
 
 
 def on_tensors(launch: Launch, inputs: Sequence[Tensor], output: Tensor) -> None:
-    """Runs a kernel; on CUDA, on the current stream of the tensors' device.
+    """Runs a kernel on tensors; on CUDA, in the current stream of their device.
 
     Args:
-        launch: from `comask.kernels.launch`.
-        inputs: tensors of the layouts that it names.
-        output: likewise, on the same device.
+        launch: a launch from `comask.kernels.launch`.
+        inputs: the inputs, in the layouts that the launch states.
+        output: the output, on the same device.
 
     Raises:
-        KernelError: as `on_gpu` and `on_host`.
+        KernelError: when `on_gpu` or `on_host` raises one.
     """
     import torch
 

@@ -1,16 +1,16 @@
-// SortedNms: greedy non-maximum suppression, exactly, of rows of boxes sorted by falling score.
+// SortedNms: exact greedy non-maximum suppression in rows of boxes sorted by falling score.
 //
-// A block takes a row, in tiles of 32 boxes. Within a tile, the boxes that each would strike out are
-// bits of a word, from which every thread derives alike which boxes stay; then all threads strike out
-// later boxes. Which boxes are alive stands in `keep` all the while.
+// A block handles a row in tiles of 32 boxes. Within a tile, a word per box has a bit for each box that
+// it suppresses. From these words, every thread derives the boxes of the tile that are kept; then all
+// threads suppress later boxes of the row. `keep` always says which boxes are left.
 //
-// The arguments' order is that of TensorRT's AOT plugins: inputs, int32 scalars, output. Compile
-// without contraction of products and sums: the IoU's roundings decide ties at the threshold.
+// The arguments are in the order of TensorRT's AOT plugins: inputs, int32 scalars, output. Compile
+// without contraction of products and sums: the IoU's rounding decides ties at the threshold.
 #include "portable.h"
 
 constexpr int TILE = 32;
-constexpr int PARTS = TILE / 8;     // a byte of bits is a thread's
-constexpr int MAX_THREADS = 1024;   // MAX_THREADS in launch.py
+constexpr int PARTS = TILE / 8;     // a thread computes one byte of a word
+constexpr int MAX_THREADS = 1024;   // launch.py has the same value
 
 struct alignas(16) Box {
     float left, top, right, bottom;
@@ -18,8 +18,8 @@ struct alignas(16) Box {
 
 DEVICE float area_of(Box box) { return (box.right - box.left) * (box.bottom - box.top); }
 
-// Boxes that do not overlap have no IoU above a threshold ≥ 0, and the rest have a union above 0,
-// or NaN, which is above nothing.
+// Boxes that do not overlap have no IoU above a threshold ≥ 0. The others have a union above 0, or NaN,
+// which exceeds no threshold.
 DEVICE bool overlap(Box a, float area_a, Box b, float area_b, float threshold) {
     const float width = smaller(a.right, b.right) - larger(a.left, b.left);
     const float height = smaller(a.bottom, b.bottom) - larger(a.top, b.top);
@@ -38,7 +38,7 @@ DEVICE void suppress_row(const Box *RESTRICT boxes, const int *RESTRICT groups, 
 
     for (int first = 0; first < count; first += TILE) {
         const int size = smaller(TILE, count - first);
-        BARRIER();  // `keep` has been written, the last tile has been read
+        BARRIER();  // all threads have written `keep` and read the last tile
         for (int i = LANE; i < size; i += LANES) {
             tile[i] = boxes[first + i];
             areas[i] = area_of(tile[i]);

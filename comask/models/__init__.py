@@ -1,6 +1,6 @@
-"""The network of the paper, one concept a file: start at `comask.models.comask`.
+"""The network of the paper, one concept per file; start at `comask.models.comask`.
 
-Backbone, neck, RPN (anchors → proposals), classifier (proposals → detections), box refinement (the
-collaborative head: proposal → box and mask); around them the custom ops (RoIAlign, NMS), the code of
-boxes, and what stays f32 in f16.
+The network consists of backbone, neck, RPN (anchors → proposals), classifier (proposals → detections) and
+box refinement (the collaborative head: proposal → box and mask). The other files have the custom ops
+(RoIAlign, NMS), operations on boxes, and the parts that stay f32 in an f16 network.
 """

@@ -1,4 +1,4 @@
-"""ResNet feature extractor: torchvision's network without its classifier.
+"""The backbone: torchvision's ResNet without its classifier.
 
 Legend: B batch, H and W the padded image's height and width in pixels.
 """
@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 from comask.models.precision import GroupNorm
 
-GROUPS = 32  # of GroupNorm, as in its paper (Wu and He, ECCV 2018)
+GROUPS = 32  # GroupNorm's groups, as in its paper (Wu and He, ECCV 2018)
 
 
 class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvision is not typed
@@ -28,13 +28,13 @@ class SlimResNet(torchvision.models.ResNet):  # type: ignore[misc]  # torchvisio
 def build_resnet(
     name: str, norm_layer: Any = nn.BatchNorm2d
 ) -> tuple[torchvision.models.ResNet, tuple[int, ...]]:
-    """Torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, with random weights.
+    """Builds torchvision's `resnet18`, `resnet50`, `resnet101` or a `resnet18-slim`, untrained.
 
-    A residual branch starts at zero: that keeps the signal's size through 16 and more blocks, which
-    matters without ImageNet's weights, since frozen statistics cannot rescale it.
+    Residual branches start at zero, which keeps the signal's magnitude through 16 and more blocks. That
+    matters without ImageNet's weights, since frozen statistics cannot rescale the signal.
 
     Returns:
-        the network and the channels of C2..C5.
+        The network and the channels of C2..C5.
     """
     if name == "resnet18-slim":
         net = SlimResNet(BasicBlock, [2, 2, 2, 2], zero_init_residual=True, norm_layer=norm_layer)
@@ -46,15 +46,15 @@ def build_resnet(
 
 
 class ResNet(nn.Module):
-    """C2..C5 of a ResNet (strides 4, 8, 16, 32).
+    """A ResNet that returns C2..C5 (strides 4, 8, 16, 32).
 
-    Module names are torchvision's, so its checkpoints load as they are.
+    Module names are torchvision's, so that its checkpoints load without changes.
 
     Args:
-        name: see `build_resnet`.
-        norm: `frozen` BatchNorm keeps its running statistics while training (scale and shift stay
-            trainable), `batch` lets them follow, `group` is GroupNorm of GROUPS groups.
-        frozen_stages: how many of stem, stage 1, … stage 4 take no gradient.
+        name: the network, as for `build_resnet`.
+        norm: `frozen` is BatchNorm that keeps its running statistics in training (scale and shift stay
+            trainable), `batch` is BatchNorm that updates them, `group` is GroupNorm of GROUPS groups.
+        frozen_stages: the number of stages, counted from the stem, that are not trained.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ResNet(nn.Module):
             stage.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ResNet:
-        """Switches the mode, leaving frozen BatchNorm layers in evaluation mode."""
+        """Switches the mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
         if self.norm == "frozen":
             for module in self.modules():
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] → C2..C5, each [B, C_i, H/2^i, W/2^i]."""
+        """Maps normalised images [B, 3, H, W] to C2..C5, each [B, C_i, H/2^i, W/2^i]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -91,12 +91,12 @@ class ResNet(nn.Module):
 
 
 def fold_batch_norms(net: ResNet) -> None:
-    """Puts each BatchNorm's running statistics into the convolution before it, in place, for inference.
+    """Folds each BatchNorm's running statistics into the convolution before it, in place, for inference.
 
-    Folding comes before `half()`: variances of 1e-6 and of 1e6 both occur, and f16 holds neither.
+    Fold before `half()`, since variances range from 1e-6 to 1e6, which f16 cannot represent.
 
     Args:
-        net: in evaluation mode.
+        net: a network in evaluation mode.
     """
     pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))
     for module in list(net.modules()):

@@ -1,6 +1,6 @@
-"""Where a proposal becomes a box: the collaborative head, section 3.2 of the paper.
+"""Refines proposals to boxes with the collaborative head (section 3.2 of the paper).
 
-A coarse mask weighs the boxes that the cells of a RoI predict, and their average is the refined box.
+A coarse mask weighs the boxes that the cells of a RoI predict; their weighted average is the refined box.
 
 Legend: R RoIs, K classes; a *cell* is one of the 7×7 places of a RoI. Boxes are f32
 `xyxy` in pixels of the resized image.
@@ -21,11 +21,13 @@ MASK_SIZE = 28
 
 
 class CollaborativeHead(FloatTensors):
-    """14×14 RoI features of `channels` → class masks at 28×28 and box offsets at 7×7.
+    """The head that predicts class masks at 28×28 and box offsets at 7×7 from 14×14 RoI features.
+
+    Mask channel 0 is an unused background; class label k has channel k + 1.
 
     Args:
-        config: of the network. Mask channel 0 is an unused background, class label k has channel k + 1.
-        regress: predict offsets; a head for masks alone has none.
+        config: the network's settings.
+        regress: whether to predict offsets; a head for masks alone does not.
     """
 
     def __init__(self, config: ModelConfig, *, regress: bool = True) -> None:
@@ -48,28 +50,28 @@ class CollaborativeHead(FloatTensors):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Few output channels make fan_out's weights, and with them the first masks, too large.
+        # With few output channels, fan_out would make the weights and thus the first masks too large.
         nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
         self.activation = config.offset_activation
         self.regress = regress
         if regress:
             self.offsets = nn.Conv2d(channels, 4, 3, padding=1, bias=False)
             nn.init.normal_(self.offsets.weight, std=0.001)
-            # A bias of its own lets each cell start with its RoI as box: from zero offsets the IoU has
-            # no gradient, and from one bias for all cells their places must be learned first.
+            # With a bias per cell, each cell's box is the RoI at first. From zero offsets, the IoU would
+            # have no gradient; with one bias for all cells, their positions would have to be learned.
             start = roi_offsets()
             self.offset_bias = nn.Parameter(start.log() if self.activation == "exp" else start)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features [R, channels, 14, 14] → mask logits [R, K + 1, 28, 28], offsets [R, 4, 7, 7].
+        """Maps RoI features [R, C, 14, 14] to mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
 
-        A head for masks alone gives the offsets of the RoI itself.
+        A head for masks alone returns the offsets of the RoI itself.
         """
         hidden = self.refine(pooled)
         masks = self.mask(self.upsample(hidden))
         if not self.regress:
             return masks, roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
-        # the bias is most of an offset, and in f16 would lie up to 1/4096 of the RoI beside itself
+        # The bias is most of an offset; in f16 its rounding would shift boxes by up to 1/4096 of the RoI.
         offsets = self.offsets(hidden).float() + self.offset_bias
         if self.activation == "relu":
             offsets = F.relu(offsets)
@@ -79,23 +81,23 @@ class CollaborativeHead(FloatTensors):
 
 
 def roi_offsets() -> Tensor:
-    """The offsets [4, 7, 7] with which every cell decodes to its RoI."""
+    """Returns the offsets [4, 7, 7] with which every cell decodes to its RoI."""
     place = (torch.arange(CELLS) + 0.5) / CELLS
     x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
     return torch.stack((x, 1 - x, y, 1 - y))
 
 
 def select_class(mask_logits: Tensor, labels: Tensor) -> Tensor:
-    """Each RoI's mask of its own class: [R, K + 1, 28, 28] and [R] i64 → logits [R, 28, 28]."""
+    """Selects each RoI's mask by its class: [R, K + 1, 28, 28] and [R] i64 → logits [R, 28, 28]."""
     channel = (labels + 1)[:, None, None, None].expand(-1, 1, MASK_SIZE, MASK_SIZE)
     return mask_logits.gather(1, channel)[:, 0]
 
 
 def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:
-    """The box that each cell predicts: (l_i, t_i, r_i, b_i) of section 3.2.
+    """Returns the box that each cell predicts: (l_i, t_i, r_i, b_i) of section 3.2.
 
-    Cell (row i, column j) sits at x = x₁ + w(j + ½)/7, y = y₁ + h(i + ½)/7; its four offsets are
-    distances to the left, right, top and bottom edge in units of the RoI's width or height.
+    Cell (row i, column j) lies at x = x₁ + w(j + ½)/7, y = y₁ + h(i + ½)/7. Its four offsets are the
+    distances to the left, right, top and bottom edges in units of the RoI's width or height.
 
     Args:
         offsets: [R, 4, 7, 7] in l, r, t, b order.
@@ -114,12 +116,12 @@ def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:
 
 
 def cell_confidence(mask_logits: Tensor, pooling: str = "sigmoid") -> Tensor:
-    """M_s of section 3.2: the mask averaged over 4×4 pixels; logits [R, 28, 28] → [R, 7, 7] in 0..1.
+    """Averages masks over 4×4 pixels, which gives M_s of section 3.2, [R, 7, 7] in 0..1.
 
     Args:
         mask_logits: [R, 28, 28].
-        pooling: `sigmoid` averages probabilities, `logit` averages logits first, `bilinear` samples
-            the probabilities at each cell's centre.
+        pooling: `sigmoid` averages probabilities, `logit` averages logits, `bilinear` samples the
+            probabilities at each cell's centre.
     """
     logits = mask_logits.float()[:, None]
     step = MASK_SIZE // CELLS
@@ -132,13 +134,13 @@ def cell_confidence(mask_logits: Tensor, pooling: str = "sigmoid") -> Tensor:
 
 
 def cell_weights(confidence: Tensor, threshold: float, empty: str = "confidence") -> Tensor:
-    """How much each cell's box counts: M_s where M_s > threshold, else 0 (section 3.2).
+    """Returns the weights of the cells' boxes: M_s where M_s > threshold, else 0 (section 3.2).
 
     Args:
-        confidence: [R, 7, 7] in 0..1.
-        threshold: 0.5 in the paper.
-        empty: what counts where no cell passes: by `confidence` all do, since no object has no
-            pixels; by `proposal` none does, and the proposal stays.
+        confidence: M_s, [R, 7, 7] in 0..1.
+        threshold: the threshold, 0.5 in the paper.
+        empty: the weights of a RoI without a cell above the threshold. `confidence` uses M_s of all
+            cells, since every object has pixels; `proposal` uses 0, which keeps the proposal.
 
     Returns:
         [R, 7, 7] f32 in 0..1.
@@ -151,12 +153,12 @@ def cell_weights(confidence: Tensor, threshold: float, empty: str = "confidence"
 
 
 def average_box(cell_boxes: Tensor, weights: Tensor, rois: Tensor) -> Tensor:
-    """Equations 8 and 9: l = Σ l_i M_s(x_i, y_i) / Σ M_s(x_i, y_i), likewise t, r and b.
+    """Averages boxes: l = Σ l_i M_s(x_i, y_i) / Σ M_s(x_i, y_i), likewise t, r, b (equations 8 and 9).
 
     Args:
         cell_boxes: [R, 7, 7, 4].
         weights: [R, 7, 7] ≥ 0.
-        rois: [R, 4], kept where the weights vanish.
+        rois: [R, 4], returned where all weights are 0.
 
     Returns:
         [R, 4].

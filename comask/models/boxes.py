@@ -1,4 +1,4 @@
-"""Boxes as tensors: clipping, and the (dx, dy, dw, dh) code of anchors.
+"""Operations on boxes: clipping, IoU, and the (dx, dy, dw, dh) code relative to anchors.
 
 All boxes are `xyxy`, f32, in pixels of the resized image.
 """
@@ -10,18 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-# exp() of a larger log-scale would overflow; the bound is Faster R-CNN's.
+# Larger values could overflow exp(); the limit is Faster R-CNN's.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Boxes [B, N, 4] moved inside their images; `image_sizes` [B, 2] is (h, w) in pixels."""
+    """Clips boxes [B, N, 4] to their images; `image_sizes` [B, 2] is (h, w) in pixels."""
     limits = image_sizes.to(boxes.dtype).flip(-1).repeat(1, 2)[:, None]  # w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """The deltas [N, 4] that lead from `anchors` to `boxes`, both [N, 4] (R-CNN, appendix C)."""
+    """Returns the deltas [N, 4] from `anchors` to `boxes`, both [N, 4] (R-CNN, appendix C)."""
     (ax, ay, aw, ah), (bx, by, bw, bh) = _centers(anchors), _centers(boxes)
     return torch.stack(
         ((bx - ax) / aw, (by - ay) / ah, torch.log(bw / aw), torch.log(bh / ah)), dim=-1
@@ -29,7 +29,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Inverse of `encode_boxes`; shapes [..., 4], broadcast against each other."""
+    """Applies deltas to anchors, the inverse of `encode_boxes`; the shapes [..., 4] broadcast."""
     ax, ay, aw, ah = _centers(anchors)
     dx, dy, dw, dh = deltas.unbind(-1)
     half_w = 0.5 * aw * torch.exp(dw.clamp(max=MAX_LOG_SCALE))
@@ -39,7 +39,7 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of box i of `a` with box i of `b`, shapes [..., 4] → [...], in 0..1."""
+    """Returns the IoU of box i of `a` with box i of `b`, shapes [..., 4] → [...], in 0..1."""
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
@@ -48,11 +48,14 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019) of like rows, shapes [..., 4] → [...], -1..1."""
+    """Returns the generalised IoU of box i of `a` with box i of `b`, [..., 4] → [...], in -1..1.
+
+    It is that of Rezatofighi et al., CVPR 2019.
+    """
     iou = paired_iou(a, b)
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     around = hull.prod(-1).clamp(min=1e-6)
-    # the union again, from the IoU's own definition: |a| + |b| = union + intersection
+    # The union follows from the IoU, since |a| + |b| = union + intersection = union · (1 + IoU).
     union = (_area(a) + _area(b)) / (1 + iou)
     return iou - (around - union) / around
 
@@ -62,7 +65,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def _centers(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Xyxy → (center x, center y, width, height)."""
+    """Converts `xyxy` to (center x, center y, width, height)."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     w, h = x2 - x1, y2 - y1
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h

@@ -1,9 +1,9 @@
-"""Classification branch: two fully connected layers on 7×7 RoI features, and the choice of detections.
+"""The classification branch, fully connected layers on 7×7 RoI features, and the choice of detections.
 
-It regresses no boxes; that is the collaborative head's task (section 3.2), but for the ablation
-`fc_reg`.
+The branch regresses boxes in the ablation `fc_reg` only; otherwise, the collaborative head does
+(section 3.2).
 
-Legend: B batch, N proposals an image, K classes, M candidates, D detections an image.
+Legend: B batch, N proposals per image, K classes, M candidates, D detections per image.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from comask.models.nms import sorted_nms, top_k
 
 POOL_SIZE = 7
 
-# A regressed delta times this is one of `comask.models.boxes.decode_boxes` (Fast R-CNN's scale).
+# The factors from regressed deltas to those of `comask.models.boxes.decode_boxes`, as in Fast R-CNN.
 DELTA_SCALE = (0.1, 0.1, 0.2, 0.2)
 
 
 class Classifier(nn.Module):
-    """FC, ReLU, FC, ReLU, FC.
+    """The layers FC, ReLU, FC, ReLU, FC.
 
     Args:
-        config: of the network; with `fc_reg` it also regresses one box a RoI, for all classes.
+        config: the network's settings; with `fc_reg`, the branch also regresses one box per RoI, which
+            all classes share.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,7 +48,7 @@ class Classifier(nn.Module):
             nn.init.zeros_(self.deltas.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
-        """RoI features [R, C, 7, 7] → logits [R, K + 1], background first, and deltas [R, 4]."""
+        """Maps RoI features [R, C, 7, 7] to logits [R, K + 1], background first, and deltas [R, 4]."""
         hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
         if self.deltas is None:
             return self.logits(hidden), None
@@ -59,11 +60,11 @@ class Chosen(NamedTuple):
     """The proposals that become detections, by falling score; rows from `found` on are padding.
 
     Attributes:
-        found: [B] i32, how many there are.
+        found: [B] i32, the number of detections.
         boxes: [B, D, 4] f32, the unrefined proposals; zeros in padding.
         scores: [B, D] f32 in 0..1; 0 in padding.
         labels: [B, D] i64 from 0; 0 in padding.
-        rows: [B, D] i64, each one's place among the proposals; any in padding.
+        rows: [B, D] i64, each detection's index among the proposals; arbitrary in padding.
     """
 
     found: Tensor
@@ -82,21 +83,23 @@ def choose_detections(
     nms_iou: float,
     num_detections: int,
 ) -> Chosen:
-    """Score threshold, NMS inside each class, the best D; one proposal may win several classes.
+    """Chooses the best D detections after a score threshold and NMS inside each class.
+
+    One proposal may be chosen for several classes.
 
     Args:
         class_logits: [B, N, K + 1].
         proposals: [B, N, 4] f32 `xyxy` in pixels.
         proposal_scores: [B, N]; 0 marks padding.
         score_threshold: a (proposal, class) pair must score above this.
-        nms_iou: overlap above which the lower of two boxes of one class goes.
-        num_detections: D.
+        nms_iou: overlap above which the box of the lower score is dropped, if both have one class.
+        num_detections: D, the number of detections per image.
     """
     probabilities = torch.softmax(class_logits.float(), dim=-1)[..., 1:]
     num_classes = probabilities.shape[-1]
     sound = (probabilities > score_threshold) & (proposal_scores > 0)[..., None]
     pairs = torch.where(sound, probabilities, 0.0).flatten(1)
-    # CANDIDATES more entries than there are pairs, so that few proposals need no smaller TopK
+    # CANDIDATES entries are appended, so that TopK need not shrink if fewer pairs exist.
     none = pairs.new_zeros((pairs.shape[0], CANDIDATES))
     scores, order = top_k(torch.cat((pairs, none), dim=1), CANDIDATES)
     order = order.clamp(max=pairs.shape[1] - 1)
@@ -106,22 +109,22 @@ def choose_detections(
 
     keep = sorted_nms(boxes, labels.to(torch.int32), nms_iou) & (scores > 0)
     scores, order = top_k(torch.where(keep, scores, 0.0), num_detections)
-    found = scores > 0
+    valid = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     return Chosen(
-        found=found.sum(1, dtype=torch.int32),
-        boxes=torch.where(found[..., None], boxes, 0.0),
+        found=valid.sum(1, dtype=torch.int32),
+        boxes=torch.where(valid[..., None], boxes, 0.0),
         scores=scores,
-        labels=torch.where(found, labels.gather(1, order), 0),
+        labels=torch.where(valid, labels.gather(1, order), 0),
         rows=rows.gather(1, order),
     )
 
 
 def scores_are_numbers(class_logits: Tensor, proposal_scores: Tensor) -> Tensor:
-    """Whether an image's scores say anything.
+    """Returns whether all scores of an image are finite.
 
-    A NaN lies above no threshold, so that without this a network that overflowed looks like one that
-    found nothing.
+    A NaN exceeds no threshold. Without this check, a network that overflowed would look like one that
+    finds nothing.
 
     Args:
         class_logits: [B, N, K + 1].

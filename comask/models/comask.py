@@ -1,7 +1,7 @@
-"""CoMask (Fig. 1 of the paper): the two stages that training, PyTorch inference and export share.
+"""The network CoMask (Fig. 1 of the paper): two stages that training, inference and export share.
 
 Legend: B batch, H and W the padded canvas in pixels (multiples of 32), C channels, N proposals and
-D detections an image. Boxes are f32 `xyxy` in pixels of the resized image.
+D detections per image. Boxes are f32 `xyxy` in pixels of the resized image.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import CheckpointError
@@ -43,11 +44,11 @@ class CoMask(FloatTensors):
     """Backbone, MFPN, RPN, classification branch and collaborative head.
 
     Args:
-        config: of the network.
-        preprocess: its mean and standard deviation normalise the images.
+        config: the network's settings.
+        preprocess: the settings whose mean and standard deviation normalise the images.
 
     Attributes:
-        dtype: of the feature maps; f16 after `half()`.
+        dtype: the type of the feature maps; f16 after `half()`.
     """
 
     mean: Tensor
@@ -69,15 +70,16 @@ class CoMask(FloatTensors):
         separate = config.separate_fine_head
         self.fine_head = CollaborativeHead(config, regress=False) if separate else None
 
+    @override
     def half(self) -> Self:
-        """See `FloatTensors`."""
         self.dtype = torch.float16
         return super().half()
 
     def pyramid(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
-        """Images u8 [B, H, W, 3] RGB, sizes i32 [B, 2] (h, w) → P2..P6, each [B, C, H/2^i, W/2^i].
+        """Maps images u8 [B, H, W, 3] and sizes i32 [B, 2] to P2..P6, each [B, C, H/2^i, W/2^i].
 
-        Pixels outside an image's size are zero after normalisation, whatever the canvas holds.
+        Images are RGB, sizes are (h, w). Pixels outside an image's size are set to zero after
+        normalisation.
         """
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         height, width = images.shape[1:3]
@@ -89,7 +91,7 @@ class CoMask(FloatTensors):
         return pyramid
 
     def pool(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:
-        """RoIs [B, N, 4] → features [B·N, C, size, size]."""
+        """Pools RoIs [B, N, 4] to features [B·N, C, size, size]."""
         return pyramid_roi_align(
             pyramid,
             rois,
@@ -99,15 +101,15 @@ class CoMask(FloatTensors):
         )
 
     def stage1(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
-        """Backbone, MFPN and RPN.
+        """Runs backbone, MFPN and RPN.
 
         Args:
             images: u8 [B, H, W, 3], RGB on a padded canvas.
-            image_sizes: i32 [B, 2], (h, w) of each image on it.
+            image_sizes: i32 [B, 2], (h, w) of each image on its canvas.
 
         Returns:
             `p2`…`p5` [B, C, H/4…H/32, W/4…W/32], `proposals` [B, N, 4] and `proposal_scores` [B, N]
-            by falling score, where 0 marks padding.
+            by falling score; a score of 0 marks padding.
         """
         pyramid = self.pyramid(images, image_sizes)
         proposals, scores = proposals_from_levels(
@@ -131,21 +133,22 @@ class CoMask(FloatTensors):
         *,
         diagnostics: bool = False,
     ) -> dict[str, Tensor]:
-        """Classify, threshold, NMS, the best D, then refine those twice (section 3.2).
+        """Classifies proposals, selects the best D by threshold and NMS, and refines them (section 3.2).
 
         Args:
-            p2, p3, p4, p5, proposals, proposal_scores: as `stage1` returns them; the first n
-                proposals may be passed alone.
+            p2, p3, p4, p5, proposals, proposal_scores: the results of `stage1`; fewer proposals may be
+                passed, namely the first n.
             image_sizes: i32 [B, 2], (h, w).
-            diagnostics: also return what the second pass and the weights of the cells change.
+            diagnostics: also return tensors that show the effect of the second pass and of the cells'
+                weights.
 
         Returns:
             `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
             [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows from `num_detections` on are
-            zeros. `num_detections` is -1 where scores are not finite. With `diagnostics`:
-            `first_boxes` [B, D, 4] (the unrefined proposals), `coarse_masks` [B, D, 28, 28] over
-            them, `cell_weights` [B, D, 7, 7], and `plain_boxes` [B, D, 4], which the same cells give
-            when all count alike.
+            zeros. `num_detections` is -1 where scores are not finite. With `diagnostics`, also:
+            `first_boxes` [B, D, 4], the unrefined proposals; `coarse_masks` [B, D, 28, 28] over these
+            boxes; `cell_weights` [B, D, 7, 7]; and `plain_boxes` [B, D, 4], the boxes that result from
+            equal weights of all cells.
         """
         config, pyramid = self.config, [p2, p3, p4, p5]
         per_image = proposals.shape[:2]
@@ -171,12 +174,12 @@ class CoMask(FloatTensors):
         fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL))
         masks = torch.sigmoid(select_class(fine, labels).float()).unflatten(0, boxes.shape[:2])
 
-        found = chosen.scores > 0
+        valid = chosen.scores > 0
         outputs = {
-            "boxes": torch.where(found[..., None], boxes, 0.0),
+            "boxes": torch.where(valid[..., None], boxes, 0.0),
             "scores": chosen.scores,
             "labels": chosen.labels.to(torch.int32),
-            "masks": torch.where(found[..., None, None], masks, 0.0),
+            "masks": torch.where(valid[..., None, None], masks, 0.0),
         }
         if diagnostics:
             outputs["first_boxes"] = chosen.boxes
@@ -184,7 +187,7 @@ class CoMask(FloatTensors):
             outputs["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
             plain = cells.mean(dim=(1, 2)).unflatten(0, boxes.shape[:2])
             outputs["plain_boxes"] = torch.where(
-                found[..., None], clip_boxes(plain, image_sizes), 0.0
+                valid[..., None], clip_boxes(plain, image_sizes), 0.0
             )
         if config.refined_nms_iou:
             outputs = drop_duplicates(outputs, config.refined_nms_iou)
@@ -195,7 +198,7 @@ class CoMask(FloatTensors):
     def refine(
         self, pyramid: list[Tensor], rois: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First pass of the head: coarse mask and dense boxes → the averaged box.
+        """Runs the head's first pass: the coarse mask weighs the dense boxes, which are averaged.
 
         Args:
             pyramid: P2..P5.
@@ -203,7 +206,7 @@ class CoMask(FloatTensors):
             labels: [B·D] i64 from 0.
 
         Returns:
-            boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7];
+            Boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7];
             the cells' boxes [B·D, 7, 7, 4].
         """
         mask_logits, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL))
@@ -215,7 +218,7 @@ class CoMask(FloatTensors):
         return averaged, coarse, weights, cell_boxes
 
     def weigh_cells(self, coarse: Tensor) -> Tensor:
-        """The weight of each cell's box: coarse mask logits [R, 28, 28] → [R, 7, 7] in 0..1."""
+        """Returns the weights of the cells' boxes, [R, 7, 7] in 0..1, from mask logits [R, 28, 28]."""
         config = self.config
         confidence = cell_confidence(coarse, config.cell_pooling)
         if config.collaboration == "uniform":
@@ -224,14 +227,15 @@ class CoMask(FloatTensors):
 
 
 def drop_duplicates(outputs: dict[str, Tensor], iou: float) -> dict[str, Tensor]:
-    """NMS inside each class on refined boxes; what stays moves up, what goes becomes padding.
+    """Applies NMS per class to refined boxes; kept rows move up, dropped rows become padding.
 
     Args:
-        outputs: `boxes`, `scores`, `labels`, `masks` and any more of shape [B, D, …], by falling score.
-        iou: overlap above which the lower of two boxes goes.
+        outputs: `boxes`, `scores`, `labels`, `masks` and further tensors of shape [B, D, …], by falling
+            score.
+        iou: overlap above which the box of the lower score is dropped.
     """
-    found = outputs["scores"] > 0
-    keep = sorted_nms(outputs["boxes"], outputs["labels"], iou) & found
+    valid = outputs["scores"] > 0
+    keep = sorted_nms(outputs["boxes"], outputs["labels"], iou) & valid
     _, order = top_k(torch.where(keep, outputs["scores"], 0.0), keep.shape[1])
     keep = keep.gather(1, order)
     moved = {}
@@ -245,14 +249,15 @@ def drop_duplicates(outputs: dict[str, Tensor], iou: float) -> dict[str, Tensor]
 
 
 def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
-    """Copies a whole state dict into `model`.
+    """Copies a complete state dict into `model`.
 
     Raises:
-        CheckpointError: naming the first weights that are missing, superfluous or of another shape.
+        CheckpointError: with the first weights that are missing, superfluous or of another shape.
     """
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the latter: of what are no tensors
+    # Values that are not tensors raise TypeError or AttributeError.
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the weights do not fit the model's configuration: {reason}"

@@ -1,6 +1,6 @@
-"""The neck: a feature pyramid with multi-scale modules, the MFPN (section 3.1, Figs. 1 and 2).
+"""The network's neck, the MFPN: a feature pyramid with multi-scale modules (section 3.1, Figs. 1 and 2).
 
-The pyramid is that of Lin et al., CVPR 2017.
+The feature pyramid is that of Lin et al., CVPR 2017.
 
 Legend: B batch, C channels, H and W the height and width of one pyramid level.
 """
@@ -16,12 +16,12 @@ from comask.models.precision import GroupNorm, with_norm
 
 
 class FPN(nn.Module):
-    """P2..P5 from C2..C5, `channels` wide.
+    """The feature pyramid network, which computes P2..P5 from C2..C5.
 
     Args:
-        in_channels: of C2..C5.
-        channels: of every level.
-        smooth: end with a 3×3 convolution a level; without it another module does its work.
+        in_channels: the channels of C2..C5.
+        channels: the channels of every level of the pyramid.
+        smooth: whether a 3×3 convolution ends each level; if not, another module replaces it.
     """
 
     def __init__(self, in_channels: tuple[int, ...], channels: int, *, smooth: bool = True) -> None:
@@ -38,7 +38,7 @@ class FPN(nn.Module):
                     nn.init.zeros_(conv.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """C2..C5, finest first → P2..P5, each [B, channels, H/2^i, W/2^i]."""
+        """Maps C2..C5, finest first, to P2..P5, each [B, channels, H/2^i, W/2^i]."""
         merged = [conv(c) for conv, c in zip(self.lateral, features, strict=True)]
         for i in range(len(merged) - 2, -1, -1):
             coarse = F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
@@ -47,18 +47,18 @@ class FPN(nn.Module):
 
 
 def coarsest(p5: Tensor) -> Tensor:
-    """P6: P5 at every second pixel, as in detectron2; only the RPN reads it."""
+    """Returns P6: every second pixel of P5, as in detectron2; only the RPN reads it."""
     return F.max_pool2d(p5, kernel_size=1, stride=2)
 
 
 def downsample(channels: int, norm_groups: int) -> nn.Sequential:
-    """C₂ of equation 1: 3×3 convolution of stride 2, with GN and ReLU so that a chain is not linear."""
+    """Returns C₂ of equation 1: a 3×3 convolution of stride 2; GN and ReLU keep chains nonlinear."""
     conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(*with_norm(conv, norm_groups))
 
 
 class ChannelAttention(nn.Module):
-    """Equations 4 to 6: squeeze, two fully connected layers, sigmoid, rescale."""
+    """Channel attention: squeeze, two fully connected layers, sigmoid, rescale (equations 4 to 6)."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -66,22 +66,23 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W], each channel scaled by a weight in 0..1."""
-        # equation 4: V₁ = gp(F_f), in f32 since P2 has more pixels than f16 can count
+        """Scales each channel of [B, C, H, W] by a weight in 0..1."""
+        # equation 4: V₁ = gp(F_f), in f32 since a sum over P2's pixels exceeds f16
         pooled = x.mean(dim=(2, 3), dtype=torch.float32).to(self.squeeze.weight.dtype)
         weights = torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))  # equation 5: V₂
         return x * weights[:, :, None, None]  # equation 6: F̂_f = F_f × EX(V₂; F_f)
 
 
 class MSFEM(nn.Module):
-    """One level's module: branches at falling resolution, fused, weighted by channel, smoothed.
+    """The multi-scale module of one level: branches at falling resolution, fused, attended, smoothed.
+
+    Branch i sees the input after i convolutions of stride 2. The mode `independent` gives each branch i
+    convolutions of its own, `chain` continues from branch i - 1, and `tied` also uses one convolution for
+    all branches, as equation 1 is written. With `residual_attention`, the module ends with
+    ReLU(x + GN(conv(x))), as in the authors' code, instead of equation 7.
 
     Args:
-        config: of the network. Branch i of `msfem_branches` sees the input after i stride-2
-            convolutions. The mode `independent` gives every branch its own convolutions (i of them),
-            `chain` continues from branch i-1, `tied` also shares the one convolution, as equation 1 is
-            written. With `residual_attention` it ends with ReLU(x + GN(conv(x))), as in the authors'
-            code, instead of equation 7.
+        config: the network's settings.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -102,10 +103,10 @@ class MSFEM(nn.Module):
         self.attention = ChannelAttention(channels, config.attention_reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = GroupNorm(config.norm_groups, channels) if config.residual_attention else None
-        # It starts as the identity, so that what stands before and behind it (an FPN and an RPN of
-        # other weights, or their first gradients) fits together from the first step: F₀ alone passes,
-        # and a dirac kernel of 2 undoes the attention's first weights, σ(0) = ½. (Not so a residual one,
-        # with its norm and ReLU.)
+        # The module starts as the identity, so that the layers before and after it, such as an FPN and
+        # an RPN with pretrained weights, fit together from the first step. Only F₀ passes, and a dirac
+        # kernel of 2 cancels the attention's first weights, σ(0) = ½. A residual module is not the
+        # identity, because of its norm and ReLU.
         nn.init.dirac_(self.reduce.weight)
         nn.init.dirac_(self.smooth.weight)
         with torch.no_grad():
@@ -116,7 +117,7 @@ class MSFEM(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def multi_scale(self, x: Tensor) -> list[Tensor]:
-        """Equation 1: F_i = C₂^i(F), with F₀ = F; each brought back to the input's size."""
+        """Returns F_i = C₂^i(F), with F₀ = F (equation 1), each resized to the input's size."""
         scales = [x]
         current = x
         for i in range(1, self.num_branches):
@@ -130,7 +131,7 @@ class MSFEM(nn.Module):
         return scales
 
     def forward(self, x: Tensor) -> Tensor:
-        """One FPN level [B, C, H, W] → the same shape."""
+        """Maps one FPN level [B, C, H, W] to the same shape."""
         fused = torch.cat(self.multi_scale(x), dim=1)  # equation 2: F_F = cat(F₀, F₁, F₂, F₃)
         fused = self.reduce(fused)  # equation 3: F_f = Conv(F_F)
         attended = self.attention(fused)  # equations 4-6
@@ -141,11 +142,12 @@ class MSFEM(nn.Module):
 class MFPN(nn.Module):
     """The FPN with one MSFEM after each of its five levels (end of section 3.1).
 
+    The place `after` is the paper's. `replace` puts four modules in the place of the FPN's 3×3
+    convolutions and takes P6 from the last of them, as in the authors' code.
+
     Args:
-        in_channels: of C2..C5.
-        config: of the network, see `MSFEM`. The place `after` is the paper's; `replace` puts four modules
-            in the place of the FPN's 3×3 convolutions and takes P6 from the last of them, as in the
-            authors' code.
+        in_channels: the channels of C2..C5.
+        config: the network's settings.
     """
 
     def __init__(self, in_channels: tuple[int, ...], config: ModelConfig) -> None:
@@ -155,7 +157,7 @@ class MFPN(nn.Module):
         self.modules_per_level = nn.ModuleList(MSFEM(config) for _ in range(5 if self.after else 4))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """C2..C5 → multi-scale P2..P6, each [B, channels, H/2^i, W/2^i]."""
+        """Maps C2..C5 to multi-scale P2..P6, each [B, channels, H/2^i, W/2^i]."""
         levels = self.fpn(features)
         if self.after:
             levels.append(coarsest(levels[-1]))

@@ -1,7 +1,7 @@
-"""`SortedNms`, the custom op of the exported graphs: exact greedy NMS with a fixed-size answer.
+"""Defines `SortedNms`, a custom op of the exported graphs: exact greedy NMS with a fixed-size result.
 
-TensorRT's own NMS has data-dependent shapes and TensorRT-RTX has none; a keep mask over sorted boxes
-has neither problem. The kernel is `comask/kernels/sorted_nms.cu`; `comask.export.functions` holds the
+TensorRT's own NMS has data-dependent shapes, and TensorRT-RTX has no NMS. A keep mask over sorted boxes
+solves both problems. The kernel is `comask/kernels/sorted_nms.cu`; `comask.export.functions` defines the
 same op as an ONNX function.
 """
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from comask.kernels.launch import NMS, float32_below, nms_launch
 from comask.kernels.run import available, on_tensors
 
-VECTOR_BYTES = 16  # the kernel reads a box as one vector
+VECTOR_BYTES = 16  # the alignment of boxes, which the kernel reads as one vector each
 
 
 def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
-    """Which boxes survive greedy non-maximum suppression.
+    """Returns which boxes greedy non-maximum suppression keeps.
 
     Args:
-        boxes: [G, M, 4] f32 `xyxy`, each row of M by falling score.
-        group_ids: [G, M] int within i32; only boxes of equal id compete.
-        iou_threshold: a box goes when its IoU with a kept one is above this.
+        boxes: [G, M, 4] f32 `xyxy`, each row of M boxes by falling score.
+        group_ids: [G, M] integers within i32; only boxes with equal ids compete.
+        iou_threshold: a box is dropped when its IoU with a kept one exceeds this.
 
     Returns:
         [G, M] bool.
@@ -47,15 +47,15 @@ def sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor
 
 @torch.library.custom_op("comask::sorted_nms", mutates_args=())
 def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tensor:
-    """The kernel on tensors, or torchvision's operator where nothing compiles it.
+    """Runs the kernel on tensors, or torchvision's operator where the kernel cannot be compiled.
 
     Raises:
-        ValueError: shapes do not fit together, or the tensors are on two devices.
+        ValueError: when the shapes do not fit together, or the tensors are on different devices.
     """
     if boxes.shape != (*group_ids.shape, 4) or boxes.device != group_ids.device:
         raise ValueError(
             f"sorted_nms got boxes {tuple(boxes.shape)} on {boxes.device} and group_ids "
-            f"{tuple(group_ids.shape)} on {group_ids.device}; [G, M, 4] and [G, M] on one device expected"
+            f"{tuple(group_ids.shape)} on {group_ids.device}; expected [G, M, 4] and [G, M] on one device"
         )
     if not available(NMS, boxes.device):
         return _by_torchvision(boxes, group_ids, iou_threshold)
@@ -86,12 +86,12 @@ def _by_torchvision(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> T
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest along the last axis, ties to the lower index, in every backend.
+    """Returns the k largest scores along the last axis; ties go to the lower index in every backend.
 
-    PyTorch's `topk` leaves ties open; ONNX's TopK does not.
+    ONNX's TopK guarantees that; PyTorch's `topk` does not, so a stable sort replaces it.
 
     Returns:
-        values and indices [..., k].
+        Values and indices, [..., k] each.
     """
     if torch.onnx.is_in_onnx_export():
         return torch.topk(scores, k)

@@ -1,7 +1,7 @@
-"""What stays f32 in a network that `half()` has converted to f16.
+"""Keeps parts of a network in f32 when `half()` converts it to f16.
 
-f16 has 11 significant bits and ends at 65504: enough for weights and activations, not for pixels, for
-fractions of a large RoI, or for sums over a map.
+f16 has 11 significant bits and a maximum of 65504. That is enough for weights and activations, but not
+for pixel coordinates, fractions of a large RoI, or sums over a map.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Paths in `CoMask` of the modules that end in logits, deltas and offsets, all of which are read in f32.
+# Paths in `CoMask` of the modules whose outputs (logits, deltas and offsets) are read in f32.
 FLOAT_OUTPUTS = ("rpn", "classifier", "head", "fine_head")
 
 
@@ -22,36 +22,36 @@ class FloatTensors(nn.Module):
     """A module whose own parameters and buffers stay f32 when `half()` converts its layers."""
 
     def half(self) -> Self:
-        """Converts the layers inside."""
+        """Converts the child layers to f16, but not the module's own parameters and buffers."""
         for layer in self.children():
             layer.half()
         return self
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with its statistics in f32: over a large map a sum of squares exceeds f16."""
+    """GroupNorm with statistics in f32, since a sum of squares over a large map exceeds f16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, …] → the same shape, in the dtype of the weights."""
+        """Normalises [B, C, …]; the result has the type of the weights."""
         weight, bias = self.weight.float(), self.bias.float()
         normed = F.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
         return normed.to(self.weight.dtype)
 
 
 def with_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm_groups: int) -> list[nn.Module]:
-    """A convolution, its GroupNorm and a ReLU."""
+    """Returns a convolution, its GroupNorm and a ReLU."""
     return [conv, GroupNorm(norm_groups, conv.out_channels), nn.ReLU(inplace=True)]
 
 
 def half_around(model: nn.Module, islands: Collection[str]) -> None:
-    """Converts a network to f16 in place, but for its float islands: their layers compute in f32.
+    """Converts a network to f16 in place, except for its float islands, whose layers compute in f32.
 
-    What enters an island is cast to f32, what leaves it to f16. Hooks do that, since a wrapper would
-    rename the weights, and graphs of two precisions are paired by those names.
+    Inputs of an island are cast to f32, its outputs to f16. Hooks do that, since a wrapper would rename
+    the weights, whose names pair graphs of two precisions.
 
     Args:
-        model: f32.
-        islands: paths of modules as `backbone.layer3.2`, none inside another.
+        model: a network in f32.
+        islands: paths of modules, such as `backbone.layer3.2`; no island may contain another.
     """
     kept = {path: deepcopy(model.get_submodule(path)) for path in islands}
     model.half()
@@ -63,7 +63,7 @@ def half_around(model: nn.Module, islands: Collection[str]) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor, or lists and tuples of them, in another dtype."""
+    """Casts a tensor, or the tensors of nested lists and tuples."""
     if isinstance(value, Tensor):
         return value.to(dtype)
     return type(value)(_cast(part, dtype) for part in value)

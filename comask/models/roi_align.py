@@ -1,9 +1,9 @@
-"""`PyramidRoiAlign`, the custom op of the exported graphs: RoIAlign from the level that fits the RoI.
+"""Defines `PyramidRoiAlign`, a custom op of the exported graphs: RoIAlign from the level that fits a RoI.
 
-The kernel is `comask/kernels/pyramid_roi_align.cu`; `comask.export.functions` holds the same op as an
+The kernel is `comask/kernels/pyramid_roi_align.cu`; `comask.export.functions` defines the same op as an
 ONNX function.
 
-Legend: B batch, N RoIs an image, R all RoIs, C channels, S output size.
+Legend: B batch, N RoIs per image, R all RoIs, C channels, S output size.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from comask.kernels.launch import LEVEL_STRIDES, ROI_ALIGN, roi_align_launch
 from comask.kernels.run import available, on_tensors
 
-STRIDES = tuple(LEVEL_STRIDES.values())  # of P2..P5
+STRIDES = tuple(LEVEL_STRIDES.values())  # P2..P5
 CANONICAL_LEVEL = 4
 # A RoI leaves level k for k + 1 when its side reaches canonical_size × 2^(k + 1 - 4 - 1e-6).
 LEVEL_FACTORS = tuple(2.0 ** (k - CANONICAL_LEVEL - 1e-6) for k in (3, 4, 5))
 
-DENSE_AREA = 64 * 64  # largest map, in feature pixels, that it is for
+DENSE_AREA = 64 * 64  # largest map, in feature pixels, for which `dense_roi_align` is faster
 
 
 def roi_levels(rois: Tensor, canonical_size: float) -> Tensor:
-    """The place (0 = P2 … 3 = P5) of each RoI's level.
+    """Returns the index (0 = P2 … 3 = P5) of each RoI's level.
 
-    k = floor(4 + log2(√(wh) / 224) + 1e-6), clamped to 2..5 (FPN, equation 1), written as three
-    comparisons, which round alike in every backend; a logarithm does not. A RoI without an area
-    takes P2.
+    The level is k = floor(4 + log2(√(wh) / 224) + 1e-6), clamped to 2..5 (FPN, equation 1). It is
+    computed by three comparisons, which round alike in every backend, unlike a logarithm. A RoI without
+    area takes P2.
 
     Args:
         rois: [..., 4] f32 `xyxy` in pixels.
@@ -56,11 +56,11 @@ def pyramid_roi_align(
     """Pools each RoI from one level of the pyramid (half-pixel aligned, averaged samples).
 
     Args:
-        pyramid: P2..P5, each [B, C, H/stride, W/stride]; more levels are ignored.
+        pyramid: P2..P5, each [B, C, H/stride, W/stride]; further levels are ignored.
         rois: [B, N, 4] f32 `xyxy` in pixels of the resized image.
-        output_size: S.
-        sampling_ratio: samples a bin and axis.
-        canonical_size: see `roi_levels`.
+        output_size: S, the number of bins per side.
+        sampling_ratio: samples per bin and axis.
+        canonical_size: as for `roi_levels`.
 
     Returns:
         [B·N, C, S, S].
@@ -98,14 +98,14 @@ def pool_rows(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """`pyramid_roi_align` of RoIs that each name their image.
+    """Pools RoIs as `pyramid_roi_align` does; each RoI states the index of its image.
 
     Args:
-        pyramid: P2..P5; more levels are ignored.
+        pyramid: P2..P5; further levels are ignored.
         rows: [R, 5] f32, image index and `xyxy` in pixels.
-        output_size: S.
-        sampling_ratio: samples a bin and axis.
-        canonical_size: see `roi_levels`.
+        output_size: S, the number of bins per side.
+        sampling_ratio: samples per bin and axis.
+        canonical_size: as for `roi_levels`.
 
     Returns:
         [R, C, S, S].
@@ -129,28 +129,28 @@ def _pyramid_roi_align(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """The kernel on tensors, or torchvision's operators where nothing compiles it.
+    """Runs the kernel on tensors, or torchvision's operators where the kernel cannot be compiled.
 
     Args:
-        p2, p3, p4, p5: [B, C, H, W] of any layout; of other types than f32 and f16 by way of f32.
-        rois: [R, 4], or [R, 5] if `rois_per_image` is 0; see `roi_align_launch`.
-        rois_per_image: likewise.
-        output_size: S.
-        sampling_ratio: samples a bin and axis.
-        canonical_size: see `roi_levels`.
+        p2, p3, p4, p5: [B, C, H, W] of any layout; types other than f32 and f16 are converted to f32.
+        rois: [R, 4], or [R, 5] if `rois_per_image` is 0.
+        rois_per_image: as for `roi_align_launch`.
+        output_size: S, the number of bins per side.
+        sampling_ratio: samples per bin and axis.
+        canonical_size: as for `roi_levels`.
 
     Returns:
-        [R, C, S, S] of the maps' type and layout.
+        [R, C, S, S] in the type and layout of the maps.
 
     Raises:
-        ValueError: the maps differ in type, or not all tensors are on one device.
+        ValueError: when the maps differ in type, or the tensors are on different devices.
     """
     maps, layout, dtype = [p2, p3, p4, p5], _layout([p2, p3, p4, p5]), p2.dtype
     kinds = {(features.dtype, features.device) for features in maps}
     if len(kinds) > 1 or rois.device != p2.device:
-        found = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (*maps, rois))
+        types = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (*maps, rois))
         raise ValueError(
-            f"pyramid_roi_align got p2..p5 and rois of {found}; the maps must be of one type, and all "
+            f"pyramid_roi_align got p2..p5 and rois of {types}; the maps must be of one type, and all "
             "on one device"
         )
     has_kernel = available(ROI_ALIGN, p2.device)
@@ -187,7 +187,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """By torchvision's operator, level by level, in f32."""
+    """Computes the gradients of the maps with torchvision's operator, level by level, in f32."""
     rows = _rows(ctx.saved_tensors[0], ctx.rois_per_image)
     levels = roi_levels(rows[:, 1:], ctx.canonical_size)
     size = grad.shape[2]
@@ -206,7 +206,7 @@ _pyramid_roi_align.register_autograd(_backward, setup_context=_save)
 
 
 def _layout(maps: list[Tensor]) -> torch.memory_format:
-    """Channels-last where all maps are, so that none is copied."""
+    """Returns the layout that all maps have, so that none is copied; else the contiguous one."""
     for layout in (torch.contiguous_format, torch.channels_last):
         if all(features.is_contiguous(memory_format=layout) for features in maps):
             return layout
@@ -214,7 +214,7 @@ def _layout(maps: list[Tensor]) -> torch.memory_format:
 
 
 def _rows(rois: Tensor, rois_per_image: int) -> Tensor:
-    """[R, 5] f32 of the [R, 4] or [R, 5] that `_pyramid_roi_align` takes."""
+    """Returns [R, 5] f32, image index and box, for the [R, 4] or [R, 5] of `_pyramid_roi_align`."""
     if rois_per_image == 0:
         return rois.float()
     image = torch.arange(len(rois), device=rois.device) // rois_per_image
@@ -224,7 +224,7 @@ def _rows(rois: Tensor, rois_per_image: int) -> Tensor:
 def _pool_by_level(
     maps: list[Tensor], rows: Tensor, output_size: int, sampling_ratio: int, canonical_size: float
 ) -> Tensor:
-    """`pool_rows` by the operator that is fastest in training on a CPU for each level's size."""
+    """Pools as `pool_rows` does, on each level by the operator that is fastest for its size."""
     levels = roi_levels(rows[:, 1:], canonical_size)
     pooled = maps[0].new_zeros((len(rows), maps[0].shape[1], output_size, output_size))
     for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
@@ -239,24 +239,24 @@ def _pool_by_level(
             part = torchvision.ops.roi_align(
                 features, rows[chosen], output_size, 1 / stride, sampling_ratio, aligned=True
             )
-        pooled[chosen] = part.to(pooled.dtype)  # autocast gives dense_roi_align's products its own
+        pooled[chosen] = part.to(pooled.dtype)  # autocast may give dense_roi_align another type
     return pooled
 
 
 def dense_roi_align(
     features: Tensor, rows: Tensor, output_size: int, scale: float, sampling_ratio: int
 ) -> Tensor:
-    """RoIAlign as two matrix products: bilinear sampling is separable.
+    """Computes RoIAlign as two matrix products, since bilinear sampling is separable.
 
-    For training on a CPU with small maps, where torchvision's backward scatters with one thread
-    (`benchmarks/roi_align.py` compares them).
+    It serves training on a CPU with small maps, where torchvision's backward pass scatters with a single
+    thread (`benchmarks/roi_align.py` compares the two).
 
     Args:
         features: [B, C, H, W].
         rows: [R, 5] f32, image index and `xyxy` in pixels.
-        output_size: S.
-        scale: feature pixels a pixel.
-        sampling_ratio: samples a bin and axis.
+        output_size: S, the number of bins per side.
+        scale: feature pixels per image pixel.
+        sampling_ratio: samples per bin and axis.
 
     Returns:
         [R, C, S, S].
@@ -278,11 +278,11 @@ def dense_roi_align(
 def _sampling_matrix(
     start: Tensor, end: Tensor, output_size: int, sampling_ratio: int, length: int
 ) -> Tensor:
-    """[R, S, length]: how much each feature pixel adds to each bin between `start` and `end`, [R]."""
+    """Returns [R, S, length], the weight of each feature pixel in each bin from `start` to `end`, [R]."""
     samples = output_size * sampling_ratio
     share = (torch.arange(samples, device=start.device) + 0.5) / samples
     position = start[:, None] + (end - start)[:, None] * share
-    inside = (position >= -1) & (position <= length)  # farther out a sample counts as zero
+    inside = (position >= -1) & (position <= length)  # samples farther outside count as zero
     pixel = torch.arange(length, device=start.device)
     distance = (position.clamp(0, length - 1)[..., None] - pixel).abs()
     weights = (1 - distance).clamp(min=0) * inside[..., None]

@@ -1,6 +1,6 @@
-"""Region proposal network (Ren et al., NIPS 2015) on P2..P6, with a fixed number of proposals.
+"""The region proposal network (Ren et al., NIPS 2015) on P2..P6, with a fixed number of proposals.
 
-Legend: B batch, A anchors a place, L levels, K candidates a level, N proposals an image.
+Legend: B batch, A anchors per place, L levels, K candidates per level, N proposals per image.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
 
-STRIDES = (*LEVEL_STRIDES.values(), 64)  # of P2..P6
-# A score of 0 marks padding. Sigmoids differ in where they round to 0 (ONNX Runtime's at a logit of
-# -18), so no proposal may come near.
+STRIDES = (*LEVEL_STRIDES.values(), 64)  # P2..P6
+# A score of 0 marks padding. Sigmoids round to 0 at different logits (ONNX Runtime's at -18), so the
+# scores of proposals must stay well above 0.
 MIN_SCORE = 1e-6
-MIN_SIDE = 1e-3  # pixels; thinner clipped proposals are dropped
+MIN_SIDE = 1e-3  # pixels; proposals that clipping makes thinner are dropped
 
 
 def base_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
-    """[A, 4] boxes of area size² around the origin, one a height:width ratio, rounded to pixels."""
+    """Returns [A, 4], boxes of area size² around the origin, one per height:width ratio, rounded."""
     ratio = torch.tensor(ratios)
     h = size * torch.sqrt(ratio)
     w = size / torch.sqrt(ratio)
@@ -32,12 +32,12 @@ def base_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
 
 
 def level_anchors(base: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """All anchors of one level.
+    """Returns all anchors of one level.
 
     Args:
-        base: [A, 4] boxes around the origin.
-        height, width: of the level; a place (i, j) is centred on pixel (j, i) × stride.
-        stride: 4…64, exact whatever the image's size.
+        base: [A, 4], boxes around the origin.
+        height, width: the level's size; place (i, j) is centred on pixel (j, i) × stride.
+        stride: 4 to 64, independent of the image's size.
 
     Returns:
         [height·width·A, 4] in row, column, anchor order.
@@ -51,11 +51,11 @@ def level_anchors(base: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 
 class LevelOutput(NamedTuple):
-    """What the RPN says of one level with n = H·W·A anchors.
+    """The RPN's output for one level with n = H·W·A anchors.
 
     Attributes:
         logits: [B, n] f32, objectness.
-        deltas: [B, n, 4] f32, see `comask.models.boxes.encode_boxes`.
+        deltas: [B, n, 4] f32 in the code of `comask.models.boxes.encode_boxes`.
         anchors: [n, 4] f32 `xyxy` in pixels of the resized image.
     """
 
@@ -65,7 +65,7 @@ class LevelOutput(NamedTuple):
 
 
 class RPN(FloatTensors):
-    """A 3×3 convolution, objectness and box deltas at every place; the weights serve all levels."""
+    """A 3×3 convolution, then objectness and box deltas at every place; all levels share the weights."""
 
     base_anchors: Tensor
 
@@ -84,7 +84,7 @@ class RPN(FloatTensors):
         self.register_buffer("base_anchors", bases, persistent=False)
 
     def forward(self, pyramid: list[Tensor]) -> list[LevelOutput]:
-        """P2..P6, each [B, C, H/stride, W/stride] → one `LevelOutput` a level."""
+        """Maps P2..P6, each [B, C, H/stride, W/stride], to one `LevelOutput` per level."""
         outputs = []
         for features, base, stride in zip(pyramid, self.base_anchors, STRIDES, strict=True):
             hidden = F.relu(self.conv(features))
@@ -103,20 +103,20 @@ def proposals_from_levels(
     num_proposals: int,
     nms_iou: float,
 ) -> tuple[Tensor, Tensor]:
-    """The best boxes of all levels: per level the top K by logit and NMS, then the top N overall.
+    """Selects proposals: per level the top K after NMS, then the top N of all levels.
 
-    Ranked by logit, because saturated probabilities tie.
+    Boxes are ranked by logit, because saturated probabilities are equal.
 
     Args:
-        levels: P2..P6.
-        image_sizes: [B, 2] (h, w) in pixels of each image inside the padded canvas.
-        candidates_per_level: K.
-        num_proposals: N; fewer are returned when L·K is smaller.
-        nms_iou: overlap above which the lower-ranked box of a level goes.
+        levels: the outputs for P2..P6.
+        image_sizes: [B, 2], (h, w) in pixels of each image inside the padded canvas.
+        candidates_per_level: K, the number of candidates per level.
+        num_proposals: N, the number of proposals per image; fewer are returned when L·K is smaller.
+        nms_iou: overlap above which the lower-ranked box of a level is dropped.
 
     Returns:
-        proposals [B, N, 4] f32 `xyxy` in pixels, inside their image, and scores [B, N] f32 in 1e-6..1
-        by falling score; a score of 0 marks padding, whose box is zeros.
+        Proposals [B, N, 4] f32 `xyxy` in pixels, inside their image, and scores [B, N] f32 in 1e-6..1,
+        by falling score. A score of 0 marks padding, whose box is zeros.
     """
     k = candidates_per_level
     best = [_level_candidates(level, image_sizes, k) for level in levels]
@@ -127,14 +127,14 @@ def proposals_from_levels(
     logits = logits.masked_fill(~keep, -torch.inf).flatten(1)
     logits, order = top_k(logits, min(num_proposals, len(levels) * k))
     boxes = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
-    found = ~torch.isneginf(logits)
-    scores = torch.where(found, torch.sigmoid(logits).clamp(min=MIN_SCORE), 0.0)
-    return torch.where(found[..., None], boxes, 0.0), scores
+    valid = ~torch.isneginf(logits)
+    scores = torch.where(valid, torch.sigmoid(logits).clamp(min=MIN_SCORE), 0.0)
+    return torch.where(valid[..., None], boxes, 0.0), scores
 
 
 def _level_candidates(level: LevelOutput, image_sizes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best boxes [B, k, 4] of one level and their logits [B, k], -inf where there is none."""
-    # k more entries than there are anchors, so that a small level needs no smaller k
+    """Returns the k best boxes [B, k, 4] of one level and their logits [B, k], -inf for padding."""
+    # k entries are appended, so that k need not shrink for levels with fewer anchors.
     none = level.logits.new_full((level.logits.shape[0], k), -torch.inf)
     logits, order = top_k(torch.cat((level.logits, none), dim=1), k)
     order = order.clamp(max=level.anchors.shape[0] - 1)
@@ -142,6 +142,6 @@ def _level_candidates(level: LevelOutput, image_sizes: Tensor, k: int) -> tuple[
     boxes = clip_boxes(decode_boxes(deltas, level.anchors[order]), image_sizes)
     side = (boxes[..., 2:] - boxes[..., :2]).amin(-1)
     empty = (side < MIN_SIDE) | torch.isneginf(logits)
-    # An empty box overlaps nothing, so it cannot suppress a sound one.
+    # Boxes of zeros overlap nothing, so that they cannot suppress other boxes.
     boxes = torch.where(empty[..., None], 0.0, boxes)
     return boxes, logits.masked_fill(empty, -torch.inf)

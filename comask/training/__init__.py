@@ -1,1 +1,1 @@
-"""From a data set to a checkpoint."""
+"""Trains a model on a data set, and writes checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one file with weights, configuration, classes and what it takes to go on training."""
+"""Checkpoints: one file with weights, configuration, classes and the state to resume training."""
 
 from __future__ import annotations
 
@@ -20,39 +20,43 @@ from comask.errors import CheckpointError, ComaskError
 from comask.files import whole_file
 from comask.models.comask import CoMask, load_weights
 
-FORMAT = 2
-STORED: dict[str, Any] = {  # as they are
+FORMAT = 2  # the version of the file's format
+STORED: dict[str, Any] = {  # fields that are stored unchanged, with their types
     "model": dict, "ema": dict | None, "optimizer": dict, "scaler": dict, "step": int,
     "best_ap": int | float, "stale": int, "data": str,
 }  # fmt: skip
 
 
 def read_torch_file(path: Path) -> object:
-    """What `torch.save` wrote, on the CPU.
+    """Reads a file of `torch.save` to the CPU.
 
     Raises:
-        CheckpointError: when it cannot be read, holds pickled code, or is compressed, which `torch.save`
-            never does and a few kilobytes that fill the memory are. The text does not name the file.
+        CheckpointError: the file cannot be read, holds pickled code, or is compressed. `torch.save` never
+            compresses, and a few compressed kilobytes could fill the memory. The text does not name the
+            file.
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError("is no file")
+            raise CheckpointError("is not a file")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > path.stat().st_size:
-                raise CheckpointError(f"unpacks to {unpacked} bytes: PyTorch compresses no file")
+                raise CheckpointError(
+                    f"unpacks to {unpacked} bytes, but PyTorch never compresses its files"
+                )
+        # The warnings are about kinds of pickle; an unreadable file raises an exception.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of pickle; what cannot be read is an error
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # a broken stream makes an unpickler fail in any way
+    except Exception as error:  # A broken stream can make an unpickler raise anything.
         raise CheckpointError(why_unreadable(error)) from error
 
 
 def why_unreadable(error: Exception) -> str:
-    """What went wrong while weights were loaded, in one line without PyTorch's advice to run code."""
+    """Returns why weights could not be loaded, in one line without PyTorch's advice to run code."""
     text = str(error).strip()
     blocked = re.search(r"GLOBAL (\S+)", text)
     if blocked:
@@ -60,7 +64,7 @@ def why_unreadable(error: Exception) -> str:
         return f"it holds a pickled {name}, and code in files is never run: save its weights alone"
     if isinstance(error, OSError) and (error.filename or not error.strerror):  # no file, no network
         return error.strerror or text.splitlines()[0]
-    # where torch's own words advise to load the file unsafely, the error's name must do
+    # If torch's text advises to load the file unsafely, only the error's name is shown.
     detail = type(error).__name__ if not text or "weights_only" in text else text.splitlines()[0]
     return f"neither PyTorch's format nor safetensors, or cut short: {detail}"
 
@@ -70,17 +74,17 @@ class Checkpoint:
     """The state of a run after `step` optimiser steps.
 
     Attributes:
-        config: of the run.
+        config: the run's configuration.
         categories: the classes in label order.
-        model: state dict of `CoMask`.
-        ema: the same of the averaged weights; None where none are kept.
-        optimizer: its state dict.
-        scaler: of fp16's gradient scaler; empty in other precisions.
-        step: optimiser steps done. With the configuration it fixes all randomness to come, the
-            learning rate and the place in the data, so none of those is stored.
+        model: the state dict of `CoMask`.
+        ema: the state dict of the averaged weights; None if the run does not average.
+        optimizer: the optimiser's state dict.
+        scaler: the state dict of fp16's gradient scaler; empty in other precisions.
+        step: the number of finished optimiser steps. With the configuration, it determines all further
+            randomness, the learning rate and the position in the data, so these are not stored.
         best_ap: the best mask AP so far (0..1); -1 before the first evaluation.
-        stale: evaluations since then.
-        data: digest of the images it trains and is evaluated on, see `TrainingData.digest`.
+        stale: the number of evaluations since the best one.
+        data: the digest of the images for training and validation, see `TrainingData.digest`.
     """
 
     config: Config
@@ -96,12 +100,12 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated and exported: the averaged weights, where there are any."""
+        """The weights to evaluate and export: the averaged ones, if the run averages."""
         return self.model if self.ema is None else self.ema
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `path` whole or not at all: a killed process leaves the previous file."""
+    """Writes `path` atomically: a killed process leaves the previous file."""
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(checkpoint.config),
@@ -116,7 +120,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint without executing anything in it.
 
     Raises:
-        CheckpointError: when the file is missing, is not a comask checkpoint, or holds pickled code.
+        CheckpointError: the file is missing, is not a comask checkpoint, or holds pickled code.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -125,10 +129,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{path}: not a comask checkpoint; comask-train writes those")
+        raise CheckpointError(f"{path}: not a comask checkpoint; 'comask train' writes them")
     if type(content["format"]) is not int or content["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: has checkpoint format {content['format']!r:.80}, this comask reads {FORMAT}"
+            f"{path}: has checkpoint format {content['format']!r:.80}; this comask reads {FORMAT}"
         )
     try:
         for name, kinds in STORED.items():
@@ -144,15 +148,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     except (ComaskError, KeyError, TypeError, ValueError) as error:
         known = isinstance(error, ComaskError)
-        what = str(error) if known else f"{error!r} is missing or wrong"
-        raise CheckpointError(f"{path}: {what}") from error
+        problem = str(error) if known else f"{error!r} is missing or wrong"
+        raise CheckpointError(f"{path}: {problem}") from error
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> CoMask:
-    """The trained network, in evaluation mode.
+    """Returns the trained network in evaluation mode.
 
     Raises:
-        CheckpointError: when the weights do not fit the configuration.
+        CheckpointError: the weights do not fit the configuration.
     """
     model = CoMask(checkpoint.config.model, checkpoint.config.preprocess)
     load_weights(model, checkpoint.weights)

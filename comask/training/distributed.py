@@ -1,6 +1,6 @@
-"""One training process or several, as torchrun starts them: gloo on CPUs, NCCL on GPUs.
+"""Communication between training processes started by torchrun: gloo on CPUs, NCCL on GPUs.
 
-In a single process every function here is the identity.
+In a single process, these functions only return the value that they are given.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import distributed as dist
 from comask.errors import TrainingError
 
 T = TypeVar("T")
-# Other ranks wait while the first one scores a large validation set.
+# Long enough for the other ranks to wait while the first one scores a large validation set.
 PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among its kind.
+    """This process among the processes that train together.
 
     Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
-        device: of this process.
+        rank: this process's number, from 0.
+        world: the number of processes.
+        device: this process's device.
     """
 
     rank: int
@@ -39,17 +39,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes the files and prints messages."""
         return self.rank == 0
 
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """Joins the group that torchrun's environment variables describe; alone without them.
+    """Joins the group that torchrun's environment variables describe; without them, trains alone.
 
     Raises:
-        TrainingError: when there are more processes on this machine than GPUs, or the variables are
-            incomplete.
+        TrainingError: the machine has fewer GPUs than processes, or the variables are incomplete.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -72,13 +71,13 @@ def join() -> Iterator[Ranks]:
         )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield Ranks(rank=dist.get_rank(), world=world, device=device)
-    # Not after an error: the others may never come to meet this process, and torchrun ends them when
-    # this one ends.
+    # Not after an error: the other processes may never reach this point, and torchrun ends them when
+    # this process ends.
     dist.destroy_process_group()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of `values` over all processes, without a gradient."""
+    """Returns the mean of `values` over all processes, without a gradient."""
     if not dist.is_initialized():
         return values.detach()
     total = values.detach().clone()
@@ -87,7 +86,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def largest_over_ranks(value: int, ranks: Ranks) -> int:
-    """The largest of all processes' values, on each of them."""
+    """Returns the largest value of all processes, on every process."""
     if not dist.is_initialized():
         return value
     largest = torch.tensor(value, device=ranks.device)
@@ -96,17 +95,17 @@ def largest_over_ranks(value: int, ranks: Ranks) -> int:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's `value`, by rank, on the first process; nothing on the others."""
+    """Returns every process's `value` by rank on the first process, and an empty list on the others."""
     if not dist.is_initialized():
         return [value]
     first = dist.get_rank() == 0
     values: list[T | None] | None = [None] * dist.get_world_size() if first else None
     dist.gather_object(value, values)
-    return values or []  # type: ignore[return-value]  # all are filled now
+    return values or []  # type: ignore[return-value]  # None of them is None any more.
 
 
 def share_from_first(value: T) -> T:
-    """The first process's `value`, on every process."""
+    """Returns the first process's `value` on every process."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -115,12 +114,12 @@ def share_from_first(value: T) -> T:
 
 
 def leads_its_machine() -> bool:
-    """Whether this process does once what each machine needs once."""
+    """Returns whether this process does the work that is needed once per machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def share_on_machine(value: T) -> T:
-    """The value of the process that leads this one's machine; waits for all processes."""
+    """Returns the value of the process that leads this machine; waits for all processes."""
     if not dist.is_initialized():
         return value
     machine = os.environ.get("GROUP_RANK", "0")  # torchrun's number of the machine
@@ -132,10 +131,10 @@ def share_on_machine(value: T) -> T:
 
 
 def require_agreement(value: object) -> None:
-    """Makes sure that all processes hold the first one's `value`; else they would wait without end.
+    """Checks that all processes have the same `value`; otherwise they could wait for ever.
 
     Raises:
-        TrainingError: on a process that does not.
+        TrainingError: this process's value differs from the first process's.
     """
     if share_from_first(value) != value:
         raise TrainingError(

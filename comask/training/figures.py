@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and ground truth beside predictions."""
+"""Draws a run's curves, and ground truth beside predictions."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 _BEFORE, _PLAIN, _GAIN = "#888888", "#9ecae1", "#1f77b4"
 
-_GAP, _LINE, _FONT_SIZE = 8, 24, 15  # between tiles, height of a line of text, its size
+_GAP, _LINE, _FONT_SIZE = 8, 24, 15  # pixels between tiles, height of a text line, font size
 _PAPER, _INK = (250, 250, 250), (32, 32, 32)
-_ONE_COLUMN = 3  # more images than these stand in two columns
+_ONE_COLUMN = 3  # the most images in one column; more images are in two columns
 
 
 def draw_curves(folder: Path) -> list[Path]:
-    """Draws what the tables of a run hold; a table without rows gives no picture.
+    """Draws the tables of a run; a table without rows is skipped.
 
     Args:
-        folder: of the run, with `metrics.csv` and `eval.csv`.
+        folder: the run's folder, with `metrics.csv` and `eval.csv`.
 
     Returns:
-        Those of `losses.png`, `ap.png` and `second_stage.png` in `folder` that were written.
+        The files in `folder` that were written, of `losses.png`, `ap.png` and `second_stage.png`.
     """
     figures: dict[str, Figure] = {}
     losses, evaluations = read_steps(folder), read_evaluations(folder)
@@ -95,7 +95,7 @@ def _precision(evaluations: list[Evaluation]) -> Figure:
 
 
 def _second_stage(evaluation: Evaluation) -> Figure:
-    """AP before the second stage and after it, and of the boxes that an unweighted average gives."""
+    """Draws AP before and after the second stage, and AP of the unweighted average of boxes."""
     figure = _figure(8, 4)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, (task, what) in zip(panels, TASK_NAMES.items(), strict=True):
@@ -111,10 +111,10 @@ def _second_stage(evaluation: Evaluation) -> Figure:
 
 
 def second_stage(evaluation: Evaluation, task: str) -> dict[str, float]:
-    """AP points by what they are of, in the order of the network's passes.
+    """Returns the AP points of each of the network's passes, in their order.
 
-    The plain average of the same cells, in which all count alike, tells what the weights by the mask add.
-    It exists for boxes alone, and so does an evaluation with it: at the end of a run.
+    The plain average gives the same cells equal weights; the difference to it shows what the mask's
+    weights add. It exists only for boxes, and only in the evaluation at the end of a run.
     """
     if task == "segm":
         stages = {"coarse mask": "first", "final mask": "final"}
@@ -128,7 +128,7 @@ def second_stage(evaluation: Evaluation, task: str) -> dict[str, float]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, without pyplot and the backend it keeps for all."""
+    """Returns an empty figure of that size in inches, without pyplot's global backend."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -139,7 +139,7 @@ def _steps(evaluations: list[Evaluation]) -> list[int]:
 
 
 def _limit(axes: Axes) -> None:
-    """Makes the axes of AP points over steps hold what is drawn, in y 2 points at least."""
+    """Fits the axes of AP points over steps to the lines, with at least 2 points in y."""
     from matplotlib.ticker import MaxNLocator
 
     values = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines])
@@ -147,12 +147,12 @@ def _limit(axes: Axes) -> None:
     low, high = (values.min(), values.max()) if len(values) else (0.0, 100.0)
     margin = max(1.0, 0.08 * (high - low))
     axes.set_ylim(max(0.0, low - margin), min(100.0, high + margin))
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there are no half steps
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # Steps are whole numbers.
     axes.grid(alpha=0.3)
 
 
 def _smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """The mean of each of `values` ([N]) and up to window - 1 before it."""
+    """Returns the mean of each of `values` ([N]) and up to window - 1 values before it."""
     sums = np.concatenate(([0.0], values.cumsum()))
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
@@ -170,25 +170,25 @@ def picture_grid(
     """Writes a PNG of images, each drawn twice: with its ground truth and with predictions.
 
     Args:
-        source: with images and ground truth.
-        indices: which images; without any, nothing is written.
+        source: the source of images and ground truth.
+        indices: the indices of the images; if empty, nothing is written.
         detections: predictions in the order of `indices`, in pixels of their images, with labels of
             `source`.
-        path: of the PNG, replaced as a whole.
-        threshold: predictions of lower scores are not drawn.
+        path: the PNG's path; an existing file is replaced.
+        threshold: predictions with lower scores are not drawn.
 
     Raises:
-        ValueError: when there are not as many detections as images.
-        DataError: when an annotation cannot be used.
-        ImageError: when an image cannot be decoded.
+        ValueError: the number of detections is not the number of images.
+        DataError: an annotation cannot be used.
+        ImageError: an image cannot be decoded.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     rows: list[tuple[str, list[NDArray[np.uint8]]]] = []
     names = tuple(category.name for category in source.categories)
-    for index, found in zip(indices, detections, strict=True):
+    for index, predicted in zip(indices, detections, strict=True):
         image, info = source.image(index), source.info(index)
-        shown = dataclasses.replace(found[found.scores >= threshold], class_names=names)
+        shown = dataclasses.replace(predicted[predicted.scores >= threshold], class_names=names)
         truth = draw_tile(image, true_detections(source, index), show_scores=False)
         tiles = [truth, draw_tile(image, shown)]
         rows.append((info.file_name or str(info.id), tiles))
@@ -203,7 +203,7 @@ def picture_grid(
     sheet = Image.new("RGB", size, _PAPER)
     pen, own_font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
     for column in range(columns):
-        # ASCII: Pillow's own font has no ≥ and no ellipsis.
+        # ASCII only: Pillow's built-in font has neither ≥ nor an ellipsis.
         for side, caption in enumerate(
             ("ground truth", f"predictions of score >= {threshold:.2f}")
         ):
@@ -224,12 +224,12 @@ def picture_grid(
 
 
 def true_detections(source: InstanceSource, index: int) -> Detections:
-    """The objects of image `index`, as `detections_from_coco` makes them."""
+    """Returns the annotated objects of image `index` as detections."""
     return detections_from_coco(source.annotations(index), source.info(index), source.categories)
 
 
 def _shortened(text: str, font: Font, width: int) -> str:
-    """`text` on one line, its end cut off where it is wider than `width` pixels."""
+    """Returns `text` as one line, shortened if it is wider than `width` pixels."""
     line = " ".join(text.split())
     if font.getlength(line) <= width:
         return line

@@ -1,6 +1,6 @@
-"""Starting from weights: what of a file fits is copied into the model, and a report says what did.
+"""Copies the weights of a file that fit into a model, and reports which ones did.
 
-See `comask.training.weight_files` for the files that are understood.
+See `comask.training.weight_files` for the supported files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from comask.errors import CheckpointError
 from comask.models.comask import CoMask
 from comask.training.weight_files import WeightFile, nothing_fits, read_hub, read_weights
 
-CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is background
-# Layers whose numbers mean something else under another value of a setting.
+CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is the background
+# Layers whose weights have a different meaning under another value of a setting.
 SETTINGS = {
     "rpn.objectness.": ("anchor_ratios",),
     "rpn.deltas.": ("anchor_ratios",),
@@ -29,16 +29,16 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """What became of a file's values and of the model's; BatchNorm's step counters do not count.
+    """Reports which values of a file and of a model were used, without BatchNorm's step counters.
 
     Attributes:
-        layout: of the file.
-        taken: the model's names that were filled, if only with the rows of some classes.
-        left: the file's names that were not used, followed by `: reason` where their place exists.
-        random: the model's names that were not touched.
-        class_rows: classes whose rows came from the file.
-        new_classes: classes of the model whose rows stay random, where others came from the file.
-        lost_classes: classes of the file that the model does not have.
+        layout: the file's layout.
+        taken: the model's names that were filled, possibly only in the rows of some classes.
+        left: the file's names that were not used, followed by `: reason` if the model has their place.
+        random: the model's names that were not filled.
+        class_rows: the classes whose rows came from the file.
+        new_classes: the model's classes whose rows stay random, although others came from the file.
+        lost_classes: the file's classes that the model does not have.
     """
 
     layout: str
@@ -50,7 +50,7 @@ class WeightReport:
     lost_classes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A few lines for a reader, values counted by module."""
+        """Returns a few lines for the user, with values counted by module."""
         took = f": took {_grouped(self.taken)}" if self.taken else ""
         lines = [f"weights: {self.layout}{took}"]
         if any(name.startswith(CLASS_LAYERS) for name in self.taken):
@@ -58,7 +58,7 @@ class WeightReport:
             if self.new_classes:
                 lines.append(f"class rows that stay random: {_listed(self.new_classes)}")
             if self.lost_classes:
-                lines.append(f"classes of the file alone: {_listed(self.lost_classes)}")
+                lines.append(f"classes only in the file: {_listed(self.lost_classes)}")
         if self.left:
             lines.append(f"left in the file: {_grouped(self.left)}")
         if self.random:
@@ -67,20 +67,20 @@ class WeightReport:
 
 
 def import_weights(model: CoMask, source: str, categories: tuple[Category, ...]) -> WeightReport:
-    """Fills what it can of `model`; on an error the model is as it was.
+    """Copies the weights of `source` that fit into `model`; on an error the model stays unchanged.
 
-    A file that has a backbone must fill the model's completely, but for BatchNorm where the model has
-    GroupNorm. A comask checkpoint also gives the rows of classes of the same name in the layers that
-    have a row or channel a class; other layouts order classes otherwise and give none.
+    A file with a backbone must fill the model's whole backbone, except for BatchNorm if the model has
+    GroupNorm. In layers that have a row or channel per class, only a comask checkpoint fills rows, of
+    classes of the same name; other layouts order classes differently.
 
     Args:
-        model: to fill.
+        model: the model to fill.
         source: `none`, `imagenet` (torchvision's weights of the backbone, downloaded once), or the path
-            of a file: PyTorch's or safetensors.
+            of a PyTorch or safetensors file.
         categories: the model's classes in label order.
 
     Raises:
-        CheckpointError: when the weights cannot be loaded, or do not fit.
+        CheckpointError: the weights cannot be loaded, or do not fit.
     """
     targets = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
     if source == "none":
@@ -92,16 +92,16 @@ def import_weights(model: CoMask, source: str, categories: tuple[Category, ...])
     except CheckpointError as error:
         raise CheckpointError(f"train.weights={source}: {error}") from error
     for name, value in values.items():
-        targets[name].copy_(value)  # a state dict shares the model's memory
+        targets[name].copy_(value)  # A state dict shares the model's memory.
     return report
 
 
 def _fit(
     model: CoMask, targets: dict[str, Tensor], file: WeightFile, categories: tuple[Category, ...]
 ) -> tuple[dict[str, Tensor], WeightReport]:
-    """The values for the model by its names, and the report on them."""
+    """Returns the values for the model by its names, and the report on them."""
     their_row = {category.name: row for row, category in enumerate(file.categories, 1)}
-    rows = [(0, 0)]  # (the model's, the file's)
+    rows = [(0, 0)]  # (the model's row, the file's row)
     rows += [(i, their_row[c.name]) for i, c in enumerate(categories, 1) if c.name in their_row]
     values: dict[str, Tensor] = {}
     left = dict(file.left)
@@ -110,7 +110,7 @@ def _fit(
     for name, value in file.values.items():
         reason = reasons[name]
         if reason is None and _layer(name) in unfit:
-            reason = "the rest of its layer does not fit"  # a bias is nothing without its weight
+            reason = "the rest of its layer does not fit"  # A bias is useless without its weight.
         if reason is not None:
             left[file.names[name]] = reason
         elif name.startswith(CLASS_LAYERS):
@@ -137,23 +137,23 @@ def _fit(
 
 
 def _misfit(model: CoMask, targets: dict[str, Tensor], file: WeightFile, name: str) -> str | None:
-    """Why the file's value of `name` is not for the model; None when it is."""
+    """Returns why the file's value of `name` does not fit the model; None if it fits."""
     if _loses_batch_norm(targets, file, name):
         return "BatchNorm"
     if name not in targets:
         return ""
     for start, settings in SETTINGS.items():
         for setting in settings if name.startswith(start) else ():
-            wanted = getattr(model.config, setting)
-            if file.settings.get(setting, wanted) != wanted:
+            ours = getattr(model.config, setting)
+            if file.settings.get(setting, ours) != ours:
                 return f"another model.{setting}"
-    shape, ours = list(file.values[name].shape), list(targets[name].shape)
-    expected = ours
+    shape, own_shape = list(file.values[name].shape), list(targets[name].shape)
+    expected = own_shape
     if name.startswith(CLASS_LAYERS):
         if not file.categories:
             return "class names unknown"
-        expected = [len(file.categories) + 1, *ours[1:]]
-    return None if shape == expected else f"another shape, {shape} where the model has {ours}"
+        expected = [len(file.categories) + 1, *own_shape[1:]]
+    return None if shape == expected else f"another shape, {shape}; the model has {own_shape}"
 
 
 def _layer(name: str) -> str:
@@ -161,7 +161,7 @@ def _layer(name: str) -> str:
 
 
 def _loses_batch_norm(targets: dict[str, Tensor], file: WeightFile, name: str) -> bool:
-    """Whether `name` is of a BatchNorm in the file and of none in the model; GroupNorm has its names."""
+    """Returns whether `name` belongs to a BatchNorm in the file, but to a GroupNorm in the model."""
     statistics = f"{_layer(name)}.running_mean"
     return statistics in file.values and statistics not in targets
 
@@ -169,7 +169,7 @@ def _loses_batch_norm(targets: dict[str, Tensor], file: WeightFile, name: str) -
 def _require_backbone(
     model: CoMask, targets: dict[str, Tensor], file: WeightFile, values: dict[str, Tensor]
 ) -> None:
-    """Refuses another backbone: a part of one computes nothing that was ever trained."""
+    """Rejects a partial backbone, which would mix trained and random layers."""
     names = [
         name
         for name in {**file.values, **targets}
@@ -189,7 +189,7 @@ def _require_backbone(
 
 
 def _grouped(names: Iterable[str]) -> str:
-    """`backbone (100), rpn (2: another shape)` of names, which may be followed by a reason."""
+    """Counts names by module and reason, as in `backbone (100), rpn (2: another shape)`."""
     counts: Counter[tuple[str, str]] = Counter()
     for entry in names:
         name, _, reason = entry.partition(": ")

@@ -1,4 +1,4 @@
-"""The training loop, on one page."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ LAST = "checkpoint-last.pt"
 
 
 class Trainer:
-    """Trains a model on a data set and leaves checkpoints and metrics in a folder.
+    """Trains a model on a data set, and writes checkpoints and metrics to a folder.
 
     Args:
-        model: to train, in place, on the device of `ranks`.
+        model: the model, which is trained in place on the device of `ranks`.
         config: all settings.
-        data: its training images are learnt; checkpoints keep its digest and its categories.
-        output: `checkpoint-last.pt`, `checkpoint-best.pt`, `metrics.csv` and `eval.csv` go here.
-        ranks: this process among its kind.
-        evaluate: scores a model on the validation images; None leaves the last checkpoint the best.
-        resume: where to go on.
-        signal: the number of one that asks to end, 0 for none; looked at after each step.
+        data: the training images; checkpoints keep the digest and the categories of the data.
+        output: the folder for `checkpoint-last.pt`, `checkpoint-best.pt`, `metrics.csv` and `eval.csv`.
+        ranks: this process and the number of processes that train together.
+        evaluate: scores a model on the validation images; without it the last checkpoint is the best.
+        resume: the checkpoint to resume from.
+        signal: returns the number of a signal that asked to end the run, 0 for no signal; called after
+            each step.
 
     Attributes:
-        ended_by: the signal that ended `train` before its last step, on whichever process; 0 for none.
-        trained: whether there was anything left to train.
+        ended_by: the signal that ended `train` before its last step, on any process; 0 for no signal.
+        trained: whether any step was left to train.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class Trainer:
         self.ema = average_weights(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
         self.step, self.best_ap, self.stale = 0, -1.0, 0
-        self.validation: Validation | None = None  # the last one
+        self.validation: Validation | None = None  # of the last evaluation
         if resume:
             self._restore(resume)
-        elif ranks.first:  # what is there is of a run that was killed before its first LAST
+        elif ranks.first:  # A run that was killed before its first LAST may have left one.
             (output / BEST).unlink(missing_ok=True)
         require_agreement((self.digest, self.step))
         if train.channels_last:
@@ -115,10 +116,10 @@ class Trainer:
         self.trained = resume is None or not self.is_finished
 
     def train(self) -> None:
-        """Runs to the last step, out of patience, or to a signal; evaluates every so many epochs.
+        """Trains and evaluates until the last step, the end of `train.patience`, or a signal.
 
         Raises:
-            TrainingError: when a loss is not finite, or memory does not suffice.
+            TrainingError: a loss is not finite, or memory does not suffice.
         """
         train = self.config.train
         quiet = not self.ranks.first
@@ -143,7 +144,7 @@ class Trainer:
                 last = self.step == self.total_steps
                 if self.evaluate and (last or (epoch + 1) % train.evaluate_every == 0):
                     self.run_evaluation(epoch, last=last)
-                # Saved after the evaluation, so that a run killed during it evaluates when it goes on.
+                # Saved after the evaluation, so that a run killed during it evaluates when it resumes.
                 if not last and self._is_to_end():
                     return
                 self.save(LAST)
@@ -152,16 +153,17 @@ class Trainer:
         if self.evaluate is None or not (self.output / BEST).exists():
             self.save(BEST)
         if self.record:
-            if self.validation is None:  # else the last evaluation has reported all there is
+            if self.validation is None:  # Otherwise the last evaluation has written the report.
                 self._report()
             self.record.close()
 
     def _is_to_end(self) -> bool:
-        """Whether a signal asks for it; then `LAST` is of this step, and goes on with the same bits."""
+        """Returns whether a signal asks to end; if so, saves `LAST`, which continues bit for bit."""
         self.ended_by = largest_over_ranks(self._signal(), self.ranks)
         if self.ended_by:
             self.save(LAST)
-            share_from_first(None)  # where one process ends, torchrun ends those that still write
+            # Wait for the write, since torchrun ends all processes when the first one ends.
+            share_from_first(None)
         return self.ended_by != 0
 
     @property
@@ -176,7 +178,7 @@ class Trainer:
 
     @contextmanager
     def _batches(self, epoch: int, done: int) -> Iterator[Iterator[tuple[list[Batch], float]]]:
-        """This process's micro-batches of each optimiser step, and the seconds it waited for them."""
+        """Yields this process's micro-batches of each optimiser step, and the seconds it waited."""
         train, ranks = self.config.train, self.ranks
         batches = epoch_batches(
             self.dataset, train.batch_size, train.seed, epoch, ranks=ranks.world
@@ -190,7 +192,7 @@ class Trainer:
             yield _timed(loaded, [len(step) for step in steps])
 
     def train_step(self, batches: list[Batch], epoch: int, data_seconds: float) -> str:
-        """One optimiser step; returns a note for the progress display."""
+        """Runs one optimiser step and returns a note for the progress display."""
         started = time.perf_counter()
         train = self.config.train
         rate = learning_rate(train, self.step, self.steps_per_epoch, self.total_steps)
@@ -224,13 +226,13 @@ class Trainer:
         return f"loss {total:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, float]:
-        """Gradients of one optimiser step; the losses are means over all of its images."""
+        """Accumulates the gradients of one optimiser step; returns each loss's mean over its images."""
         device, precision = self.ranks.device, self.config.train.precision
         images = sum(len(batch.targets) for batch in batches)
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         means: Tensor | float = 0.0
         for i, batch in enumerate(batches):
-            # DDP exchanges gradients in the last backward pass only.
+            # DDP exchanges gradients only in the last backward pass.
             last = i == len(batches) - 1
             ddp = self.objective if isinstance(self.objective, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and not last else nullcontext():
@@ -247,11 +249,11 @@ class Trainer:
         return dict(zip(losses, mean_over_ranks(means).tolist(), strict=True))
 
     def run_evaluation(self, epoch: int, *, last: bool) -> None:
-        """Scores the model, records it, and keeps it when it is the best so far.
+        """Scores the model, records the scores, and saves the model if it is the best so far.
 
         Args:
-            epoch: the running one, from 0.
-            last: whether the run ends here, which scores more, see `Validator`.
+            epoch: the current epoch, from 0.
+            last: whether the run ends here; the last evaluation scores more, see `Validator`.
         """
         assert self.evaluate is not None
         model = self.ema.module if self.ema else self.model
@@ -259,11 +261,11 @@ class Trainer:
         model.eval()
         validation = self.evaluate(model, self.step, last=last)
         ap = validation.final.values["segm"]["AP"]
-        self.stale += ap >= 0  # where there are no objects, nobody can lose patience
+        self.stale += ap >= 0  # AP is -1 without any object, which says nothing about progress.
         if ap > self.best_ap:
             self.best_ap, self.stale = ap, 0
             self.save(BEST)
-        if self.out_of_patience and not last:  # so the run ends here
+        if self.out_of_patience and not last:  # The run ends here.
             validation = self.evaluate(model, self.step, last=True)
         self.validation = validation
         if self.record:
@@ -277,7 +279,7 @@ class Trainer:
         )
 
     def save(self, name: str) -> None:
-        """Writes the present state as `name`; the first process does."""
+        """Writes the current state as `name`. Only the first process writes."""
         if not self.ranks.first:
             return
         save_checkpoint(
@@ -309,7 +311,7 @@ class Trainer:
 
 
 def _timed(loaded: Iterator[Batch], sizes: list[int]) -> Iterator[tuple[list[Batch], float]]:
-    """Batches in groups of these sizes, with the seconds that each group was waited for."""
+    """Yields batches in groups of these sizes, with the seconds waited for each group."""
     for size in sizes:
         started = time.perf_counter()
         group = list(islice(loaded, size))
@@ -319,17 +321,18 @@ def _timed(loaded: Iterator[Batch], sizes: list[int]) -> Iterator[tuple[list[Bat
 def non_finite(
     folder: Path, step: int, losses: dict[str, float], image_ids: list[Id]
 ) -> TrainingError:
-    """The error of a loss that is not finite; what is needed to find out why is kept in a file.
+    """Returns the error for a loss that is not finite, and writes `non_finite.json` to find the cause.
 
     Args:
-        folder: of the run; gets `non_finite.json`.
-        step: optimiser steps done.
-        losses: of the step that failed.
-        image_ids: of its images, on all processes; none on any but the first process, which writes.
+        folder: the run's folder.
+        step: the number of finished optimiser steps.
+        losses: the losses of the failed step.
+        image_ids: the ids of the step's images on all processes; empty on all processes but the first,
+            which writes the file.
     """
     file = folder / "non_finite.json"
     if image_ids:
-        # NaN and infinity are not JSON
+        # JSON has no NaN and no infinity.
         report = {
             "step": step,
             "losses": {name: str(loss) for name, loss in losses.items()},
@@ -345,15 +348,15 @@ def non_finite(
 
 
 def out_of_memory(batch: Batch) -> TrainingError:
-    """The error of a batch that is too large for the GPU, naming the settings that shrink it."""
+    """Returns the error for a batch that is too large for the GPU; it names settings that help."""
     count, height, width = batch.images.shape[:3]
-    found = f"out of GPU memory with {count} images of {width}x{height} at once"
+    problem = f"out of GPU memory with {count} images of {width}x{height} at once"
     if count == 1:
         return TrainingError(
-            f"{found}: go on with --resume --set train.precision=bf16, or start anew with a smaller "
+            f"{problem}: go on with --resume --set train.precision=bf16, or start anew with a smaller "
             f"preprocess.max_side"
         )
     return TrainingError(
-        f"{found}: go on with --resume --set train.micro_batch={count // 2} (a step keeps its images, "
+        f"{problem}: go on with --resume --set train.micro_batch={count // 2} (a step keeps its images, "
         f"in smaller parts) or train.precision=bf16"
     )

@@ -1,9 +1,9 @@
 """The losses of CoMask: RPN, classification, coarse masks and dense boxes (section 3.2).
 
-Each loss is a sum over items of the batch (anchors, RoIs, cells) over how many there are, counted on
-all processes together, so that several processes do what one does with all of their images. Each is
-a finite number with a gradient for all of its parameters, also for a batch without a single object,
-so that no process waits for another.
+Each loss is a sum over items of the batch (anchors, RoIs, cells) divided by their number. The number is
+counted on all processes together, so that several processes compute what one would compute with all of
+their images. Even for a batch without objects, each loss is finite and has a gradient for all of its
+parameters, so that no process waits for another.
 
 Legend: B batch, R positive RoIs of the batch, K classes. Boxes are f32 `xyxy` in pixels of the resized
 image. Rows of docs/algorithm.md: 12 to 17.
@@ -41,7 +41,7 @@ Generators = list[torch.Generator]
 
 
 class Term(NamedTuple):
-    """A loss before normalisation: a sum and how many items it is over, both scalars f32."""
+    """A loss before normalisation: a sum over items and the number of items, both f32 scalars."""
 
     total: Tensor
     items: Tensor
@@ -51,9 +51,9 @@ class Rois(NamedTuple):
     """The RoIs of one image that train the heads.
 
     Attributes:
-        positive: [P, 4].
-        objects: [P] i64, the object of each (index into the target).
-        negative: [Q, 4].
+        positive: RoIs that match an object, [P, 4].
+        objects: [P] i64, the object of each positive RoI, as an index into the target.
+        negative: RoIs of the background, [Q, 4].
     """
 
     positive: Tensor
@@ -62,14 +62,14 @@ class Rois(NamedTuple):
 
 
 def pool_by_image(model: CoMask, pyramid: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-    """RoIs by image, of differing number → features [ΣR, C, size, size] in the same order."""
+    """Pools the RoIs of several images to features [ΣR, C, size, size], in the same order."""
     rows = torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
     config = model.config
     return pool_rows(pyramid, rows, size, config.roi_sampling_ratio, config.roi_canonical_size)
 
 
 class Objective(nn.Module):
-    """The model with its losses: one call a training step (and what DDP wraps)."""
+    """The model with its losses: the module that each training step calls, and that DDP wraps."""
 
     def __init__(self, model: CoMask) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class Objective(nn.Module):
     def forward(
         self, images: Tensor, image_sizes: Tensor, targets: list[Target]
     ) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is what to minimise.
+        """Returns the weighted losses by name; training minimises their sum.
 
         Args:
             images: u8 [B, H, W, 3].
             image_sizes: i32 [B, 2] (h, w).
-            targets: one an image.
+            targets: a target for each image.
         """
         model, config = self.model, self.model.config
         generators = [target.generator() for target in targets]
@@ -114,7 +114,8 @@ class Objective(nn.Module):
             "box": regressed or box,
         }
         items = torch.stack([term.items for term in terms.values()])
-        share = mean_over_ranks(items)  # of this process, were all alike
+        # DDP averages gradients over processes, so each process divides by the mean number.
+        share = mean_over_ranks(items)
         counts = torch.where(share > 0, share, 1.0)
         return {
             name: getattr(config, f"{name}_weight") * term.total / count
@@ -125,9 +126,10 @@ class Objective(nn.Module):
 def rpn_losses(
     levels: list[LevelOutput], targets: list[Target], config: ModelConfig, generators: Generators
 ) -> tuple[Term, Term]:
-    """Binary cross-entropy of sampled anchors, and smooth-L1 (β = 1/9) of the positive ones' deltas.
+    """Returns the RPN's losses: binary cross-entropy of sampled anchors, and smooth-L1 of deltas.
 
-    Both count the sampled anchors, as in Faster R-CNN.
+    Smooth-L1 (β = 1/9) takes the deltas of positive anchors. As in Faster R-CNN, the items of both are
+    the sampled anchors.
     """
     logits = torch.cat([level.logits for level in levels], dim=1)
     deltas = torch.cat([level.deltas for level in levels], dim=1)
@@ -160,7 +162,7 @@ def rpn_losses(
 def assign_rois(
     proposals: Tensor, target: Target, config: ModelConfig, generator: torch.Generator | None = None
 ) -> Rois:
-    """The RoIs of one image that train both branches: sampled proposals and the objects themselves."""
+    """Returns the RoIs of one image that train both branches, sampled from proposals and objects."""
     candidates = torch.cat((proposals, target.boxes))
     iou = box_iou(target.boxes, candidates)
     matches = match(iou, config.roi_positive_iou, config.roi_positive_iou, keep_best=False)
@@ -174,9 +176,10 @@ def assign_rois(
 def classification_losses(
     model: CoMask, pyramid: list[Tensor], rois: list[Rois], targets: list[Target]
 ) -> tuple[Term, Term | None]:
-    """Cross-entropy over K classes and background; with `fc_reg` also smooth-L1 of the positives.
+    """Returns cross-entropy over K classes and background, and with `fc_reg` the box regression's loss.
 
-    The regression is Fast R-CNN's (β = 1/9, class-agnostic); both count all sampled RoIs.
+    The regression is Fast R-CNN's: smooth-L1 of positive RoIs (β = 1/9, class-agnostic). The items of
+    both are all sampled RoIs.
     """
     boxes, classes, wanted = [], [], []
     for (positive, objects, negative), target in zip(rois, targets, strict=True):
@@ -206,12 +209,12 @@ def head_losses(
     targets: list[Target],
     generators: list[torch.Generator],
 ) -> tuple[Term, Term]:
-    """The head on jittered positive RoIs, at most `head_rois` an image.
+    """Returns the losses of the head on jittered positive RoIs, at most `head_rois` per image.
 
     Returns:
-        binary cross-entropy of the object's class mask, mean over 28·28 (and over both passes, where the
-        second one learns, too), counting RoIs; and the box loss of the cells by their weight, counting
-        weights.
+        The mask loss and the box loss. The mask loss is the binary cross-entropy of the mask of the
+        object's class, averaged over 28·28 pixels, and over both passes if the second one is trained;
+        its items are the RoIs. The box loss is that of `dense_box_loss`.
     """
     config = model.config
     boxes, labels, objects, masks, chosen = [], [], [], [], []
@@ -248,7 +251,7 @@ def head_losses(
         fine_head = model.fine_head or model.head
         fine, _ = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE))
         fine_loss = _mask_loss(select_class(fine, label).float(), fine_target)
-        mask_loss = (mask_loss + fine_loss) / 2  # a sum would double the mask's weight
+        mask_loss = (mask_loss + fine_loss) / 2  # A sum would double the mask's weight.
     count = mask_loss.new_tensor(float(len(label)))
     box_loss = dense_box_loss(cell_boxes, torch.cat(objects), weights, config.box_loss)
     return Term(mask_loss, count), box_loss
@@ -259,9 +262,9 @@ def _mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _training_weights(model: CoMask, mask_logits: Tensor, mask_target: Tensor) -> Tensor:
-    """How much each cell [R, 7, 7] learns: by the object's mask over it, or by the predicted one.
+    """Returns the weight of each cell's box loss, [R, 7, 7]: from the object's or the predicted mask.
 
-    Where all cells vote alike, all learn alike.
+    If all cells vote with equal weight, all are trained with equal weight.
     """
     kind = model.config.cell_targets
     if kind == "pred" or model.config.collaboration == "uniform":
@@ -273,16 +276,16 @@ def _training_weights(model: CoMask, mask_logits: Tensor, mask_target: Tensor) -
 def dense_box_loss(
     cell_boxes: Tensor, truth: Tensor, weights: Tensor, kind: Literal["iou", "giou"] = "iou"
 ) -> Term:
-    """Σ w·(-log IoU) over the cells of all RoIs, counting Σ w (UnitBox, with D2Det's floor).
+    """Returns Σ w·(-log IoU) over the cells of all RoIs, and Σ w as items (UnitBox, with D2Det's floor).
 
-    An IoU of at most 0.1 counts 0.1 more, which bounds the loss and keeps its gradient. With `giou`
-    the loss of a cell is 1 - GIoU.
+    0.1 is added to an IoU of at most 0.1, which bounds the loss and keeps its gradient. With `giou`, the
+    loss of a cell is 1 - GIoU.
 
     Args:
         cell_boxes: [R, 7, 7, 4].
-        truth: [R, 4], each RoI's object.
-        weights: [R, 7, 7] ≥ 0; upstream code lost them in a broadcast, here they count.
-        kind: of loss.
+        truth: [R, 4], the box of each RoI's object.
+        weights: [R, 7, 7] ≥ 0. The original code loses them in a broadcast; here they take effect.
+        kind: the loss of a cell.
     """
     goal = truth[:, None, None].expand_as(cell_boxes)
     if kind == "giou":

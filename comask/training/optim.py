@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and averaged weights (section 4.1; docs/algorithm.md, recipe)."""
+"""Optimiser, learning rate and averaged weights (section 4.1; the recipe in docs/algorithm.md)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, the paper's, or AdamW; only parameters that take a gradient."""
+    """Returns SGD with momentum, as in the paper, or AdamW, for the parameters with a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             trainable, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
         )
-    # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays matrices and
-    # kernels only.
+    # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays only matrices
+    # and kernels.
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """The rate of optimiser step `step` (from 0): linear warm-up, then steps or a half cosine.
+    """Returns the rate of optimiser step `step` (from 0): linear warm-up, then steps or a half cosine.
 
     `config.learning_rate` is scaled by batch size over `config.reference_batch`.
     """
@@ -51,10 +51,10 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_st
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of weights and buffers; None for a decay of 0.
+    """Returns an exponential moving average of weights and buffers; None for a decay of 0.
 
-    After n steps the decay is at most (1 + n) / (10 + n), so that an early average is no memory of
-    the random start (as TensorFlow's ExponentialMovingAverage has it).
+    After n steps, the decay is at most (1 + n) / (10 + n), so that an early average quickly forgets the
+    random start (as in TensorFlow's ExponentialMovingAverage).
     """
     if not decay:
         return None

@@ -1,7 +1,7 @@
-"""What a run writes about itself: `metrics.csv`, `eval.csv`, `per_class.csv`, and what seeds scatter by.
+"""Writes and reads a run's tables `metrics.csv`, `eval.csv` and `per_class.csv`, and compares seeds.
 
-The process may be killed at any moment. Rows are appended, and one that was torn by that is dropped
-on reading; whatever is not appended is replaced as a whole.
+The process may be killed at any moment. Rows are appended, and a truncated row is dropped on reading.
+Files that are not appended to are replaced as a whole.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from comask.files import write_whole
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# In `eval.csv`, of what the data holds no objects for; spreadsheets and pandas know it.
+# `eval.csv` has this value if the data has no such objects. Spreadsheets and pandas recognise it.
 NONE = "n/a"
 SHOWN = ("AP", "AP50", "AP75")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One optimiser step as `metrics.csv` holds it.
+    """One optimiser step, a row of `metrics.csv`.
 
     Attributes:
-        step: its number, from 1.
-        epoch: from 0.
-        rate: learning rate.
-        losses: by name, already weighted: their sum is the loss.
-        seconds: what the step took; 0 where not measured.
-        data_seconds: of those, waiting for data.
+        step: the step's number, from 1.
+        epoch: the epoch, from 0.
+        rate: the learning rate.
+        losses: the weighted losses by name; their sum is the loss.
+        seconds: the time of the step; 0 if it was not measured.
+        data_seconds: the part of it that was spent waiting for data.
     """
 
     step: int
@@ -52,19 +52,19 @@ class Step:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The loss, and then its parts, by their columns."""
+        """The loss and its parts, by their columns."""
         parts = {f"loss_{name}": value for name, value in self.losses.items()}
         return {"loss": sum(self.losses.values()), **parts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One evaluation as `eval.csv` holds it.
+    """One evaluation, several rows of `eval.csv`.
 
     Attributes:
-        step: optimiser steps done before it.
-        epoch: the running one, from 0.
-        values: `values[stage][task][metric]`, as in `CocoMetrics`; stages are those of `Validation`.
+        step: the number of optimiser steps before the evaluation.
+        epoch: the epoch, from 0.
+        values: `values[stage][task][metric]`, as in `CocoMetrics`; the stages are those of `Validation`.
     """
 
     step: int
@@ -72,7 +72,7 @@ class Evaluation:
     values: dict[str, dict[str, dict[str, float]]]
 
     def points(self, stage: str, task: str, metric: str = "AP") -> float:
-        """A metric in points (0..100); NaN where the data holds no such objects."""
+        """Returns a metric in points (0..100); NaN if the data has no such objects."""
         value = self.values[stage][task][metric]
         return 100 * value if value >= 0 else float("nan")
 
@@ -81,12 +81,12 @@ class RunRecord:
     """Appends to the run's tables.
 
     Args:
-        folder: of the run.
-        keep_until: rows of later steps are dropped: a resumed run writes them again.
-        tensorboard: write the same numbers to `folder/tensorboard` for TensorBoard, too.
+        folder: the run's folder.
+        keep_until: the last step whose rows are kept; a resumed run writes later ones again.
+        tensorboard: whether to write the same numbers to `folder/tensorboard` for TensorBoard, too.
 
     Raises:
-        ConfigError: when TensorBoard is asked for, but not installed.
+        ConfigError: `tensorboard` is set, but TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, *, keep_until: int, tensorboard: bool = False) -> None:
@@ -100,10 +100,10 @@ class RunRecord:
             _replace(path, [row for row in read_rows(path) if int(row["step"]) <= keep_until])
 
     def add_step(self, step: Step) -> None:
-        """One row of `metrics.csv`, in full precision.
+        """Appends one row to `metrics.csv`, in full precision.
 
         Raises:
-            TrainingError: when the file has other columns.
+            TrainingError: the file has other columns.
         """
         row = {"step": step.step, "epoch": step.epoch, "split": "train", "lr": step.rate}
         seconds = {"seconds": step.seconds, "data_seconds": step.data_seconds}
@@ -111,15 +111,15 @@ class RunRecord:
         self._show("train", {"lr": step.rate} | step.numbers, step.step)
 
     def add_metrics(self, step: int, epoch: int, stages: Mapping[str, CocoMetrics]) -> None:
-        """One row of `eval.csv` per stage and task; `per_class.csv` anew.
+        """Appends one row per stage and task to `eval.csv`, and replaces `per_class.csv`.
 
         Args:
-            step: optimiser steps done.
-            epoch: from 0.
-            stages: the metrics of each stage that was scored, see `Validation`; of `final`, always.
+            step: the number of finished optimiser steps.
+            epoch: the epoch, from 0.
+            stages: the metrics of each stage that was scored, see `Validation`; `final` always is.
 
         Raises:
-            TrainingError: when the file has other columns.
+            TrainingError: the file has other columns.
         """
         rows: list[dict[str, Any]] = []
         precision = {}
@@ -130,7 +130,7 @@ class RunRecord:
                 rows.append(
                     row | {name: values[name] if values[name] >= 0 else NONE for name in METRICS}
                 )
-                if values["AP"] >= 0:  # -1 says that there is none
+                if values["AP"] >= 0:  # -1 means that the data has no such objects.
                     precision[f"{task}_AP_{stage}"] = values["AP"]
         _append(self._eval, rows)
         final = stages["final"]
@@ -143,7 +143,7 @@ class RunRecord:
         self._show("validation", precision, step)
 
     def close(self) -> None:
-        """Ends the record; nothing may be added after it."""
+        """Closes the record. Nothing may be added afterwards."""
         if self._board:
             self._board.close()
 
@@ -154,7 +154,7 @@ class RunRecord:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, up to the first torn one; none where there is no file."""
+    """Returns the complete rows of a CSV file with a header; no rows if the file does not exist."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -167,7 +167,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps of the run in `folder`, in their order, without one that was torn."""
+    """Returns the steps of the run in `folder` in their order, without a truncated one."""
     return [
         Step(
             step=int(row["step"]),
@@ -184,7 +184,7 @@ def read_steps(folder: Path) -> list[Step]:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """The evaluations of the run in `folder`, in their order, without one that was torn."""
+    """Returns the evaluations of the run in `folder` in their order, without a truncated one."""
     evaluations = []
     rows = read_rows(folder / "eval.csv")
     for (step, epoch), group in groupby(rows, lambda row: (int(row["step"]), int(row["epoch"]))):
@@ -200,12 +200,12 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows in one write, so that hardly a moment is left in which a kill could tear them."""
+    """Appends rows in one write, so that a kill can hardly truncate them."""
     new = not path.exists()
     if not new:
         with path.open(encoding="utf-8", newline="") as file:
             header = next(csv.reader(file), [])
-        if header != list(rows[0]):  # of another version: the reader would drop what we add
+        if header != list(rows[0]):  # Another version wrote it: the reader would drop these rows.
             raise TrainingError(
                 f"{path}: has the columns {', '.join(header)}, expected {', '.join(rows[0])}; "
                 f"move it away, then go on with --resume"
@@ -215,7 +215,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Makes `rows` the whole table; without rows there is no file."""
+    """Replaces the table by `rows`; removes the file if `rows` is empty."""
     if rows:
         write_whole(path, _csv(rows, header=True))
     else:
@@ -239,21 +239,21 @@ def _board(folder: Path, keep_until: int) -> SummaryWriter:
             "train.tensorboard=true: the package tensorboard is not installed; "
             "pip install 'comask[tensorboard]', or leave the setting out"
         ) from error
-    # The first step to be hidden; the last one kept is still shown, as in the tables.
+    # `purge_step` is the first step that TensorBoard hides.
     return SummaryWriter(str(folder), purge_step=keep_until + 1)
 
 
 def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:
-    """Writes the last evaluation of each run to a JSON file, and gives lines for the user.
+    """Writes the last evaluation of each run to a JSON file, and yields lines for the user.
 
-    The deviation is that of a sample, with n - 1 below.
+    The deviation is the sample standard deviation, with the denominator n - 1.
 
     Args:
-        folders: of finished runs, one per seed.
-        file: to write, `{metric: {"values": [...], "mean": m, "deviation": s}}` in AP points.
+        folders: the folders of finished runs, one per seed.
+        file: the file for `{metric: {"values": [...], "mean": m, "deviation": s}}`, in AP points.
     """
     lasts = {folder.name: read_evaluations(folder)[-1:] for folder in folders}
-    runs = {name: found[0] for name, found in lasts.items() if found}
+    runs = {name: last[0] for name, last in lasts.items() if last}
     if not runs:
         yield "no evaluation to compare: train.evaluate_every is 0"
         return
@@ -264,19 +264,19 @@ def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:
         text = f"{report[name]['mean']:.2f}"
         yield f"{name}: {text}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
     text = json.dumps({"runs": list(runs), "points": report})
-    finite = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN
+    finite = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN.
     write_whole(file, (json.dumps(finite, indent=2) + "\n").encode())
     yield f"over {len(runs)} seeds, mean ± deviation; wrote {file}"
 
 
 def _points(runs: list[Evaluation]) -> dict[str, list[float]]:
-    """AP points of all runs by metric; what a run lacks, or has no objects for, is left out."""
-    found: dict[str, list[float]] = {}
+    """Returns the AP points of all runs by metric, for the metrics that every run has."""
+    points: dict[str, list[float]] = {}
     for task in TASKS:
         for metric in SHOWN:
-            found[f"{TASK_NAMES[task]} {metric}"] = [r.points("final", task, metric) for r in runs]
+            points[f"{TASK_NAMES[task]} {metric}"] = [r.points("final", task, metric) for r in runs]
     if all("plain" in run.values for run in runs):
-        found["box AP, weighted minus plain average of the cells"] = [
+        points["box AP, weighted minus plain average of the cells"] = [
             run.points("final", "bbox") - run.points("plain", "bbox") for run in runs
         ]
-    return {name: values for name, values in found.items() if all(map(math.isfinite, values))}
+    return {name: values for name, values in points.items() if all(map(math.isfinite, values))}

@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs nothing beside it."""
+"""Writes `report.html`: one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from comask.training.record import Evaluation, Step, read_evaluations, read_rows
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 FIGURES = ("second_stage.png", "ap.png", "losses.png")
 
-# By model.collaboration: what there is to say where boxes are no weighted average
+# The verdicts for values of model.collaboration whose boxes are not weighted averages.
 _OTHER_REFINEMENT = {
-    "uniform": "All cells count alike (model.collaboration=uniform).",
-    "fc_reg": "Boxes are regressed by the classification branch (model.collaboration=fc_reg); the plain "
-    "average is that of cells which were not trained.",
+    "uniform": "All cells have equal weight (model.collaboration=uniform).",
+    "fc_reg": "The classification branch regresses the boxes (model.collaboration=fc_reg); the plain "
+    "average is taken over cells that were not trained.",
 }
 
 
 def write_report(
     folder: Path, *, config: Config, categories: tuple[Category, ...], title: str
 ) -> Path:
-    """Writes `report.html` from what lies in the folder of a run; what is absent is left out.
+    """Writes `report.html` from the files in a run's folder; missing ones are left out.
+
+    It replaces the page atomically, so it may be called after each evaluation.
 
     Args:
-        folder: of the run, with any of `metrics.csv`, `eval.csv`, `per_class.csv`, the pictures of
+        folder: the run's folder, with any of `metrics.csv`, `eval.csv`, `per_class.csv`, the figures of
             `draw_curves` and `pictures/step-000320.png`, of which the newest is shown.
-        config: of the run.
+        config: the run's configuration.
         categories: the classes in label order.
-        title: of the page.
+        title: the page's title.
 
     Returns:
-        The report, replaced as a whole: safe to call after each evaluation.
+        The page's path.
     """
     evaluations = read_evaluations(folder)
     last = evaluations[-1] if evaluations else None
@@ -84,12 +86,12 @@ def write_report(
 def _facts(
     losses: list[Step], evaluations: list[Evaluation], config: Config
 ) -> Iterator[tuple[str, str]]:
-    """Names and values that sum the run up."""
+    """Yields names and values that summarise the run."""
     if losses:
         step = losses[-1].step
         images = step * config.train.batch_size
         yield "last step", f"{step:,} (epoch {losses[-1].epoch + 1})"
-        yield "images seen, steps times train.batch_size", f"{images:,}"
+        yield "images seen (steps times train.batch_size)", f"{images:,}"
     if evaluations:
         best = max(evaluations, key=lambda e: e.values["final"]["segm"]["AP"])
         for name, shown in (("last", evaluations[-1]), ("best", best)):
@@ -97,26 +99,26 @@ def _facts(
             yield f"AP of the {name} evaluation, step {shown.step:,}", f"mask {mask}, box {box}"
     seconds = [row.seconds for row in losses]
     if sum(seconds):
-        # The median, since the first step and those after an evaluation are far slower.
-        yield "seconds a step (median)", f"{statistics.median(seconds):.3g}"
+        # The median, since the first step and steps after an evaluation are far slower.
+        yield "seconds per step (median)", f"{statistics.median(seconds):.3g}"
         waited = sum(row.data_seconds for row in losses)
         yield "time waiting for data", f"{100 * waited / sum(seconds):.1f} %"
 
 
 def _verdict(last: Evaluation, collaboration: str) -> str:
-    """What the weights of the cells add to their plain average; empty where that was not evaluated."""
+    """Returns a sentence about the gain by the cells' weights; empty if it was not evaluated."""
     if "first" not in last.values:
         return ""
     boxes = second_stage(last, "bbox")
     gain = boxes["weighted average"] - boxes["plain average"]
     if math.isfinite(gain) and not any(last.points("final", task) > 0 for task in TASKS):
-        return "Nothing was found yet."
+        return "The model detects nothing yet."
     if collaboration != "weighted":
         return _OTHER_REFINEMENT[collaboration]
     if not math.isfinite(gain):
-        return "It cannot be told: the validation data holds no objects."
+        return "The gain cannot be measured, since the validation data holds no objects."
     return (
-        f"Weighting the cells by the mask changes box AP by {gain:+.2f} points against the plain "
-        f"average of the same cells: that is what the collaboration does at test time. The rest of "
-        f"the difference to the proposals is any second stage's."
+        f"Weighting the cells by the mask changes box AP by {gain:+.2f} points compared with the plain "
+        f"average of the same cells: this is the effect of the collaboration at test time. The rest of "
+        f"the difference to the proposals comes from having a second stage at all."
     )

@@ -1,4 +1,4 @@
-"""A training run: from a data set and settings to the checkpoints in its folder."""
+"""Runs a training: from a data set and settings to the checkpoints in the run's folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from comask.training.validation import Validation, Validator
 
 Say = Callable[[str], None]
 
-# A run that goes on may change how it trains, but not what its steps and state mean.
+# A resumed run may change how it trains, but not these settings, which its steps and state depend on.
 FIXED = {
     "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
     "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
@@ -47,27 +47,27 @@ def train_run(
     say: Say = print,
     signal: Callable[[], int] = lambda: 0,
 ) -> Trainer:
-    """Trains to the last step, out of patience, or to a signal.
+    """Trains until the last step, the end of `train.patience`, or a signal.
 
     Args:
-        config: all settings; the number of classes is the data's.
+        config: all settings; the number of classes is taken from the data.
         data: a folder in COCO format, or `shapes`.
         val: the same for validation; None sets a share of `data` aside.
-        output: the run's folder, which is there.
-        ranks: this process among its kind.
-        settings: what was set by hand, as `key=value`: named in errors.
-        resume: go on from the folder's last checkpoint, where there is one.
-        say: takes lines for the user, on the first process.
-        signal: the number of a signal that asks to end, 0 for none.
+        output: the run's folder, which must exist.
+        ranks: this process and the number of processes that train together.
+        settings: the settings that the user gave, as `key=value`; error texts quote them.
+        resume: whether to continue from the folder's last checkpoint, if it has one.
+        say: called with lines for the user, on the first process.
+        signal: returns the number of a signal that asked to end the run, 0 for no signal.
 
     Returns:
-        The trainer as it ended.
+        The trainer in its final state.
 
     Raises:
-        CheckpointError: when the folder holds a run and `resume` is false.
-        ConfigError: when settings do not fit the data, or not the run that is resumed.
-        DataError: when the data cannot be used.
-        TrainingError: when training cannot go on.
+        CheckpointError: the folder holds a run, and `resume` is false.
+        ConfigError: settings do not fit the data, or the run that is resumed.
+        DataError: the data cannot be used.
+        TrainingError: training cannot continue.
     """
     if not resume and (output / LAST).exists():
         raise CheckpointError(
@@ -110,15 +110,15 @@ def train_run(
 def evaluate_run(
     data: str, val: str | None, output: Path, ranks: Ranks
 ) -> tuple[Validation, Checkpoint, int]:
-    """Scores the best checkpoint of a finished run, whose own settings hold.
+    """Scores the best checkpoint of a finished run with the settings in the checkpoint.
 
     Returns:
-        What was found, the checkpoint, and the number of images.
+        The scores, the checkpoint, and the number of images.
 
     Raises:
-        CheckpointError: when there is none.
-        ConfigError: when the data has other categories.
-        DataError: when the data cannot be used.
+        CheckpointError: the folder has no best checkpoint.
+        ConfigError: the data has other categories.
+        DataError: the data cannot be used.
     """
     checkpoint = load_checkpoint(output / BEST)
     config = checkpoint.config
@@ -133,12 +133,12 @@ def evaluate_run(
 def _import_weights(
     model: CoMask, config: Config, source: InstanceSource, ranks: Ranks, say: Say
 ) -> None:
-    """Gives a new run its weights, and says what its user should know of them."""
+    """Loads a new run's weights, and tells the user about them."""
     backbone = config.model.backbone
     if ranks.device.type == "cpu" and not backbone.endswith("-slim"):
         say(
-            f"warning: no GPU; with model.backbone={backbone} training takes days on a CPU, "
-            f"--preset coco-slim minutes"
+            f"warning: no GPU; on a CPU, training takes days with model.backbone={backbone}, and "
+            f"minutes with --preset coco-slim"
         )
     weights = import_weights(model, config.train.weights, source.categories)
     if config.train.weights != "none":
@@ -146,16 +146,16 @@ def _import_weights(
             say(line)
     elif config.model.frozen_stages:
         say(
-            f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; "
-            f"from scratch, give model.frozen_stages=0 and model.backbone_norm=group"
+            f"warning: model.frozen_stages={config.model.frozen_stages} freezes random weights; to "
+            f"train from scratch, set model.frozen_stages=0 and model.backbone_norm=group"
         )
 
 
 def fit_to_machine(model: CoMask, config: Config, ranks: Ranks) -> CoMask:
-    """`model` on the device of `ranks`, with BatchNorm that sees all processes' images.
+    """Moves `model` to the device of `ranks`, with BatchNorm over the images of all processes.
 
     Raises:
-        ConfigError: when a setting cannot be honoured on this machine.
+        ConfigError: a setting cannot be used on this machine.
     """
     train, cpu = config.train, ranks.device.type == "cpu"
     if train.batch_size % ranks.world:
@@ -191,7 +191,7 @@ def _validator(
 
 
 def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSource) -> Config:
-    """`config` for as many classes as the data has."""
+    """Returns `config` with the data's number of classes."""
     classes = len(source.categories)
     named = [s for s in settings if s.startswith("model.num_classes=")]
     if named and config.model.num_classes != classes:
@@ -201,7 +201,7 @@ def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSou
 
 
 def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -> Checkpoint | None:
-    """The run's last checkpoint; None where there is none yet, as when a job is queued again."""
+    """Returns the run's last checkpoint; None if it has none yet, as when a job is queued again."""
     if not (output / LAST).exists():
         return None
     checkpoint = load_checkpoint(output / LAST)
@@ -230,17 +230,17 @@ def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -
 
 
 def _nothing(line: str) -> None:
-    """What other processes than the first say."""
+    """Prints nothing: only the first process does."""
 
 
 def open_shared(
     config: DataConfig, data: str, val: str | None, seed: int, ranks: Ranks
 ) -> TrainingData:
-    """Opens the data of a run; see `open_training_data` for the arguments.
+    """Opens the data of a run once per machine; see `open_training_data` for the arguments.
 
     Raises:
-        DataError: see `open_training_data`; on the process that reads for its machine.
-        SystemExit: then, on the others, so that the error is said once.
+        DataError: the data cannot be used; raised in the process that reads for its machine.
+        SystemExit: the same, raised in the other processes, so that the error is printed once.
     """
     if ranks.world == 1:
         return open_training_data(config, data, val, seed)
@@ -248,7 +248,7 @@ def open_shared(
     if leads_its_machine():
         try:
             offer = open_training_data(config, data, val, seed)
-            if isinstance(offer.train, PackedSource):  # `shapes` are a seed, and not worth a file
+            if isinstance(offer.train, PackedSource):  # `shapes` are only a seed and need no file.
                 offer = write_arrays(offer)
         except ComaskError as error:
             offer = error
@@ -264,6 +264,6 @@ def open_shared(
         opened: TrainingData = open_arrays(offer)
         return opened
     finally:
-        share_on_machine(None)  # everybody has it open
+        share_on_machine(None)  # Wait until all processes have opened it.
         if leads_its_machine():
             shutil.rmtree(offer, ignore_errors=True)

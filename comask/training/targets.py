@@ -1,4 +1,4 @@
-"""Which box is responsible for what: matching, sampling, jitter and mask targets.
+"""Assigns training targets to boxes: matching, sampling, jitter and mask targets.
 
 Boxes are f32 `xyxy` in pixels of the resized image.
 """
@@ -13,17 +13,17 @@ from comask.data.training_set import MaskCrops, Target
 
 BACKGROUND = -1
 IGNORE = -2
-CROWD_SHARE = 0.5  # of a candidate's own area, from which on it lies in a crowd
+CROWD_SHARE = 0.5  # a candidate is in a crowd if at least this share of its own area is
 
 
 def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> Tensor:
-    """The ground truth of each candidate box, as torchvision's Matcher assigns it.
+    """Assigns an object to each candidate box, like torchvision's Matcher.
 
     Args:
-        iou: [G, N] of G objects with N candidates.
-        positive: a candidate of at least this IoU takes its best object.
-        negative: one below this is background; between the two it is ignored.
-        keep_best: also give every object the candidates that no other candidate beats (the RPN's
+        iou: [G, N], the IoU of G objects with N candidates.
+        positive: a candidate with at least this IoU is assigned its best object.
+        negative: a candidate below this IoU is background; between the two, it is ignored.
+        keep_best: whether to assign every object also the candidates with its largest IoU (the RPN's
             low-quality matches).
 
     Returns:
@@ -42,13 +42,13 @@ def match(iou: Tensor, positive: float, negative: float, *, keep_best: bool) -> 
 
 
 def without_crowds(matches: Tensor, candidates: Tensor, crowds: Tensor) -> Tensor:
-    """Matches in which background candidates that lie in a crowd are ignored.
+    """Returns the matches with background candidates in crowds changed to ignored ones.
 
-    A crowd region holds objects that nobody outlined, so what lies in it is no background. A candidate
-    lies in a crowd when at least half of its own area does, as in mmdetection's `ignore_iof_thr`.
+    A crowd region contains objects without outlines, so it is not background. A candidate is in a crowd
+    if at least half of its own area is, as in mmdetection's `ignore_iof_thr`.
 
     Args:
-        matches: [N] i64, as `match` gives them.
+        matches: [N] i64, the result of `match`.
         candidates: [N, 4].
         crowds: [C, 4].
     """
@@ -68,10 +68,10 @@ def sample(
     positive_fraction: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """At most `count` random candidates, at most that fraction of them positive.
+    """Chooses at most `count` random candidates, of which at most `positive_fraction` are positive.
 
     Returns:
-        indices of positives and of negatives.
+        The indices of positives, and the indices of negatives.
     """
     positives, negatives = torch.where(matches >= 0)[0], torch.where(matches == BACKGROUND)[0]
     num_positive = min(len(positives), int(count * positive_fraction))
@@ -83,7 +83,7 @@ def sample(
 
 
 def choose(items: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` of `items` at random, or all when there are fewer."""
+    """Returns `count` random `items`, or all of them if they are fewer."""
     order = torch.randperm(len(items), device=items.device, generator=generator)
     return items[order[:count]]
 
@@ -95,13 +95,13 @@ def jitter(
     width: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Boxes [N, 4] with centre and size moved by up to ±`amount` of their size, then clipped.
+    """Returns boxes [N, 4] with centre and size changed by up to ±`amount` of their size, then clipped.
 
-    Imitates the refined boxes that the head meets in its second pass (Grid R-CNN, section 3.2).
+    They imitate the refined boxes that the head receives in its second pass (Grid R-CNN, section 3.2).
     """
     size = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     unit = torch.rand(boxes.shape, device=boxes.device, generator=generator)
-    noise = (unit * 2 - 1) * amount  # of centre x, y and of width, height
+    noise = (unit * 2 - 1) * amount  # for centre x, y and for width, height
     shift, growth = noise[:, :2].repeat(1, 2), noise[:, 2:]
     moved = boxes + shift * size + torch.cat((-growth, growth), dim=1) * size / 2
     limits = boxes.new_tensor([width, height, width, height])
@@ -109,13 +109,13 @@ def jitter(
 
 
 def mask_targets(target: Target, rois: Tensor, objects: Tensor, size: int) -> Tensor:
-    """Each RoI's cut of its object's bitmap.
+    """Returns the part of its object's bitmap in each RoI.
 
     Args:
-        target: of one image.
+        target: the target of one image.
         rois: [R, 4], within the image.
-        objects: [R] i64, index into `target.masks`.
-        size: of the square result.
+        objects: [R] i64, indices into `target.masks`.
+        size: the height and width of the result.
 
     Returns:
         [R, size, size] f32, 0 or 1.
@@ -142,9 +142,9 @@ def mask_targets(target: Target, rois: Tensor, objects: Tensor, size: int) -> Te
 
 
 def _of_like_size(places: Tensor, objects: Tensor) -> list[Tensor]:
-    """`objects` in groups of crops whose height and width differ by less than a factor of two each.
+    """Groups `objects` by crops whose heights and widths each differ by less than a factor of two.
 
-    So a group's crops, padded to one size, take at most four times the memory of the objects.
+    Padded to one size, a group's crops take at most four times the memory of the objects.
     """
     octaves = places[objects, 2:].clamp(min=1).log2().floor()
     _, group_of = octaves.unique(dim=0, return_inverse=True)
@@ -152,14 +152,14 @@ def _of_like_size(places: Tensor, objects: Tensor) -> list[Tensor]:
 
 
 def _padded_crops(masks: MaskCrops, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """Crops as maps of one size, with what RoIAlign would meet around them in the image.
+    """Returns crops as maps of one size, with the border that RoIAlign would read in the image.
 
-    Around a crop are zeros. Where the image ends, RoIAlign repeats its last row and column, so they are
-    repeated here, too.
+    A crop is surrounded by zeros. At the image's end, RoIAlign repeats the last row and column, so the
+    maps repeat them, too.
 
     Args:
-        masks: of one image.
-        objects: [N] i64, which of them.
+        masks: the masks of one image.
+        objects: [N] i64, the indices of the masks.
 
     Returns:
         [N, 1, h, w] u8, and [N, 2] i64, (x, y) of each map's top left pixel in the image.

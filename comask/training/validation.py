@@ -1,4 +1,4 @@
-"""Scores a model on the validation images while it trains, and at the end what its second stage adds."""
+"""Scores a model on validation images while it trains, and at the end also its second stage's gain."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PICTURES = 8  # validation images drawn beside their ground truth
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """What one evaluation found.
+    """The metrics of one evaluation.
 
     Attributes:
-        final: of the refined boxes and the masks of the second pass: the model's result.
-        first: of the unrefined boxes and the coarse masks of the first pass; None before the end of a
-            run.
-        plain: of the boxes that the same cells give when all count alike, of which the boxes' AP alone
-            has a meaning; None before the end of a run.
+        final: the metrics of the model's result: refined boxes, and the masks of the second pass.
+        first: the metrics of the unrefined boxes and the coarse masks of the first pass; None before the
+            end of a run.
+        plain: the metrics of boxes from the same cells with equal weights, of which only the boxes' AP is
+            meaningful; None before the end of a run.
     """
 
     final: CocoMetrics
@@ -39,7 +39,7 @@ class Validation:
 
     @property
     def stages(self) -> dict[str, CocoMetrics]:
-        """The metrics by stage, of those that were scored."""
+        """The metrics of the stages that were scored."""
         return {stage: metrics for stage in FOUND_AT if (metrics := getattr(self, stage))}
 
 
@@ -47,12 +47,12 @@ class Validator:
     """Scores models on some images of a source; every process predicts its share.
 
     Args:
-        source: with the ground truth.
-        indices: which images.
-        preprocess: resize and padding.
-        mask_threshold: of the pasted masks.
-        ranks: this process among its kind.
-        pictures: folder of the grids of ground truth beside predictions; None draws none.
+        source: the source of images and ground truth.
+        indices: the indices of the images to score.
+        preprocess: resizing and padding.
+        mask_threshold: the threshold of pasted masks.
+        ranks: this process and the number of processes that train together.
+        pictures: the folder for grids of ground truth beside predictions; None for no grids.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class Validator:
     ) -> None:
         self._source, self._indices, self._preprocess = source, indices, preprocess
         self._mask_threshold, self._ranks, self._pictures = mask_threshold, ranks, pictures
-        self._truth: Truth | None = None  # of the images that could be decoded last time
+        self._truth: Truth | None = None  # ground truth of the images that were decoded last time
 
     def __call__(self, model: CoMask, step: int, *, last: bool) -> Validation:
         """Scores `model`, which is in evaluation mode, after `step` optimiser steps.
 
-        Images that cannot be decoded are logged and not scored.
+        Images that cannot be decoded are logged and left out.
 
         Args:
-            model: to score.
-            step: for the pictures' names.
-            last: also score what the second stage is to be compared with.
+            model: the model to score.
+            step: the number of finished optimiser steps, for the pictures' names.
+            last: whether to score also the first pass and the plain average.
         """
         stages = list(FOUND_AT) if last else ["final"]
         drawn = set(self._indices[:PICTURES]) if self._pictures else set()
@@ -99,7 +99,7 @@ class Validator:
                 pictured[index] = found["final"]
         parts = gather((scored, results, pictured))
         if not self._ranks.first:
-            return share_from_first(None)  # type: ignore[return-value]  # the first one's answer
+            return share_from_first(None)  # type: ignore[return-value]  # It is the first's Validation.
         every = sorted(index for indices, _, _ in parts for index in indices)
         if self._truth is None or self._truth.indices != every:
             self._truth = Truth(self._source, every)

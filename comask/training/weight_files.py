@@ -1,12 +1,12 @@
-"""Weight files of others, read into CoMask's names: torchvision's, mmdetection's and comask's own.
+"""Reads weight files of torchvision, mmdetection and comask, and renames their weights to CoMask's names.
 
 A file's layout is recognised by the names in it, and nothing in a file is ever executed.
 
-The images must be normalised as the weights learned it. torchvision and mmdetection's `pytorch` style
-take RGB in 0..1, less a mean, over a standard deviation; `PreprocessConfig` has the same numbers times
-255. ResNets of Caffe's style (BGR, no standard deviation, the stride in another convolution) are another
-network under the same names. A file of mmdetection that stores such a configuration is refused; one that
-stores none cannot be told apart.
+Images must be normalised in the way that the weights were trained with. torchvision and mmdetection's
+`pytorch` style take RGB in 0..1, subtract a mean and divide by a standard deviation; `PreprocessConfig`
+has the same numbers times 255. A ResNet in Caffe's style (BGR, no standard deviation, the stride in
+another convolution) is another network with the same names. A file of mmdetection whose configuration
+states this style is rejected; a file without a configuration cannot be recognised as such.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ KNOWN = (
     "a comask checkpoint, torchvision's ResNet, Mask R-CNN or Faster R-CNN, or mmdetection's ResNet "
     "with FPN"
 )
-CAFFE = re.compile(r"to_rgb\W+False|style\W+caffe")  # in mmdetection's configuration
+CAFFE = re.compile(r"to_rgb\W+False|style\W+caffe")  # searched in mmdetection's configuration
 OTHERWISE = "built otherwise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """Weights under our names.
+    """Weights under CoMask's names.
 
     Attributes:
-        layout: for messages.
-        values: our name → value, whether or not a given model has that name and shape.
-        names: our name → the file's.
-        left: the file's other names → why they have no place; empty where there is nothing to say.
-        settings: fields of `ModelConfig` of the network that the weights are of, as far as known.
-        categories: its classes in label order; empty where unknown.
+        layout: the layout's title, for messages.
+        values: our name → value; a given model may lack the name or have another shape.
+        names: our name → the file's name.
+        left: the file's names that CoMask has no place for → the reason, or "" without a special one.
+        settings: the known fields of the `ModelConfig` of the network that the weights belong to.
+        categories: the network's classes in label order; empty if unknown.
     """
 
     layout: str
@@ -59,14 +59,14 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the names of others become ours.
+    """The layout of a weight file, and the patterns that turn its names into ours.
 
     Attributes:
-        title: for messages.
-        marks: beginnings of names that only this layout has, once those before it are ruled out.
-        names: pairs of a pattern and our name; what matches none has no place in CoMask.
-        whole: (beginning, number of values) of modules that fit as a whole or not at all. With other
-            values in it such a module is another one (normalised, deeper, on other levels).
+        title: the layout's title, for messages.
+        marks: prefixes of names that identify this layout, if no layout before it matches.
+        names: pairs of a pattern and our name; CoMask has no place for a name that matches no pattern.
+        whole: (prefix, number of values) of modules that are taken as a whole or not at all. A module
+            with other values is a different one (with normalisation, deeper, on other levels).
     """
 
     title: str
@@ -75,10 +75,10 @@ class Layout:
     whole: tuple[tuple[str, int], ...] = ()
 
 
-# Why a plain copy is right where names match: everyone's objectness has one channel an anchor, everyone's
-# deltas have (dx, dy, dw, dh) anchor by anchor and unscaled, and anchors come in the order of
-# OTHERS_RATIOS, height by width. Their sizes may differ, since deltas count in them. The first fully
-# connected layer reads [C, 7, 7] flattened in this order.
+# Values can be copied unchanged if names match: in all layouts, objectness has one channel per anchor,
+# deltas are (dx, dy, dw, dh) anchor by anchor and unscaled, and the anchors' aspect ratios (height by
+# width) are in the order of OTHERS_RATIOS. The sizes of anchors may differ, since deltas are relative to
+# them. The first fully connected layer reads [C, 7, 7] flattened in this order.
 OTHERS_RATIOS = (0.5, 1.0, 2.0)
 COMASK = Layout(
     title="comask weights without class names", marks=("mfpn.",), names=((r"(.+)", r"\1"),)
@@ -93,7 +93,7 @@ TORCHVISION = Layout(
     marks=("backbone.body.",),
     names=(
         (r"backbone\.body\.(.+)", r"backbone.\1"),
-        # the optional parts are those of torchvision ≥ 0.13
+        # torchvision ≥ 0.13 has the optional parts.
         (r"backbone\.fpn\.inner_blocks\.([0-3])(?:\.0)?\.(weight|bias)", r"mfpn.fpn.lateral.\1.\2"),
         (r"backbone\.fpn\.layer_blocks\.([0-3])(?:\.0)?\.(weight|bias)", r"mfpn.fpn.output.\1.\2"),
         (r"rpn\.head\.conv(?:\.0\.0)?\.(weight|bias)", r"rpn.conv.\1"),
@@ -128,23 +128,23 @@ MMDETECTION = Layout(
 
 
 def read_hub(backbone: str) -> WeightFile:
-    """Torchvision's ImageNet weights of a backbone, downloaded once.
+    """Returns torchvision's ImageNet weights of a backbone, which are downloaded once.
 
     Raises:
-        CheckpointError: when there are none, or they cannot be loaded.
+        CheckpointError: the backbone has no such weights, or they cannot be loaded.
     """
     try:
         weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
     except ValueError as error:
         raise CheckpointError(
-            f"there are no such weights for model.backbone={backbone}: set train.weights to a file, or "
-            "to none to start from random weights"
+            f"torchvision has no ImageNet weights for model.backbone={backbone}: set train.weights to "
+            f"a file, or to none to start from random weights"
         ) from error
     try:
         state = weights.get_state_dict(
             progress=False, map_location="cpu", check_hash=True, weights_only=True
         )
-    except Exception as error:  # of the network, the disk or the unpickler
+    except Exception as error:  # The network, the disk or the unpickler may fail.
         why = f"cannot be loaded ({why_unreadable(error)})"
         if isinstance(error, URLError | TimeoutError | ConnectionError):
             host, reason = urlsplit(weights.url).hostname, getattr(error, "reason", error)
@@ -157,26 +157,26 @@ def read_hub(backbone: str) -> WeightFile:
 
 
 def read_weights(path: Path) -> WeightFile:
-    """The weights of a file of PyTorch or safetensors, whatever its name.
+    """Returns the weights of a PyTorch or safetensors file; its suffix does not matter.
 
     Raises:
-        CheckpointError: when it cannot be read, holds pickled code, or has no known layout.
+        CheckpointError: the file cannot be read, holds pickled code, or has no known layout.
     """
     known = f"give {KNOWN}, or none to start from random weights"
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError("is no file")
+            raise CheckpointError("is not a file")
         with path.open("rb") as stream:
             start = stream.read(9)
-        # safetensors begins with eight bytes of length and JSON
+        # A safetensors file begins with a length of eight bytes, followed by JSON.
         content: object = load_file(path) if start[8:] == b"{" else read_torch_file(path)
-    except Exception as error:  # safetensors' own among them
+    except Exception as error:  # safetensors raises exceptions of its own.
         why = error if isinstance(error, CheckpointError) else why_unreadable(error)
         raise CheckpointError(f"cannot be loaded ({why}); {known}") from error
     if isinstance(content, dict) and {"format", "config", "categories"} <= content.keys():
         return _read_checkpoint(path)
     meta: object = None
-    for _ in range(3):  # no more, for a dict can hold itself
+    for _ in range(3):  # The limit is needed because a dict can contain itself.
         if isinstance(content, dict):
             meta = meta or content.get("meta")
             inner = content.get("state_dict", content.get("model"))
@@ -187,20 +187,21 @@ def read_weights(path: Path) -> WeightFile:
             if layout is MMDETECTION and CAFFE.search(_text(meta)):
                 raise CheckpointError(
                     "its configuration says that it was trained in Caffe's style (BGR images or "
-                    "style='caffe'), which comask's backbone is not; give one of style='pytorch'"
+                    "style='caffe'), which comask's backbone does not support; give weights of "
+                    "style='pytorch'"
                 )
             return _renamed(layout, values)
     raise nothing_fits(content)
 
 
 def nothing_fits(content: object) -> CheckpointError:
-    """The error for a file, or a part of it, that has nothing for CoMask."""
+    """Returns the error for a file, or a part of it, that has no weights for CoMask."""
     if isinstance(content, dict):
         keys = [repr(key)[:60] for key in content if isinstance(key, str | int)]
-        found = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "") or "nothing"
+        held = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "") or "nothing"
     else:
-        found = f"a {type(content).__name__}"
-    return CheckpointError(f"nothing in it fits: it holds {found}; expected {KNOWN}")
+        held = f"a {type(content).__name__}"
+    return CheckpointError(f"nothing in it fits: it holds {held}; expected {KNOWN}")
 
 
 def _read_checkpoint(path: Path) -> WeightFile:
@@ -217,20 +218,20 @@ def _read_checkpoint(path: Path) -> WeightFile:
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
-    """What of a dict can be weights: not BatchNorm's step counters, which some files lack."""
+    """Returns the weights in a dict, without BatchNorm's step counters, which some files lack."""
     if not isinstance(content, dict):
         return {}
     return {
-        name.removeprefix("module."): value  # of DataParallel
+        name.removeprefix("module."): value  # DataParallel's prefix
         for name, value in content.items()
-        if isinstance(name, str) and name.isprintable()  # reports print names
+        if isinstance(name, str) and name.isprintable()  # since reports print names
         if not name.endswith(".num_batches_tracked")
         if isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
     }
 
 
 def _renamed(layout: Layout, values: dict[str, Tensor]) -> WeightFile:
-    ours = {  # the file's name → ours; no two patterns match one name
+    ours = {  # the file's name → our name; at most one pattern matches a name
         name: match.expand(replacement)
         for name in values
         for pattern, replacement in layout.names
@@ -253,6 +254,6 @@ def _renamed(layout: Layout, values: dict[str, Tensor]) -> WeightFile:
 
 
 def _text(meta: object) -> str:
-    """The configuration that mmdetection stores as text among other things."""
+    """Returns the texts in a file's metadata; mmdetection stores its configuration as one of them."""
     values = meta.values() if isinstance(meta, dict) else ()
     return " ".join(value for value in values if isinstance(value, str))

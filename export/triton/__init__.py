@@ -1,1 +1,1 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server."""
+"""Writes bundles as model repositories of NVIDIA Triton Inference Server."""

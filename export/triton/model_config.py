@@ -1,7 +1,7 @@
-"""Triton's `config.pbtxt` of the three models of a repository.
+"""Writes Triton's `config.pbtxt` for the three models of a repository.
 
-The fields are those of ModelConfig in https://github.com/triton-inference-server/common,
-protobuf/model_config.proto.
+protobuf/model_config.proto in https://github.com/triton-inference-server/common defines the fields of
+ModelConfig.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from comask.bundle import WEIGHTS, Manifest
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.triton_tensors import CLIENT_INPUTS, client_outputs, graph_tensors, stage_name
 
-# While one instance prepares images or finds the masks' edges, the other one's are in the network.
+# While one instance prepares images or encodes masks, the other one's images are in the network.
 CLIENT_INSTANCES = 2
 QUEUE_DELAY = 1000  # microseconds that a request waits at most for others to share a batch with
-NO_OPTIMIZATION = 2  # in Triton's counting of ONNX Runtime's levels
+NO_OPTIMIZATION = 2  # Triton's number of the ONNX Runtime level that disables all optimisations
 
 
 class Name(str):
-    """A value that protobuf writes without quotes: of an enumeration."""
+    """A value of an enumeration, which protobuf writes without quotes."""
 
     __slots__ = ()
 
@@ -41,17 +41,17 @@ DATA_TYPES = {
 def client_config(
     name: str, manifest: Manifest, backend: str, max_batch: int, preferred: Sequence[int]
 ) -> dict[str, Any]:
-    """Of the model that clients see, which runs in Python.
+    """Returns the configuration of the model that clients call, which runs in Python.
 
     Args:
-        name: of the model.
-        manifest: of the bundle.
-        backend: of the stages, with the precision, as the command line writes it.
-        max_batch: most images of a request, and of requests that share a batch.
-        preferred: batches that are run without waiting for a larger one.
+        name: the model's name.
+        manifest: the bundle's manifest.
+        backend: the backend of the stages with its precision, as on the command line.
+        max_batch: the most images of a request, and of requests that share a batch.
+        preferred: batch sizes that run without waiting for more images.
     """
     inputs = [
-        # images of one batch may have any sizes: comask brings them onto canvases
+        # Images of one batch may have any sizes, since comask pads them to canvases.
         _tensor(spec) | {"optional": True, "allow_ragged_batch": True}
         for spec in CLIENT_INPUTS
     ]
@@ -77,15 +77,15 @@ def client_config(
 def stage_config(
     name: str, stage: str, manifest: Manifest, backend: str, max_batch: int, **parameters: str
 ) -> dict[str, Any]:
-    """Of the model that is a stage's graph or plan.
+    """Returns the configuration of the model that runs a stage's graph or plan.
 
     Args:
-        name: of the model that clients see.
+        name: the name of the model that clients call.
         stage: `stage1` or `stage2`.
-        manifest: of the bundle.
-        backend: `onnxruntime` or `tensorrt`, with the precision behind a colon.
-        max_batch: most images that may run together.
-        parameters: what else the file is known by.
+        manifest: the bundle's manifest.
+        backend: `onnxruntime` or `tensorrt`, followed by a colon and the precision.
+        max_batch: the most images that may run together.
+        parameters: further facts about the file.
     """
     library, _, precision = backend.partition(":")
     inputs, outputs = graph_tensors(manifest, stage, precision)
@@ -95,7 +95,7 @@ def stage_config(
         "max_batch_size": max_batch,
         "input": [_tensor(spec) for spec in inputs],
         "output": [_tensor(spec) for spec in outputs],
-        "dynamic_batching": {},  # takes together what waits
+        "dynamic_batching": {},  # Waiting requests are batched without a delay.
         "instance_group": [
             {"count": 1, "kind": Name("KIND_GPU" if library == "tensorrt" else "KIND_AUTO")}
         ],
@@ -105,17 +105,17 @@ def stage_config(
 
 
 def _onnxruntime(precision: str) -> dict[str, Any]:
-    """The same settings as in comask's own sessions."""
+    """Returns the settings of comask's own ONNX Runtime sessions."""
     exact = {"name": "cuda", "parameters": [{"key": "use_tf32", "value": "0"}]}
     settings: dict[str, Any] = {"execution_accelerators": {"gpu_execution_accelerator": [exact]}}
     return settings | ({"graph": {"level": NO_OPTIMIZATION}} if precision == "int8" else {})
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    """An input or output; `spec.shape` is without the batch."""
+    """Returns an input or output; `spec.shape` does not include the batch."""
     dims = [-1 if isinstance(size, str) else size for size in spec.shape]
     tensor: dict[str, Any] = {"name": spec.name, "data_type": DATA_TYPES[spec.dtype], "dims": dims}
-    # Triton has no tensors of the batch alone, so clients see [B, 1] for a graph's [B]
+    # Triton has no tensors of shape [B], so clients see [B, 1] for them.
     return tensor if dims else tensor | {"dims": [1], "reshape": {"shape": []}}
 
 
@@ -124,7 +124,7 @@ def _parameters(**values: str) -> list[dict[str, Any]]:
 
 
 def to_pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
-    """A message in protobuf's text format; lists are repeated fields."""
+    """Returns a message in protobuf's text format; lists become repeated fields."""
     lines = []
     for key, value in message.items():
         entries = value if isinstance(value, list) else [value]
@@ -140,5 +140,5 @@ def to_pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
 
 
 def _scalar(value: str | int) -> str:
-    # a bool is true or false in both formats, and both escape strings alike
+    # JSON and protobuf's text format write bools and escape strings in the same way.
     return value if isinstance(value, Name) else json.dumps(value, ensure_ascii=False)

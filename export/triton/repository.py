@@ -1,4 +1,4 @@
-"""From a bundle to a model repository of Triton: three models, written whole or not at all."""
+"""Writes a bundle as a model repository of Triton: all three models, or none of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from comask.runtime.backends import parse_backend, require_precision
 from comask.runtime.triton_tensors import stage_name
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines, rebuild_command
 
-VERSION = "1"  # of each model
-LARGEST_BATCH = 8  # of graphs, which take any, as of a `Predictor`
+VERSION = "1"  # the version of each model
+LARGEST_BATCH = 8  # the default for graphs, which take any batch; the same as a `Predictor`'s
 SERVED = ("onnxruntime", "tensorrt")
-CLIENT_MODEL = '''"""Triton loads this; the model is in comask, which the server's Python needs."""
+CLIENT_MODEL = '''"""Triton loads this file. The model is in comask, which the server's Python needs."""
 
 from comask.runtime.triton_model import TritonPythonModel
 
@@ -32,13 +32,13 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeRequest:
-    """What is to be served.
+    """The options of `comask serve`.
 
     Attributes:
-        backend: `onnxruntime` or `tensorrt`, with the precision behind a colon where it is not fp32.
-        model_name: that clients ask for.
-        max_batch: most images of a request; None for what the engines take, of graphs 8.
-        engines: name of the engines' folder; None where only one can be meant.
+        backend: `onnxruntime` or `tensorrt`, followed by a colon and the precision if it is not fp32.
+        model_name: the name that clients ask for.
+        max_batch: the most images per request; None for the engines' largest batch, or 8 for graphs.
+        engines: the name of the engines' folder; None if the bundle has only one that fits.
     """
 
     backend: str = "onnxruntime"
@@ -49,13 +49,13 @@ class ServeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFiles:
-    """What the server runs the stages from.
+    """The files from which the server runs the stages.
 
     Attributes:
-        name: of the file in the repository.
-        paths: by stage.
-        largest_batch: images that may run together.
-        best_batch: that it is tuned for.
+        name: the file's name in the repository.
+        paths: the path of each stage's file.
+        largest_batch: the most images that may run together.
+        best_batch: the batch that the files are tuned for.
         needs: what the server must have.
     """
 
@@ -71,12 +71,12 @@ class ServedModel:
     """A bundle in a model repository.
 
     Attributes:
-        repository: its folder.
-        model: what clients ask for.
-        backend: of the stages, with the precision.
-        max_batch_size: most images of a request.
-        weights_sha256: of the bundle.
-        needs: what the server must have; of engines `tensorrt_version`, `target` and `gpu`.
+        repository: the repository's folder.
+        model: the name that clients ask for.
+        backend: the backend of the stages, with the precision.
+        max_batch_size: the most images per request.
+        weights_sha256: the SHA-256 of the bundle's weights.
+        needs: what the server must have; for engines `tensorrt_version`, `target` and `gpu`.
     """
 
     repository: str
@@ -87,7 +87,7 @@ class ServedModel:
     needs: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: all in one object."""
+        """Returns all values in one flat object, for JSON."""
         values = dataclasses.asdict(self)
         needs: dict[str, str] = values.pop("needs")
         return {**values, **needs}
@@ -97,21 +97,21 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> Ser
     """Writes a model repository.
 
     Args:
-        bundle: to serve.
-        output: folder of the repository, to which the models are added; made where it is missing.
-        request: what is to be served.
+        bundle: the bundle to serve.
+        output: the repository's folder, to which the models are added; created if it does not exist.
+        request: the options.
 
     Raises:
-        BundleError: when `output` holds models of these names, or is no repository; when the bundle
-            lacks the graphs, has altered files, or category ids that are no integers.
-        ConfigError: for a backend, name or batch that cannot be.
-        EngineError: when there are no engines that Triton can load, or several.
+        BundleError: `output` holds models of these names, or is not a repository; or the bundle lacks
+            the graphs, has altered files, or has category ids that are not integers.
+        ConfigError: the backend, name or batch is invalid.
+        EngineError: the bundle has no engines that Triton can load, or several that fit.
     """
     name, manifest = request.model_name, bundle.manifest
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ConfigError(
-            f"model name {name!r}: it names folders and is part of an address; expected letters, "
-            f"digits, _, - and ."
+            f"model name {name!r}: expected letters, digits, _, - and ., since it names folders and is "
+            f"part of an address"
         )
     _check_room(output, name)
     manifest.require_int64_ids("Triton's category_ids: train and export with such ids")
@@ -121,14 +121,14 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> Ser
     if library == "tensorrt":
         files = _plans(bundle, precision, request.engines)
     elif request.engines:
-        raise ConfigError(f"engines {request.engines}: are for tensorrt, not for {library}")
+        raise ConfigError(f"--engines {request.engines}: the backend {library} uses no engines")
     else:
         files = _graphs(bundle, precision, request.max_batch)
     if request.max_batch is not None:
         require_count("max_batch", request.max_batch, files.largest_batch)
     max_batch = request.max_batch or files.largest_batch
     preferred = sorted({min(files.best_batch, max_batch), max_batch} - {1}) or [1]
-    # beside the output, so that what is finished appears by a rename
+    # The scratch folder is beside the output, so that a rename publishes the finished models.
     with scratch_folder(output, output.parent) as folder:
         for stage, path in files.paths.items():
             digest = {"sha256": sha256(path)}
@@ -151,15 +151,15 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> Ser
 
 
 def _models(name: str) -> list[str]:
-    """The folders of a bundle in a repository; last the one that clients ask."""
+    """Returns the folders of a bundle in a repository; the last one is the model that clients ask for."""
     return [*(stage_name(name, stage) for stage in STAGES), name]
 
 
 def _check_room(output: Path, name: str) -> None:
-    """Refuses a folder that the models cannot be added to.
+    """Checks that the models can be added to a folder.
 
     Raises:
-        BundleError: see `write_repository`.
+        BundleError: the folder holds models of these names, or is not a repository.
     """
     if not output.exists():
         return
@@ -169,20 +169,20 @@ def _check_room(output: Path, name: str) -> None:
     used = not output.is_dir() or any(output.iterdir())
     if used and not any(output.glob("*/config.pbtxt")):
         raise BundleError(
-            f"{output}: is there already and no model repository; give one, or a folder that is new "
-            f"or empty"
+            f"{output}: is there already and is not a model repository; give one, or a folder that is "
+            f"new or empty"
         )
 
 
 def _move(folder: Path, output: Path, models: list[str]) -> None:
-    """Moves all models of a folder into the repository, or none.
+    """Moves all models of a folder into the repository, or none of them.
 
     Raises:
-        OSError: when that fails.
+        OSError: a move failed.
     """
     if not output.exists() or not any(output.iterdir()):
-        folder.chmod(0o755)  # mkdtemp's is private
-        folder.rename(output)  # an empty one is replaced
+        folder.chmod(0o755)  # The scratch folder is private.
+        folder.rename(output)  # This replaces an empty folder.
         return
     with ExitStack() as undo:
         for model in models:
@@ -192,29 +192,27 @@ def _move(folder: Path, output: Path, models: list[str]) -> None:
 
 
 def _add_model(repository: Path, config: dict[str, Any]) -> Path:
-    """A model's folder with its configuration; returns that of its version."""
+    """Creates a model's folder with its configuration; returns the folder of its version."""
     version = repository / str(config["name"]) / VERSION
     version.mkdir(parents=True)
-    head = (
-        f"# Written by comask-export {__version__} --serve triton; docs/serving.md explains it.\n"
-    )
+    head = f"# Written by 'comask serve' of comask {__version__}; docs/serving.md explains it.\n"
     (version.parent / "config.pbtxt").write_text(head + to_pbtxt(config), encoding="utf-8")
     return version
 
 
 def _parse_served(backend: str) -> tuple[str, str]:
-    """Library and precision.
+    """Returns the library and the precision of a backend that Triton can run.
 
     Raises:
-        ConfigError: Triton does not run it.
+        ConfigError: Triton does not run the backend.
     """
     library, precision = parse_backend(backend)
     if library not in SERVED:
         why = {
             "tensorrt-rtx": "Triton's TensorRT backend does not load TensorRT-RTX's plans",
-            "torch": "comask's network is no TorchScript",
+            "torch": "comask's network is not TorchScript",
         }[library]
-        raise ConfigError(f"backend {library}: {why}; take {' or '.join(SERVED)}")
+        raise ConfigError(f"backend {library}: {why}; use {' or '.join(SERVED)}")
     return library, precision
 
 
@@ -228,12 +226,12 @@ def _graphs(bundle: Bundle, precision: str, max_batch: int | None) -> StageFiles
 
 
 def _plans(bundle: Bundle, precision: str, name: str | None) -> StageFiles:
-    """The plans of the engines that are meant.
+    """Returns the plans of the engines to serve.
 
     Raises:
-        EngineError: see `write_repository`.
+        EngineError: the bundle has no engines that Triton can load, or several that fit.
     """
-    build = f"comask-export {bundle.folder} --engine tensorrt --precision {precision} --plugin aot"
+    build = f"comask build {bundle.folder} --engine tensorrt --precision {precision} --plugin aot"
     there = [
         engines
         for engines in find_engines(bundle)
@@ -248,12 +246,14 @@ def _plans(bundle: Bundle, precision: str, name: str | None) -> StageFiles:
     loadable = [engines for engines in there if engines.info.plugin != "python"]
     if not loadable:
         raise EngineError(
-            f"{there[0].folder}: calls our plugins in Python, which Triton's TensorRT backend does "
-            f"not have; build engines that hold them, or none (--plugin none): {build}"
+            f"{there[0].folder}: calls comask's plugins in Python, which Triton's TensorRT backend "
+            f"does not have; build engines that contain them (or use --plugin none): {build}"
         )
     if len(loadable) > 1:
         names = ", ".join(engines.folder.name for engines in loadable)
-        raise EngineError(f"{bundle.folder}: has several such engines; name one of {names}")
+        raise EngineError(
+            f"{bundle.folder}: has several such engines; give --engines, one of {names}"
+        )
     (engines,) = loadable
     _check(bundle, engines)
     info = engines.info
@@ -267,10 +267,10 @@ def _plans(bundle: Bundle, precision: str, name: str | None) -> StageFiles:
 
 
 def _check(bundle: Bundle, engines: EngineFolder) -> None:
-    """What a server's requests would fail by.
+    """Checks that engines can answer every request of a server.
 
     Raises:
-        EngineError: naming it, and how to build such as will do.
+        EngineError: they cannot; the message names the reason and a command that fixes it.
     """
     info, manifest = engines.info, bundle.manifest
     build = f"build it again: {rebuild_command(engines)}"
@@ -282,7 +282,7 @@ def _check(bundle: Bundle, engines: EngineFolder) -> None:
             )
     if (least := info.profile["batch"][0]) > 1:
         raise EngineError(
-            f"{engines.folder}: takes no fewer than {least} images, and requests may have one; "
+            f"{engines.folder}: takes at least {least} images, but a request may have only one; "
             f"{build} --profile batch=1:{least}:{info.profile['batch'][2]}"
         )
     if (most := info.profile["proposals"][2]) < manifest.model.proposals:

@@ -1,4 +1,4 @@
-"""Where repositories that an older comask wrote look for `comask.runtime.triton_model`."""
+"""The old place of `comask.runtime.triton_model`, which repositories of an older comask import."""
 
 from __future__ import annotations
 

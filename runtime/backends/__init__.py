@@ -1,4 +1,4 @@
-"""Opening a backend by its name: `torch`, `onnxruntime`, `tensorrt:fp16`, …, or `auto`."""
+"""Opens a backend by its name: `torch`, `onnxruntime`, `tensorrt:fp16`, …, or `auto`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from comask.errors import (
 from comask.runtime.backends.base import Stages
 from comask.runtime.device import find_gpu
 
-# The module of each backend and the extra that installs it, by falling speed. Its function
-# `open_backend(bundle, name, precision, options)` gives `Stages`, in the fastest precision there is, or
-# fp32, where `precision` is None. A new backend is a module beside `ort.py`, the one to copy, and a line.
+# The module of each backend and the extra that installs it, fastest first. A module's function
+# `open_backend(bundle, name, precision, options)` returns `Stages`; `precision` None stands for the
+# fastest precision that it has engines of, else for fp32. To add a backend, copy `ort.py` and add a line
+# here.
 MODULES = {
     "tensorrt": ("comask.runtime.backends.trt", "gpu"),
     "tensorrt-rtx": ("comask.runtime.backends.trt", "gpu"),
@@ -41,15 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """Where and how large a bundle runs.
+    """The options with which a bundle is loaded.
 
     Attributes:
-        device: index of the GPU, or `cpu`; None for the first GPU where the backend can use one.
-        on_mismatch: what happens when TensorRT engines do not fit this machine or bundle: `error`, or
+        device: index of the GPU, or `cpu`; None for the first GPU if the backend can use one.
+        on_mismatch: the reaction to TensorRT engines that do not fit this machine or bundle: `error`, or
             `rebuild`, which builds them again first.
-        max_batch: images of one canvas that run together.
-        proposals: stage 2 takes so many of the best proposals of an image; None for all of the bundle's.
-        short_side: images are resized to this, in pixels; None for the bundle's.
+        max_batch: the number of images of one canvas that run together.
+        proposals: the number of an image's best proposals that stage 2 takes; None for all.
+        short_side: length in pixels to which an image's shorter side is resized; None for the bundle's.
     """
 
     device: Device = None
@@ -60,50 +61,53 @@ class LoadOptions:
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """`onnxruntime:int8` → (`onnxruntime`, `int8`); the precision is fp32 where none is named.
+    """Splits `onnxruntime:int8` into name and precision, which is fp32 unless it is named.
 
     Raises:
-        ComaskError: for an unknown backend.
+        ComaskError: if the backend is unknown.
     """
     name, _, precision = text.partition(":")
     if name not in BACKENDS:
         raise ComaskError(
-            f"unknown backend {name}: expected one of {', '.join(BACKENDS)}, with a precision of the "
-            f"bundle behind a colon where it has several (onnxruntime:fp32)"
+            f"unknown backend {name}: expected one of {', '.join(BACKENDS)}, and after a colon one of "
+            f"the bundle's precisions if it has several (onnxruntime:fp32)"
         )
     return name, precision or "fp32"
 
 
 def require_precision(bundle: Bundle, precision: str) -> None:
-    """Refuses a precision that a bundle has no graphs of.
+    """Checks that a bundle has the graphs of a precision.
 
     Raises:
-        BundleError: saying how to add them.
+        BundleError: if it does not have them; the text says how to add them.
     """
-    if precision not in (there := bundle.manifest.precisions):
-        mend = (
-            f"; comask-export {shlex.quote(str(bundle.folder))} --precision {precision} adds them"
-        )
+    existing = bundle.manifest.precisions
+    if precision not in existing:
+        fix = ""
+        if precision in PRECISIONS:
+            folder = shlex.quote(str(bundle.folder))
+            fix = f"; comask export {folder} --precision {precision} adds them"
+            if precision == "int8":
+                fix = f"; comask quantize {folder} --calib-data DIR adds them"
         raise BundleError(
-            f"{bundle.folder}: holds no {precision} graphs, only {', '.join(there)}"
-            f"{mend if precision in PRECISIONS else ''}"
+            f"{bundle.folder}: holds no {precision} graphs, only {', '.join(existing)}{fix}"
         )
 
 
 def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None) -> Stages:
-    """Both stages of a bundle on a backend.
+    """Opens both stages of a bundle on a backend.
 
     Args:
-        bundle: to run.
+        bundle: the bundle to run.
         backend: see `parse_backend`; `auto` takes the fastest that runs here and logs why. It takes
-            TensorRT in the lowest precision that there are engines of, the others in fp32.
-        options: where and how it runs; the defaults without it.
+            TensorRT in the lowest precision of the bundle's engines, the others in fp32.
+        options: the load options; None for the defaults.
 
     Raises:
-        BackendUnavailableError: when its packages are not installed, or what else it needs is missing.
-        BundleError: when the bundle does not hold what it needs.
-        ConfigError: when `device` is none, or there are not so many proposals.
-        EngineError: when engines do not fit, or cannot be opened or built.
+        BackendUnavailableError: if packages, or something else that the backend needs, are missing.
+        BundleError: if the bundle lacks what the backend needs.
+        ConfigError: if `device` is invalid, or the bundle has fewer proposals.
+        EngineError: if engines do not fit, or cannot be opened or built.
     """
     options = options or LoadOptions()
     device, proposals = options.device, options.proposals
@@ -122,7 +126,7 @@ def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None
 
 
 def _open(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """`precision` None: the fastest where there is a choice, else fp32."""
+    """Opens one backend; `precision` None takes the fastest if the backend has several, else fp32."""
     module, extra = MODULES[name]
     try:
         opener = importlib.import_module(module)
@@ -143,7 +147,7 @@ def _open_best(bundle: Bundle, options: LoadOptions) -> Stages:
             logger.info("backend auto: not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
         except (EngineError, KernelError) as error:
-            # somebody built these engines to have them run
+            # a warning, because somebody built these engines to run them
             logger.warning("backend auto: not %s, slower ones follow: %s", name, error)
             reasons.append(f"{name}: {error}")
         else:

@@ -1,4 +1,4 @@
-"""What a backend is: two stages, each of which maps named arrays to named arrays."""
+"""The interface of a backend: two stages, each of which maps named arrays to named arrays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from comask.config import PreprocessConfig
 from comask.errors import EngineError, is_out_of_memory
@@ -19,7 +20,7 @@ from comask.structures import Detections, require_finite
 
 Array = NDArray[Any]
 
-PROPOSALS = ("proposals", "proposal_scores")  # what stage 1 tells stage 2 besides the pyramid
+PROPOSALS = ("proposals", "proposal_scores")  # stage 1's outputs for stage 2 besides the pyramid
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,9 @@ class TensorSpec:
     """A graph's input or output.
 
     Attributes:
-        name: of the tensor.
-        dtype: of its elements.
-        shape: sizes; a dynamic dimension is a string.
+        name: the tensor's name.
+        dtype: the type of its elements.
+        shape: the size of each dimension; a string stands for a dynamic one.
     """
 
     name: str
@@ -38,25 +39,25 @@ class TensorSpec:
 
 
 class Stage(Protocol):
-    """One stage, ready to run. May be called from several threads at once."""
+    """One stage, ready to run. Several threads may call it at once."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` expects."""
+        """The tensors that `run` expects."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` returns."""
+        """The tensors that `run` returns."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name; the arrays belong to the caller."""
+        """Runs the stage and returns its outputs by name; the arrays belong to the caller."""
 
     def close(self) -> None:
-        """Frees what it holds; running it afterwards is an error."""
+        """Frees the stage's resources; it cannot run afterwards."""
 
 
 class Closing:
-    """What `with` closes at its end."""
+    """Base class: leaving the `with` block calls `close()`."""
 
     __slots__ = ()
 
@@ -72,7 +73,7 @@ class Closing:
         self.close()
 
     def close(self) -> None:
-        """Frees what is held."""
+        """Frees the object's resources."""
         raise NotImplementedError
 
 
@@ -81,12 +82,12 @@ class Stages(Closing):
     """Both stages of one backend.
 
     Attributes:
-        backend: its name, as the command line writes it.
+        backend: its name, as on the command line.
         stage1: images → pyramid and proposals.
         stage2: pyramid and proposals → detections.
-        largest_batch: images that may run together; None for any number.
-        proposals: of an image's, stage 2 takes so many of the best; None for all.
-        device: that runs them, `cpu`, or `cuda:0` for the first GPU.
+        largest_batch: the number of images that may run together; None for any number.
+        proposals: the number of an image's best proposals that stage 2 takes; None for all.
+        device: the device that runs them: `cpu`, or `cuda:0` for the first GPU.
     """
 
     backend: str
@@ -99,19 +100,19 @@ class Stages(Closing):
     def run(
         self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
     ) -> dict[str, Array]:
-        """Runs stage 1 and then stage 2 on what it gave.
+        """Runs stage 1, then stage 2 on stage 1's outputs.
 
         Args:
             images: u8 [B, H, W, 3] in RGB.
             image_sizes: i32 [B, 2], (h, w) of each image on the canvas.
-            seconds: is told how long `stage1` and `stage2` took, where given.
+            seconds: receives the seconds that `stage1` and `stage2` took, if given.
 
         Returns:
             stage 2's outputs by name; the arrays belong to the caller.
 
         Raises:
-            EngineError: there is not enough memory.
-            NotFiniteError: the proposals are not finite.
+            EngineError: if memory runs out.
+            NotFiniteError: if the proposals are not finite.
         """
         started = time.perf_counter()
         try:
@@ -120,7 +121,7 @@ class Stages(Closing):
             # sorted by falling score
             best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
             for name, values in best.items():
-                # stage 2 would take these for padding, and find nothing
+                # an error here names the stage; stage 2 would only report its own scores
                 require_finite(f"{self.backend}: stage 1's {name}", values)
             outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
         except Exception as error:
@@ -137,26 +138,26 @@ class Stages(Closing):
 
     @property
     def gpu(self) -> int | None:
-        """Index of the GPU whose memory `lanes` read frames in too; None where the host's alone."""
+        """Index of the GPU in whose memory frames may lie; None if they must be in the host's memory."""
         return None
 
     def lanes(self, count: int, *, graphs: bool) -> Lanes:
-        """Where a `StreamSession` runs its batches; here by `run`, one after the other.
+        """Creates the lanes that run a `StreamSession`'s batches; these call `run`, batch after batch.
 
         Args:
-            count: of batches that may be on their way at once.
-            graphs: whether CUDA graphs are captured and replayed, where the backend can.
+            count: the number of batches that may be in progress at once.
+            graphs: whether to capture and replay CUDA graphs, if the backend can.
         """
         return HostLanes(self.backend, self.run, count)
 
+    @override
     def close(self) -> None:
-        """Closes both."""
         self.stage1.close()
         self.stage2.close()
 
 
 class FramePredictor(Protocol):
-    """What a `StreamSession` needs of the `Predictor` that made it."""
+    """The part of a `Predictor` that its `StreamSession` needs."""
 
     stages: Stages
     preprocess: PreprocessConfig
@@ -166,4 +167,4 @@ class FramePredictor(Protocol):
     def detections(
         self, outputs: Mapping[str, Array], placements: Sequence[Placement]
     ) -> list[Detections]:
-        """See `Predictor.detections`."""
+        """Returns the detections of each image; see `Predictor.detections`."""

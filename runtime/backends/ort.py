@@ -1,7 +1,7 @@
-"""The ONNX Runtime backend: runs the bundle's graphs as they are, the custom ops by their bodies.
+"""The ONNX Runtime backend: runs the bundle's graphs unchanged, the custom ops by their function bodies.
 
-It is the smallest backend, and the one to copy for another: a stage with `inputs`, `outputs`, `run` and
-`close`, and `open_backend`, which `comask.runtime.backends.MODULES` names.
+It is the simplest backend and a good template for another one: a stage with `inputs`, `outputs`, `run`
+and `close`, and `open_backend`, which `comask.runtime.backends.MODULES` names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from comask.bundle import Bundle
-from comask.errors import BackendUnavailableError, BundleError
+from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 
@@ -35,22 +35,22 @@ logger = logging.getLogger(__name__)
 
 
 class OrtSession:
-    """One ONNX file in ONNX Runtime, on CUDA where its build and the machine offer it.
+    """An ONNX file in ONNX Runtime, on CUDA if its build and the machine offer it.
 
-    On CUDA, f32 is computed as such: TensorFloat-32, whose ten bits of mantissa are f16's, is off.
+    On CUDA, f32 keeps its precision: TensorFloat-32, with a mantissa of ten bits as f16's, is off.
 
     Args:
         graph: path of the file, or its bytes.
-        device: index of the GPU, or `cpu`; None for the first GPU where CUDA can be used.
-        optimized: whether ONNX Runtime may rewrite the graph, which is faster, but of Q/DQ graphs
-            makes something else on a CPU.
+        device: index of the GPU, or `cpu`; None for the first GPU if CUDA can be used.
+        optimized: whether ONNX Runtime may rewrite the graph. That is faster, but it changes the
+            results of Q/DQ graphs on a CPU.
 
     Attributes:
-        provider: what runs the graph, `CUDAExecutionProvider` or `CPUExecutionProvider`.
+        provider: the provider that runs it, `CUDAExecutionProvider` or `CPUExecutionProvider`.
 
     Raises:
-        BackendUnavailableError: when onnxruntime is not installed, or does not reach the GPU asked for.
-        BundleError: when it cannot load the file.
+        BackendUnavailableError: if onnxruntime is not installed, or cannot use the requested GPU.
+        BundleError: if ONNX Runtime cannot load the file.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class OrtSession:
             ) from error
         name = graph if isinstance(graph, Path) else "a graph in memory"
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only; they are raised as well
-        threads = os.environ.get("OMP_NUM_THREADS", "")  # as PyTorch; Ray sets it for its actors
+        options.log_severity_level = 3  # errors only, which are raised as well
+        # PyTorch obeys this variable, too; Ray sets it for its actors
+        threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdecimal():
             options.intra_op_num_threads = int(threads)
         if not optimized:
@@ -81,8 +82,10 @@ class OrtSession:
             self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
                 str(graph) if isinstance(graph, Path) else graph, options, providers=providers
             )
-        # ONNX Runtime's exceptions are not exported and share no base but Exception.
+        # ONNX Runtime does not export its exceptions, whose only common base is Exception
         except Exception as error:
+            if is_out_of_memory(error):
+                raise EngineError(f"{name}: not enough memory to load it: {error}") from error
             raise BundleError(f"{name}: ONNX Runtime cannot load it: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         if isinstance(device, int) and self.provider != CUDA_PROVIDER:
@@ -100,7 +103,7 @@ class OrtSession:
         self._dtypes = {spec.name: spec.dtype for spec in self.inputs}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Stage`."""
+        """Runs the graph and returns its outputs by name; the arrays belong to the caller."""
         if self._session is None:
             raise RuntimeError("this session is closed")
         names = [spec.name for spec in self.outputs]
@@ -111,18 +114,18 @@ class OrtSession:
         return dict(zip(names, self._session.run(names, cast), strict=True))
 
     def close(self) -> None:
-        """See `Stage`."""
+        """Frees the session; it cannot run afterwards."""
         self._session = None
 
 
 def ort_stages(
     bundle: Bundle, precision: str, device: int | Literal["cpu"] | None = None
 ) -> Stages:
-    """Both graphs of a bundle; `device` as in `OrtSession`.
+    """Opens both graphs of a bundle; `OrtSession` explains `device`.
 
     Raises:
         BackendUnavailableError: see `OrtSession`.
-        BundleError: when a graph is missing, altered or broken.
+        BundleError: if a graph is missing, altered or broken.
     """
     stage1, stage2 = (
         OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
@@ -133,7 +136,7 @@ def ort_stages(
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """See `comask.runtime.backends.MODULES`, and `ort_stages` for its errors."""
+    """Opens the bundle's graphs; see `comask.runtime.backends.MODULES`, and `ort_stages` for errors."""
     return ort_stages(bundle, precision or "fp32", options.device)
 
 

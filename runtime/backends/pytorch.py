@@ -1,4 +1,4 @@
-"""The PyTorch backend: the network itself, the reference of every other one."""
+"""The PyTorch backend: runs the network itself, the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from comask.models.comask import (
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 
-# of each stage: the names of its inputs and of its outputs
+# the names of each stage's inputs and outputs
 TENSORS = {"stage1": (STAGE1_INPUTS, STAGE1_OUTPUTS), "stage2": (STAGE2_INPUTS, STAGE2_OUTPUTS)}
 
 
 class TorchStage:
-    """One stage of a `CoMask` in evaluation mode, on the device where its weights are.
+    """One stage of a `CoMask` in evaluation mode, which runs on the device of its weights.
 
     Args:
-        model: in evaluation mode.
-        stage: which.
-        options: keyword arguments of that stage.
+        model: the network, in evaluation mode.
+        stage: the stage to run.
+        options: keyword arguments of the network's method.
 
     Attributes:
-        model: see above.
+        model: the network.
     """
 
     def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool) -> None:
@@ -49,7 +49,7 @@ class TorchStage:
         )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Stage`."""
+        """Runs the stage and returns its outputs by name, on the host."""
         device = self.model.mean.device
         with torch.inference_mode():
             tensors = {
@@ -62,11 +62,11 @@ class TorchStage:
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     def close(self) -> None:
-        """Nothing to free: the model belongs to whoever made it."""
+        """Does nothing, since the model belongs to its creator."""
 
 
 def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
-    """Both stages of a model in evaluation mode; `diagnostics` as in `CoMask.stage2`."""
+    """Returns both stages of a model in evaluation mode; `CoMask.stage2` explains `diagnostics`."""
     return Stages(
         "torch" if model.dtype == torch.float32 else "torch:fp16",
         TorchStage(model, "stage1"),
@@ -76,7 +76,7 @@ def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
 
 
 def graph_spec(name: str, model: CoMask) -> TensorSpec:
-    """Name, dtype and shape of a graph's input or output, the contract of docs/bundle.md."""
+    """Returns name, dtype and shape of a graph's input or output, as docs/bundle.md promises them."""
     f32, i32 = np.dtype(np.float32), np.dtype(np.int32)
     maps = f32 if model.dtype == torch.float32 else np.dtype(np.float16)
     d = model.config.detections
@@ -98,10 +98,10 @@ def graph_spec(name: str, model: CoMask) -> TensorSpec:
 
 
 def model_from_bundle(bundle: Bundle) -> CoMask:
-    """The network of a bundle in evaluation mode, on the CPU.
+    """Loads the network of a bundle in evaluation mode, on the CPU.
 
     Raises:
-        BundleError: when its weights are missing, altered or do not fit.
+        BundleError: if its weights are missing, were altered or do not fit.
     """
     path = bundle.file(WEIGHTS)
     model = CoMask(bundle.manifest.model, bundle.manifest.preprocess)
@@ -113,11 +113,11 @@ def model_from_bundle(bundle: Bundle) -> CoMask:
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """See `comask.runtime.backends.MODULES`; the weights are fp32 alone.
+    """Opens the network, whose weights are fp32 only; see `comask.runtime.backends.MODULES`.
 
     Raises:
-        BackendUnavailableError: PyTorch sees no such GPU.
-        BundleError: for another precision, or see `model_from_bundle`.
+        BackendUnavailableError: if PyTorch does not see the requested GPU.
+        BundleError: if another precision is requested; see also `model_from_bundle`.
     """
     if precision not in (None, "fp32"):
         raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")

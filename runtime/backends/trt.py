@@ -1,9 +1,11 @@
-"""The TensorRT backends: a bundle's engines that fit this machine, as `Stages`."""
+"""The TensorRT backends: open a bundle's engines that fit this machine as `Stages`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
@@ -24,18 +26,18 @@ from comask.runtime.trt.lane import TrtLanes
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
 
-# where several folders fit, by falling preference
+# of several folders that fit, the first of these is preferred
 PRECISIONS = ("int8", "fp16", "fp32")
 PLUGINS = ("python", "aot", "none")
-CALLS = 2  # at once: one call copies while another one computes
+CALLS = 2  # calls that may run at once: one copies while the other computes
 
 
 class TrtStage:
-    """One stage alone: its inputs come from the host and its outputs go there.
+    """One stage on its own, which reads its inputs from the host and returns its outputs there.
 
     Args:
-        pool: of both stages; whoever made it closes it.
-        engine: of the stage.
+        pool: the contexts of both stages; its creator closes it.
+        engine: the stage's engine.
     """
 
     def __init__(self, pool: ContextPool, engine: Engine) -> None:
@@ -44,58 +46,59 @@ class TrtStage:
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Stage`."""
+        """Runs the stage on the GPU and returns its outputs by name, on the host."""
         wanted = {spec.name: feeds[spec.name] for spec in self.inputs}
         with self._pool.contexts() as contexts:
             return contexts.run((self._stage,), wanted)
 
     def close(self) -> None:
-        """Nothing of its own."""
+        """Does nothing, since the pool owns all resources."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrtStages(Stages):
-    """Both stages on the GPU; between them nothing leaves it.
+    """Both stages on the GPU, where stage 1's outputs stay for stage 2.
 
     Attributes:
-        pool: of contexts.
+        pool: the execution contexts.
     """
 
     pool: ContextPool
 
+    @override
     def run(
         self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
     ) -> dict[str, Array]:
-        """See `Stages`."""
         with self.pool.contexts() as contexts:
             feeds = {"images": images, "image_sizes": image_sizes}
             return contexts.run(tuple(PLANS), feeds, seconds)
 
     @property
+    @override
     def gpu(self) -> int:
-        """See `Stages`."""
         return self.pool.device.index
 
+    @override
     def lanes(self, count: int, *, graphs: bool) -> TrtLanes:
-        """See `Stages`."""
         return TrtLanes(self.pool, count, graphs=graphs)
 
+    @override
     def close(self) -> None:
         """Waits for running calls, then frees everything."""
         self.pool.close()
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """See `comask.runtime.backends.MODULES`; the engines that fit this machine, fastest first.
+    """Opens the fastest engines that fit this machine; see `comask.runtime.backends.MODULES`.
 
     Raises:
-        BackendUnavailableError: when the bundle has no such engines, or GPU, pycuda or the flavor is
+        BackendUnavailableError: if the bundle has no such engines, or the GPU, pycuda or the flavor is
             missing.
-        EngineError: when the engines do not fit and are not to be built again, or cannot be opened.
+        EngineError: if no engines fit and `on_mismatch` is `error`, or they cannot be opened.
     """
     if options.device == "cpu":
         raise BackendUnavailableError(
-            f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run there"
+            f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run on the CPU"
         )
     device = options.device or 0
     folders = _engines(bundle, name, precision)
@@ -118,24 +121,24 @@ def open_backend(bundle: Bundle, name: str, precision: str | None, options: Load
 
 
 def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = None) -> TrtStages:
-    """The plans of one folder, which must be known to fit.
+    """Opens the plans of one folder without checking whether they fit this machine.
 
     Args:
-        engines: that folder.
+        engines: the folder.
         device: index of the GPU.
         proposals: see `Stages`.
 
     Raises:
-        BackendUnavailableError: when pycuda or the flavor is missing.
-        EngineError: when a plan is altered, or TensorRT does not open it.
-        KernelError: when the plugins' kernels cannot be compiled for the GPU.
+        BackendUnavailableError: if pycuda or the flavor is missing.
+        EngineError: if a plan was altered, or TensorRT cannot open it.
+        KernelError: if the plugins' kernels cannot be compiled for the GPU.
     """
     opened, flavor, info = open_device(device), load_flavor(engines.info.flavor), engines.info
     with opened:
         if info.plugin == "python":
             register_plugins(flavor)
             for op in OPS:
-                run.prepare(op.kernel)  # TensorRT would drop the reason of a failure
+                run.prepare(op.kernel)  # compiled here, since TensorRT would drop an error's reason
         runtime = flavor.trt.Runtime(flavor.log)
         if info.options.get("version_compatible"):
             runtime.engine_host_code_allowed = True  # the plan holds a lean runtime
@@ -153,23 +156,23 @@ def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = 
 
 
 def _engines(bundle: Bundle, flavor_name: str, precision: str | None) -> list[EngineFolder]:
-    """The flavor's engines, fastest first.
+    """Returns the flavor's engines, fastest first.
 
     Raises:
-        BackendUnavailableError: when there are none.
+        BackendUnavailableError: if the bundle has none.
     """
-    there = find_engines(bundle)
-    found = [
+    existing = find_engines(bundle)
+    matching = [
         folder
-        for folder in there
+        for folder in existing
         if folder.info.flavor == flavor_name and precision in (None, folder.info.precision)
     ]
-    if not found:
-        kinds = sorted({f"{f.info.flavor}:{f.info.precision}" for f in there})
+    if not matching:
+        kinds = sorted({f"{f.info.flavor}:{f.info.precision}" for f in existing})
         kind = f"{flavor_name}:{precision}" if precision else flavor_name
         raise BackendUnavailableError(
             f"{bundle.folder}: holds no engines for {kind} (it has {', '.join(kinds) or 'none'}); "
-            f"comask-export {bundle.folder} --engine {flavor_name} --precision {precision or 'fp16'} "
+            f"comask build {bundle.folder} --engine {flavor_name} --precision {precision or 'fp16'} "
             f"builds them"
         )
 
@@ -177,14 +180,16 @@ def _engines(bundle: Bundle, flavor_name: str, precision: str | None) -> list[En
         info = folder.info
         return PRECISIONS.index(info.precision), PLUGINS.index(info.plugin)
 
-    return sorted(found, key=rank)
+    return sorted(matching, key=rank)
 
 
 def _first_fit(
     folders: list[EngineFolder], bundle: Bundle, flavor: Flavor, gpu: Gpu
 ) -> tuple[EngineFolder, list[str]]:
-    """The first folder that may run here; else the first of all, and why it may not."""
+    """Returns the first folder that may run here, or else the first one and why it may not."""
     kernels = kernels_sha256()
     reasons = [folder.mismatches(bundle, flavor.version, gpu, kernels) for folder in folders]
-    fitting = [folder for folder, found in zip(folders, reasons, strict=True) if not found]
-    return (fitting[0], []) if fitting else (folders[0], reasons[0])
+    for folder, mismatches in zip(folders, reasons, strict=True):
+        if not mismatches:
+            return folder, []
+    return folders[0], reasons[0]

@@ -1,1 +1,1 @@
-"""Measuring a bundle: seconds of each part, frames a second, memory, and on which machine."""
+"""Measures a bundle: seconds of each part, frames per second, memory, and the machine."""

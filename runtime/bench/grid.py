@@ -1,4 +1,4 @@
-"""Settings to run a bundle with, and grids of them."""
+"""Settings with which a bundle can run, and grids of settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from comask.bundle import Manifest
 from comask.config import require_count
 from comask.runtime.backends import Device, LoadOptions
 
-PROPOSALS = (1.0, 1 / 2, 1 / 4, 1 / 8)  # of the bundle's
-SHORT_SIDES = (0.8, 0.6)  # of the bundle's, which comes first
+PROPOSALS = (1.0, 1 / 2, 1 / 4, 1 / 8)  # fractions of the bundle's number
+SHORT_SIDES = (0.8, 0.6)  # fractions of the bundle's short side, which itself comes first
 BATCHES = (1, 4)
 
 
@@ -19,10 +19,10 @@ class Setting:
     """One way to run a bundle.
 
     Attributes:
-        backend: as `Predictor.load` takes it.
-        proposals: an image.
-        short_side: of resized images, in pixels.
-        batch: images that run together.
+        backend: a backend's name, see `Predictor.load`.
+        proposals: the number of proposals per image.
+        short_side: shorter side of the resized images in pixels.
+        batch: the number of images that run together.
     """
 
     backend: str
@@ -32,14 +32,14 @@ class Setting:
 
     @property
     def without_batch(self) -> str:
-        """All but the batch, which AP does not depend on."""
+        """The setting in words without the batch, on which AP does not depend."""
         return f"{self.backend}, {self.proposals} proposals, {self.short_side} px"
 
     def __str__(self) -> str:
         return f"{self.without_batch}, batch {self.batch}"
 
     def options(self, manifest: Manifest, device: Device) -> LoadOptions:
-        """The setting as a user of the bundle would say it: the bundle's own values are left out."""
+        """Returns the load options of the setting; the bundle's own values are left out."""
         own = own_setting(self.backend, manifest)
         return LoadOptions(
             device=device,
@@ -50,7 +50,7 @@ class Setting:
 
 
 def own_setting(backend: str, manifest: Manifest) -> Setting:
-    """The bundle's own setting, one image at a time."""
+    """Returns the bundle's own setting with one image at a time."""
     return Setting(
         backend=backend, proposals=manifest.model.proposals,
         short_side=manifest.preprocess.short_side, batch=1,
@@ -62,9 +62,9 @@ class Grid:
     """The settings to try: every combination of these values.
 
     Attributes:
-        proposals: an image.
-        short_sides: of resized images, in pixels.
-        batches: images that run together.
+        proposals: numbers of proposals per image.
+        short_sides: shorter sides of the resized images in pixels.
+        batches: numbers of images that run together.
     """
 
     proposals: tuple[int, ...]
@@ -73,18 +73,18 @@ class Grid:
 
     @classmethod
     def of(cls, manifest: Manifest, given: Mapping[str, Sequence[int]]) -> Grid:
-        """A grid for a bundle.
+        """Returns a grid for a bundle.
 
-        Short sides that are not given are multiples of the canvas's, so that none of the network's work
-        is on padding.
+        Short sides that are not given are multiples of the canvas's step, so that the network does not
+        spend work on padding.
 
         Args:
-            manifest: of the bundle.
-            given: values of `proposals`, `short-side` and `batch`. For those that are missing, parts of
-                what the bundle has.
+            manifest: the bundle's manifest.
+            given: values of `proposals`, `short-side` and `batch`; missing ones are derived from the
+                bundle's.
 
         Raises:
-            ConfigError: the bundle has no such proposals or short side.
+            ConfigError: if the bundle cannot run with such proposals or short sides.
         """
         own, multiple = own_setting("", manifest), manifest.preprocess.pad_multiple
         sides = (round(part * own.short_side / multiple) * multiple for part in SHORT_SIDES)
@@ -101,7 +101,7 @@ class Grid:
         return cls(*(tuple(dict.fromkeys(v)) for v in values.values()))
 
     def holds(self, setting: Setting) -> bool:
-        """Whether a setting is of the grid, whatever its backend."""
+        """Returns whether the grid contains a setting, regardless of its backend."""
         return (
             setting.proposals in self.proposals
             and setting.short_side in self.short_sides
@@ -109,7 +109,7 @@ class Grid:
         )
 
     def settings(self, backend: str) -> list[Setting]:
-        """All of them but for the batch, which is 1."""
+        """Returns all settings of a backend with a batch of 1."""
         return [
             Setting(backend=backend, proposals=proposals, short_side=side, batch=1)
             for side in self.short_sides

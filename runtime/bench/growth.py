@@ -1,6 +1,6 @@
-"""Whether what a process takes grew over a run.
+"""Judges whether a process's memory, threads, files or times grew over a run.
 
-Growth is the last fifth of the samples against the first, after a warm-up.
+Growth is the difference between the last and the first fifth of the samples after a warm-up.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from comask.runtime.bench.machine import MIB
 
 Series = NDArray[np.float64]
 
-WARM_UP = 0.2  # of the run: allocators, thread pools and caches take what they need, then keep it
-PARTS = 5  # of what follows; the first is compared with the last
-LEAST = 5  # samples a part, or nothing is judged
+WARM_UP = 0.2  # share of the run in which allocators, thread pools and caches reach their size
+PARTS = 5  # parts of the rest of the run; the first is compared with the last
+LEAST = 5  # samples per part that are needed to judge
 MEDIAN, LOWER_QUARTILE = 0.5, 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How far a series may grow.
+    """The limit of a series' growth.
 
     Attributes:
-        name: what it is, for people.
-        unit: of its values.
-        allowed: growth; a share of the first part where `relative`, else in `unit`.
+        name: the series' name for people.
+        unit: the unit of its values.
+        allowed: the allowed growth: a share of the first part if `relative`, else in `unit`.
         relative: see `allowed`.
-        quantile: of a part's samples that stands for the part. Other processes only ever add to times,
-            so the lower quartile of these is nearer to the program's own than their median.
+        quantile: the quantile of a part's samples that stands for the part. Other processes can only
+            lengthen times, so their lower quartile is nearer to the program's own than their median.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Limit:
     quantile: float = MEDIAN
 
 
-# What a run may do that lasts for months: take no more, and keep its speed. Times of one program on one
-# machine stray by several percent by themselves, the slowest 1 % of them by more.
+# A run that lasts for months must not take more memory, and must keep its speed. Times of one program on
+# one machine scatter by several percent anyway, the slowest 1 % of them by more.
 LIMITS = {
     "resident_bytes": Limit("resident memory", "MiB", 0.01),
     "gpu_bytes": Limit("GPU memory", "MiB", 0.01),
     "threads": Limit("threads", "", 0, relative=False),
     "files": Limit("open files", "", 0, relative=False),
-    "unreadable": Limit("unreadable images a round", "", 0, relative=False),
-    "cpu_ms": Limit("CPU time an image", "ms", 0.2, quantile=LOWER_QUARTILE),
+    "unreadable": Limit("unreadable images per round", "", 0, relative=False),
+    "cpu_ms": Limit("CPU time per image", "ms", 0.2, quantile=LOWER_QUARTILE),
     "call_p50_ms": Limit("latency p50", "ms", 0.2, quantile=LOWER_QUARTILE),
     "call_p99_ms": Limit("latency p99", "ms", 0.5, quantile=LOWER_QUARTILE),
     "stream_p50_ms": Limit("stream latency p50", "ms", 0.2, quantile=LOWER_QUARTILE),
@@ -59,17 +59,17 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """What a series did, in the order in which reports list it.
+    """The growth of a series, with fields in the order in which reports list them.
 
     Attributes:
-        name: of the series, for people.
-        unit: of its values; memory is counted in bytes, though, and `unit` is how it is shown.
-        relative: whether `grown` and `allowed` are shares of `before`, else they are in `unit`.
+        name: the series' name for people.
+        unit: the unit in which values are shown; memory is counted in bytes, however.
+        relative: whether `grown` and `allowed` are shares of `before`; else they are in `unit`.
         before: level of the first part after the warm-up.
         after: level of the last part.
-        grown: from the one to the other.
-        allowed: the most that `grown` may be.
-        passed: whether it is within that limit.
+        grown: the growth from `before` to `after`.
+        allowed: the largest `grown` that passes.
+        passed: whether `grown` is within that limit.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Growth:
 
     @property
     def scale(self) -> int:
-        """What `before` and `after` are divided by to be in `unit`."""
+        """The divisor that converts `before` and `after` to `unit`."""
         return MIB if self.unit == "MiB" else 1
 
     def __str__(self) -> str:
@@ -95,17 +95,17 @@ class Growth:
 
 
 def warmed_up(seconds: Series) -> NDArray[np.bool_]:
-    """Which samples lie behind the warm-up."""
-    behind: NDArray[np.bool_] = seconds > WARM_UP * seconds.max(initial=0)
-    return behind
+    """Returns a mask of the samples after the warm-up."""
+    after: NDArray[np.bool_] = seconds > WARM_UP * seconds.max(initial=0)
+    return after
 
 
 def growths(seconds: Series, series: Mapping[str, Series]) -> dict[str, Growth]:
-    """What each series that has a limit did; empty where there are too few samples to say.
+    """Returns the growth of each series that has a limit; empty if the samples are too few.
 
     Args:
-        seconds: [N] f64, since the start, of each sample.
-        series: by name, [N] f64 each; names that `LIMITS` lacks are left out.
+        seconds: [N] f64, the seconds from the start to each sample.
+        series: [N] f64 by name; names without a limit in `LIMITS` are left out.
     """
     warm = warmed_up(seconds)
     size = int(np.count_nonzero(warm)) // PARTS

@@ -1,6 +1,6 @@
-"""What `comask-bench` reports of backends: seconds of each part, images a second, memory.
+"""Measures backends for `comask bench`: seconds of each part, images per second, memory.
 
-Backends take turns, so that other load meets all of them alike. The medians are recorded in the bundle.
+Backends take turns, so that other load affects all of them alike. The medians are recorded in the bundle.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendLatency:
-    """The figures of one backend. Memory is that of a fresh process; None is what cannot be measured.
+    """The figures of one backend; memory is a fresh process's, and None if it cannot be measured.
 
     Attributes:
-        runs_as: backend and precision that it was opened as.
-        device: that it ran on: `cpu`, `cuda:0`, ….
-        milliseconds: of a batch, by `timing.PARTS` and `timing.SUM`.
-        ratio: of the median sums, the reference's by this one's: above 1 where this one is faster.
-        images_per_second: of batches one after the other.
-        outside_stages: share of a batch's time outside both stages, the median of all batches.
-        detections_per_image: on average.
-        cores_busy: CPU seconds a second.
-        warm_ups: batches before those that were measured.
+        runs_as: backend and precision.
+        device: the device that it ran on: `cpu`, `cuda:0`, ….
+        milliseconds: the time of a batch, by `timing.PARTS` and `timing.SUM`.
+        ratio: the reference's median sum divided by this backend's; above 1 if this one is faster.
+        images_per_second: the rate for batches one after the other.
+        outside_stages: the median share of a batch's time outside both stages.
+        detections_per_image: the average number of detections per image.
+        cores_busy: CPU seconds per second.
+        warm_ups: the number of batches before the measured ones.
         resident_bytes: peak of the system's memory.
-        gpu_bytes: of the GPU's memory, by calls one by one.
-        stream: batches in a stream; None where the backend takes frames one at a time anyway.
+        gpu_bytes: bytes of the GPU's memory for calls one by one.
+        stream: times of batches in a stream; None if the backend takes frames one at a time anyway.
     """
 
     runs_as: str
@@ -81,7 +81,7 @@ class BackendLatency:
         memory: PeakMemory,
         stream: StreamTiming | None,
     ) -> BackendLatency:
-        """Sums up what was measured of a backend."""
+        """Computes the figures from a backend's measurements."""
         seconds = {part: np.array(values) for part, values in measured.seconds.items()}
         outside = 1 - (seconds["stage1"] + seconds["stage2"]) / seconds[SUM]
         return cls(
@@ -102,17 +102,17 @@ class BackendLatency:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyReport(Report):
-    """What was measured, on what, and of which setting.
+    """The figures of all backends, with the images and the setting.
 
     Attributes:
-        subject: the images, in words.
-        batch: images that ran together.
-        proposals: an image; None for the bundle's.
-        short_side: of resized images, in pixels; None for the bundle's.
-        runs: batches of each backend.
-        reference: name of the backend that `ratio` is of.
+        subject: the images in words.
+        batch: the number of images that ran together.
+        proposals: the number of proposals per image; None for the bundle's.
+        short_side: shorter side of the resized images in pixels; None for the bundle's.
+        runs: the number of batches that each backend ran.
+        reference: name of the backend with which `ratio` compares.
         canvases: (H, W) of the images' canvases.
-        backends: figures by name, the reference first.
+        backends: the figures by name, the reference's first.
     """
 
     subject: str
@@ -126,18 +126,18 @@ class LatencyReport(Report):
 
 
 def runnable(bundle: Bundle, named: Sequence[str], how: LoadOptions) -> list[str]:
-    """The backends that run here. Each is opened once to see.
+    """Returns the backends that run here; each is opened once to find out.
 
     Args:
-        bundle: to run.
-        named: backends that must run. Empty: whatever the bundle holds, PyTorch first; what of these
-            does not run is logged.
-        how: to open them.
+        bundle: the bundle to run.
+        named: backends that must run. If empty, all that the bundle has graphs or engines for, PyTorch
+            first; those that do not run are logged.
+        how: the options with which to open them.
 
     Raises:
-        ComaskError: when one that was named does not run, or none does.
+        ComaskError: if a named backend does not run, or none does.
     """
-    found = []
+    running = []
     for name in dict.fromkeys(named or _held_backends(bundle)):
         try:
             Predictor.open(bundle.folder, name, how).close()
@@ -146,17 +146,16 @@ def runnable(bundle: Bundle, named: Sequence[str], how: LoadOptions) -> list[str
                 raise
             logger.warning("left out: %s: %s", name, " ".join(str(error).split()))
         else:
-            found.append(name)
-    if not found:
+            running.append(name)
+    if not running:
         raise BackendUnavailableError(
-            f"none of the backends that {bundle.folder} is for runs here; comask-doctor says what is "
-            f"missing"
+            f"none of the backends of {bundle.folder} runs here; comask doctor says what is missing"
         )
-    return found
+    return running
 
 
 def _held_backends(bundle: Bundle) -> list[str]:
-    """Every backend and precision that the bundle has graphs or engines for, PyTorch first."""
+    """Returns all backends and precisions that the bundle has graphs or engines for, PyTorch first."""
     engines = {f"{engine.info.flavor}:{engine.info.precision}" for engine in find_engines(bundle)}
     graphs = [f"onnxruntime:{precision}" for precision in bundle.manifest.precisions]
     return ["torch", *graphs, *sorted(engines)]
@@ -175,19 +174,19 @@ def measure_latency(
     """Measures backends in turn.
 
     Args:
-        bundle: to measure.
-        names: of backends that run here, see `runnable`; the first is the reference.
-        how: to open them.
-        images: to run, as often as it takes.
-        subject: what these are, in words.
-        runs: batches to measure of each backend.
-        warm_ups: batches before them; None: until they get no faster.
+        bundle: the bundle to measure.
+        names: names of backends that run here, see `runnable`; the first is the reference.
+        how: the options with which to open them.
+        images: the images to run, repeated if needed.
+        subject: the images in words.
+        runs: the number of batches to measure on each backend.
+        warm_ups: the number of batches before them; None to run until they get no faster.
 
     Raises:
-        ComaskError: when a backend does not run, or runs fewer images together than was asked for.
+        ComaskError: if a backend does not run, or runs fewer images together than requested.
     """
-    machine = describe_machine(how.device)  # before there is load
-    memory = _memory(bundle, names, how, images)  # while this process holds nothing they might lack
+    machine = describe_machine(how.device)  # before this process causes load
+    memory = _memory(bundle, names, how, images)  # before this process takes memory itself
     with contextlib.ExitStack() as stack:
         predictors = {
             name: stack.enter_context(Predictor.open(bundle.folder, name, how)) for name in names
@@ -201,7 +200,7 @@ def measure_latency(
             predictors, dict.fromkeys(names, batches),
             runs=runs, warm_ups=warm_ups, advance=progress.advance,
         )  # fmt: skip
-        # the other backends take frames one at a time, as they were measured
+        # backends without a GPU run a stream's frames one by one, which was measured already
         streams = {
             name: measure_stream(predictor, batches, runs=runs)
             for name, predictor in predictors.items()
@@ -227,7 +226,7 @@ def measure_latency(
 def _memory(
     bundle: Bundle, names: Sequence[str], how: LoadOptions, images: Sequence[Pixels]
 ) -> dict[str, PeakMemory]:
-    """Peak memory of each backend, with the image that takes the largest canvas."""
+    """Measures each backend's peak memory with the image that needs the largest canvas."""
     preprocess = bundle.manifest.preprocess
     largest = max(images, key=lambda image: math.prod(canvas_of(image, preprocess)))
     height, width, _ = largest.shape
@@ -242,20 +241,20 @@ def _memory(
 
 
 def record_latency(report: LatencyReport) -> None:
-    """Puts the medians into the manifest, in place of older ones of that backend, device and batch.
+    """Writes the medians to the manifest, in place of older ones of the same backend, device and batch.
 
-    A report on another setting than the bundle's own is not recorded, which the log says.
+    A report of another setting than the bundle's own is not recorded; a warning says so.
     """
     folder = Path(report.bundle)
     manifest = Bundle.open(folder).manifest
     own = (manifest.model.proposals, manifest.preprocess.short_side)
     if (report.proposals or own[0], report.short_side or own[1]) != own:
-        logger.warning("not recorded in the bundle, as this is another setting than its own")
+        logger.warning("not recorded in the bundle, because this is another setting than its own")
         return
     latency = {
-        f"{found.runs_as} on {found.device}, batch {report.batch}": {
-            "seconds": {part: value.p50 / 1000 for part, value in found.milliseconds.items()},
-            "device": found.device,
+        f"{figures.runs_as} on {figures.device}, batch {report.batch}": {
+            "seconds": {part: value.p50 / 1000 for part, value in figures.milliseconds.items()},
+            "device": figures.device,
             "when": report.when,
             "machine": dataclasses.asdict(report.machine),
             "subject": report.subject,
@@ -263,7 +262,7 @@ def record_latency(report: LatencyReport) -> None:
             "batch": report.batch,
             "runs": report.runs,
         }
-        for found in report.backends.values()
+        for figures in report.backends.values()
     }
 
     def change(manifest: Manifest) -> Manifest:

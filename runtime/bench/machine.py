@@ -1,6 +1,6 @@
-"""The machine that something is measured on, and what this process takes of it.
+"""Describes the machine of a measurement, and measures this process's memory, threads and files.
 
-Read from /proc of Linux and from the GPU's driver. Names of hosts and users are never read.
+Everything is read from Linux's /proc and the GPU's driver. Names of hosts and users are never read.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Facts of a machine, in the order in which reports list them.
+    """Facts about a machine, in the order in which reports list them.
 
     Attributes:
         cpu: model of the processor.
-        cores: CPU cores that this process may use.
-        load: the system's load average of the last minute. It is near 0 on a free machine; times are
-            to be trusted while it is below `cores`. None where the system does not tell.
-        omp_num_threads: the environment variable; None where it is not set.
+        cores: the number of CPU cores that this process may use.
+        load: the system's load average of the last minute. It is near 0 on an idle machine; times are
+            reliable while it is below `cores`. None if the system does not tell.
+        omp_num_threads: the environment variable; None if it is not set.
         gpu: model of the GPU; None without one.
         system: operating system and architecture.
-        versions: of comask, Python and those of `PACKAGES` that are installed.
+        versions: versions of comask, Python and the installed ones of `PACKAGES`.
     """
 
     cpu: str
@@ -53,7 +53,7 @@ class Machine:
     versions: dict[str, str]
 
     def __str__(self) -> str:
-        """The machine in half a line."""
+        """Returns the machine in half a line."""
         limit = self.omp_num_threads
         threads = "" if limit is None else f", OMP_NUM_THREADS={limit}"
         gpu = f", {self.gpu}" if self.gpu else ""
@@ -64,12 +64,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What every report on a bundle begins with; `dataclasses.asdict` of a report is its JSON.
+    """The first fields of every report on a bundle; `dataclasses.asdict` of a report is its JSON.
 
     Attributes:
         bundle: path of the bundle, as it was given.
         when: date and time in UTC, ISO 8601.
-        machine: that it was measured on.
+        machine: the machine of the measurement.
     """
 
     bundle: str
@@ -78,10 +78,10 @@ class Report:
 
 
 def describe_machine(device: Device) -> Machine:
-    """Facts of this machine.
+    """Returns the facts about this machine.
 
     Args:
-        device: as `Predictor.load` takes it: which GPU is described, if there is one; `cpu` for none.
+        device: the device of `Predictor.load`, whose GPU is described if it exists; `cpu` for none.
     """
     gpu = None if device == "cpu" else find_gpu(device or 0)
     return Machine(
@@ -96,7 +96,7 @@ def describe_machine(device: Device) -> Machine:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -109,74 +109,74 @@ def _cpu() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _facts(file: Path, name: str) -> list[str]:
-    """The values of lines `name: value` of a file of /proc; empty where there is no such file."""
+    """Returns the values of all lines `name: value` of a file in /proc; empty without the file."""
     if not file.exists():
         return []
     return re.findall(rf"^{name}[ \t]*:[ \t]*(.*?)[ \t]*$", file.read_text(), re.MULTILINE)
 
 
 def require_proc() -> None:
-    """Whether this process's memory, threads and files can be read.
+    """Checks that this process's memory, threads and files can be read.
 
     Raises:
-        ComaskError: this is not Linux.
+        ComaskError: if this is not Linux.
     """
     if not STATUS.exists():
-        raise ComaskError("memory, threads and files are read from /proc: --soak needs Linux")
+        raise ComaskError("comask soak needs Linux: memory, threads and files are read from /proc")
 
 
 def resident_bytes() -> int:
-    """Memory of the system that this process holds, shared libraries among it."""
+    """Returns the bytes of the system's memory that this process holds, shared libraries included."""
     (size,) = _facts(STATUS, "VmRSS")
     return 1024 * int(size.removesuffix(" kB"))
 
 
 def peak_resident() -> int | None:
-    """The most bytes that this process ever held; None where the system does not tell."""
-    # Not getrusage's: on Linux a process inherits that from the one which started it.
+    """Returns the most bytes that this process ever held; None if the system does not tell."""
+    # not getrusage: on Linux a process inherits its peak from the process that started it
     sizes = _facts(STATUS, "VmHWM")
     return 1024 * int(sizes[0].removesuffix(" kB")) if sizes else None
 
 
 def thread_count() -> int:
-    """Threads of this process, those of libraries too."""
+    """Returns the number of this process's threads, including those of libraries."""
     return len(os.listdir(TASKS))
 
 
 def open_files() -> int:
-    """File descriptors of this process: files, sockets, pipes, devices."""
-    return len(os.listdir(FILES)) - 1  # one is of the listing
+    """Returns the number of this process's file descriptors: files, sockets, pipes, devices."""
+    return len(os.listdir(FILES)) - 1  # one belongs to the listing itself
 
 
 def waited_seconds() -> float:
-    """For how long this thread was ready and others had the processor; 0 where that is not counted."""
+    """Returns the seconds that this thread waited for a processor; 0 if the system does not count."""
     return int(SCHEDULE.read_text().split()[1]) / 1e9 if SCHEDULE.exists() else 0.0
 
 
 def clock_mhz() -> float | None:
-    """Clock of the processor, the mean of its cores; None where the system does not tell."""
+    """Returns the mean clock of the processor's cores; None if the system does not tell."""
     clocks = [float(clock) for clock in _facts(CPU_FACTS, "cpu MHz")]
     return sum(clocks) / len(clocks) if clocks else None
 
 
 def used_gpu_memory(index: int) -> int | None:
-    """Bytes of a GPU that are in use, whoever uses them, this process's CUDA context among them.
+    """Returns the bytes of a GPU's memory that all processes use, this one's CUDA context included.
 
     Args:
-        index: of the GPU.
+        index: index of the GPU.
 
     Returns:
-        None where there is no such GPU.
+        the bytes; None if the GPU does not exist.
     """
     if find_gpu(index) is None:
         return None

@@ -1,7 +1,7 @@
-"""Peak memory of a backend, measured in a fresh process that loads nothing else.
+"""Measures a backend's peak memory in a fresh process that loads nothing else.
 
-In the process that times several backends they would share one number. The fresh one loads the bundle
-as a user's program does and runs a full batch twice: what it takes is what that program has to have.
+In the process that times several backends they would share one number. The fresh process loads the bundle
+as a user's program does and runs a full batch twice; such a program needs the memory that it takes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from comask.runtime.bench.timing import CAPTURED, fill_slots
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS
 
-RUNS = 2  # the second finds all buffers grown
+RUNS = 2  # the second run finds all buffers at their full size
 
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """Of one process. None is what this machine cannot measure.
+    """The peak memory of one process. None stands for what this machine cannot measure.
 
     Attributes:
-        resident: bytes of the system's memory, with Python and all libraries, of calls one by one.
-        gpu: bytes of the GPU's memory, without the CUDA context, of the same; 0 where it is not used.
-        stream: bytes of the GPU's memory when the slots of a `Predictor.stream` are at work as well;
-            None where the backend does not run them on a GPU.
-        problem: why there are no numbers; empty where there are.
+        resident: bytes of the system's memory for calls one by one, with Python and all libraries.
+        gpu: bytes of the GPU's memory for the same calls, without the CUDA context; 0 if it is not used.
+        stream: bytes of the GPU's memory while the slots of a `Predictor.stream` run as well; None if
+            the backend does not run them on a GPU.
+        problem: the reason why nothing could be measured; empty otherwise.
     """
 
     resident: int | None
@@ -45,13 +45,13 @@ class PeakMemory:
 def peak_memory(
     bundle: Path, backend: str, size: tuple[int, int], options: LoadOptions
 ) -> PeakMemory:
-    """Memory that one backend takes. This takes seconds, as a process starts and loads everything.
+    """Measures one backend's memory, which takes seconds, since a process starts and loads everything.
 
     Args:
-        bundle: to run.
-        backend: as `Predictor.load` takes it.
-        size: (h, w) in pixels of the images, of which there are `max_batch`.
-        options: where and how it runs.
+        bundle: the bundle to run.
+        backend: a backend's name, see `Predictor.load`.
+        size: (h, w) in pixels of the images, `max_batch` of which run together.
+        options: the load options.
     """
     task = {
         "bundle": str(bundle), "backend": backend, "size": size,
@@ -69,7 +69,7 @@ def peak_memory(
 
 
 def main() -> None:
-    """What the fresh process does."""
+    """Runs in the fresh process, and prints its memory as JSON."""
     task = json.loads(sys.argv[1])
     options = LoadOptions(**task["options"])
     index = None if options.device == "cpu" else options.device or 0
@@ -77,7 +77,7 @@ def main() -> None:
     image = np.random.default_rng(0).integers(0, 256, (*task["size"], 3), dtype=np.uint8)
 
     def taken() -> int | None:
-        # before anything is freed; backends keep what they once took
+        # measured before anything is freed; backends keep memory that they once took
         if index is None or before is None:
             return None
         return max(0, (used_gpu_memory(index) or 0) - before)
@@ -86,12 +86,12 @@ def main() -> None:
         batch = [image] * predictor.max_batch
         for _ in range(RUNS):
             predictor(list(batch))
-        found = {"resident": peak_resident(), "gpu": taken(), "stream": None}
+        memory = {"resident": peak_resident(), "gpu": taken(), "stream": None}
         if predictor.stages.gpu is not None:
             with predictor.stream(slots=SLOTS) as session:
                 fill_slots(session, batch, CAPTURED)
-                found["stream"] = taken()
-    print(json.dumps(found))
+                memory["stream"] = taken()
+    print(json.dumps(memory))
 
 
 if __name__ == "__main__":

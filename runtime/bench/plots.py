@@ -1,4 +1,4 @@
-"""The pictures of the reports."""
+"""Draws the reports' pictures."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-COLORS = ("#9ecae1", "#3182bd", "#e6550d", "#bdbdbd", "#a1d99b", "#31a354")  # of the parts
+COLORS = ("#9ecae1", "#3182bd", "#e6550d", "#bdbdbd", "#a1d99b", "#31a354")  # for `PARTS`
 CHOSEN, LIMIT = "#d62728", "#888888"
 MARKERS = "osD^vP"
-SOAK_PANELS = (  # label, and series by their names in the report
+SOAK_PANELS = (  # label, and the names of the series in the report
     ("memory, MiB", ("resident_bytes",)),
     ("GPU memory, MiB", ("gpu_bytes",)),
     ("threads and files", ("threads", "files")),
-    ("CPU ms an image", ("cpu_ms",)),
+    ("CPU ms per image", ("cpu_ms",)),
     ("calls, ms", ("call_p50_ms", "call_p99_ms")),
     ("stream, ms", ("stream_p50_ms", "stream_p99_ms")),
     ("share waited", ("waited",)),
     ("clock, MHz", ("clock_mhz",)),
 )
-FAR = 10.0  # losses beyond so many limits are drawn on the edge, so that they do not squeeze the others
+FAR = 10.0  # losses above this many limits are drawn at the edge, so that the others have room
 
 
 def check_plot(path: Path) -> None:
-    """Whether a picture can be drawn, before anything is measured.
+    """Checks that a picture can be drawn, before anything is measured.
 
     Raises:
-        ComaskError: it is of another kind, or matplotlib is missing.
+        ComaskError: if the name ends otherwise, or matplotlib is missing.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ComaskError(f"--plot {path}: expected a name that ends in {', '.join(SUFFIXES)}")
@@ -52,9 +52,9 @@ def check_plot(path: Path) -> None:
 
 
 def draw_latency(report: LatencyReport, path: Path) -> None:
-    """The median of all parts as a bar a backend, divided as the medians of the parts are.
+    """Draws the median time as one bar per backend, divided in proportion to the medians of its parts.
 
-    Medians of parts do not add up to the median of their sums, which the label and the table name.
+    The medians of the parts do not add up to the median of their sums, which label and table show.
     """
     figure = _figure(9, 1.9 + 0.6 * len(report.backends))
     axes = figure.subplots()
@@ -73,8 +73,8 @@ def draw_latency(report: LatencyReport, path: Path) -> None:
         text = f" {end:.4g} ms, ratio {report.backends[name].ratio:.2f}"
         axes.text(end, place, text, va="center", fontsize=9)
     axes.set_xlim(0, 1.22 * max(left))
-    what = "an image" if report.batch == 1 else f"a batch of {report.batch}"
-    axes.set_xlabel(f"median milliseconds of {what}, divided as the medians of its parts")
+    what = "image" if report.batch == 1 else f"batch of {report.batch}"
+    axes.set_xlabel(f"median milliseconds per {what}, in proportion to the medians of its parts")
     _title(axes, report.subject, report.machine)
     figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=9, frameon=False)
     _clear(axes)
@@ -82,9 +82,9 @@ def draw_latency(report: LatencyReport, path: Path) -> None:
 
 
 def draw_sweep(report: SweepReport, path: Path) -> None:
-    """AP loss against time of every setting, the Pareto front, and the choice.
+    """Draws each setting's AP loss against its time, the Pareto front, and the choice.
 
-    The settings on the front are numbered, and named beside the picture.
+    The settings on the front are numbered, and explained beside the picture.
     """
     rows, top = report.settings, top_of_losses(report)
     front = [row for row in rows if row.on_front]
@@ -110,7 +110,8 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
         label=f"--max-loss {report.max_loss:g}",
     )  # fmt: skip
     times, losses = _places(front)
-    losses = [min(loss, top) for loss in losses]  # what lies beyond is on the edge, like its mark
+    # losses beyond the top are drawn at the edge, as their marks are
+    losses = [min(loss, top) for loss in losses]
     axes.step(
         times, losses, where="post", color="black", linewidth=1, zorder=1, clip_on=False,
         label="Pareto front",
@@ -124,8 +125,8 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
             str(number), (time, loss), xytext=(7, 7 if row in near else -15),
             textcoords="offset points", fontweight="bold",
         )  # fmt: skip
-    axes.set_xlabel("milliseconds an image")
-    axes.set_ylabel("AP points lost, boxes or masks, whichever more")
+    axes.set_xlabel("milliseconds per image")
+    axes.set_ylabel("AP points lost by boxes or masks, whichever is more")
     _title(axes, f"{report.images} images of {report.data}", report.machine)
     axes.grid(alpha=0.3)
     axes.set_ylim(top=top)
@@ -135,11 +136,11 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
 
 
 def draw_soak(report: SoakReport, path: Path) -> None:
-    """Every series over the minutes, and the levels that were compared.
+    """Draws each series over the minutes, and the levels that were compared.
 
     Args:
-        report: with samples.
-        path: of the picture.
+        report: a report with samples.
+        path: path of the picture.
     """
     minutes = [seconds / 60 for seconds in report.times]
     warm_up = (report.warm_up_seconds or 0.0) / 60
@@ -177,15 +178,16 @@ def draw_soak(report: SoakReport, path: Path) -> None:
 
 
 def _worth(series: dict[str, list[float]], name: str) -> bool:
-    """Whether a series shows something: a clock that never changes does not."""
+    """Returns whether a series is worth a panel, which a clock that never changes is not."""
     values = series.get(name, [])
     return bool(values) and (name != "clock_mhz" or min(values) < max(values))
 
 
 def _scale(axes: Axes, label: str, values: list[float]) -> None:
-    """Sets the axis for the values that are judged, whatever the warm-up was like.
+    """Scales the axis for the values that are judged, regardless of the warm-up.
 
-    Memory spans at least 1 % either way, which is the limit; threads and files are whole numbers.
+    The axis of memory spans at least 1 % both ways, which is the limit; threads and files are whole
+    numbers.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -203,7 +205,7 @@ def _scale(axes: Axes, label: str, values: list[float]) -> None:
 
 
 def top_of_losses(report: SweepReport) -> float:
-    """Upper end of the loss axis: the limit stays in sight, also beside losses many times as large."""
+    """Returns the upper end of the loss axis, such that the limit is visible beside far larger losses."""
     limit = report.max_loss
     largest = max(limit, *(row.loss for row in report.settings))
     return 1.05 * max(0.1, min(largest, max(FAR * limit, 1.0)))
@@ -214,14 +216,14 @@ def _places(rows: Sequence[SweepRow]) -> tuple[list[float], list[float]]:
 
 
 def _named(row: SweepRow) -> str:
-    """A setting on the front, in the legend's two lines."""
+    """Returns the two lines of the legend for a setting on the front."""
     own = " (the bundle's own)" if row.reference else ""
     worth = f"{row.ms_per_image:.3g} ms, {row.loss:+.2f} points{own}"
     return f"{row.without_batch},\nbatch {row.batch}: {worth}"
 
 
 def _title(axes: Axes, subject: str, machine: Machine) -> None:
-    # no formulas: a file's name may hold dollars
+    # parse_math is off because a file's name may contain dollar signs
     text = one_line(f"{subject}, {machine}")
     axes.set_title(text, fontsize=9, pad=12, parse_math=False)
 
@@ -231,7 +233,7 @@ def _clear(axes: Axes) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, without pyplot and the backend it keeps for all."""
+    """Returns an empty figure of a size in inches, without pyplot and its global backend."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

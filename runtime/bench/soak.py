@@ -1,4 +1,4 @@
-"""One backend under load for as long as is asked for, and whether its process grows meanwhile."""
+"""Runs one backend under load for a given time, and judges whether its process grows."""
 
 from __future__ import annotations
 
@@ -32,41 +32,43 @@ from comask.runtime.bench.machine import (
 from comask.runtime.bench.timing import streamed
 from comask.runtime.predictor import Predictor
 
-Encoded = Path | bytes  # of an image
+Encoded = Path | bytes  # an image's file, or its content
 
-SAMPLES = 1000  # at most, whatever the length: a run that kept more would grow by itself
-SESSION_ROUNDS = 10  # between streams that are opened for one frame, beside the one that stays open
+SAMPLES = 1000  # the most that are kept: a run that kept more the longer it lasts would itself grow
+SESSION_ROUNDS = (
+    10  # rounds between the streams that are opened for one frame beside the permanent one
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoakReport(Report):
-    """What a run did, and whether something grew.
+    """The measurements of a run, and whether something grew.
 
     Attributes:
         runs_as: backend and precision.
-        device: that it ran on: `cpu`, `cuda:0`, ….
-        subject: the images, in words.
-        batch: images that ran together.
-        proposals: an image; None for the bundle's.
-        short_side: of resized images, in pixels; None for the bundle's.
-        minutes: that were asked for.
-        interrupted: whether it was stopped early, as by a signal.
-        seconds: that it took.
+        device: the device that it ran on: `cpu`, `cuda:0`, ….
+        subject: the images in words.
+        batch: the number of images that ran together.
+        proposals: the number of proposals per image; None for the bundle's.
+        short_side: shorter side of the resized images in pixels; None for the bundle's.
+        minutes: the requested length of the run.
+        interrupted: whether it was stopped early, by a signal for example.
+        seconds: the length of the run.
         waited: median of the series of that name; None without samples.
-        rounds: through all images.
-        images: that were looked at, each twice a round: by a call and in a stream.
-        detections: in them.
-        unreadable: attempts to read an image that failed.
-        judged: whether there were samples enough.
-        passed: whether it was judged, nothing grew beyond its limit, and it did not break down.
-        verdict: the result in a line.
-        warm_up_seconds: that are not judged; None without samples.
-        growth: of each series, see `growths`.
-        times: seconds since the start, of each sample.
-        series: the samples, by the names of `growth.LIMITS`; `waited`, the share of a call's time in
-            which other processes had the processor, which latencies exclude; and `clock_mhz` where it is
+        rounds: the number of rounds through all images.
+        images: the number of images that were run; each runs twice per round, in a call and in a stream.
+        detections: the number of detections in them.
+        unreadable: the number of failed attempts to read an image.
+        judged: whether the samples were enough to judge.
+        passed: whether it was judged, nothing grew beyond its limit, and the run did not break down.
+        verdict: the result in one line.
+        warm_up_seconds: the length of the warm-up, which is not judged; None without samples.
+        growth: the growth of each series, see `growths`.
+        times: the seconds from the start to each sample.
+        series: the samples by the names of `growth.LIMITS`; `waited`, the share of a call's time in
+            which other processes had the processor, which latencies exclude; and `clock_mhz` if it is
             known.
     """
 
@@ -103,18 +105,18 @@ def soak(
     subject: str,
     stopped: Callable[[], bool] = lambda: False,
 ) -> SoakReport:
-    """Goes through the images again and again, and samples after whole rounds, which are all alike.
+    """Runs the images again and again, and takes samples after whole rounds, which are all alike.
 
     Args:
-        predictor: under load.
-        images: files or their content, broken ones among them.
-        minutes: to go on for.
-        bundle: that the predictor runs.
-        how: the predictor was opened.
-        subject: the images, in words.
-        stopped: whether to end after the image in hand.
+        predictor: the predictor to put under load.
+        images: files or their content, broken ones included.
+        minutes: the length of the run.
+        bundle: the bundle that the predictor runs.
+        how: the options with which the predictor was opened.
+        subject: the images in words.
+        stopped: returns whether to end the run after the current image.
     """
-    machine = describe_machine(how.device)  # before there is load
+    machine = describe_machine(how.device)  # before this process causes load
     load, problem, seconds = _Load(predictor, images, stopped), "", 60 * minutes
     total = max(1, round(seconds))
     shown = Progress("soaking", total, unit="seconds")
@@ -131,19 +133,19 @@ def soak(
                 if stopped() or now - last < seconds / SAMPLES:
                     continue
                 values = load.sample()
-                if not names:  # memory for all samples, before there is anything to compare
+                if not names:  # allocates memory for all samples before the first one is compared
                     names, kept = list(values), np.full((SAMPLES + 2, len(values) + 1), np.nan)
                 if count == 1:  # the first round is slower
                     _warn_if_short(now - last, seconds)
                 kept[count], count, last = (now, *values.values()), count + 1, now
                 shown.advance(min(int(now), total) - shown.done, _in_words(values))
-    # what a leak ends with, too: no memory, no files, no threads
+    # a leak, too, ends with one of these: no memory, no files, no threads
     except (ComaskError, OSError, MemoryError, RuntimeError) as error:
         problem = one_line(error) or type(error).__name__
     now = time.perf_counter() - started
     times, series = kept[:count, 0], dict(zip(names, kept[:count, 1:].T, strict=True))
     growth = growths(times, series)
-    failures = [str(found) for found in growth.values() if not found.passed]
+    failures = [str(grown) for grown in growth.values() if not grown.passed]
     if problem:
         failures.append(f"the run broke down after {now / 60:.1f} minutes: {problem}")
     return SoakReport(
@@ -160,7 +162,7 @@ def soak(
 
 
 def _verdict(times: Series, minutes: float, *, judged: bool) -> str:
-    """The result of a run in which nothing grew and nothing failed."""
+    """Returns the result, in one line, of a run in which nothing grew and nothing failed."""
     if judged:
         return f"nothing grew beyond its limit in {minutes:.3g} minutes"
     count = int(warmed_up(times).sum())
@@ -171,16 +173,16 @@ def _verdict(times: Series, minutes: float, *, judged: bool) -> str:
 
 
 class _Load:
-    """What a program does with a predictor all day.
+    """The load of a program that uses a predictor all day.
 
     Args:
-        predictor: under load.
-        images: of a round.
-        stopped: whether to end within a round.
+        predictor: the predictor to put under load.
+        images: the images of a round.
+        stopped: returns whether to end, even within a round.
 
     Attributes:
-        stream: that is open all the time.
-        rounds: and `images`, `detections`, `unreadable`: counts, see `SoakReport`.
+        stream: the stream that is open all the time.
+        rounds: a count, as are `images`, `detections` and `unreadable`; see `SoakReport`.
     """
 
     def __init__(
@@ -193,27 +195,27 @@ class _Load:
         self._gpu = int(index or 0) if kind == "cuda" else None
         self.stream = predictor.stream()
         self.rounds = self.images = self.detections = self.unreadable = 0
-        self._calls: list[float] = []  # seconds, since the last sample
+        self._calls: list[float] = []  # seconds of each call since the last sample
         self._frames: list[float] = []
-        self._waited = 0.0  # seconds of `_calls` in which others had the processor
+        self._waited = 0.0  # seconds of `_calls` in which other processes had the processor
         self._last = time.process_time(), 0, 0, 0  # CPU seconds, images, unreadable, rounds
 
     def round(self) -> None:
-        """Every image by a call, from its file to RLEs, and then as a frame of a stream."""
+        """Runs every image in a call, from its file to RLEs, and then as a frame of a stream."""
         frame: Pixels | None = None
         for group in self._groups:
             started, waited = time.perf_counter(), waited_seconds()
             pixels = list(self._readable(group))
             if pixels:
-                for found in self._predictor(list(pixels)):
-                    self.detections += len(found.to_rle())
+                for detections in self._predictor(list(pixels)):
+                    self.detections += len(detections.to_rle())
                 self._calls.append(time.perf_counter() - started)
                 self._waited += waited_seconds() - waited
                 self.images += len(pixels)
                 frame = pixels[-1]
-        for seconds, detections in streamed(self.stream, self._readable(self._images)):
+        for seconds, count in streamed(self.stream, self._readable(self._images)):
             self._frames.append(seconds)
-            self.detections += detections
+            self.detections += count
             self.images += 1
         with contextlib.suppress(ImageError):
             self.stream.submit(np.empty((0, 0, 3), np.uint8))
@@ -223,14 +225,14 @@ class _Load:
         self.rounds += 1
 
     def sample(self) -> dict[str, float]:
-        """What the process takes, and how long the rounds since the last sample took."""
+        """Returns the process's memory, threads and files, and the times since the last sample."""
         last, self._last = self._last, (
             time.process_time(), self.images, self.unreadable, self.rounds,
         )  # fmt: skip
         cpu, images, unreadable, rounds = (a - b for a, b in zip(self._last, last, strict=True))
         if not self._calls:
-            raise ImageError("no image can be read any more, though one could before")
-        # Frames are worked on by another thread, which waits no less.
+            raise ImageError("no image can be read any more, although one could before")
+        # another thread works on the frames, and waits about as long
         waited, self._waited = min(1.0, self._waited / sum(self._calls)), 0.0
         values: dict[str, float | None] = {
             "resident_bytes": resident_bytes(),
@@ -269,7 +271,7 @@ def _in_words(values: dict[str, float]) -> str:
 
 
 def _warn_if_short(interval: float, total: float) -> None:
-    """Logs after two rounds already that there will be too few samples to judge.
+    """Logs, after only two rounds, that the samples will be too few to judge.
 
     Args:
         interval: seconds between two samples.
@@ -285,12 +287,12 @@ def _warn_if_short(interval: float, total: float) -> None:
 
 
 def _longer(minutes: float, samples: float) -> str:
-    """The option for a run that can be judged, where so many minutes give too few samples."""
-    return f"--soak {1.2 * minutes * LEAST * PARTS / samples:.2g} or more"
+    """Returns the option for a run that is long enough, given that `minutes` give too few samples."""
+    return f"--minutes {1.2 * minutes * LEAST * PARTS / samples:.2g} or more"
 
 
 def noise_images(preprocess: PreprocessConfig) -> list[Encoded]:
-    """Seeded noise as JPEG: wide, tall, square and small ones, of odd sizes too."""
+    """Returns seeded noise as JPEGs: wide, tall, square and small images, some of odd sizes."""
     from PIL import Image
 
     short, long = preprocess.short_side, preprocess.max_side
@@ -306,6 +308,6 @@ def noise_images(preprocess: PreprocessConfig) -> list[Encoded]:
 
 
 def broken_images(sound: Encoded) -> list[Encoded]:
-    """What is no image, and the first half of a sound one."""
+    """Returns bytes that are not an image, and the first half of a valid one."""
     content = sound.read_bytes() if isinstance(sound, Path) else sound
     return [b"no image", content[: len(content) // 2]]

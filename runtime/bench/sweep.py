@@ -1,4 +1,4 @@
-"""AP and time of a bundle over a grid of settings, and the fastest setting that is good enough."""
+"""Measures AP and time of a bundle over a grid of settings, and chooses the fastest good one."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from comask.runtime.predictor import Predictor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored(Setting):
-    """A setting and what it is worth.
+    """A setting with its AP and time.
 
     Attributes:
-        box_ap: AP points, 100 × AP.
-        mask_ap: likewise.
-        loss: AP points that boxes or masks lose on the bundle's own setting, whichever lose more;
-            below 0 where both gain.
-        ms_per_image: the batch's time by its images.
-        ms_per_batch: median milliseconds of a batch, from pixels to RLE.
+        box_ap: AP points of boxes, 100 × AP.
+        mask_ap: AP points of masks.
+        loss: the larger of the AP points that boxes and masks lose compared with the bundle's own
+            setting; negative if both gain.
+        ms_per_image: the batch's time divided by its images.
+        ms_per_batch: median milliseconds per batch, from pixels to RLE.
     """
 
     box_ap: float
@@ -43,10 +43,10 @@ class Scored(Setting):
 
 
 def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
-    """Those that no other one beats: as fast with less loss, or with as little loss faster.
+    """Returns the settings that no other one beats in time and loss.
 
     Returns:
-        the fastest first; of several that are equal in both, all.
+        the settings, the fastest first; all of those that are equal in both.
     """
     front: list[Scored] = []
     for entry in sorted(scored, key=_time_and_loss):
@@ -57,10 +57,10 @@ def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
 
 
 def choose(scored: Sequence[Scored], max_loss: float) -> Scored:
-    """The fastest setting that loses at most `max_loss` points of box and of mask AP.
+    """Returns the fastest setting that loses at most `max_loss` points of box AP and of mask AP.
 
     Raises:
-        ValueError: when no setting does; the bundle's own setting, which loses nothing, always does.
+        ValueError: if there is none; the bundle's own setting always is one, since it loses nothing.
     """
     return min((entry for entry in scored if entry.loss <= max_loss), key=_time_and_loss)
 
@@ -74,7 +74,7 @@ class SweepRow(Scored):
     """A setting in a report.
 
     Attributes:
-        ratio: of the milliseconds of an image, the reference's by this one's.
+        ratio: the reference's milliseconds per image divided by this setting's.
         reference: whether it is the bundle's own setting.
         on_front: whether no other setting beats it.
         chosen: whether it is the fastest within the loss.
@@ -88,7 +88,7 @@ class SweepRow(Scored):
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A setting that cannot run, in words, and why."""
+    """A setting in words, and the reason why it cannot run."""
 
     setting: str
     reason: str
@@ -96,20 +96,20 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport(Report):
-    """What was measured, and the choice.
+    """The measurements and the choice.
 
     Attributes:
-        data: that was scored, as `--data` says it.
-        images: that were scored.
-        not_decoded: images that could not be decoded, and were not scored.
-        runs: batches that were timed of each setting.
-        max_loss: AP points.
-        settings: the fastest first.
+        data: the value of `--data`.
+        images: the number of images that were scored.
+        not_decoded: the number of images that could not be decoded and were not scored.
+        runs: the number of batches that were timed for each setting.
+        max_loss: the AP points that may be lost.
+        settings: all measured settings, the fastest first.
         skipped: settings that cannot run.
-        finished: whether all of the grid was measured.
-        verdict: the choice in a line.
-        command: line of `comask-infer` that runs it.
-        python: expression that runs it.
+        finished: whether the whole grid was measured.
+        verdict: the choice in one line.
+        command: the `comask infer` command that runs the chosen setting.
+        python: the Python expression that opens the chosen setting.
     """
 
     data: str
@@ -129,18 +129,18 @@ class Sweep:
     """Scores and times settings one after the other.
 
     Args:
-        bundle: to measure.
-        source: of the images.
-        indices: of the images to score.
-        device: to run on.
-        runs: batches to time of each setting.
+        bundle: the bundle to measure.
+        source: the data set.
+        indices: indices of the images to score.
+        device: the device to run on.
+        runs: the number of batches to time for each setting.
 
     Attributes:
-        scored: settings that are done, the bundle's own first.
-        skipped: settings that cannot run.
+        scored: the settings that are done, the bundle's own first.
+        skipped: the settings that cannot run.
 
     Raises:
-        DataError: the data has other classes than the bundle.
+        DataError: if the data has other classes than the bundle.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Sweep:
     ) -> None:
         self._labels = labels_in_data(bundle.manifest, source)
         self._bundle, self._source, self._device, self._runs = bundle, source, device, runs
-        self._machine = describe_machine(device)  # before there is load
+        self._machine = describe_machine(device)  # before this process causes load
         self._asked = len(indices)
         self._truth = Truth(source, indices)
         self._own_ms: float | None = None
@@ -157,17 +157,17 @@ class Sweep:
 
     @cached_property
     def _pixels(self) -> list[Pixels]:
-        """Those that are timed: the first of what could be decoded when the first setting was scored."""
+        """The images to time: the first that could be decoded when the first setting was scored."""
         return [self._source.image(index) for index in self._truth.indices[: self._runs]]
 
     def run(self, backends: Sequence[str], grid: Grid) -> BaseException | None:
-        """Goes through the grid, the bundle's own setting on the first backend first.
+        """Measures the whole grid, beginning with the bundle's own setting on the first backend.
 
         Returns:
-            the exception of SIGINT or SIGTERM that ended it early; None when it is through.
+            the exception of SIGINT or SIGTERM that ended it early; None if it is complete.
 
         Raises:
-            ComaskError: when the bundle's own setting cannot run, or cannot be scored.
+            ComaskError: if the bundle's own setting cannot run or be scored.
         """
         own = own_setting(backends[0], self._bundle.manifest)
         wanted = [setting for name in backends for setting in grid.settings(name)]
@@ -176,7 +176,7 @@ class Sweep:
             with self._open(own) as reference:
                 for place, setting in enumerate(order, 1):
                     batches = grid.batches if setting in wanted else ()
-                    if setting == own:  # with batch 1, which the others are compared with
+                    if setting == own:  # batch 1 is what all others are compared with
                         batches = tuple(dict.fromkeys([1, *batches]))
                     title = f"{place}/{len(order)} {setting.without_batch}"
                     self._measure(setting, batches, reference, title)
@@ -187,12 +187,12 @@ class Sweep:
         return None
 
     def report(self, data: str, max_loss: float, *, finished: bool) -> SweepReport:
-        """Everything that was measured, and the choice.
+        """Returns all measurements and the choice.
 
         Args:
-            data: what was scored, in words.
+            data: the scored data in words.
             max_loss: AP points that boxes and masks may lose.
-            finished: whether all of the grid was measured.
+            finished: whether the whole grid was measured.
         """
         reference, images = self.scored[0], len(self._truth.indices)
         chosen, front = choose(self.scored, max_loss), pareto_front(self.scored)
@@ -219,7 +219,7 @@ class Sweep:
     def _measure(
         self, setting: Setting, batches: Sequence[int], reference: Predictor, title: str
     ) -> None:
-        """AP once, as it does not depend on the batch; then the time of each batch."""
+        """Measures AP once, since it does not depend on the batch, and the time for each batch."""
         try:
             metrics = self._score(dataclasses.replace(setting, batch=max(batches)), f"{title}, AP")
             times = list(self._timed(setting, batches, reference, title))
@@ -251,10 +251,10 @@ class Sweep:
     def _timed(
         self, setting: Setting, batches: Sequence[int], reference: Predictor, title: str
     ) -> Iterator[tuple[Setting, float]]:
-        """Each batch that runs, and its milliseconds.
+        """Yields the setting with each batch that runs, and its milliseconds.
 
-        Other load comes and goes while a sweep takes its time. So each setting takes turns with the
-        bundle's own, and its time is its share of the own one's first.
+        Other load comes and goes during a sweep. Each setting therefore takes turns with the bundle's own
+        setting, and its time is the own setting's first time multiplied by the ratio of the two.
         """
         single = timing.full_batches(self._pixels, reference.preprocess, 1)
         for batch in batches:
@@ -267,57 +267,57 @@ class Sweep:
                     continue
                 groups = timing.full_batches(self._pixels, predictor.preprocess, batch)
                 with Progress(f"{title}, timing batch {batch}", self._runs, unit="runs") as done:
-                    found = timing.take_turns(
+                    measured = timing.take_turns(
                         {"own": reference, "tried": predictor},
                         {"own": single, "tried": groups},
                         runs=self._runs,
                         advance=done.advance,
                     )
-            if self._own_ms is None:  # the first is the own one itself
-                self._own_ms = 1000 * found["own"].median
+            if self._own_ms is None:  # the first setting is the own one itself
+                self._own_ms = 1000 * measured["own"].median
                 yield timed, self._own_ms
             else:
-                yield timed, self._own_ms * found["tried"].median / found["own"].median
+                yield timed, self._own_ms * measured["tried"].median / measured["own"].median
 
     def _skip(self, setting: Setting, error: ComaskError) -> None:
         self.skipped.append(Skipped(str(setting), one_line(error)))
 
 
 def _check_reference(metrics: CocoMetrics) -> None:
-    """Raises DataError where no loss could be seen."""
+    """Raises DataError if the data or the bundle could not show a loss of AP."""
     if min(metrics.values[task]["AP"] for task in ("bbox", "segm")) < 0:
-        raise DataError("the data holds no objects to score: --sweep needs images with objects")
+        raise DataError("the data has no objects to score: a sweep needs images with objects")
     if not metrics.detections:
         raise DataError(
             "the bundle finds nothing in the data, so no setting could lose any AP: give data like "
-            "that which it was trained for, or export with a lower --score-threshold"
+            "the training data, or export with a lower --score-threshold"
         )
 
 
 def verdict(chosen: Scored, reference: Scored, max_loss: float) -> str:
-    """The choice in a line."""
+    """Returns the choice in one line."""
     within = f"within {max_loss:g} AP points of {reference}"
     if chosen is reference:
         return f"fastest {within}: that setting itself"
     box, mask = chosen.box_ap - reference.box_ap, chosen.mask_ap - reference.mask_ap
     return (
-        f"fastest {within}: {chosen}, {chosen.ms_per_image:.2f} ms an image, "
+        f"fastest {within}: {chosen}, {chosen.ms_per_image:.2f} ms per image, "
         f"{reference.ms_per_image / chosen.ms_per_image:.2f} times as fast, box AP {box:+.2f}, "
         f"mask AP {mask:+.2f}"
     )
 
 
 def usage(bundle: str, backend: str, options: LoadOptions) -> tuple[str, str]:
-    """The command line of `comask-infer` and the Python expression that run a setting."""
+    """Returns the `comask infer` command and the Python expression that run a setting."""
     given = {
         name: value
         for name, value in dataclasses.asdict(options).items()
         if value is not None and name != "on_mismatch"
     }
-    names = {"max_batch": "batch", "short_side": "short-side"}  # of the options
+    names = {"max_batch": "batch", "short_side": "short-side"}  # names of the command's options
     flags = "".join(f" --{names.get(name, name)} {value}" for name, value in given.items())
     keywords = "".join(f", {name}={value!r}" for name, value in given.items())
     return (
-        f"comask-infer {shlex.quote(bundle)} INPUT --output DIR --backend {backend}{flags}",
+        f"comask infer {shlex.quote(bundle)} INPUT --output DIR --backend {backend}{flags}",
         f"Predictor.load({bundle!r}, {backend!r}{keywords})",
     )

@@ -1,6 +1,6 @@
-"""Seconds of each part of a prediction, and of frames in a stream, of backends that take turns.
+"""Times each part of a prediction, and frames in a stream, for backends that take turns.
 
-Decoding is no part of it: images are in memory.
+Decoding is not timed: images are in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from comask.preprocess import Pixels, decode_image, padded_shape, resized_shape
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS, Future, StreamSession
 
-# What a prediction consists of, in order, and the names of it for people. `prepare` resizes, pads and
-# stacks; the stages are timed by the GPU's clock where TensorRT runs them; `other` is what else a backend
-# does around them (copies to and from a GPU, freeing maps); `results` makes `Detections`.
+# The parts of a prediction in order, with their names for people. `prepare` resizes, pads and stacks. The
+# stages are timed by the GPU's clock if TensorRT runs them. `other` is the backend's work around them
+# (copies to and from a GPU, freeing maps). `results` makes `Detections`.
 PARTS = {
     "prepare": "prepare", "stage1": "stage 1", "stage2": "stage 2", "other": "other",
     "results": "results", "encode": "paste+RLE",
 }  # fmt: skip
 SUM = "sum"
 MOST_WARM_UPS = 20
-STEADY = 0.95  # a run that takes less than this part of all before it shows that more may follow
+STEADY = 0.95  # a run below this fraction of all runs before it shows that the warm-up is not over
 
-CAPTURED = 4  # batches of a shape in a slot until its CUDA graph is replayed, with a margin
+CAPTURED = (
+    4  # number of batches of one shape after which a slot replays its CUDA graph, with a margin
+)
 
 Encoded = TypeVar("Encoded", Path, bytes, Path | bytes)  # an image's file, or its content
 
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of several runs, in milliseconds, interpolated between the two nearest runs."""
+    """Percentiles of several runs in milliseconds, interpolated between the two nearest runs."""
 
     p50: float
     p90: float
@@ -51,19 +53,19 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Sequence[float] | NDArray[np.float64]) -> Percentiles:
-        """The percentiles of the seconds that each run took."""
+        """Computes the percentiles of the seconds that each run took."""
         return cls(*(1000 * np.percentile(np.asarray(seconds), (50, 90, 99))).tolist())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTiming:
-    """Batches of frames in a `Predictor.stream`, from host memory to RLE.
+    """The times of batches of frames in a `Predictor.stream`, from host memory to RLE.
 
     Attributes:
-        milliseconds: of a batch that is alone.
-        images_per_second: when as many batches are under way as there are slots.
-        slots: of the stream.
-        gpu_bytes: of the GPU's memory that a process takes meanwhile; None where that is unknown.
+        milliseconds: the time of a batch while no other batch is in the stream.
+        images_per_second: the rate while all slots are at work.
+        slots: the stream's number of slots.
+        gpu_bytes: bytes of the GPU's memory that a process takes meanwhile; None if that is unknown.
     """
 
     milliseconds: Percentiles
@@ -74,14 +76,14 @@ class StreamTiming:
 
 @dataclass
 class Measured:
-    """What one backend took.
+    """The measurements of one backend.
 
     Attributes:
-        seconds: of each run, by `PARTS` and `SUM`.
-        images: that were run.
-        detections: that were found.
-        cpu: seconds of CPU time of this process.
-        warm_ups: runs before these.
+        seconds: the seconds of each run, by `PARTS` and `SUM`.
+        images: the number of images that were run.
+        detections: the number of detections in them.
+        cpu: this process's CPU time in seconds.
+        warm_ups: the number of runs before the measured ones.
     """
 
     seconds: dict[str, list[float]] = field(
@@ -93,7 +95,7 @@ class Measured:
     warm_ups: int = 0
 
     def add(self, predictor: Predictor, images: Sequence[Pixels]) -> None:
-        """Runs one batch."""
+        """Runs one batch and adds its measurements."""
         cpu = time.process_time()
         seconds, detections = timed(predictor, images)
         self.cpu += time.process_time() - cpu
@@ -104,30 +106,30 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds of a batch."""
+        """Median seconds per batch."""
         return float(np.median(self.seconds[SUM]))
 
     @property
     def cores(self) -> float:
-        """CPU cores that were busy on average; a library that waits by spinning keeps one busy, too."""
+        """The average number of busy CPU cores; a library that waits by spinning keeps one busy, too."""
         return self.cpu / sum(self.seconds[SUM])
 
     @property
     def images_per_second(self) -> float:
-        """Of batches one after the other."""
+        """Images per second for batches one after the other."""
         return self.images / sum(self.seconds[SUM])
 
     @property
     def detections_per_image(self) -> float:
-        """How many were found on average."""
+        """The average number of detections per image."""
         return self.detections / self.images
 
 
 def timed(predictor: Predictor, images: Sequence[Pixels]) -> tuple[dict[str, float], int]:
-    """Runs one batch of images of one canvas.
+    """Runs and times one batch of images of one canvas.
 
     Returns:
-        seconds by `PARTS` and `SUM`, and how many detections there were.
+        the seconds by `PARTS` and `SUM`, and the number of detections.
     """
     marks = [time.perf_counter()]
     prepared = [predictor.prepare(image) for image in images]
@@ -137,25 +139,26 @@ def timed(predictor: Predictor, images: Sequence[Pixels]) -> tuple[dict[str, flo
     stages: dict[str, float] = {}
     outputs = predictor.stages.run(canvases, sizes, seconds=stages)
     marks.append(time.perf_counter())
-    found = predictor.detections(outputs, prepared)
+    detections = predictor.detections(outputs, prepared)
     marks.append(time.perf_counter())
-    for detections in found:
-        detections.to_rle()
+    for of_image in detections:
+        of_image.to_rle()
     marks.append(time.perf_counter())
     prepare, run, results, encode = np.diff(marks).tolist()
     seconds = {
         "prepare": prepare,
         **stages,
-        "other": max(0.0, run - sum(stages.values())),  # two clocks may differ by less than it is
+        # not below 0, since the two clocks may differ by more than the rest takes
+        "other": max(0.0, run - sum(stages.values())),
         "results": results,
         "encode": encode,
         SUM: marks[-1] - marks[0],
     }
-    return seconds, sum(map(len, found))
+    return seconds, sum(map(len, detections))
 
 
 def decoded(images: Iterable[Encoded]) -> Iterator[tuple[Encoded, Pixels]]:
-    """Decodes images one after the other; those that cannot be decoded are logged and passed over."""
+    """Decodes images one after the other; those that cannot be decoded are logged and skipped."""
     for image in images:
         try:
             yield image, decode_image(image)
@@ -166,9 +169,9 @@ def decoded(images: Iterable[Encoded]) -> Iterator[tuple[Encoded, Pixels]]:
 def full_batches(
     images: Sequence[Pixels], preprocess: PreprocessConfig, batch: int
 ) -> list[list[Pixels]]:
-    """Batches of `batch` images of one canvas that hold every image, in a seeded order.
+    """Returns all images in batches of `batch` images of one canvas, in a seeded order.
 
-    Where a canvas has too few, its images come again, so that all batches are of one size.
+    If a canvas has too few images, some of them are repeated, so that all batches have the same size.
     """
     by_canvas: dict[tuple[int, int], list[Pixels]] = {}
     for image in images:
@@ -178,23 +181,22 @@ def full_batches(
         for same in by_canvas.values()
         for start in range(0, len(same), batch)
     ]
-    order = np.random.default_rng(0).permutation(
-        len(batches)
-    )  # else some runs see one canvas alone
+    # in their first order, some runs would see only one canvas
+    order = np.random.default_rng(0).permutation(len(batches))
     return [batches[i] for i in order]
 
 
 def canvas_of(image: Pixels, preprocess: PreprocessConfig) -> tuple[int, int]:
-    """(H, W) of the canvas that an image gets."""
+    """Returns (H, W) of the canvas that an image gets."""
     height, width, _ = image.shape
     return padded_shape(resized_shape((height, width), preprocess), preprocess)
 
 
 def check_batch(predictor: Predictor, batch: int) -> None:
-    """Whether the backend takes so many images together.
+    """Checks that the backend runs so many images together.
 
     Raises:
-        ComaskError: it does not; `Predictor.load` was given that many, and runs fewer.
+        ComaskError: if it runs fewer, although `Predictor.load` was given that many.
     """
     if predictor.max_batch < batch:
         raise ComaskError(
@@ -209,12 +211,12 @@ def warm_up(
     """Runs batches until they get no faster, each canvas at least once.
 
     Args:
-        predictor: to warm up.
+        predictor: the predictor to warm up.
         batches: see `full_batches`.
-        runs: so many instead.
+        runs: the number of batches to run instead, if given.
 
     Returns:
-        how many it ran.
+        the number of batches that ran.
     """
     if runs is not None:
         for number in range(runs):
@@ -231,7 +233,7 @@ def warm_up(
 
 
 def is_steady(seconds: Sequence[float]) -> bool:
-    """Whether the last two runs were no faster, but for 5 %, than the fastest before them."""
+    """Returns whether the last two runs were less than 5 % faster than the fastest before them."""
     return len(seconds) > 2 and min(seconds[-2:]) >= STEADY * min(seconds[:-2])
 
 
@@ -243,14 +245,14 @@ def take_turns(
     warm_ups: int | None = None,
     advance: Callable[[], Any] = lambda: None,
 ) -> dict[str, Measured]:
-    """Runs one batch on every predictor in turn, so that other load meets all of them alike.
+    """Runs one batch on every predictor in turn, so that other load affects all of them alike.
 
     Args:
-        predictors: by name.
-        batches: of each, see `full_batches`; they come again where there are fewer than `runs`.
-        runs: of each.
+        predictors: the predictors by name.
+        batches: the batches of each, see `full_batches`; repeated if they are fewer than `runs`.
+        runs: the number of batches to run on each.
         warm_ups: see `warm_up`.
-        advance: is called after each turn of all.
+        advance: called after each turn of all predictors.
     """
     measured = {
         name: Measured(warm_ups=warm_up(predictor, batches[name], warm_ups))
@@ -266,10 +268,10 @@ def take_turns(
 def measure_stream(
     predictor: Predictor, batches: Sequence[Sequence[Pixels]], *, runs: int
 ) -> StreamTiming:
-    """Times batches, as `full_batches` gives them, in a stream.
+    """Times the batches of `full_batches` in a stream.
 
-    One canvas is measured after the other, since a slot's graph is of the last canvas that it ran, and a
-    camera has but one.
+    Canvases are measured one after the other, since a slot's graph belongs to the last canvas that it
+    ran, and a camera has only one canvas.
     """
     by_canvas: dict[tuple[int, int], list[Sequence[Pixels]]] = {}
     for batch in islice(cycle(batches), runs):
@@ -286,14 +288,14 @@ def measure_stream(
 
 
 def fill_slots(session: StreamSession, batch: Sequence[Pixels], times: int) -> None:
-    """Runs a batch in every slot of a session of `SLOTS`: each grows and captures for itself."""
+    """Runs a batch in each of a session's `SLOTS` slots, which grow and capture independently."""
     for _ in range(times):
         list(streamed(session, [list(batch)] * SLOTS))
 
 
 def _overlapped(session: StreamSession, batches: Sequence[Sequence[Pixels]]) -> float:
-    """Seconds that `batches` take while all slots are at work."""
-    runs = max(len(batches), 4 * SLOTS)  # else filling and draining the slots is most of it
+    """Returns the seconds that `batches` take while all slots are at work."""
+    runs = max(len(batches), 4 * SLOTS)  # with fewer, most slots would be filling or draining
     started = time.perf_counter()
     list(streamed(session, map(list, islice(cycle(batches), runs))))
     return (time.perf_counter() - started) * len(batches) / runs
@@ -302,17 +304,18 @@ def _overlapped(session: StreamSession, batches: Sequence[Sequence[Pixels]]) -> 
 def streamed(
     session: StreamSession, batches: Iterable[Pixels | list[Pixels]]
 ) -> Iterator[tuple[float, int]]:
-    """Runs frames or batches in a session of `SLOTS` slots, as many at once.
+    """Runs frames or batches in a session, `SLOTS` at once.
 
     Yields:
-        for each in turn, the seconds from submission to RLEs, and how many detections there are.
+        for each in turn, the seconds from submission to RLEs and the number of detections.
     """
     waiting: deque[tuple[float, Future]] = deque()
 
     def finish() -> tuple[float, int]:
         started, future = waiting.popleft()
-        found = future.result()
-        count = sum(len(one.to_rle()) for one in (found if isinstance(found, list) else [found]))
+        result = future.result()
+        detections = result if isinstance(result, list) else [result]
+        count = sum(len(of_frame.to_rle()) for of_frame in detections)
         return time.perf_counter() - started, count
 
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Jobs over millions of images: folders of parts, continued after a kill, by Ray or in this process.
+"""Jobs over millions of images, which run on Ray or in this process and can continue after a kill.
 
-Needs `pip install 'comask[fleet]'`, imported when a job is opened.
+They need `pip install 'comask[jobs]'`; its packages are imported when a job is opened.
 """

@@ -1,4 +1,4 @@
-"""`Folder`: where a job lies, on a disk or wherever fsspec reaches, by the same few operations."""
+"""`Folder`: a job's folder, on a local disk or in any storage that fsspec supports."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 Content = TypeVar("Content")
 
-READERS = 16  # requests at once, where each one waits for a network
+READERS = 16  # parallel requests, since each one waits for a network
 _CHAIN = re.compile(r"::[\w+.-]+://|^[\w+.-]+::")  # as in zip://a.png::s3://bucket/b.zip
-HEX = "[0-9a-f]" * 32  # of the names that files have until they are whole
+HEX = "[0-9a-f]" * 32  # pattern of the random part of temporary names
 
 
 class Readers:
-    """Threads that read. Leaving the `with` block drops what waits, and waits for nothing.
+    """A pool of reading threads. Leaving the `with` block drops pending reads and does not wait.
 
-    Not a `ThreadPoolExecutor`: the interpreter waits for its threads at exit, and a storage may be silent
-    for minutes.
+    It is not a `ThreadPoolExecutor`, because the interpreter waits for an executor's threads at exit, and
+    a storage may not answer for minutes.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class Readers:
             Thread(target=self._work, daemon=True).start()
 
     def submit(self, read: Callable[[str], Content], name: str) -> Future[Content]:
-        """The future of what `read` gives for `name`."""
+        """Returns the future of `read(name)`."""
         future: Future[Content] = Future()
 
         def task() -> None:
             try:
                 future.set_result(read(name))
-            except BaseException as error:  # whoever asks for the result handles it
+            except BaseException as error:  # It is raised where the result is read.
                 future.set_exception(error)
 
         self._tasks.put(task)
@@ -69,19 +69,21 @@ class Readers:
 
 
 def is_url(address: str) -> bool:
-    """Whether `address` is one for fsspec, rather than a local path."""
+    """Returns whether `address` is an fsspec URL rather than a local path."""
     return "://" in address
 
 
 def file_system(address: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of an address, and its path there.
+    """Returns the file system of an address, and the path in it.
 
     Raises:
-        BackendUnavailableError: when its package is not installed.
-        ComaskError: when there is no such file system.
+        BackendUnavailableError: the file system's package is not installed.
+        ComaskError: the file system cannot be opened.
     """
     if is_url(address) and _CHAIN.search(address):
-        raise ComaskError(f"{address}: chains of file systems are not read; unpack it first")
+        raise ComaskError(
+            f"{address}: chained file systems are not supported; unpack the archive first"
+        )
     import fsspec
 
     try:
@@ -89,38 +91,38 @@ def file_system(address: str) -> tuple[AbstractFileSystem, str]:
             return fsspec.filesystem("file"), os.path.abspath(address)
         if "::" not in address:
             fs, path = fsspec.core.url_to_fs(address)
-        else:  # in an object's name, which that function takes for a chain
+        else:  # An object's name contains "::", which `url_to_fs` would read as a chain.
             kind = fsspec.get_filesystem_class(address.partition("://")[0])
             fs, path = kind(**kind._get_kwargs_from_urls(address)), kind._strip_protocol(address)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None)  # s3fs, gcsfs, …
-        mend = f": pip install {package}" if package else ""
-        raise BackendUnavailableError(f"{address}: {one_line(error)}{mend}") from error
-    except Exception as error:  # each storage has its own kinds
+        fix = f": pip install {package}" if package else ""
+        raise BackendUnavailableError(f"{address}: {one_line(error)}{fix}") from error
+    except Exception as error:  # Each storage raises its own exceptions.
         raise ComaskError(f"{address}: cannot be opened: {one_line(error)}") from error
     return fs, str(path)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder whose files are written whole, each by its own writer however many there are.
+    """A folder that many processes may write to at once; files are written completely or not at all.
 
     Attributes:
-        address: a local path, or an address that fsspec knows.
+        address: a local path, or an fsspec URL.
 
     Raises:
-        ComaskError: from each method, when the storage fails.
+        ComaskError: the storage failed; any method can raise it.
     """
 
     address: str
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes of a file, or those from `start` to before `end`."""
+        """Returns a file's bytes, or the bytes from `start` up to `end`."""
         with self._doing("read", name):
             return bytes(self._fs.cat_file(self._path(name), start=start, end=end))
 
     def read_each(self, names: Iterable[str]) -> Iterator[bytes]:
-        """The bytes of files in order, several of them on their way at once."""
+        """Yields the bytes of files in order, reading several of them at once."""
         with Readers() as readers:
             waiting = list(names)
             for i in range(0, len(waiting), READERS):
@@ -128,33 +130,33 @@ class Folder:
                 yield from (content.result() for content in coming)
 
     def write(self, name: str, content: bytes) -> None:
-        """Makes `content` the content of a file; whoever looks sees all of it or nothing."""
+        """Writes `content` to a file atomically: readers see all of it or nothing."""
         with self._doing("written", name):
             if self.local:
                 self._replace(name, io.BytesIO(content))
-            else:  # object stores show an object when its upload is complete
+            else:  # Object stores show an object once its upload is complete.
                 self._remotely(name, lambda path: self._fs.pipe_file(path, content))
 
     def put(self, name: str, source: BinaryIO) -> None:
-        """The same with the content of an open local file, which need not fit into memory."""
+        """Writes the content of an open local file atomically, without loading it into memory."""
         source.flush()
         source.seek(0)
         with self._doing("written", name):
             if self.local:
                 self._replace(name, source)
-            else:  # by the name that a nameless file has, too
+            else:  # Even an unnamed temporary file has a path in /dev/fd.
                 self._remotely(
                     name, lambda path: self._fs.put_file(f"/dev/fd/{source.fileno()}", path)
                 )
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Returns whether the file exists."""
         with self._doing("read", name):
             self._fs.invalidate_cache()
             return bool(self._fs.exists(self._path(name)))
 
     def sizes(self, name: str) -> dict[str, int]:
-        """Bytes of each file of a folder in this one; nothing where it is missing."""
+        """Returns the size of each file in a subfolder; empty if the subfolder does not exist."""
         with self._doing("read", name):
             self._fs.invalidate_cache()
             with contextlib.suppress(FileNotFoundError):
@@ -167,14 +169,14 @@ class Folder:
         return {}
 
     def sweep(self, name: str) -> None:
-        """Removes what writers that were killed left half-written in a folder in this one."""
+        """Removes the temporary files of killed writers from a subfolder."""
         if self.local:
             for path in Path(self._path(name)).glob(f".*.{HEX}.tmp"):
                 path.unlink(missing_ok=True)
 
     @property
     def local(self) -> bool:
-        """Whether it lies on a disk of this machine."""
+        """Whether the folder is on a disk of this machine."""
         return "file" in ((p,) if isinstance(p := self._fs.protocol, str) else p)
 
     @cached_property
@@ -189,7 +191,7 @@ class Folder:
         return f"{self._place[1].rstrip('/')}/{name}"
 
     def _remotely(self, name: str, write: Callable[[str], object]) -> None:
-        """Writes; a folder that is missing is made, but no bucket, whose name may be mistyped."""
+        """Writes, creating missing folders, but not a missing bucket, whose name may be mistyped."""
         path = self._path(name)
         try:
             write(path)
@@ -202,7 +204,7 @@ class Folder:
     def _replace(self, name: str, source: BinaryIO) -> None:
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not `whole_file`: the worker of a killed driver may still write the same file.
+        # `whole_file` would not do: the worker of a killed driver may still be writing the same file.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("xb") as file:
@@ -214,12 +216,12 @@ class Folder:
             temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _doing(self, what: str, name: str) -> Iterator[None]:
+    def _doing(self, verb: str, name: str) -> Iterator[None]:
         try:
             yield
         except ComaskError:
             raise
-        except Exception as error:  # each storage has its own kinds
+        except Exception as error:  # Each storage raises its own exceptions.
             reason = one_line(getattr(error, "strerror", None) or error)
             where = f"{self.address.rstrip('/')}/{name}"
-            raise ComaskError(f"{where}: cannot be {what}: {reason}") from error
+            raise ComaskError(f"{where}: cannot be {verb}: {reason}") from error

@@ -1,4 +1,4 @@
-"""`Job`: a folder that says what is to be done, and holds a part for each shard that was."""
+"""`Job`: a folder that describes the work to do, and holds one part for each finished shard."""
 
 from __future__ import annotations
 
@@ -24,37 +24,34 @@ if TYPE_CHECKING:
     from comask.structures import Detections
 
 Format = Literal["parquet", "jsonl"]
-FORMATS = ("parquet", "jsonl")  # as `Format`
+FORMATS = ("parquet", "jsonl")  # the values of `Format`
 Row = dict[str, Any]
 
 TERMS, INPUTS, SUMMARY, FAILURES = "job.json", "inputs.jsonl", "summary.json", "failures.jsonl"
 PARTS, DONE = "parts", "done"
-PLAIN = frozenset({"detections.json", "images.json"})  # what runs without --runner write
+PLAIN = frozenset({"detections.json", "images.json"})  # the results of `comask infer`
 
 
-def found_row(address: str, found: Detections) -> Row:
-    """The row of an image that was run.
+def found_row(address: str, detections: Detections) -> Row:
+    """Returns the row of an image that was run.
 
-    `detections` are COCO results without `image_id`, with the name of the `category`.
+    Its `detections` are COCO results with the category's name as `category` instead of `image_id`.
     """
-    entries = found.to_coco(0)
-    for entry, label in zip(entries, found.labels.tolist(), strict=True):
+    entries = detections.to_coco(0)
+    for entry, label in zip(entries, detections.labels.tolist(), strict=True):
         del entry["image_id"]
-        entry["category"] = found.name(label)
-    height, width = found.image_size
+        entry["category"] = detections.name(label)
+    height, width = detections.image_size
     return _row(address, width, height, None, entries)
 
 
 def failed_row(address: str, error: str) -> Row:
-    """The row of an image that could not be run: `error` says why, and nothing was found or not found."""
+    """Returns the row of an image that could not be run: `error` says why, `detections` is None."""
     return _row(address, None, None, one_line(error), None)
 
 
 def encoded(rows: list[Row], form: Format) -> bytes:
-    """Rows as a file.
-
-    Parquet needs pyarrow.
-    """
+    """Returns the content of a file that holds the rows. Parquet needs pyarrow."""
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     import pyarrow
@@ -83,7 +80,7 @@ def _row(
 
 
 def _text(text: str) -> str:
-    """Without what UTF-8 cannot hold: a file's name may be any bytes."""
+    """Returns `text` with escapes for what UTF-8 cannot encode, since file names may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -113,18 +110,18 @@ def _schema() -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What fixes a job's results, up to the last bits, which batches and devices change.
+    """Everything that determines a job's results, except rounding, which depends on batch and device.
 
     Attributes:
-        images: how many there are.
-        inputs: sha256 of the listing.
-        bundle: see `bundle_digest`.
-        backend: with its precision.
-        proposals: see `Predictor.load`.
-        short_side: see `Predictor.load`.
-        shard: images a part.
-        format: of the parts.
-        comask: the version.
+        images: the number of images.
+        inputs: the listing's SHA-256.
+        bundle: the bundle's digest, see `bundle_digest`.
+        backend: the backend's name with its precision.
+        proposals: the number of proposals, see `Predictor.load`.
+        short_side: the length of the short side, see `Predictor.load`.
+        shard: images per part.
+        format: the file format of the parts.
+        comask: comask's version.
     """
 
     images: int
@@ -139,20 +136,22 @@ class Terms:
 
     @property
     def id(self) -> str:
-        """Of the job."""
+        """Job id: the first 16 hex digits of the SHA-256 of its terms."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
 
 
 def full_name(backend: str) -> str:
-    """A backend with its precision; see `parse_backend`."""
+    """Returns a backend's name with its precision, see `parse_backend`."""
     return ":".join(parse_backend(backend))
 
 
 def bundle_digest(bundle: Path, backend: str) -> str:
-    """What makes two bundles give the same results on a backend: not their measurements, nor engines.
+    """Returns a digest that is equal for bundles that give the same results on a backend.
+
+    Measurements and engines do not change it.
 
     Raises:
-        BundleError: there is none.
+        BundleError: the folder holds no bundle.
     """
     manifest = Bundle.open(bundle).manifest
     precision = parse_backend(backend)[1]
@@ -169,15 +168,15 @@ def bundle_digest(bundle: Path, backend: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of a part, written when the part is there.
+    """A note about a finished part, written after the part itself.
 
     Attributes:
-        job: its id.
-        shard: number from 0.
-        bytes: size of the part.
-        images: rows of the part.
-        detections: in all of them.
-        failures: `file` and `error` of the images that could not be run.
+        job: the job's id.
+        shard: the shard's number, from 0.
+        bytes: the part's size.
+        images: the number of rows in the part.
+        detections: the number of detections in all rows.
+        failures: `file` and `error` of each image that could not be run.
     """
 
     job: str
@@ -193,8 +192,8 @@ class Job:
     """A job in its folder.
 
     Attributes:
-        folder: where it lies.
-        terms: of this job.
+        folder: the job's folder.
+        terms: everything that determines the job's results.
     """
 
     folder: Folder
@@ -202,10 +201,10 @@ class Job:
 
     @classmethod
     def terms_in(cls, folder: Folder) -> Terms | None:
-        """The terms of the job in a folder, None where there is no job yet.
+        """Returns the terms of the job in a folder; None if the folder holds no job yet.
 
         Raises:
-            JobError: there is something else.
+            JobError: the folder holds something other than a job of this comask.
         """
         if not folder.exists(TERMS):
             if folder.sizes(PARTS) or folder.sizes(DONE):
@@ -214,56 +213,57 @@ class Job:
                 )
             if plain := sorted(PLAIN & folder.sizes("").keys()):
                 raise JobError(
-                    f"{folder.address}: holds {plain[0]} of a run without --runner: name another "
-                    f"--output"
+                    f"{folder.address}: holds {plain[0]} of 'comask infer': name another --output"
                 )
             return None
         try:
             return Terms(**parse_json(folder.read(TERMS)))
         except (TypeError, ValueError) as error:
             raise JobError(
-                f"{folder.address}: its {TERMS} is not this comask's: name another --output"
+                f"{folder.address}: its {TERMS} was not written by this version of comask: name another "
+                f"--output"
             ) from error
 
     @classmethod
     def begin(cls, folder: Folder, terms: Terms, listing: Listing) -> Job:
-        """The job of these terms in a folder: what is there already, or a new one.
+        """Returns the job of these terms in a folder; begins it if the folder holds no job yet.
 
         Raises:
-            JobError: there is another one.
+            JobError: the folder holds another job.
         """
         there = cls.terms_in(folder)
         if there is None:
             folder.put(INPUTS, listing.file)
-            folder.write(TERMS, _json(dataclasses.asdict(terms)))  # makes it a job
+            folder.write(TERMS, _json(dataclasses.asdict(terms)))  # This file makes it a job.
         elif there != terms:
             raise JobError(_difference(folder, there, terms))
-        elif folder.sizes("").get(INPUTS) != listing.offsets[-1]:  # was cut or lost since
+        elif folder.sizes("").get(INPUTS) != listing.offsets[-1]:  # truncated or lost since then
             folder.put(INPUTS, listing.file)
         return cls(folder, terms)
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """The number of shards."""
         return -(-self.terms.images // self.terms.shard)
 
     def images_in(self, shard: int) -> int:
-        """How many images a shard has."""
+        """Returns the number of images in a shard."""
         return min(self.terms.shard, self.terms.images - shard * self.terms.shard)
 
     def run(self, shard: int, start: int, end: int, work: Callable[[list[str]], list[Row]]) -> None:
-        """Does a shard, which may be done twice: both write the same part.
+        """Runs a shard. Two processes may run the same shard: both write the same part.
 
         Args:
-            shard: its number.
-            start: bytes before it in the listing.
-            end: bytes of the listing with it.
-            work: gives a row for each image.
+            shard: the shard's number.
+            start: the shard's first byte in the listing.
+            end: the byte after the shard's last one in the listing.
+            work: returns a row for each image.
 
         Raises:
-            JobError: the folder has become another job's, or its listing is damaged.
+            JobError: the folder now belongs to another job, or its listing is damaged.
         """
-        if self.terms_in(self.folder) != self.terms:  # of two that began at the same moment
+        # Another job may have begun at the same moment.
+        if self.terms_in(self.folder) != self.terms:
             raise JobError(f"{self.folder.address}: holds another job now: name another --output")
         lines = self.folder.read(INPUTS, start, end).splitlines()
         if len(lines) != self.images_in(shard):
@@ -282,25 +282,25 @@ class Job:
         self.folder.write(f"{DONE}/{_done(shard)}", _json(dataclasses.asdict(record)))
 
     def done(self) -> Iterator[Record]:
-        """The records of the parts that are there and whole, in order."""
+        """Yields the records of the parts that exist and are complete, in order."""
         sizes, there = self.folder.sizes(PARTS), self.folder.sizes(DONE)
         names = [f"{DONE}/{name}" for name in sorted(there) if name.endswith(".json")]
         for content in self.folder.read_each(names):
             try:
                 record = Record(**parse_json(content))
             except (TypeError, ValueError):
-                continue  # truncated, where the storage does not write whole files
+                continue  # Some storage leaves truncated files behind.
             if record.job == self.terms.id and sizes.get(self._part(record.shard)) == record.bytes:
                 yield record
 
     def finish(self) -> dict[str, Any]:
-        """Writes `failures.jsonl` and then `summary.json`, and sweeps.
+        """Writes `failures.jsonl` and `summary.json`, and removes the remains of interrupted writes.
 
         Returns:
             The summary.
 
         Raises:
-            JobError: a part was removed or overwritten since it was done.
+            JobError: a part was removed or overwritten after it was finished.
         """
         summary = {"failed": 0, "detections": 0, "parts": 0}
         with TemporaryFile() as failures:
@@ -312,8 +312,8 @@ class Job:
                     failures.write(json.dumps(failure, ensure_ascii=False).encode() + b"\n")
             if summary["parts"] != self.shards:
                 raise JobError(
-                    f"{self.folder.address}: of {self.shards} parts {summary['parts']} are there "
-                    f"still; another command may be at work: run the same command again"
+                    f"{self.folder.address}: only {summary['parts']} of {self.shards} parts are still "
+                    f"there; another command may be changing the folder: run the same command again"
                 )
             self.folder.put(FAILURES, failures)
         whole = {**dataclasses.asdict(self.terms), **summary}
@@ -323,13 +323,13 @@ class Job:
         return whole
 
     def summary(self) -> dict[str, Any] | None:
-        """That of a finished job."""
+        """Returns the summary of a finished job; None if the job is not finished."""
         if not self.folder.exists(SUMMARY):
             return None
         try:
             summary: dict[str, Any] = parse_json(self.folder.read(SUMMARY))
         except ValueError:
-            return None  # as in `done`
+            return None  # truncated, see `done`
         return summary
 
     def _part(self, shard: int) -> str:
@@ -357,9 +357,9 @@ def _difference(folder: Folder, there: Terms, here: Terms) -> str:
             differing.append(f"--{option} {values[0]} there, {values[1]} here")
     if there.comask != here.comask:
         differing.append(f"comask {there.comask} there, {here.comask} here")
-    mend = "name another --output"
+    fix = "name another --output"
     if not folder.sizes(DONE):
-        mend += ", or remove the folder, in which nothing is done yet"
+        fix += ", or remove the folder, in which nothing is done yet"
     if there.inputs != here.inputs:
-        mend += f", or continue with its own listing, @{folder.address}/{INPUTS}, as the input"
-    return f"{folder.address}: holds another job ({'; '.join(differing)}): {mend}"
+        fix += f", or continue with its own listing, @{folder.address}/{INPUTS}, as the input"
+    return f"{folder.address}: holds another job ({'; '.join(differing)}): {fix}"

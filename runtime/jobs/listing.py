@@ -1,4 +1,4 @@
-"""The listing of a job: which images there are, each once, in an order that is not the inputs'."""
+"""Lists the images of a job, each once and sorted, so that the order of the inputs does not matter."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from comask.media_files import (
 from comask.runtime.jobs.folder import file_system, is_url
 from comask.runtime.video.container import is_address
 
-SORT_MEMORY = 200_000  # KiB; what does not fit waits on the disk
+SORT_MEMORY = 200_000  # KiB; SQLite sorts more than that on the disk
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A file with an address a line, each a JSON string, so that any file name fits.
+    """A file with one address per line, as a JSON string, which can hold any file name.
 
     Attributes:
-        file: that was written, open.
-        images: lines in it.
-        sha256: of the file.
-        offsets: bytes before each shard, and behind the last one.
+        file: the open file.
+        images: the number of lines.
+        sha256: the file's SHA-256.
+        offsets: the byte offset of each shard, and the file's size.
     """
 
     file: BinaryIO
@@ -52,17 +52,17 @@ class Listing:
 
 
 def write_listing(inputs: Iterable[str], file: BinaryIO, shard: int) -> Listing:
-    """Lists the images that inputs name, sorted, without having them all in memory.
+    """Writes a sorted list of the images that the inputs name, without holding it in memory.
 
     Args:
-        inputs: see `addresses`.
-        file: to write, empty.
-        shard: images a shard.
+        inputs: the inputs, see `addresses`.
+        file: an empty file to write to.
+        shard: images per shard.
 
     Raises:
-        ComaskError: see `addresses`; or there is no image.
+        ComaskError: an input cannot be listed, see `addresses`; or the inputs name no image.
     """
-    with contextlib.closing(sqlite3.connect("")) as table:  # "": a file of its own, gone afterwards
+    with contextlib.closing(sqlite3.connect("")) as table:  # "" means a temporary file.
         table.execute(f"PRAGMA cache_size = -{SORT_MEMORY}")
         table.execute("CREATE TABLE images (line TEXT PRIMARY KEY) WITHOUT ROWID")
         for text in inputs:
@@ -83,35 +83,36 @@ def write_listing(inputs: Iterable[str], file: BinaryIO, shard: int) -> Listing:
 
 
 def addresses(text: str) -> Iterator[str]:
-    """The images that an input names; local paths are made absolute.
+    """Yields the images that an input names; local paths are made absolute.
 
-    A local folder gives the files that are images by their suffix or content, one at an address of fsspec
-    those that are by their suffix. How many files are passed over is logged.
+    Files in a local folder are images by their suffix or content; files in other storage, by their
+    suffix only. The number of files that were passed over is logged.
 
     Args:
-        text: an image, a folder, a pattern, or `@` and a list with an address a line (in `….jsonl`,
-            JSON: a string, or an object with `file`, a line); each local or at an address that
-            fsspec knows.
+        text: an image, a folder, a pattern, or `@` and a list with one address per line (in `….jsonl`,
+            each line is a JSON string, or an object with `file`). Each is a local path or an fsspec URL.
 
     Raises:
-        ComaskError: when it names nothing, a video or stream, or cannot be listed.
+        ComaskError: the input names nothing, names a video or stream, or cannot be listed.
     """
-    text = text.removeprefix("file://")  # so that no file has two addresses
+    text = text.removeprefix("file://")  # Every file must have only one address.
     web = text.lower().startswith(("http://", "https://"))
     if PurePath(text).suffix.lower() in VIDEO_SUFFIXES or (is_address(text) and not web):
-        raise ComaskError(f"{text}: --runner is for images; run videos and streams without it")
+        raise ComaskError(
+            f"{text}: 'comask job' runs images only; run videos and streams with 'comask infer'"
+        )
     try:
         if text.startswith("@"):
             yield from _listed(text[1:])
         elif web:
-            yield text  # which has no folders
+            yield text  # The web has no folders.
         elif is_url(text):
             yield from _remote(text)
         else:
             yield from _local(text)
     except ComaskError:
         raise
-    except Exception as error:  # each storage has its own kinds
+    except Exception as error:  # Each storage raises its own exceptions.
         raise ComaskError(f"{text}: cannot be listed: {one_line(error)}") from error
 
 
@@ -145,43 +146,44 @@ def _remote(text: str) -> Iterator[str]:
 
 
 def _named(name: str) -> Kind:
-    """What a file is that a pattern names: an image, whatever its suffix, unless comask wrote it."""
+    """Returns the kind of a file that a pattern names: any file counts as an image but comask's own."""
     return "result" if kind_from_name(name) == "result" else "image"
 
 
 def _images(
     text: str, files: Iterable[tuple[str, str]], kind_of: Callable[[str], Kind]
 ) -> Iterator[str]:
-    """Those of an input's files, (address, name), that are images."""
-    passed_over, found = PassedOver(), 0
+    """Yields the addresses of those of an input's files, (address, name), that are images."""
+    passed_over, images = PassedOver(), 0
     for address, name in files:
         kind = kind_of(address)
         if kind == "image":
-            found += 1
+            images += 1
             yield address
         else:
             passed_over.add(kind, name)
     for line in passed_over.lines(text):
         logger.warning("%s", line)
-    if not found and glob.has_magic(text):
+    if not images and glob.has_magic(text):
         raise ComaskError(f"{text}: no such file or folder, and no file matches it")
-    if not found:
+    if not images:
         raise ComaskError(
-            f"{text}: no image lies directly in it; a pattern with /**/ finds those in folders below"
+            f"{text}: no image lies directly in it; a pattern with /**/ also finds images in its "
+            f"subfolders"
         )
 
 
 def _listed(file: str) -> Iterator[str]:
-    """The addresses in a list."""
+    """Yields the addresses in a list."""
     fs, path = file_system(file)
     try:
         kind = fs.info(path)["type"]
-    except FileNotFoundError:  # `isfile` takes whatever is in the way for that
+    except FileNotFoundError:  # `isfile` would also hide all other errors.
         kind = ""
     if kind != "file":
         raise ComaskError(f"@{file}: no such list")
     with fs.open(path, "rb") as content:
-        # "-sig": without the mark that Windows begins a text with
+        # "-sig" skips the byte order mark of text files from Windows.
         lines = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="\n")
         for number, line in enumerate(lines, 1):
             address = line.rstrip("\r\n")
@@ -194,7 +196,7 @@ def _listed(file: str) -> Iterator[str]:
 
 
 def _from_json(line: str, place: str) -> str:
-    """An address as a listing has it, or as parts and `failures.jsonl` do."""
+    """Returns the address in a line of a listing, a part or `failures.jsonl`."""
     try:
         content = parse_json(line)
     except ValueError:

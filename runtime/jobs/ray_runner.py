@@ -1,4 +1,4 @@
-"""`RayRunner`: a job's shards on the GPUs or CPUs of a Ray cluster, by Ray Data."""
+"""`RayRunner`: runs a job's shards on the GPUs or CPUs of a Ray cluster with Ray Data."""
 
 from __future__ import annotations
 
@@ -20,55 +20,57 @@ from comask.runtime.jobs.job import Job
 from comask.runtime.jobs.runners import Outcome, Shard, WorkerApart, attempt
 from comask.runtime.jobs.worker import Model
 
-ADDRESS = "RAY_ADDRESS"  # of a cluster; without it one is started here, and ended
-ROUND = 2000  # shards that Ray is told of at once: each is an object in its store
-# It tells nobody that it is used, and says nothing but what is raised anyway.
+ADDRESS = "RAY_ADDRESS"  # a cluster's address; without it, a cluster is started here and ended
+ROUND = 2000  # shards that Ray gets at once, since each one is an object in its store
+# Ray must not report its usage, nor log what it raises anyway.
 SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "ERROR",
 }
-LONGEST_SILENCE = 45  # seconds; Ray ends the driver itself after 60
-STORE_BYTES = 100 * 2**20  # results go to the job's folder, and only outcomes through Ray
+LONGEST_SILENCE = 45  # seconds; after 60, Ray itself would end the driver
+STORE_BYTES = 100 * 2**20  # small, since only outcomes pass through Ray, and no results
 
 
 class RayRunner(Closing):
-    """Does shards on a Ray cluster, an actor a GPU, or a CPU where there is none.
+    """Runs shards on a Ray cluster: one actor per GPU, or per CPU if the cluster has no GPU.
 
     Each actor runs its images in a process of its own, see `WorkerApart`.
 
     Args:
-        actors: how many; None for as many as there is room for.
-        cpu: whether to leave GPUs alone.
+        actors: the number of actors; None for as many as the cluster has room for.
+        cpu: whether to use CPUs even if the cluster has GPUs.
 
     Raises:
         BackendUnavailableError: Ray is not installed.
-        ComaskError: it does not start, or has no room.
+        ComaskError: Ray does not start, or has no room.
     """
 
     def __init__(self, actors: int | None = None, *, cpu: bool = False) -> None:
         self._over = threading.Event()
         own = ADDRESS not in os.environ
         os.environ |= SILENT
-        if own:  # the kernel ends the process that is too large; Ray would end its actor
+        if own:
+            # Ray's monitor would end a whole actor; the kernel ends only the process that is too large.
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-        else:  # it would try for a quarter of an hour
+        else:
+            # Otherwise Ray would try to connect for a quarter of an hour.
             os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         try:
             self._ray: Any = importlib.import_module("ray")
             self._data: Any = importlib.import_module("ray.data")
         except ImportError as error:
             raise BackendUnavailableError(
-                f"--runner ray: Ray cannot be imported ({one_line(error)}): pip install 'comask[fleet]'"
+                f"--runner ray: Ray cannot be imported ({one_line(error)}): pip install 'comask[jobs]'"
             ) from error
         start: dict[str, Any] = {"address": os.environ.get(ADDRESS, "local")}
         if own:
             start |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        # What Ray tells a driver of its nodes goes to stdout otherwise, whatever `log_to_driver` is.
+        # Otherwise Ray prints messages about its nodes to stdout, even if `log_to_driver` is false.
         with contextlib.suppress(ImportError):
             private: Any = importlib.import_module("ray._private.worker")
             private._worker_logs_enabled = False
-        on_sigterm = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+        on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray replaces the handler.
         try:
             self._ray.init(logging_level="ERROR", log_to_driver=False, **start)
         except Exception as error:
@@ -77,7 +79,7 @@ class RayRunner(Closing):
         context = self._data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.max_errored_blocks = -1  # what Ray gives up is done in another round
+        context.max_errored_blocks = -1  # Another round repeats the shards that Ray gives up on.
         room = self._ray.cluster_resources()
         gpus, cpus = int(room.get("GPU", 0)), int(room.get("CPU", 0))
         self._on_gpu = gpus > 0 and not cpu
@@ -96,7 +98,7 @@ class RayRunner(Closing):
         self._ray.shutdown()
 
     def backend(self, model: Model) -> str:
-        """See `Runner`.
+        """Returns the backend that `auto` selects on the cluster.
 
         Raises:
             ComaskError: no backend runs there.
@@ -109,7 +111,7 @@ class RayRunner(Closing):
         return str(name)
 
     def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
-        """See `Runner`.
+        """Runs the shards on the cluster, and yields their outcomes as they finish.
 
         Raises:
             FleetError: Ray gives up.
@@ -131,7 +133,7 @@ class RayRunner(Closing):
         return {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
 
     def _placed(self, model: Model) -> Model:
-        """On the GPU that Ray gives an actor, the only one that it sees."""
+        """Returns the model for an actor's device; an actor sees only the GPU that Ray gives it."""
         return replace(
             model, options=replace(model.options, device=None if self._on_gpu else "cpu")
         )
@@ -147,7 +149,7 @@ class _Actor:
 
 
 def _watch(head: str, over: threading.Event) -> None:
-    """Says that a cluster is gone. Ray would end this process without a word, from native code."""
+    """Reports that the cluster is gone. Otherwise Ray would end this process silently in native code."""
     host, _, port = head.rpartition(":")
     heard = time.monotonic()
     while not over.wait(2):
@@ -157,8 +159,8 @@ def _watch(head: str, over: threading.Event) -> None:
         except OSError:
             if time.monotonic() - heard > LONGEST_SILENCE:
                 print(
-                    f"error: the Ray cluster at {head} does not answer any more: start it again, and run "
-                    f"the same command again",
+                    f"error: the Ray cluster at {head} no longer answers: start it again, and run the "
+                    f"same command again",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -167,7 +169,7 @@ def _watch(head: str, over: threading.Event) -> None:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Whatever Ray raises, as one line."""
+    """Turns every exception of Ray into one with a short text."""
     try:
         yield
     except Exception as error:
@@ -175,7 +177,7 @@ def _told() -> Iterator[None]:
 
 
 def _backend(model: Model) -> tuple[str, str]:
-    """The backend's name, or what is wrong."""
+    """Returns the backend's name and "", or "" and the error."""
     try:
         with model.load() as predictor:
             return predictor.stages.backend, ""

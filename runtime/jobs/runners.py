@@ -1,4 +1,4 @@
-"""What runs shards: this process, a process of its own, or Ray; and the loop that leaves none undone."""
+"""Runs the shards of a job until all are done: in this process, or in others that may die."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from comask.errors import ComaskError, EngineError, FleetError, one_line
 from comask.runtime.jobs.job import Job, Row, failed_row
 from comask.runtime.jobs.worker import Model, Worker
 
-ATTEMPTS = 3  # of an image alone; others may have taken the machine's memory meanwhile
-LONGEST_LOAD = 1800  # seconds; what takes longer hangs
-LONGEST_IMAGE = 60  # likewise, on the average of a shard
+ATTEMPTS = 3  # processes for an image alone, since other programs may have used up the memory
+LONGEST_LOAD = 1800  # seconds; a process that takes longer counts as hanging
+LONGEST_IMAGE = 60  # seconds per image, on average over a shard; likewise
 CHILD = "from comask.runtime.jobs.runners import serve; serve()"
 
-FAILURES_IN_A_ROW = 10  # of shards, before the fault is taken to lie elsewhere than in them
+FAILURES_IN_A_ROW = 10  # consecutive failed shards after which the cause must lie elsewhere
 
 
 class _DiedError(Exception):
-    """The process that ran images is gone."""
+    """The process that runs the images has ended."""
 
 
 class WorkerApart:
-    """Runs images as `Worker` does, but survives them: those of a dead process are run by halves.
+    """Runs images like `Worker`, but in a process of its own; if it dies, runs its images by halves.
 
     Args:
-        model: to run.
+        model: the model to run.
     """
 
     def __init__(self, model: Model) -> None:
@@ -41,10 +41,10 @@ class WorkerApart:
         self._child: _Child | None = None
 
     def __call__(self, addresses: list[str]) -> list[Row]:
-        """A row for each image, in order; one at which the process dies each time has an `error`.
+        """Returns a row for each image, in order; one that kills its process each time gets an `error`.
 
         Raises:
-            ComaskError: when it is not the images that are to blame.
+            ComaskError: the images are not to blame.
         """
         died = ""
         for _ in range(1 if len(addresses) > 1 else ATTEMPTS):
@@ -55,7 +55,7 @@ class WorkerApart:
                 self._child = None
                 died = str(error)
         if len(addresses) == 1:
-            text = f"{addresses[0]}: {ATTEMPTS} processes in a row died of it: {died}"
+            text = f"{addresses[0]}: {ATTEMPTS} processes in a row died while they ran it: {died}"
             return [failed_row(addresses[0], text)]
         half = len(addresses) // 2
         return self(addresses[:half]) + self(addresses[half:])
@@ -67,7 +67,7 @@ class WorkerApart:
             self._child = None
 
     def _begun(self) -> _Child:
-        """A process that has loaded the model and run an image that cannot be to blame."""
+        """Returns a new process that has loaded the model and run a test image."""
         child = _Child()
         try:
             child.ask(self._model, LONGEST_LOAD)
@@ -82,7 +82,7 @@ class WorkerApart:
 
 
 class _Child:
-    """The other process and the pipe to it."""
+    """The other process, with a pipe to it."""
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
@@ -94,11 +94,11 @@ class _Child:
         theirs.close()
 
     def ask(self, question: Model | list[str], longest: float) -> list[Row]:
-        """Its answer, which it has `longest` seconds for.
+        """Sends a question and returns the answer, waiting for it at most `longest` seconds.
 
         Raises:
-            _DiedError: instead of answering, or ended since it did not.
-            ComaskError: what it says instead.
+            _DiedError: the process died, or was ended because it did not answer in time.
+            ComaskError: the process answered with an error.
         """
         try:
             self._connection.send(question)
@@ -114,15 +114,18 @@ class _Child:
         return list(rows)
 
     def close(self) -> None:
-        """Ends it; how it had ended before remains known."""
+        """Ends the process. If it has already ended, its exit code is kept."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
 
 
 def serve() -> None:
-    """The other process: a model comes by the pipe that the command line names, then lists of images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which is for the parent
+    """Runs in the other process: receives a model through the pipe of `sys.argv`, then lists of images.
+
+    It answers each message with rows and an error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent.
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     worker = None
@@ -136,7 +139,8 @@ def serve() -> None:
         try:
             if worker is None:
                 worker = Worker(question.load())
-                with contextlib.suppress(EngineError):  # said, not died of
+                # The images will report such an error; here only the process's death matters.
+                with contextlib.suppress(EngineError):
                     worker.predictor.check()
             else:
                 rows = worker(question)
@@ -159,7 +163,7 @@ def _ending(code: int | None) -> str:
 
 
 class Shard(NamedTuple):
-    """Some images of a job; see `Job.run`."""
+    """A shard of a job, see `Job.run`."""
 
     number: int
     start: int
@@ -167,32 +171,32 @@ class Shard(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a shard."""
+    """The outcome of a shard."""
 
     shard: int
-    error: str  # empty where all is well
+    error: str  # empty if the shard is done
 
 
 class Runner(Protocol):
-    """Does shards."""
+    """Runs shards."""
 
     def backend(self, model: Model) -> str:
-        """The backend that `auto` is where the shards will be done."""
+        """Returns the backend that `auto` selects on the machines that will run the shards."""
 
     def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
-        """Does the shards, in any order; one that nothing is said of may or may not be done."""
+        """Runs the shards in any order; a shard without an outcome may or may not be done."""
 
 
 class LocalRunner:
-    """Does shards in this process, one after the other."""
+    """Runs shards in this process, one after the other."""
 
     def backend(self, model: Model) -> str:
-        """See `Runner`."""
+        """Returns the backend that `auto` selects on this machine."""
         with model.load() as predictor:
             return predictor.stages.backend
 
     def run(self, job: Job, model: Model, shards: list[Shard]) -> Iterator[Outcome]:
-        """See `Runner`."""
+        """Runs the shards in order, and yields the outcome of each."""
         with model.load() as predictor:
             worker = Worker(predictor)
             for shard in shards:
@@ -200,10 +204,10 @@ class LocalRunner:
 
 
 def attempt(job: Job, shard: Shard, worker: Callable[[list[str]], list[Row]]) -> str:
-    """Does a shard; the error, empty where there is none."""
+    """Runs a shard; returns its error, which is empty on success."""
     try:
         job.run(*shard, worker)
-    except Exception as error:  # the other shards are none the worse for it
+    except Exception as error:  # It does not affect the other shards.
         return one_line(error)
     return ""
 
@@ -215,17 +219,17 @@ def run_all(
     runner: Runner,
     done: Callable[[int], None],
 ) -> None:
-    """Does the shards of a job, those that failed again, as long as that helps.
+    """Runs the shards of a job, and repeats failed ones as long as others succeed.
 
     Args:
-        job: whose they are.
-        model: to run.
-        shards: to do.
-        runner: that does them.
-        done: is told the number of images of each shard that was done.
+        job: the job.
+        model: the model to run.
+        shards: the shards to run.
+        runner: the runner that runs them.
+        done: called with the number of images of each finished shard.
 
     Raises:
-        FleetError: some cannot be done.
+        FleetError: some shards cannot be done.
     """
     left = list(shards)
     while left:
@@ -241,5 +245,5 @@ def run_all(
         if left and (len(left) == before or in_a_row == FAILURES_IN_A_ROW):
             raise FleetError(
                 f"{len(left)} of {job.shards} parts cannot be written: "
-                f"{last or 'their workers died'}; mend that, and run the same command again"
+                f"{last or 'their workers died'}; fix that, and run the same command again"
             )

@@ -1,4 +1,4 @@
-"""What a worker does: the rows of some images."""
+"""`Worker`: runs images and returns their rows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from comask.preprocess import Pixels
     from comask.runtime.predictor import Predictor
 
-READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; a network may fail where the image is sound
+READ_AGAIN_AFTER = (1.0, 4.0)  # seconds; a network may fail even if the image is intact
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is run.
+    """A bundle to run, with its options.
 
     Attributes:
-        bundle: its folder, on each machine that works.
-        backend: see `Predictor.load`.
-        options: where and how it runs.
-        digest: see `bundle_digest`; None where any bundle will do.
+        bundle: the bundle's folder, on every machine.
+        backend: the backend's name, see `Predictor.load`.
+        options: the options of loading.
+        digest: the expected `bundle_digest`; None for any bundle.
     """
 
     bundle: str
@@ -43,24 +43,24 @@ class Model:
     digest: str | None = None
 
     def load(self) -> Predictor:
-        """See `Predictor.load`.
+        """Loads the bundle, like `Predictor.load`.
 
         Raises:
-            BundleError: also when the bundle on this machine is another one.
+            BundleError: the bundle cannot be read, or it differs from the job's bundle.
         """
         from comask.runtime.predictor import Predictor
 
         if self.digest and self.digest != bundle_digest(Path(self.bundle), self.backend):
             raise BundleError(
-                f"{self.bundle}: on {platform.node()} is another bundle than the job's: "
-                f"copy it to the same place on each machine"
+                f"{self.bundle}: differs on {platform.node()} from the job's bundle: copy the job's "
+                f"bundle to the same place on every machine"
             )
         return Predictor.open(self.bundle, self.backend, self.options)
 
 
 @dataclass(frozen=True, slots=True)
 class _Coming:
-    """An image whose bytes are on their way; see `_content`."""
+    """An image whose bytes are being read, see `_content`."""
 
     address: str
     content: Future[bytes | None]
@@ -80,11 +80,11 @@ class Worker:
         self.predictor = predictor
 
     def __call__(self, addresses: list[str]) -> list[Row]:
-        """A row for each image, in order; one that cannot be run has an `error`.
+        """Returns a row for each image, in order; the row of an image that cannot be run has an `error`.
 
         Raises:
-            ComaskError: when none of several images could be fetched, so that the storage is to blame.
-            Exception: of whatever kind, when the backend is to blame.
+            ComaskError: none of several images could be fetched, so the storage has failed.
+            Exception: the backend has failed.
         """
         rows, fetched = [], not any(map(is_url, addresses))
 
@@ -92,7 +92,7 @@ class Worker:
             nonlocal fetched
             try:
                 data = image.content.result()
-            except ImageError as error:  # a storage that answers "no such image" is not at fault
+            except ImageError as error:  # A storage that reports a missing image works.
                 fetched |= isinstance(error.__cause__, FileNotFoundError)
                 raise
             fetched = True
@@ -110,7 +110,7 @@ class Worker:
         return rows
 
     def _coming(self, addresses: list[str], readers: Readers) -> Iterator[_Coming]:
-        """The images; bytes that are not local are on their way before they are asked for."""
+        """Yields the images, and reads the bytes of remote ones ahead."""
         coming: deque[_Coming] = deque()
         for address in addresses:
             coming.append(_Coming(address, readers.submit(_content, address)))
@@ -120,7 +120,7 @@ class Worker:
 
 
 def _content(address: str) -> bytes | None:
-    """The bytes of an image; None for a local one, which is read when it is decoded."""
+    """Returns the bytes of an image; None for a local one, which is read when it is decoded."""
     if not is_url(address):
         return None
     waits = iter(READ_AGAIN_AFTER)
@@ -128,7 +128,7 @@ def _content(address: str) -> bytes | None:
         try:
             fs, path = file_system(address)
             return bytes(fs.cat_file(path))
-        except Exception as error:  # each storage has its own kinds
+        except Exception as error:  # Each storage raises its own exceptions.
             lasting = isinstance(error, ComaskError | FileNotFoundError | PermissionError)
             wait = None if lasting else next(waits, None)
             if wait is None:
@@ -138,5 +138,5 @@ def _content(address: str) -> bytes | None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return os.strerror(errno.ENOENT)  # whose text is but the path again
+        return os.strerror(errno.ENOENT)  # The error's own text is only the path.
     return one_line(error)

@@ -1,1 +1,1 @@
-"""Are all backends of a bundle still the model that was trained? `comask-eval` measures and shows it."""
+"""Measures whether all backends of a bundle are still the trained model, for `comask eval`."""

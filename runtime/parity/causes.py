@@ -1,4 +1,4 @@
-"""What explains a failure: weights or settings that were altered, and the usual mistakes of pipelines."""
+"""Explains failures: altered weights or settings, and the usual mistakes of other pipelines."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 START = "preprocessing differs: the normalised image, which backbone.conv1 reads, "
 
-# Relative to a tensor's largest value. BatchNorm is folded in another order; f16 rounds by 2^-11, and
-# int8's codes by half of 1/127 of a channel's largest value.
+# Differences relative to a tensor's largest value. The graphs fold BatchNorm in another order; f16 rounds
+# by 2^-11, and int8's codes round by half of 1/127 of a channel's largest value.
 LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "int8": 5e-3}
 
-DIAGNOSED = 16  # images that are run again with every mistake
+DIAGNOSED = 16  # number of images that are run again with every mistake
 
 Preparation = Callable[[Pixels, PreprocessConfig], Prepared]
 Change = Callable[[list[dict[str, Any]], Prepared], list[dict[str, Any]]]
 
 
 def altered_preprocessing(bundle: Bundle) -> list[str]:
-    """One sentence a setting in which the manifest contradicts what the weights were exported with.
+    """Returns a sentence for each setting that differs between the manifest and the weights file.
 
-    Bundles exported before the weights file told have none.
+    The weights files of older bundles have no settings; nothing is compared then.
 
     Raises:
-        BundleError: when the weights are missing or altered.
+        BundleError: if the weights are missing or were altered.
     """
     from safetensors import safe_open
 
@@ -62,41 +62,41 @@ def altered_preprocessing(bundle: Bundle) -> list[str]:
 
 
 def altered_weights(model: CoMask, bundle: Bundle, precision: str) -> list[str]:
-    """One sentence a tensor of the graphs that differs from the network's.
+    """Returns a sentence for each tensor of the graphs that differs from the network's.
 
     Scales and shifts of GroupNorm have other shapes in graphs, and are not compared.
 
     Args:
-        model: fp32, in evaluation mode.
-        bundle: with the graphs.
-        precision: of the graphs.
+        model: the fp32 network in evaluation mode.
+        bundle: the bundle with the graphs.
+        precision: the graphs' precision.
 
     Raises:
-        BundleError: when a graph is missing or altered.
+        BundleError: if a graph is missing or was altered.
     """
     import onnx
 
     from comask.models.backbone import fold_batch_norms
 
     network = deepcopy(model).cpu()
-    fold_batch_norms(network.backbone)  # as in the graphs
+    fold_batch_norms(network.backbone)  # the graphs have them folded, too
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     expected = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     limit = LIMITS[precision]
-    found = []
+    altered = []
     for stage in STAGES:
         for name, value in _weights(onnx.load(bundle.graph(stage, precision))):
             error = relative_error(expected[name], value) if name in expected else float("inf")
             if not error <= limit:
-                found.append(
+                altered.append(
                     f"{name} in {stage} is not the network's: off by {error:.2g} of its largest value, "
                     f"at most {limit:g} expected in {precision}"
                 )
-    return found
+    return altered
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[tuple[str, Array]]:
-    """Tensors of a graph by their names in the network, f32; int8 ones dequantised."""
+    """Yields a graph's weights in f32 with their names in the network; int8 weights are dequantised."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -127,16 +127,16 @@ def explain_input(
     preprocess: PreprocessConfig,
     tolerance: float,
 ) -> str:
-    """A sentence on how `found` was made of `image`.
+    """Returns a sentence on the preprocessing that made `found` from `image`.
 
     Each channel is fitted as a·(r, g, b) + offset, which tells order, mean and deviation at once.
 
     Args:
         image: u8 [H, W, 3] on its canvas.
-        image_size: (h, w) of the image on it.
-        found: f32 [3, H, W], what the first convolution read.
-        preprocess: what was expected.
-        tolerance: relative error of a fit that explains `found`.
+        image_size: (h, w) of the image on the canvas.
+        found: f32 [3, H, W], the input of the first convolution.
+        preprocess: the expected preprocessing.
+        tolerance: the largest relative error of a fit that explains `found`.
     """
     h, w = image_size
     pixels = image[:h, :w].reshape(-1, 3).astype(np.float64)
@@ -145,7 +145,7 @@ def explain_input(
     fit, *_ = np.linalg.lstsq(design, inside, rcond=None)
     if not relative_error(inside, design @ fit) <= tolerance:
         return START + (
-            "is no normalisation of the pixels at their places: resized, cropped or moved in the graph"
+            "is not a normalisation of the pixels at their places: the graph resizes, crops or moves them"
         )
     factors, offsets = fit[:3].T, fit[3]  # [channel of the input, channel of the image]
     order = np.abs(factors).argmax(axis=1)
@@ -169,7 +169,7 @@ def explain_input(
 def _normalisation(
     mean: NDArray[np.float64], std: NDArray[np.float64], preprocess: PreprocessConfig
 ) -> str:
-    """What is wrong with a mean and deviation; empty where nothing is."""
+    """Returns what is wrong with a mean and deviation; empty if they are right."""
     wanted = np.array(preprocess.mean), np.array(preprocess.std)
     zero, one = np.zeros(3), np.ones(3)
     usual = {
@@ -180,7 +180,7 @@ def _normalisation(
         "was scaled to 0..1 before a mean and deviation for 0..255": (255 * wanted[0], 255 * wanted[1]),
         "is normalised with mean and deviation in reversed order": (wanted[0][::-1], wanted[1][::-1]),
         "is not divided by the deviation": (wanted[0], one),
-        "does not have the mean taken off": (zero, wanted[1]),
+        "does not have the mean subtracted": (zero, wanted[1]),
     }  # fmt: skip
     for sentence, (m, s) in usual.items():
         if np.allclose(std, s, rtol=0.02) and np.allclose(mean, m, rtol=0.02, atol=0.02 * s.max()):
@@ -202,25 +202,25 @@ def explain_results(
     indices: Sequence[int],
     labels: NDArray[np.int64],
 ) -> tuple[str, dict[str, float]]:
-    """Runs the reference under the usual mistakes and finds the one that these results share.
+    """Runs the reference with each of the usual mistakes and finds the one that these results share.
 
     Args:
-        results: of `indices`.
-        reference: what they should agree with.
-        source: of the images.
-        indices: of the images; `DIAGNOSED` of those with most results are run.
-        labels: the data's label of each of the bundle's.
+        results: the results of the images in `indices`.
+        reference: the predictor with which they should agree.
+        source: the data set.
+        indices: the images' indices; the `DIAGNOSED` images with most results are run.
+        labels: the data's label for each of the bundle's labels.
 
     Returns:
-        a sentence, empty where no mistake removes half of the disagreement; and each one's agreement.
+        a sentence, empty if no mistake removes half of the disagreement; and the agreement with each.
     """
     places = sorted(range(len(results)), key=lambda i: -len(results[i]))[:DIAGNOSED]
     results, indices = [results[i] for i in places], [indices[i] for i in places]
     images = [source.image(i) for i in indices]
-    found: dict[str, float] = {}
+    agreements: dict[str, float] = {}
 
     def measure(name: str, theirs: Results) -> None:
-        found[name] = agreement(shared(a, b) for a, b in zip(theirs, results, strict=True))
+        agreements[name] = agreement(shared(a, b) for a, b in zip(theirs, results, strict=True))
 
     plain = [reference.prepare(image) for image in images]
     theirs = image_results(reference, source, indices, plain, labels)["final"]
@@ -231,13 +231,13 @@ def explain_results(
     for name, mistaken in BEFORE.items():
         prepared = [mistaken(image, reference.preprocess) for image in images]
         measure(name, image_results(reference, source, indices, prepared, labels)["final"])
-    best = max(found, key=lambda name: found[name])
-    if 1 - found[best] > (1 - found["no mistake"]) / 2:
-        return "", found
+    best = max(agreements, key=lambda name: agreements[name])
+    if 1 - agreements[best] > (1 - agreements["no mistake"]) / 2:
+        return "", agreements
     return (
         f"these results look like those of a pipeline with this mistake: {best} (agreement "
-        f"{found[best]:.3f} with it, {found['no mistake']:.3f} without)"
-    ), found
+        f"{agreements[best]:.3f} with it, {agreements['no mistake']:.3f} without)"
+    ), agreements
 
 
 def _resized(interpolation: int) -> Preparation:
@@ -254,7 +254,7 @@ def _resized(interpolation: int) -> Preparation:
 
 
 def _stretched(image: Pixels, config: PreprocessConfig) -> Prepared:
-    """To a square that is as high as wide, whatever the image's shape."""
+    """Resizes an image to a square, whatever its proportions."""
     import cv2
 
     side = padded_shape((config.short_side, config.short_side), config)
@@ -290,13 +290,13 @@ def _shifted(step: int) -> Change:
         return [
             row | {"category_id": row["category_id"] + step}
             for row in rows
-            if isinstance(row["category_id"], int)  # names have no next one
+            if isinstance(row["category_id"], int)  # ids that are names have no successor
         ]
 
     return run
 
 
-# INTER_NEAREST and INTER_AREA of OpenCV, which is imported late
+# 0 and 3 are INTER_NEAREST and INTER_AREA of OpenCV, which is imported late
 BEFORE: dict[str, Preparation] = {
     "channels reversed (BGR instead of RGB)": lambda image, config: prepare(
         np.ascontiguousarray(image[..., ::-1]), config

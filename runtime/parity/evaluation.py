@@ -1,4 +1,4 @@
-"""Scores the backends of a bundle, compares them with the first of them, and finds where they part."""
+"""Scores a bundle's backends, compares them with the first one, and finds where they diverge."""
 
 from __future__ import annotations
 
@@ -50,18 +50,19 @@ from comask.runtime.predictor import Predictor
 if TYPE_CHECKING:
     from comask.models.comask import CoMask
 
-TRACED_SIDE = 320  # pixels of a traced image's shorter side at most: all layers' outputs are kept
+# largest shorter side of a traced image in pixels, since the outputs of all layers are kept in memory
+TRACED_SIDE = 320
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphCheck:
-    """What the graphs of one ONNX Runtime backend hold.
+    """The result of checking the graphs of one ONNX Runtime backend.
 
     Attributes:
-        altered: one sentence a tensor or scale that is not the network's.
-        trace: layer by layer; None where nothing asked for it.
+        altered: one sentence for each tensor or scale that differs from the network's.
+        trace: the comparison layer by layer; None if it was not needed.
     """
 
     altered: list[str]
@@ -69,12 +70,12 @@ class GraphCheck:
 
     @property
     def causes(self) -> list[str]:
-        """The first layer that differs, or nothing."""
+        """A sentence on the first layer that differs; empty if none does."""
         return [self.trace.cause] if self.trace and self.trace.first else []
 
     @property
     def failures(self) -> list[str]:
-        """One sentence on the first layer that differs, and one on what was altered."""
+        """A sentence on the first layer that differs, and one on altered tensors."""
         more = len(self.altered) - 1
         rest = f" (and {more} more)" if more > 0 else ""
         return self.causes + [f"{sentence}{rest}" for sentence in self.altered[:1]]
@@ -82,21 +83,21 @@ class GraphCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is compared on what.
+    """The inputs and options of a comparison.
 
     Attributes:
-        bundle: of all backends.
-        data: as the user named it.
-        boxes: of the ground truth: `annotated`, or of the `mask`.
+        bundle: the bundle of all backends.
+        data: the data set, as the user named it.
+        boxes: the boxes of the ground truth: `annotated`, or those of the `mask`.
         how: the options with which the backends were opened.
-        skipped: by name, why a backend did not open.
-        truth: of the images.
-        detections: of an image that count, where they are more than COCO's 100.
-        labels: the data's label of each of the bundle's.
-        tolerance: AP points for every contestant; None: by precision.
-        trace: whether ONNX graphs are traced though nothing failed; int8 ones are in any case.
-        altered_scales: what of the int8 graphs' scales is not the calibration's.
-        draw: whether pictures of the worst disagreements are made.
+        skipped: the reason why a backend did not open, by name.
+        truth: the ground truth.
+        detections: the number of detections per image that count, if it is more than COCO's 100.
+        labels: the data's label for each of the bundle's labels.
+        tolerance: the AP points that a contestant may be off; None for the tolerance of its precision.
+        trace: whether ONNX graphs are traced even if nothing failed; int8 graphs always are.
+        altered_scales: sentences on scales of the int8 graphs that differ from the calibration's.
+        draw: whether to draw pictures of the worst disagreements.
     """
 
     bundle: Bundle
@@ -115,18 +116,18 @@ class Evaluation:
     def run(
         self, predictors: Mapping[str, Predictor], foreign: Mapping[str, Results]
     ) -> tuple[ParityReport, dict[str, list[Picture]]]:
-        """Scores all and compares them with the first.
+        """Scores all contestants and compares them with the first.
 
         Args:
-            predictors: by name.
-            foreign: COCO results of other pipelines by name, of each image of `truth`.
+            predictors: the predictors by name.
+            foreign: COCO results of other pipelines by name, for each image of `truth`.
 
         Returns:
-            the report, and by contestant the images that differ most.
+            the report, and for each contestant pictures of the images that differ most.
         """
         (first, reference), *others = predictors.items()
         base = self._score(first, reference)
-        # the others are scored on what the first could decode
+        # the others are scored on the images that the first could decode
         judge = _Judge(dataclasses.replace(self, truth=base.truth), first, reference, base)
         judge.check_graphs(first)
         for name, predictor in others:
@@ -166,19 +167,19 @@ class Evaluation:
 
 
 class _Judge:
-    """Judges contestants by the reference, and collects what it finds.
+    """Compares contestants with the reference and collects the results.
 
     Args:
-        evaluation: whose truth is that of the images which the reference could decode.
-        first: name of the reference.
-        reference: what the others are compared with.
-        base: its scores.
+        evaluation: the evaluation, whose truth has only images that the reference could decode.
+        first: the reference's name.
+        reference: the predictor with which the others are compared.
+        base: the reference's scores.
 
     Attributes:
-        points: of all, the reference's first.
-        verdicts: on all others.
-        pictures: of all others.
-        checks: of the graphs of ONNX Runtime backends, where they could be read.
+        points: AP points of all contestants, the reference's first.
+        verdicts: the verdict on each other contestant.
+        pictures: the pictures of each other contestant.
+        checks: the checks of ONNX Runtime backends' graphs, if they could be read.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class _Judge:
         self.checks: dict[str, GraphCheck] = {}
 
     def add_backend(self, name: str, predictor: Predictor) -> None:
-        """Scores and judges a backend; what computes NaN counts as finding nothing."""
+        """Scores and judges a backend; one that computes NaN counts as detecting nothing."""
         precision = looser(precision_of(name), precision_of(self._reference.stages.backend))
         stages, not_finite, differing = None, [], []
         try:
@@ -221,7 +222,7 @@ class _Judge:
         self._add(name, scores, ap, failures, self._shared(scores.results), stages=stages)
 
     def add_results(self, name: str, results: Results) -> None:
-        """Scores and judges the COCO results of another pipeline, of each image of the truth."""
+        """Scores and judges another pipeline's COCO results, given for each image of the truth."""
         scores = self._scored(results)
         ap = self._compare_ap(scores, "results")
         shares = self._shared(results)
@@ -249,17 +250,17 @@ class _Judge:
         self._add(name, scores, ap, failures, shares, mistakes=mistakes)
 
     def check_graphs(self, name: str, *, failing: bool = False) -> list[str]:
-        """Compares the weights of ONNX graphs, and where something fails (or by wish) every layer.
+        """Compares the weights of ONNX graphs; also every layer if something failed or `trace` is set.
 
-        int8 graphs are traced in any case: far from the network as they are, no other comparison of
-        tensors judges them.
+        int8 graphs are always traced: their results are far from the network's, so that no other
+        comparison of tensors judges them.
 
         Args:
-            name: of a backend; those without ONNX graphs are passed over.
+            name: the backend's name; nothing is done for backends without ONNX graphs.
             failing: whether something failed already.
 
         Returns:
-            failures, one sentence each.
+            one sentence for each failure.
         """
         if not name.startswith("onnxruntime"):
             return []
@@ -280,19 +281,20 @@ class _Judge:
 
     @cached_property
     def _network(self) -> CoMask:
-        """What graphs are compared with, whatever the reference is."""
+        """The network that graphs are compared with, even if the reference is another backend."""
         try:
             import onnx  # noqa: F401  # reads the graphs
 
             from comask.runtime.backends.pytorch import model_from_bundle
         except ImportError as error:
             raise BackendUnavailableError(
-                f"looking into graphs needs torch and onnx ({error}): pip install 'comask[export]'"
+                f"comparing graphs layer by layer needs torch and onnx ({error}): "
+                f"pip install 'comask[export]'"
             ) from error
         return model_from_bundle(self._bundle)
 
     def _trace(self, precision: str) -> Trace:
-        """A trace of the busiest image."""
+        """Traces the image in which the reference detects most."""
         config = self._bundle.manifest.preprocess
         if config.short_side > TRACED_SIDE:
             config = config.resized(TRACED_SIDE)
@@ -300,7 +302,7 @@ class _Judge:
         return trace_graphs(self._network, self._bundle, precision, image.canvas, image.size)
 
     def _scored(self, results: Results) -> Scores:
-        """The worth of results that are there."""
+        """Scores existing results."""
         final = self._truth.score(flat(results), detections=self._evaluation.detections)
         return Scores(final=final, results=results, truth=self._truth)
 
@@ -311,7 +313,7 @@ class _Judge:
         return compare_ap(scores.final, self._base.final, kind, tolerance)
 
     def _shared(self, results: Results) -> list[tuple[float, float]]:
-        """What each image's detections and the reference's share."""
+        """Returns, for each image, what its detections share with the reference's; see `shared`."""
         return [shared(a, b) for a, b in zip(self._base.results, results, strict=True)]
 
     def _add(
@@ -321,17 +323,17 @@ class _Judge:
         ap: ApComparison,
         failures: list[str],
         shares: list[tuple[float, float]],
-        **found: Any,
+        **fields: Any,
     ) -> None:
-        """Keeps one contestant's points and verdict, and draws where it differs most.
+        """Keeps one contestant's points and verdict, and draws the images where it differs most.
 
         Args:
-            name: of the contestant.
+            name: the contestant's name.
             scores: its scores.
-            ap: how they differ from the reference's.
-            failures: all of them, those of `ap` included.
-            shares: what `_shared` gives.
-            found: more of `Verdict`.
+            ap: the difference of its AP from the reference's.
+            failures: all failures, including those of `ap`.
+            shares: the result of `_shared`.
+            fields: further fields of `Verdict`.
         """
         if self._base.final.detections and not scores.final.detections:
             failures = [*failures, "no detections at all, so nothing was compared"]
@@ -348,7 +350,7 @@ class _Judge:
             **vars(ap) | {"failures": failures},
             agreement=agreement(shares),
             worst_images=worst,
-            **found,
+            **fields,
         )
         self.pictures[name] = [
             side_by_side(
@@ -364,12 +366,15 @@ class _Judge:
 
 
 def _some(ids: Iterable[Id]) -> str:
-    """A few ids, as the file has them."""
+    """Returns a text with a few of the ids, written as in the file."""
     return ", ".join(
         json.dumps(id_) for id_ in sorted(set(ids), key=lambda i: (str(type(i)), i))[:5]
     )
 
 
 def busiest(base: Scores) -> list[int]:
-    """Places of the images, those first in which the reference finds most: empty ones show little."""
+    """Returns the images' places, in descending order of the reference's detections in them.
+
+    Images without detections show little.
+    """
     return sorted(range(len(base.results)), key=lambda i: -len(base.results[i]))

@@ -1,14 +1,14 @@
-"""Layer by layer: where an ONNX graph computes something else than the PyTorch network.
+"""Finds the first layer in which an ONNX graph computes something else than the PyTorch network.
 
-What each layer reads and what it gives are compared, so that a difference between two layers is told
-from one inside a layer. The network is held to the graph (teacher forcing): each of its layers reads
-what the graph's layer read, and hands on what the graph's layer gave. So each step is judged alone and
-differences do not add up: that matters in int8, where many small roundings lead far away from the
-network though each step is right. What int8 rounds, activations and weights, the network takes from the
-graph, and int8 is judged by the tolerance of fp16, in which its graphs compute whatever is not rounded
-to int8.
+The input and the output of each layer are compared, so that a difference between two layers is told from
+one inside a layer. The network follows the graph (teacher forcing): each of its layers reads the input of
+the graph's layer and passes on the output of the graph's layer. Each step is therefore judged on its own,
+and differences do not add up. That matters in int8, where many small roundings lead far away from the
+network although each step is right. The network takes the activations and weights that int8 rounds from
+the graph. int8 is judged by the tolerance of fp16, because its graphs compute in fp16 whatever they do
+not round to int8.
 
-A layer goes by the name of its module, as `backbone.layer1.0.conv1`, which its weight has in the graph.
+A layer has the name of its module, such as `backbone.layer1.0.conv1`, which the weight has in the graph.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
-Key = tuple[str, int]  # a module's name, and which of its uses
+Key = tuple[str, int]  # a module's name, and the number of its use
 
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
 
-IMAGE: Key = ("backbone.conv1", 0)  # reads the normalised image
+IMAGE: Key = ("backbone.conv1", 0)  # the layer that reads the normalised image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How far one tensor of a graph lies off the network's.
+    """The difference between one tensor of a graph and the network's.
 
     Attributes:
         stage: `stage1` or `stage2`.
-        layer: name of the module that reads or gives it.
-        use: counted from 0, where a module is used for several tensors.
-        side: whether the layer reads it or gives it.
+        layer: name of the module that reads or writes the tensor.
+        use: the number of the use, from 0, of a module that is used several times.
+        side: whether the tensor is the layer's input or output.
         relative: max|a-b| / max|a|.
-        tensor: what to call it: `rpn.conv (use 2) output`.
+        tensor: the name to show, such as `rpn.conv (use 2) output`.
     """
 
     stage: str
@@ -70,15 +70,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """All layers of both graphs.
+    """The comparison of all layers of both graphs.
 
     Attributes:
-        precision: of the graphs.
-        limit: of relative errors.
+        precision: the graphs' precision.
+        limit: the largest relative error that passes.
         size: (h, w) of the image.
-        differences: in the graphs' order.
-        first: the first beyond the limit.
-        cause: a sentence on it; empty without one.
+        differences: all differences in the graphs' order.
+        first: the first difference beyond the limit; None if there is none.
+        cause: a sentence on the first difference; empty if there is none.
     """
 
     precision: str
@@ -97,19 +97,19 @@ class Trace:
 def trace_graphs(
     model: CoMask, bundle: Bundle, precision: str, image: Array, image_size: tuple[int, int]
 ) -> Trace:
-    """Runs one image through the graphs, and the network beside them, and compares every layer.
+    """Runs one image through the graphs and the network, and compares every layer.
 
-    Stage 2 gets the network's stage 1 outputs, so that a fault in stage 1 hides none in stage 2.
+    Stage 2 gets the network's stage 1 outputs, so that a fault in stage 1 does not hide one in stage 2.
 
     Args:
-        model: fp32, in evaluation mode.
-        bundle: with the graphs.
-        precision: of the graphs.
+        model: the fp32 network in evaluation mode.
+        bundle: the bundle with the graphs.
+        precision: the graphs' precision.
         image: u8 [H, W, 3] on its canvas.
-        image_size: (h, w) of the image on it.
+        image_size: (h, w) of the image on the canvas.
 
     Raises:
-        BundleError: when a graph is missing or altered.
+        BundleError: if a graph is missing or was altered.
     """
     import onnx
 
@@ -126,9 +126,9 @@ def trace_graphs(
     first, cause = None, ""
     for stage, graph in graphs.items():
         diagnostics = any(output.name == "first_boxes" for output in graph.graph.output)
-        found = run_graph(graph, feeds[stage])
-        errors = network.compare(stage, feeds[stage], found, diagnostics)
-        for key, tensors in found.layers.items():
+        computed = run_graph(graph, feeds[stage])
+        errors = network.compare(stage, feeds[stage], computed, diagnostics)
+        for key, tensors in computed.layers.items():
             for side in SIDES:
                 difference = Difference(
                     stage=stage, layer=key[0], use=key[1], side=side,
@@ -149,11 +149,11 @@ def trace_graphs(
 
 
 def _cause(first: Difference, before: Sequence[Difference]) -> str:
-    """What the first difference says of the graph."""
+    """Returns a sentence on what the first difference says about the graph."""
     if first.side == "output":
         return (
             f"first tensor that diverges: {first.tensor} ({first.stage}), relative error "
-            f"{first.relative:.2g}, though what the layer reads agrees ({before[-1].relative:.2g}): its "
+            f"{first.relative:.2g}, although the layer's input agrees ({before[-1].relative:.2g}): its "
             f"weights or attributes differ from the network's"
         )
     given = next((d.tensor for d in reversed(before) if d.side == "output"), "the graph's inputs")
@@ -166,13 +166,13 @@ def _cause(first: Difference, before: Sequence[Difference]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """Tensors of one use of a layer, f32.
+    """The f32 tensors of one use of a layer.
 
     Attributes:
-        given: what it was given.
-        read: what it computes with; of an int8 layer that is `given` after rounding, else the same.
-        output: what it gives.
-        weight: what it computes with, where int8 rounds it; else None.
+        given: the input before int8 rounds it.
+        read: the input with which the layer computes: `given`, in int8 layers after rounding.
+        output: the output.
+        weight: the weight with which the layer computes if int8 rounds it; else None.
     """
 
     given: Array
@@ -183,11 +183,12 @@ class LayerTensors:
 
 @dataclass(frozen=True, slots=True)
 class GraphTensors:
-    """What a graph computed.
+    """The tensors that a graph computed.
 
     Attributes:
-        layers: in the graph's order.
-        shortcuts: by residual block what is added to its last convolution, where int8 rounds it.
+        layers: the tensors of each layer, in the graph's order.
+        shortcuts: for each residual block whose shortcut int8 rounds, the tensor that is added to the
+            output of its last convolution.
         rois: [B, N, 4] of each RoIAlign, in the graph's order.
     """
 
@@ -197,29 +198,29 @@ class GraphTensors:
 
 
 def run_graph(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> GraphTensors:
-    """Runs a graph on the CPU as the file has it, without ONNX Runtime's optimiser.
+    """Runs a graph on the CPU exactly as in its file, without ONNX Runtime's optimiser.
 
     Args:
-        model: takes more outputs.
-        feeds: inputs of the graph, and maybe more.
+        model: the graph; further outputs are added to it.
+        feeds: the graph's inputs; further tensors are ignored.
 
     Raises:
-        BackendUnavailableError: when onnxruntime is not installed.
-        BundleError: when it cannot load the graph.
+        BackendUnavailableError: if onnxruntime is not installed.
+        BundleError: if it cannot load the graph.
     """
     places, shortcuts = _layer_tensors(model), _shortcuts(model)
     pooled = [node.input[4] for node in model.graph.node if node.op_type == "PyramidRoiAlign"]
-    there = {entry.name for entry in (*model.graph.input, *model.graph.output)}
+    known = {entry.name for entry in (*model.graph.input, *model.graph.output)}
     wanted = [name for names in places.values() for name in names if name]
     for name in dict.fromkeys([*wanted, *shortcuts.values(), *pooled]):
-        if name not in there:
+        if name not in known:
             model.graph.output.add().name = name
     session = OrtSession(model.SerializeToString(), "cpu", optimized=False)
-    found = {**feeds, **session.run(feeds)}
+    tensors = {**feeds, **session.run(feeds)}
     session.close()
 
     def value(name: str) -> Array:
-        return np.asarray(found[name], np.float32)
+        return np.asarray(tensors[name], np.float32)
 
     return GraphTensors(
         {
@@ -234,7 +235,7 @@ def run_graph(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> GraphTensor
 
 
 def layer_of(node: onnx.NodeProto) -> str | None:
-    """The module that a node computes, in float or int8; None where it is no layer."""
+    """Returns the name of the module that a node computes in float or int8; None for other nodes."""
     if node.op_type not in LAYERS or not node.input[1].startswith("model."):
         return None
     weight: str = node.input[1].removesuffix(".dequantized")
@@ -248,23 +249,23 @@ def _layers(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
 
 
 def _layer_tensors(model: onnx.ModelProto) -> dict[Key, tuple[str, str, str, str | None]]:
-    """Names of the tensors that each layer was given, reads and gives, and of its rounded weight."""
+    """Returns, for each layer, the names of the fields of `LayerTensors` in the graph."""
     producers = {name: node for node in model.graph.node for name in node.output}
     uses: Counter[str] = Counter()
-    found: dict[Key, tuple[str, str, str, str | None]] = {}
+    tensors: dict[Key, tuple[str, str, str, str | None]] = {}
     for name, node in _layers(model):
         given = node.input[0]
         for op_type in ("DequantizeLinear", "QuantizeLinear"):
             if given in producers and producers[given].op_type == op_type:
                 given = producers[given].input[0]
         weight = node.input[1] if node.input[1] in producers else None
-        found[name, uses[name]] = (given, node.input[0], node.output[0], weight)
+        tensors[name, uses[name]] = (given, node.input[0], node.output[0], weight)
         uses[name] += 1
-    return found
+    return tensors
 
 
 def _shortcuts(model: onnx.ModelProto) -> dict[str, str]:
-    """Names of int8 shortcuts, by residual block."""
+    """Returns the names of the shortcuts that int8 rounds, by residual block."""
     outputs = {node.output[0]: name for name, node in _layers(model)}
     rounded = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return {
@@ -277,10 +278,10 @@ def _shortcuts(model: onnx.ModelProto) -> dict[str, str]:
 
 
 class ForcedNetwork:
-    """A copy of a network on the CPU.
+    """A copy of a network on the CPU, whose layers read and pass on a graph's tensors.
 
     Args:
-        model: fp32, in evaluation mode; stays as it is.
+        model: the fp32 network in evaluation mode, which is not changed.
     """
 
     def __init__(self, model: CoMask) -> None:
@@ -289,7 +290,7 @@ class ForcedNetwork:
         from comask.models.backbone import fold_batch_norms
 
         self._model = deepcopy(model).cpu()
-        fold_batch_norms(self._model.backbone)  # as in the graphs
+        fold_batch_norms(self._model.backbone)  # the graphs have them folded, too
         self._graph = GraphTensors({}, {}, [])
         self._errors: dict[tuple[Key, Side], float] = {}
         self._uses: Counter[str] = Counter()
@@ -304,16 +305,17 @@ class ForcedNetwork:
     def compare(
         self, stage: str, feeds: Mapping[str, Array], graph: GraphTensors, diagnostics: bool
     ) -> dict[tuple[Key, Side], float]:
-        """How far each layer's tensors in a graph lie off what the network makes of the same.
+        """Compares each layer's tensors in a graph with the network's for the same inputs.
 
         Args:
             stage: `stage1` or `stage2`.
-            feeds: what the graph got.
-            graph: what it computed.
-            diagnostics: whether it has the diagnostics' outputs, which may run layers more.
+            feeds: the graph's inputs.
+            graph: the tensors that it computed.
+            diagnostics: whether the graph has the diagnostic outputs, for which more layers may run.
 
         Returns:
-            max|a-b| / max|a|, see `relative_error`; nothing of layers that the network does not run.
+            max|a-b| / max|a| of each tensor, see `relative_error`; layers that the network does not run
+            are missing.
         """
         import torch
 
@@ -358,7 +360,7 @@ class ForcedNetwork:
 
         shortcut = block.downsample if isinstance(block.downsample, nn.Module) else nn.Identity()
         shortcut.register_forward_hook(theirs)
-        block.downsample = shortcut  # where there was none, a place for the hook
+        block.downsample = shortcut  # an identity, if the block had none, is a place for the hook
 
     def _pool_as_graph(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:
         theirs = self._graph.rois[self._pools]
@@ -367,7 +369,10 @@ class ForcedNetwork:
 
 
 def _forced(own: Tensor, theirs: Array) -> Tensor:
-    """A copy of the graph's tensor, as what follows may be in place; if it is useless, the network's."""
+    """Returns a copy of the graph's tensor, or the network's if the graph's has no use.
+
+    It is a copy because the next operation may work in place.
+    """
     import torch
 
     if theirs.shape != own.shape or not np.isfinite(theirs).all():

@@ -1,4 +1,4 @@
-"""Which backends of a bundle are compared, and opening them."""
+"""Chooses and opens the backends of a bundle that are compared."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def default_backends(bundle: Bundle) -> tuple[list[str], list[str]]:
-    """PyTorch and every precision on ONNX Runtime, which must run; and the engines, which may.
+    """Returns the backends that must run, PyTorch and ONNX Runtime in every precision, and the engines.
 
-    The first is the reference.
+    The first backend is the reference. Engines that do not run here are left out.
     """
     graphs = [_name("onnxruntime", precision) for precision in bundle.manifest.precisions]
     engines = []
@@ -38,19 +38,19 @@ def open_backends(
     load: Callable[[str], Predictor],
     stack: ExitStack,
 ) -> tuple[dict[str, Predictor], dict[str, str]]:
-    """Opens all before the first is scored, which may take hours.
+    """Opens all backends, so that errors come before the first is scored, which may take hours.
 
     Args:
-        required: names that must open.
-        optional: names that may be left out.
-        load: opens one.
-        stack: closes them.
+        required: names of backends that must open.
+        optional: names of backends that may be left out.
+        load: opens one backend.
+        stack: closes the backends.
 
     Returns:
-        predictors by name, and why others were skipped.
+        predictors by name, and the reasons why others were skipped, by name.
 
     Raises:
-        ComaskError: when a required one does not open.
+        ComaskError: if a required backend does not open.
     """
     opened: dict[str, Predictor] = {}
     skipped: dict[str, str] = {}
@@ -68,12 +68,12 @@ def open_backends(
 
 
 def precision_of(name: str) -> str:
-    """`onnxruntime:fp16` → `fp16`; fp32 where none is named."""
+    """Returns the precision in a backend's name, `fp16` for `onnxruntime:fp16`; fp32 without one."""
     return name.partition(":")[2] or "fp32"
 
 
 def looser(a: str, b: str) -> str:
-    """The precision whose tolerance a comparison of two takes."""
+    """Returns the precision of two whose tolerance their comparison takes."""
     order = ("fp32", "fp16", "int8")
     known = [order.index(precision) for precision in (a, b) if precision in order]
     if len(known) < 2:
@@ -86,7 +86,7 @@ def _name(backend: str, precision: str) -> str:
 
 
 def _make_reference(predictor: Predictor) -> None:
-    """Lets PyTorch give the coarse masks too, and compute f32 as such on a GPU: it is the reference."""
+    """Makes PyTorch, the reference, return the coarse masks, too, and compute f32 in full on a GPU."""
     import torch
 
     from comask.runtime.backends.pytorch import TorchStage

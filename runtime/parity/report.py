@@ -1,4 +1,4 @@
-"""The report of `comask-eval`: its numbers, as JSON, and as a page that needs nothing beside it."""
+"""The report of `comask eval`: its numbers, as JSON and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
-SAME = 0.999  # agreement from which on no picture is worth a look
-SHOWN, AT_LEAST = 0.3, 3  # detections from this score on; without any, so many of the best
+SAME = 0.999  # images with at least this agreement are not worth a picture
+# detections from score SHOWN on are drawn; if there are none, the AT_LEAST best ones
+SHOWN, AT_LEAST = 0.3, 3
 UNMATCHED = (255, 0, 200)
-GAP = 12  # pixels between the two
+GAP = 12  # pixels between the two tiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """AP in points (0..100), -1 where the data holds no such objects.
+    """AP in points (0..100); -1 if the data has no such objects.
 
     Attributes:
-        bbox: COCO's twelve numbers of boxes.
-        segm: those of masks.
-        detections: how many there are.
+        bbox: COCO's twelve numbers for boxes.
+        segm: COCO's twelve numbers for masks.
+        detections: the number of detections.
         per_class: `per_class[task][class name]`, AP as a fraction.
-        max_detections: how many detections of an image count.
-        coco_ap: AP by task of COCO's 100 detections of an image; empty where those are what counts.
+        max_detections: the number of detections per image that count.
+        coco_ap: AP by task of COCO's 100 detections per image; empty if `max_detections` is 100.
     """
 
     bbox: dict[str, float]
@@ -63,8 +64,9 @@ class BackendPoints(Points):
     """The points of a contestant.
 
     Attributes:
-        first: of proposals and coarse masks; None where the backend does not give them.
-        plain: of boxes from cells that all count alike; None where the backend does not give them.
+        first: the points of proposals and coarse masks; None if the backend does not return them.
+        plain: the points of boxes for which all cells count alike; None if the backend does not return
+            them.
     """
 
     first: Points | None
@@ -72,13 +74,13 @@ class BackendPoints(Points):
 
 
 def points_of(scores: Scores) -> BackendPoints:
-    """The scores of one contestant in points."""
+    """Returns the scores of one contestant in points."""
     first, plain = (Points(**_points(m)) if m else None for m in (scores.first, scores.plain))
     return BackendPoints(**_points(scores.final), first=first, plain=plain)
 
 
 def _points(metrics: CocoMetrics) -> dict[str, Any]:
-    """The fields of `Points`."""
+    """Returns the fields of `Points`."""
 
     def scaled(numbers: Mapping[str, float]) -> dict[str, float]:
         return {key: 100 * value if value >= 0 else -1.0 for key, value in numbers.items()}
@@ -93,33 +95,33 @@ def _points(metrics: CocoMetrics) -> dict[str, Any]:
 
 
 def change_text(value: float, delta: float) -> str:
-    """How far a contestant's `value` in points lies off; `n/a` where it is."""
+    """Returns a contestant's difference in points; `n/a` if its `value` is."""
     return f"{delta:+.3f}" if value >= 0 else "n/a"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """What was compared, and what was found.
+    """The inputs and the results of a comparison.
 
     Attributes:
-        bundle: its folder.
-        data: as `--data` names it.
-        boxes: as `--boxes` names them.
-        proposals: that stage 2 took; None for all of the bundle's.
-        short_side: of resized images in pixels; None for the bundle's.
+        bundle: the bundle's folder.
+        data: the value of `--data`.
+        boxes: the value of `--boxes`.
+        proposals: the number of proposals that stage 2 took; None for all of the bundle's.
+        short_side: shorter side of the resized images in pixels; None for the bundle's.
         when: date and time in UTC, ISO 8601.
-        machine: on which it was measured.
-        skipped: by name, why a backend did not run.
-        verification: of the bundle's manifest.
-        failures: what concerns the bundle or the reference, not one contestant.
-        reference: name of the first backend.
-        images: how many were scored.
-        not_decoded: how many could not be.
-        max_detections: how many detections of an image count.
-        backends: by name, the reference's first.
-        comparisons: of all but the reference, by name.
-        weights: by backend, one sentence a tensor of its graphs that is not the network's.
-        traces: by backend, the comparison layer by layer.
+        machine: the machine on which it was measured.
+        skipped: the reason why a backend did not run, by name.
+        verification: the verification in the bundle's manifest.
+        failures: failures that concern the bundle or the reference, not one contestant.
+        reference: the name of the first backend.
+        images: the number of images that were scored.
+        not_decoded: the number of images that could not be decoded.
+        max_detections: the number of detections per image that count.
+        backends: the points of each backend by name, the reference's first.
+        comparisons: the verdict on each other contestant, by name.
+        weights: for each backend, one sentence per tensor of its graphs that differs from the network's.
+        traces: the comparison layer by layer, by backend.
     """
 
     bundle: str
@@ -143,17 +145,15 @@ class ParityReport:
 
     @property
     def failed(self) -> bool:
-        """Whether something is wrong, whether or not enough was found to judge the rest."""
+        """Whether anything failed, even if too little was detected to judge the rest."""
         return bool(self.failures) or not all(v.passed for v in self.comparisons.values())
 
     @property
     def not_judged(self) -> str:
-        """Why a comparison without failures shows nothing; empty where it does."""
+        """The reason why a comparison without failures proves nothing; empty if it proves something."""
         reference = self.backends[self.reference]
         if reference.segm["AP"] < 0:
-            return (
-                "the data holds no objects, so there is no AP: give images with annotated objects"
-            )
+            return "the data has no objects, so AP is undefined: give images with annotated objects"
         if not reference.detections:
             return (
                 "the reference found nothing in these images: train longer, or export again with a "
@@ -163,11 +163,11 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there was something to judge, and nothing failed."""
+        """Whether something was judged and nothing failed."""
         return not (self.failed or self.not_judged)
 
     def without(self, name: str) -> ParityReport:
-        """The report without one contestant."""
+        """Returns the report without one contestant."""
         return dataclasses.replace(
             self,
             backends={key: value for key, value in self.backends.items() if key != name},
@@ -175,11 +175,11 @@ class ParityReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` writes; what a contestant has no comparison of is left out."""
+        """Returns the content of `--json`; comparisons that a contestant does not have are left out."""
         content = dataclasses.asdict(self)
         content["comparisons"] = {
-            name: {key: value for key, value in found.items() if value is not None}
-            for name, found in content["comparisons"].items()
+            name: {key: value for key, value in verdict.items() if value is not None}
+            for name, verdict in content["comparisons"].items()
         }
         return content | {"not_judged": self.not_judged, "passed": self.passed}
 
@@ -193,17 +193,17 @@ class Picture:
 
 
 def parity_page(report: ParityReport, pictures: Mapping[str, Sequence[Picture]]) -> bytes:
-    """The page of a report, HTML.
+    """Returns a report as an HTML page.
 
     Args:
-        report: to show.
-        pictures: by contestant, the images that differ most.
+        report: the report to show.
+        pictures: for each contestant, pictures of the images that differ most.
     """
     when = report.when.replace("T", " ").removesuffix("+00:00") + " UTC"
     facts = [
         ("data", f"{report.data}, {report.images} images"),
         ("left out", report.not_decoded and not_decoded_text(report.not_decoded, report.images)),
-        ("detections", f"the {report.max_detections} best of each image count"),
+        ("detections", f"the {report.max_detections} best per image count"),
         ("reference", report.reference),
         ("proposals", report.proposals),
         ("short side", report.short_side),
@@ -239,15 +239,15 @@ def side_by_side(
     other: tuple[str, Entries],
     value: float,
 ) -> Picture:
-    """The reference's detections left, the other's right.
+    """Draws the reference's detections on the left and the other's on the right.
 
-    Detections of one that the other has none of are framed.
+    Detections without a partner on the other side are framed.
 
     Args:
-        source: with the image.
-        index: of the image.
-        reference: its name and COCO results on the image.
-        other: likewise.
+        source: the data set.
+        index: the image's index.
+        reference: the reference's name, and its COCO results on the image.
+        other: the other contestant's name, and its COCO results on the image.
         value: their agreement.
     """
     import cv2
@@ -277,9 +277,9 @@ def side_by_side(
     sheet = np.concatenate((tiles[0], gap, tiles[1]), axis=1)
     content = cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
     caption = (
-        f"{info.file_name or info.id}: agreement {value:.3f}; left {reference[0]}, {len(shown[0])} "
-        f"detections, {len(lone[0])} of them framed as {other[0]} has no such; right {other[0]}, "
-        f"{len(shown[1])}, {len(lone[1])} framed"
+        f"{info.file_name or info.id}: agreement {value:.3f}; left: {reference[0]}, {len(shown[0])} "
+        f"detections, {len(lone[0])} framed because {other[0]} lacks them; right: {other[0]}, "
+        f"{len(shown[1])} detections, {len(lone[1])} framed"
     )
     return Picture(caption, content)
 
@@ -289,13 +289,13 @@ def _shown(entries: Entries) -> Entries:
     return [entry for entry in ranked if entry["score"] >= SHOWN] or ranked[:AT_LEAST]
 
 
-def _tile(image: NDArray[np.uint8], found: Detections, alone: Detections) -> NDArray[np.uint8]:
-    """The overlay with frames around what stands alone."""
+def _tile(image: NDArray[np.uint8], detections: Detections, alone: Detections) -> NDArray[np.uint8]:
+    """Draws detections over the image, with frames around those that have no partner."""
     import cv2
 
     from comask.draw import draw_tile
 
-    tile = draw_tile(image, found)
+    tile = draw_tile(image, detections)
     scale = np.array(tile.shape[1::-1] * 2) / np.array(image.shape[1::-1] * 2)
     for x1, y1, x2, y2 in (alone.boxes_xyxy * scale).round().astype(int).tolist():
         for colour, thickness in (((255, 255, 255), 6), (UNMATCHED, 3)):

@@ -1,4 +1,4 @@
-"""AP of a backend: of its detections, and of what they were before the second stage refined them."""
+"""Scores a backend: AP of its detections, also before the second stage refines them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from comask.structures import Detections
 
 Results = list[list[dict[str, Any]]]  # COCO results of each image, with the data's ids
 
-LARGEST = 1e9  # in pixels or as a score; integers beyond may not even fit a float
+LARGEST = 1e9  # for pixels and scores; integers beyond may not even fit a float
 FIELDS = ("image_id", "category_id", "bbox", "score", "segmentation")
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What one backend found, and its worth.
+    """One backend's results and their AP.
 
     Attributes:
         final: AP of its detections.
-        first: AP of the proposals' boxes and the coarse masks; None where the backend does not give them.
-        plain: AP of the boxes of cells that all count alike; None where the backend does not give them.
+        first: AP of the proposals' boxes and the coarse masks; None if the backend does not return them.
+        plain: AP of the boxes for which all cells count alike; None if the backend does not return them.
         results: COCO results of each image.
-        truth: of those images, which are the ones that could be decoded.
+        truth: the ground truth of those images, which are the ones that could be decoded.
     """
 
     final: CocoMetrics
@@ -51,16 +51,17 @@ class Scores:
 
 
 def labels_in_data(manifest: Manifest, source: InstanceSource) -> NDArray[np.int64]:
-    """The data's label of each of the bundle's, matched by class name.
+    """Returns the data's label for each of the bundle's labels, matched by class name.
 
-    Classes of the data without an object are not asked for: training leaves them out.
+    The bundle may lack classes of the data that have no objects, because training leaves them out.
 
     Raises:
-        DataError: when the two do not name the same classes.
+        DataError: if the two do not name the same classes.
     """
     theirs = {category.name: label for label, category in enumerate(source.categories)}
     ours = [category.name for category in manifest.categories]
-    objects = getattr(source, "objects", None)  # by id; unknown of sources that are made on the fly
+    # by id; unknown in sources that make images on the fly
+    objects = getattr(source, "objects", None)
     empty = {c.name for c in source.categories if objects is not None and not objects.get(c.id)}
     missing, surplus = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
     if not missing:
@@ -75,7 +76,7 @@ def labels_in_data(manifest: Manifest, source: InstanceSource) -> NDArray[np.int
 
 
 def _first(names: list[str]) -> str:
-    """How many, and some of them."""
+    """Returns the number of names and the first of them, as a text."""
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return f"{len(names)} ({shown})" if names else "none"
 
@@ -88,20 +89,20 @@ def detect(
     *,
     quiet: bool = False,
 ) -> Iterator[tuple[int, Mapping[str, Detections]]]:
-    """Detections in images of a data set; images that cannot be decoded are logged and passed over.
+    """Yields the detections in a data set's images; images that cannot be decoded are logged and skipped.
 
     Args:
-        predictor: to run.
-        source: of the images.
-        indices: of the images.
-        title: of the progress that is shown.
-        quiet: show no progress.
+        predictor: the predictor to run.
+        source: the data set.
+        indices: the images' indices.
+        title: the title of the progress bar.
+        quiet: whether to show no progress.
 
     Yields:
-        an image's index and its detections at each point of `FOUND_AT` that the backend tells.
+        an image's index and its detections at each point of `FOUND_AT` that the backend returns.
 
     Raises:
-        ComaskError: what the backend raises.
+        ComaskError: if the backend fails.
     """
     with Progress(title, len(indices), unit="images", quiet=quiet) as progress:
         for result in predictor.map(indices, source.image, isolate=False):
@@ -112,27 +113,27 @@ def detect(
             progress.advance()
 
 
-def with_labels(found: Detections, labels: NDArray[np.int64]) -> Detections:
-    """Detections with the data's labels in place of the bundle's; see `labels_in_data`."""
-    return dataclasses.replace(found, labels=labels[found.labels], class_names=None)
+def with_labels(detections: Detections, labels: NDArray[np.int64]) -> Detections:
+    """Returns detections with the data's labels in place of the bundle's; see `labels_in_data`."""
+    return dataclasses.replace(detections, labels=labels[detections.labels], class_names=None)
 
 
 def score_backend(
     predictor: Predictor, truth: Truth, labels: NDArray[np.int64], detections: int, title: str
 ) -> Scores:
-    """Runs the images of a ground truth and scores what is found.
+    """Runs a predictor on the images of a ground truth and scores its detections.
 
     Images that cannot be decoded are logged and not scored.
 
     Args:
-        predictor: to score.
-        truth: of the images.
+        predictor: the predictor to score.
+        truth: the ground truth.
         labels: see `labels_in_data`.
-        detections: of an image that the model gives at most.
-        title: of the progress that is shown.
+        detections: the largest number of detections per image that the model returns.
+        title: the title of the progress bar.
 
     Raises:
-        DataError: when no image can be decoded.
+        DataError: if no image can be decoded.
     """
     results: dict[str, Results] = {"final": []}
     scored: list[int] = []
@@ -155,14 +156,14 @@ def image_results(
     prepared: Sequence[Prepared],
     labels: NDArray[np.int64],
 ) -> dict[str, Results]:
-    """COCO results of images, of each stage that the backend gives; see `FOUND_AT`.
+    """Returns the COCO results of images for each stage that the backend returns; see `FOUND_AT`.
 
     Args:
-        predictor: to run.
-        source: of the images.
-        indices: of the images.
-        prepared: those images.
-        labels: see `score_backend`.
+        predictor: the predictor to run.
+        source: the data set.
+        indices: the images' indices.
+        prepared: the prepared images.
+        labels: see `labels_in_data`.
     """
     results: dict[str, Results] = {"final": [[] for _ in prepared]}
     for place, stages in enumerate(predictor.predict_stages(prepared)):
@@ -173,17 +174,17 @@ def image_results(
 
 
 def flat(results: Results) -> list[dict[str, Any]]:
-    """The results of all images in one list."""
+    """Returns the results of all images in one list."""
     return [result for image in results for result in image]
 
 
 def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> Results:
-    """COCO results of those images of a data set; results of other images are left out.
+    """Reads the COCO results of a data set's images; results of other images are left out.
 
-    Categories that the data lack are kept: they match nothing.
+    Results of categories that the data lack are kept; they match nothing.
 
     Raises:
-        DataError: when the file holds no such results, naming entry and field.
+        DataError: if the file does not hold such results; the text names entry and field.
     """
     try:
         entries = parse_json(path.read_bytes())
@@ -192,21 +193,21 @@ def read_results(path: Path, source: InstanceSource, indices: Sequence[int]) -> 
     if not isinstance(entries, list):
         raise DataError(f"--results {path}: expected a list of COCO results")
     infos = {info.id: info for info in map(source.info, indices)}
-    found: dict[Id, list[dict[str, Any]]] = {number: [] for number in infos}
+    results: dict[Id, list[dict[str, Any]]] = {number: [] for number in infos}
     for number, entry in enumerate(entries):
         try:
             checked = _checked(entry, infos)
         except DataError as error:
             raise DataError(f"--results {path}: entry {number}: {error}") from error
         if checked is not None:
-            found[checked["image_id"]].append(checked)
-    if entries and not any(found.values()):
+            results[checked["image_id"]].append(checked)
+    if entries and not any(results.values()):
         raise DataError(f"--results {path}: holds nothing on the {len(indices)} images evaluated")
-    return [found[source.info(index).id] for index in indices]
+    return [results[source.info(index).id] for index in indices]
 
 
 def _checked(entry: object, infos: dict[Id, ImageInfo]) -> dict[str, Any] | None:
-    """An entry with its mask as compressed RLE; None where it is of another image."""
+    """Checks an entry and returns it with its mask as compressed RLE; None if its image is another."""
     if not isinstance(entry, dict):
         raise DataError(f"expected an object, got {entry!r:.80}")
     if missing := [name for name in FIELDS if name not in entry]:
@@ -229,4 +230,4 @@ def _checked(entry: object, infos: dict[Id, ImageInfo]) -> dict[str, Any] | None
 def _is_number(value: object) -> bool:
     if type(value) not in (int, float):
         return False
-    return -LARGEST <= value <= LARGEST  # type: ignore[operator] # false for NaN as well
+    return -LARGEST <= value <= LARGEST  # type: ignore[operator] # false for NaN, too

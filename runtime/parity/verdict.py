@@ -1,4 +1,4 @@
-"""The verdict on one contestant: how far its AP, tensors and detections lie off the reference's."""
+"""The verdict on a contestant: compares its AP, tensors and detections with the reference's."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from comask.preprocess import Prepared
 from comask.runtime.backends.base import Stages
 from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
 
-# AP points that a contestant may lie off the reference, by precision or, of another pipeline, `results`.
-# Of what rounds, AP alone is judged: some of the twelve numbers rest on few objects or on one IoU
-# threshold, and scatter more than it. It may also gain; anything else that gains is another network.
+# AP points by which a contestant may differ from the reference: by precision, or `results` for another
+# pipeline. Only AP is judged if a contestant rounds, because others of the twelve numbers depend on few
+# objects or on one IoU threshold and scatter more. Rounding may also raise AP; anything else that raises
+# it is another network.
 AP_TOLERANCES = {"fp32": 0.1, "fp16": 0.1, "int8": 0.3, "results": 0.1}
 JUDGED = {"fp32": METRICS, "fp16": ("AP",), "int8": ("AP",), "results": ("AP",)}
 MAY_GAIN = ("fp16", "int8")
-LEAST_AGREEMENT = 0.8  # of a pipeline of the user's own, whose tensors nobody sees
-WORST = 3  # images on which a contestant agrees least
+LEAST_AGREEMENT = 0.8  # for a user's own pipeline, whose tensors are unknown
+WORST = 3  # number of images listed on which a contestant agrees least
 
-IMAGES = 4  # of a data set, that are compared stage by stage
-LISTED = 6  # failures of that: a broken graph has one for every box
+IMAGES = 4  # number of images that are compared stage by stage
+LISTED = 6  # number of failures listed for them, since a broken graph has one for every box
 
-SAME_OBJECT = 0.5  # boxes of one class that overlap less are of different objects
+SAME_OBJECT = 0.5  # boxes of one class with a lower IoU belong to different objects
 
 Entries = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApComparison:
-    """AP of a contestant minus that of the reference, in points.
+    """A contestant's AP minus the reference's, in points.
 
     Attributes:
         deltas: `deltas[task][metric]`.
         largest: the largest difference that is judged.
         judged: the metrics that are judged.
         may_gain: whether only a loss counts.
-        tolerance: how large `largest` may be.
-        worst_classes: of each task the three classes that lose most, each with its difference.
-        failures: one sentence each.
+        tolerance: the largest value of `largest` that passes.
+        worst_classes: for each task, the three classes that lose most, each with its difference.
+        failures: one sentence for each failure.
     """
 
     deltas: dict[str, dict[str, float]]
@@ -58,13 +59,13 @@ class ApComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class StageComparison:
-    """What `compare_stages` found on some images; `Comparison` explains what is not named here.
+    """The result of `compare_stages` on some images; `Comparison` explains the other attributes.
 
     Attributes:
-        images: how many were compared.
+        images: the number of images compared.
         judged: whether failures count, see `compare_backends`.
-        beyond: how many failures there are.
-        failures: the first `LISTED` of them.
+        beyond: the number of failures.
+        failures: the first `LISTED` failures.
     """
 
     images: int
@@ -84,11 +85,11 @@ class StageComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAgreement:
-    """How far detections in one image agree.
+    """The agreement of the detections in one image.
 
     Attributes:
-        place: of the image among those that were scored.
-        file: its name in the data.
+        place: the image's place among the scored images.
+        file: the image's file name in the data.
         agreement: see `agreement`.
     """
 
@@ -99,14 +100,15 @@ class ImageAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(ApComparison):
-    """All that was found on one contestant.
+    """The complete verdict on one contestant.
 
     Attributes:
-        stages: the comparison stage by stage; None of results from elsewhere, and of what is not finite.
-        agreement: over all images, see `agreement`.
-        worst_images: those of least agreement, the worst first.
-        mistakes: of failing results from elsewhere, their agreement with the reference under each usual
-            mistake.
+        stages: the comparison stage by stage; None for another pipeline's results, and for a backend
+            that computes NaN.
+        agreement: the agreement over all images, see `agreement`.
+        worst_images: the images of least agreement, the worst first.
+        mistakes: for failing results of another pipeline, their agreement with the reference under each
+            of the usual mistakes; else None.
         passed: whether nothing failed.
     """
 
@@ -121,7 +123,7 @@ class Verdict(ApComparison):
 
 
 def ap_tolerance(manifest: Manifest, kind: str) -> float:
-    """AP points that a contestant may lie off; of int8 the budget that its export was accepted with."""
+    """Returns the AP points that a contestant may be off; for int8 the budget of its export."""
     budget: float = manifest.verification.get(kind, {}).get("budget", AP_TOLERANCES[kind])
     return budget
 
@@ -129,13 +131,13 @@ def ap_tolerance(manifest: Manifest, kind: str) -> float:
 def compare_ap(
     metrics: CocoMetrics, base: CocoMetrics, kind: str, tolerance: float
 ) -> ApComparison:
-    """Differences in AP points; a -1 (no such objects) is compared only with -1.
+    """Compares two backends' AP; -1 (no such objects) on one side is always -1 on the other.
 
     Args:
-        metrics: of the contestant.
-        base: of the reference.
+        metrics: the contestant's metrics.
+        base: the reference's metrics.
         kind: a key of `JUDGED`.
-        tolerance: how far they may lie off, in points.
+        tolerance: the largest difference that passes, in points.
     """
     deltas = {
         task: {key: 100 * (value - base.values[task][key]) for key, value in values.items()}
@@ -184,19 +186,19 @@ def compare_backends(
 ) -> StageComparison:
     """Compares two backends stage by stage, one image at a time.
 
-    int8 is not judged by it: on a trained network a cell's confidence that rounds across its threshold
-    moves a mask's pixel by 0.7. Boxes then find their partners by the tolerance of fp16, and
+    int8 is not judged by this: on a trained network, a cell's confidence that rounds across its threshold
+    changes a mask's pixel by 0.7. Boxes then find their partners with the tolerance of fp16, and
     `failures` is empty.
 
     Args:
-        reference: usually PyTorch.
-        other: the backend in question.
-        images: to compare on.
-        model: its thresholds.
-        precision: whose tolerance counts.
+        reference: the reference backend, usually PyTorch.
+        other: the backend to compare.
+        images: the images to run.
+        model: the model's configuration, for its thresholds.
+        precision: the precision whose tolerance counts.
     """
     tolerance = TOLERANCES.get(precision)
-    found = Comparison()
+    comparison = Comparison()
     for image in images:
         compare_stages(
             reference,
@@ -204,28 +206,29 @@ def compare_backends(
             [image],
             model,
             tolerance=tolerance or TOLERANCES["fp16"],
-            into=found,
+            into=comparison,
         )
-    failures = found.failures if tolerance else []
+    failures = comparison.failures if tolerance else []
     return StageComparison(
         images=len(images),
         judged=tolerance is not None,
         beyond=len(failures),
-        **vars(found) | {"failures": failures[:LISTED]},
+        **vars(comparison) | {"failures": failures[:LISTED]},
     )
 
 
 def pairs(a: Entries, b: Entries) -> list[tuple[int, int, float]]:
-    """Detections of one image that two backends share.
+    """Finds the detections of one image that two backends share.
 
-    Each of `a`, by falling score, takes the one of `b` that is left of its class and overlaps it most.
+    Each detection of `a`, in descending order of scores, takes the remaining one of `b` that has its
+    class and overlaps it most.
 
     Args:
         a: COCO results of one backend, with segmentations as RLE.
-        b: of the other.
+        b: those of the other backend.
 
     Returns:
-        places in `a` and `b`, and the lesser of the IoUs of boxes and of masks.
+        for each pair the places in `a` and `b`, and the smaller of the IoUs of boxes and masks.
     """
     from pycocotools import mask as coco_mask
 
@@ -234,21 +237,21 @@ def pairs(a: Entries, b: Entries) -> list[tuple[int, int, float]]:
     boxes = _ious(a, b)
     categories = [np.array([entry["category_id"] for entry in rows]) for rows in (a, b)]
     boxes[categories[0][:, None] != categories[1]] = 0.0
-    found = []
+    matched = []
     for i in np.argsort([-entry["score"] for entry in a], kind="stable").tolist():
         j = int(boxes[i].argmax())
         if boxes[i, j] < SAME_OBJECT:
             continue
         mine, theirs = a[i]["segmentation"], b[j]["segmentation"]
-        # two empty masks are equal, and have no IoU
+        # two empty masks are equal, but have no IoU
         masks = 1.0 if mine == theirs else float(coco_mask.iou([mine], [theirs], [0])[0, 0])
-        found.append((i, j, min(float(boxes[i, j]), masks)))
+        matched.append((i, j, min(float(boxes[i, j]), masks)))
         boxes[:, j] = 0.0
-    return found
+    return matched
 
 
 def _ious(a: Entries, b: Entries) -> NDArray[np.float64]:
-    """IoU of boxes, [len(a), len(b)]."""
+    """Returns the IoUs of boxes, [len(a), len(b)]."""
     from pycocotools import mask as coco_mask
 
     boxes = [np.array([entry["bbox"] for entry in rows], dtype=np.float64) for rows in (a, b)]
@@ -257,19 +260,20 @@ def _ious(a: Entries, b: Entries) -> NDArray[np.float64]:
 
 
 def shared(a: Entries, b: Entries) -> tuple[float, float]:
-    """Σ 2 min(s_a, s_b) IoU over the detections of one image that are shared, and Σ s_a + Σ s_b over all.
+    """Returns the two sums of which one image's agreement is the quotient.
 
-    Detections of low scores count little.
+    They are Σ 2 min(s_a, s_b) IoU over the shared detections, and Σ s_a + Σ s_b over all detections, so
+    that detections of low scores count little.
     """
     total = sum(entry["score"] for rows in (a, b) for entry in rows)
     return sum(2 * min(a[i]["score"], b[j]["score"]) * iou for i, j, iou in pairs(a, b)), total
 
 
 def agreement(images: Iterable[tuple[float, float]]) -> float:
-    """1 where both found the same, 0 where they share nothing; images without detections do not count.
+    """Returns 1 if both detect the same, 0 if they share nothing; images without detections do not count.
 
     Args:
-        images: what `shared` gives of each.
+        images: the result of `shared` for each image.
     """
     same, total = np.array([(0.0, 0.0), *images]).sum(axis=0)
     return float(same / total) if total else 1.0

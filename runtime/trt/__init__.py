@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX, by one body of code over whichever module is installed."""
+"""Runs engines of TensorRT and TensorRT-RTX with the same code."""

@@ -1,8 +1,8 @@
-"""Execution contexts: all that one call at a time needs to run both stages on the GPU, and a pool of it.
+"""Execution contexts: what one call at a time needs to run both stages on the GPU, and a pool of them.
 
-Device buffers go by tensor name and belong to both stages: what stage 1 writes as `p2` stage 2 reads as
-`p2`, without a copy. Buffers grow when a larger shape comes and never shrink, so that after the first
-calls nothing is allocated and addresses stay, which captured CUDA graphs need.
+Device buffers are kept by tensor name and shared by both stages: stage 2 reads `p2` where stage 1 wrote
+it, without a copy. Buffers grow for a larger shape and never shrink. After the first calls, therefore,
+nothing is allocated and no address changes, as captured CUDA graphs require.
 """
 
 from __future__ import annotations
@@ -24,33 +24,36 @@ from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_me
 Lent = TypeVar("Lent")
 Memory = TypeVar("Memory", DeviceMemory, PinnedMemory)
 
-BEST = {name: f"best {name}" for name in PROPOSALS}  # their buffers
+BEST = {name: f"best {name}" for name in PROPOSALS}  # names of the buffers of the best proposals
 
 
 def grown(
     allocate: Callable[[int], Memory], held: Memory | None, size: int, stream: Stream
 ) -> Memory:
-    """At least `size` bytes, in place of what is held; freed first, so that both need never fit."""
+    """Returns the held memory if it has `size` bytes, else new memory in its place.
+
+    The old memory is freed first, so that both never occupy memory at once.
+    """
     if held is not None and held.size >= size:
         return held
     if held is not None:
-        stream.synchronize()  # which waits for whom outputs were lent to
+        stream.synchronize()  # also waits for the streams that outputs were lent to
         held.free()
     return allocate(max(size, 1))  # CUDA has no empty allocations
 
 
 class Contexts:
-    """An execution context of each stage, their stream and buffers; all inside `with device:`.
+    """An execution context for each stage, with a stream and buffers; use it inside `with device:`.
 
     Args:
-        device: to run on.
-        flavor: of the engines.
-        engines: by stage.
+        device: the device to run on.
+        flavor: the engines' flavor.
+        engines: the engine of each stage.
         proposals: see `Stages`.
 
     Attributes:
-        stream: that all is queued on.
-        buffers: by tensor name.
+        stream: the stream on which all work is queued.
+        buffers: the device memory of each tensor, by name.
     """
 
     def __init__(
@@ -64,16 +67,17 @@ class Contexts:
         self.buffers: dict[str, DeviceMemory] = {}
         self._staging: dict[str, PinnedMemory] = {}
         self._proposals = proposals
-        self._cuts: dict[str, tuple[Shape, Shape]] = {}  # of `PROPOSALS`: as written, as read
-        self._scratch: DeviceMemory | None = None  # of both stages, which run one after the other
+        # shapes of `PROPOSALS`: as stage 1 writes them, as stage 2 reads them
+        self._cuts: dict[str, tuple[Shape, Shape]] = {}
+        self._scratch: DeviceMemory | None = None  # shared: the stages run one after the other
         self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
-        # what each context was last told: its tensors' shapes, and where they and its scratch lie
+        # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._addresses: dict[str, list[int]] = {}
         self._contexts = {stage: engine.new_context() for stage, engine in engines.items()}
         self.stream = device.stream()
         for stage in engines:
-            # TensorRT gives its only profile to the first context of an engine by itself
+            # TensorRT gives an engine's first context the only profile by itself
             if self._contexts[stage].active_optimization_profile != PROFILE:
                 taken = self._contexts[stage].set_optimization_profile_async(
                     PROFILE, self.stream.handle
@@ -87,18 +91,18 @@ class Contexts:
         feeds: Mapping[str, Array],
         seconds: dict[str, float] | None = None,
     ) -> dict[str, Array]:
-        """Runs stages one after the other; those after the first read what the ones before wrote.
+        """Runs stages one after the other; later ones read the outputs of earlier ones.
 
         Args:
             stages: `stage1`, `stage2`, or both.
             feeds: inputs that no earlier stage writes, by name.
-            seconds: is told how long each stage took on the GPU, where given.
+            seconds: receives the seconds that each stage took on the GPU, if given.
 
         Returns:
-            the last stage's outputs in arrays of the caller's.
+            the last stage's outputs, in arrays that belong to the caller.
 
         Raises:
-            EngineError: for a shape outside the profile, too little memory, or a failure of the GPU.
+            EngineError: if a shape is outside the profile, memory runs out, or the GPU fails.
         """
         wanted = self.output_names(stages)
         shapes = self.reserve(stages, {name: a.shape for name, a in feeds.items()}, feeds)
@@ -109,37 +113,38 @@ class Contexts:
             try:
                 for name, array in feeds.items():
                     staged = self.host_view(name, array.shape)
-                    staged[...] = array  # in the engine's type, which may be another one
+                    staged[...] = array  # converts it to the engine's type
                     self.stream.copy_in(self.buffers[name], staged)
                 self.enqueue(stages, marks)
                 for name in wanted:
                     self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
             finally:
-                self.stream.synchronize()  # after an error too: nothing may move while work is queued
+                # after an error, too: no memory may be freed while work on it is queued
+                self.stream.synchronize()
             for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
                 assert seconds is not None
                 seconds[stage] = behind.since(before)
         return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
-        """Of the last stage."""
+        """Returns the names of the last stage's outputs."""
         return [spec.name for spec in self._engines[stages[-1]].outputs]
 
     def reserve(
         self, stages: Sequence[str], fed: Mapping[str, Shape], staged: Iterable[str]
     ) -> dict[str, Shape]:
-        """Makes everything ready for a call; nothing of an earlier one may be running.
+        """Prepares contexts and memory for a call; no earlier call may still be running.
 
         Args:
-            stages: to run.
+            stages: the stages to run.
             fed: shapes of the inputs that no earlier stage writes.
-            staged: tensors that need page-locked memory besides the outputs.
+            staged: names of the tensors that need page-locked memory besides the outputs.
 
         Returns:
             the shapes of all tensors by name.
 
         Raises:
-            EngineError: for a shape outside the profile, or too little memory.
+            EngineError: if a shape is outside the profile, or memory runs out.
         """
         shapes = dict(fed)
         self._cuts = {}
@@ -153,18 +158,18 @@ class Contexts:
                 held, size = self._staging.pop(name, None), self._size(name, shapes[name])
                 self._staging[name] = grown(self._device.pinned, held, size, self.stream)
         except EngineError:
-            self._shapes.clear()  # memory may be missing that they stand for
+            self._shapes.clear()  # memory for them may be missing
             raise
         for stage in stages:
             self._set_addresses(stage)
         return shapes
 
     def enqueue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
-        """Queues what `reserve` made ready, one stage after the other.
+        """Queues the stages that `reserve` prepared, one after the other.
 
         Args:
-            stages: as `reserve` was given.
-            marks: recorded before the first stage and behind each, where given.
+            stages: the stages that were given to `reserve`.
+            marks: events to record before the first stage and after each one, if given.
         """
         for place, stage in enumerate(stages):
             if marks:
@@ -178,7 +183,7 @@ class Contexts:
             marks[-1].record(self.stream)
 
     def _cut(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Shapes of the best proposals, which lie in buffers of their own, image behind image."""
+        """Makes room for the best proposals, which have buffers of their own; returns their shapes."""
         for name in PROPOSALS:
             batch, count, *rest = shapes[name]
             best = (batch, min(count, self._proposals or count), *rest)
@@ -194,13 +199,13 @@ class Contexts:
                 self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
 
     def layout(self, stages: Sequence[str]) -> object:
-        """Shapes and addresses as they are: where these are equal, a captured graph holds."""
+        """Returns all shapes and addresses; a captured graph is valid as long as these stay equal."""
         return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
 
-    # No local variable holds a context: an exception's traceback would keep it alive beyond `close`.
+    # Local variables must not hold a context: an exception's traceback would keep it alive after `close`.
 
     def _set_shapes(self, stage: str, known: Mapping[str, Shape]) -> None:
-        """Tells a context its inputs' shapes; makes room for all of its tensors."""
+        """Tells a context the shapes of its inputs, and makes room for all its tensors."""
         engine = self._engines[stage]
         inputs: dict[str, Shape] = {spec.name: known[spec.name] for spec in engine.inputs}
         if inputs.items() <= self._shapes.get(stage, {}).items():
@@ -229,7 +234,7 @@ class Contexts:
         self._shapes[stage] = shapes
 
     def _set_addresses(self, stage: str) -> None:
-        """Tells a context where its tensors and its scratch memory lie, if anything changed."""
+        """Tells a context the addresses of its tensors and scratch memory, if anything changed."""
         names = list(self._shapes[stage])
         own = stage == "stage2" and self._cuts
         addresses = [self.buffers[BEST[n] if own and n in BEST else n].address for n in names]
@@ -246,14 +251,14 @@ class Contexts:
         self._addresses[stage] = addresses
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Of a tensor."""
+        """Returns a tensor's type."""
         return self._specs[name].dtype
 
     def _size(self, name: str, shape: Shape) -> int:
         return math.prod(shape) * self._specs[name].dtype.itemsize
 
     def host_view(self, name: str, shape: Shape) -> Array:
-        """A tensor's page-locked memory, to be used until the next call."""
+        """Returns a view of a tensor's page-locked memory, which is valid until the next call."""
         staged = self._staging[name].bytes[: self._size(name, shape)]
         return staged.view(self._specs[name].dtype).reshape(shape)
 
@@ -266,8 +271,8 @@ class Contexts:
             raise EngineError(f"{self._flavor.name} refuses {what}: {self._flavor.errors()}")
 
     def close(self) -> None:
-        """Frees everything when the stream's work is done; no call may be running."""
-        self.stream.synchronize()  # a session that nobody closed may have left work
+        """Waits for the stream's work and frees everything; no call may be running."""
+        self.stream.synchronize()  # a session that nobody closed may have left work behind
         self._contexts.clear()  # TensorRT frees a context with its last reference
         self.stream.close()
         for memory in self.buffers.values():
@@ -280,20 +285,20 @@ class Contexts:
 
 
 class ContextPool:
-    """`Contexts` over one pair of engines, made as threads come, at most `size`; a call borrows one.
+    """A pool of at most `size` `Contexts` of one pair of engines, created on demand; a call borrows one.
 
-    Closed at the latest when it is collected or when the process ends, while CUDA still works.
+    The pool is closed at the latest when it is collected or the process ends, while CUDA still works.
 
     Args:
-        device: to run on.
-        flavor: of the engines.
-        runtime: that the engines came from.
-        engines: by stage; the pool closes them.
-        size: how many calls may run at once.
+        device: the device to run on.
+        flavor: the engines' flavor.
+        runtime: the TensorRT runtime that deserialised the engines.
+        engines: the engine of each stage; the pool closes them.
+        size: the number of calls that may run at once.
         proposals: see `Stages`.
 
     Attributes:
-        device: see above.
+        device: the device.
     """
 
     def __init__(
@@ -317,11 +322,11 @@ class ContextPool:
 
     @contextmanager
     def contexts(self) -> Iterator[Contexts]:
-        """Contexts of one's own with their device current; waits where all are taken.
+        """Lends contexts to the caller, with their device current; waits while all are taken.
 
         Raises:
-            RuntimeError: when the pool is closed.
-            EngineError: when there is no memory for more.
+            RuntimeError: if the pool is closed.
+            EngineError: if memory for further contexts runs out.
         """
         with self._permits, self.device:
             with self._lock:
@@ -332,14 +337,14 @@ class ContextPool:
                 self._idle.append(contexts)
 
     def lend(self, make: Callable[..., Lent]) -> Lent:
-        """Something more over the engines, for as long as the pool is open or until it comes back.
+        """Creates an object that uses the engines, until `take_back` is called or the pool is closed.
 
         Args:
-            make: is called with what `Contexts` are made of; what it gives has `close`.
+            make: called with the arguments of `Contexts`; returns an object with `close`.
 
         Raises:
-            RuntimeError: when the pool is closed.
-            EngineError: when there is no memory for it.
+            RuntimeError: if the pool is closed.
+            EngineError: if memory for the object runs out.
         """
         with self._lock, self.device:
             return self._made(make)
@@ -352,15 +357,15 @@ class ContextPool:
         return made
 
     def take_back(self, lent: Any) -> None:
-        """Frees what was lent, unless the pool was closed first; no call may be running."""
+        """Closes a lent object unless the pool did so before; no call of it may be running."""
         with self._lock, self.device:
             if lent in self._all:
                 self._all.remove(lent)
                 lent.close()
 
     def close(self) -> None:
-        """Waits for running calls and frees contexts and engines; again is harmless."""
-        with self._closing:  # two closers with a permit each would wait for one another
+        """Waits for running calls, then frees contexts and engines; a second call does nothing."""
+        with self._closing:  # two closing threads with one permit each would deadlock
             for _ in range(self._size):
                 self._permits.acquire()
             self._free()
@@ -374,7 +379,7 @@ def _free_all(
     engines: dict[str, Engine],
     runtime: list[Any],
 ) -> None:
-    """In the order that TensorRT asks for: contexts, engines, runtime."""
+    """Frees everything in the order that TensorRT requires: contexts, engines, runtime."""
     with device:
         idle.clear()
         for contexts in made:

@@ -1,4 +1,4 @@
-"""TensorRT engines: the two flavors of the library, and a plan of either, loaded."""
+"""TensorRT engines: imports either flavor of the library, and loads plans with it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ __all__ = ["load_flavor"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
-OLDEST = 10  # IPluginV3 and strong typing
-KEPT_LINES = 50  # of the log, for error messages
+OLDEST = 10  # the first version with IPluginV3 and strong typing
+KEPT_LINES = 50  # of TensorRT's log, for error messages
 NO_DRIVER = "CUDA driver version is insufficient"
 
 logger = logging.getLogger(__name__)
 
-PROFILE = 0  # engines are built with one
-JIT_CACHE = "{stage}.jit.cache"  # in the engine's folder
+PROFILE = 0  # engines are built with a single profile
+JIT_CACHE = "{stage}.jit.cache"  # file in the engine's folder
 
 Shape = tuple[int, ...]
 
 
 def wheel_library() -> Path | None:
-    """The wheel's library where its unversioned name is missing; None where nothing is."""
+    """Returns the wheel's library if its unversioned name is missing; None if nothing is missing."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or spec.origin is None:
-        return None  # installed some other way, with the system's linker in charge
+        return None  # TensorRT-RTX did not come as a wheel; the system's linker finds its library
     folder = Path(spec.origin).parent
-    if (folder / LIBRARY).exists():  # the parser looks beside itself
+    if (folder / LIBRARY).exists():  # the parser searches its own folder
         return None
     versioned = sorted(folder.glob(f"{LIBRARY}.*"))
     if not versioned or _loads(LIBRARY):
@@ -53,10 +53,10 @@ def wheel_library() -> Path | None:
 
 
 def search_path(folder: Path) -> str | None:
-    """The LD_LIBRARY_PATH under which a new process parses plugins; None where it does anyway.
+    """Returns the LD_LIBRARY_PATH that a new process needs to parse plugins; None if it needs none.
 
     Args:
-        folder: an existing one; gets the missing link.
+        folder: an existing folder, in which the missing link is created.
     """
     library = wheel_library()
     if library is None:
@@ -83,10 +83,10 @@ class Flavor:
     Attributes:
         name: `tensorrt` or `tensorrt-rtx`.
         trt: the module.
-        version: as it names itself.
-        log: TensorRT's `ILogger`; it takes one a process, so everything must use this one.
+        version: the module's version.
+        log: TensorRT's `ILogger`; a process can have only one, so everything must use this one.
         lines: the latest warnings and errors, oldest first, each with whether it is an error.
-        plugin_errors: what our plugins raised inside TensorRT, which drops it.
+        plugin_errors: errors that our plugins raised inside TensorRT, which drops them.
     """
 
     name: str
@@ -97,19 +97,19 @@ class Flavor:
     plugin_errors: list[str]
 
     def errors(self) -> str:
-        """What went wrong since `clear`, in one line: our plugins' errors, TensorRT's, or its warnings.
+        """Returns, in one line, what failed since `clear`: our plugins' errors, TensorRT's, or warnings.
 
-        Where several threads run engines it may hold another one's errors too.
+        If several threads run engines, the line may contain errors of another thread.
         """
         lines = self.lines.copy()  # other threads log meanwhile
         errors = list(self.plugin_errors) or [text for is_error, text in lines if is_error]
         told = list(dict.fromkeys(errors or [text for _, text in lines]))
-        # every failing call without a GPU adds one of these
+        # without a GPU every failing call logs this line as well
         told = [text for text in told if NO_DRIVER not in text] or told
         return "; ".join(told) or "it logged nothing"
 
     def clear(self) -> None:
-        """Forgets what was logged."""
+        """Drops all logged lines and errors."""
         self.lines.clear()
         self.plugin_errors.clear()
 
@@ -122,9 +122,9 @@ def load_flavor(name: str) -> Flavor:
         name: `tensorrt` or `tensorrt-rtx`.
 
     Raises:
-        BackendUnavailableError: when it cannot be imported, or is older than 10.
+        BackendUnavailableError: if it cannot be imported, or is older than 10.
     """
-    # find_spec proves nothing: the bindings are there without the library in some installations.
+    # find_spec proves nothing: some installations have the bindings without the library
     try:
         trt: Any = importlib.import_module(MODULES[name])
         version = str(trt.__version__)
@@ -152,27 +152,27 @@ def _new_log(trt: Any, lines: deque[tuple[bool, str]]) -> Any:
         def log(self, severity: Any, text: str) -> None:
             if severity in (*errors, trt.ILogger.Severity.WARNING):
                 lines.append((severity in errors, " ".join(text.split())))
-            logger.debug("%s", text)  # what matters of it comes back in our exceptions
+            logger.debug("%s", text)  # our exceptions repeat what matters
 
     return Log()
 
 
 class Engine:
-    """A plan of one stage, ready to make contexts; all of it inside `with device:`.
+    """A stage's plan, loaded and ready to create contexts; use it inside `with device:`.
 
     Args:
-        flavor: that built it.
-        runtime: the flavor's `Runtime`; must outlive the engine.
-        folder: holds the plan.
+        flavor: the flavor that built the plan.
+        runtime: the flavor's `Runtime`, which must outlive the engine.
+        folder: the folder that holds the plan.
         stage: `stage1` or `stage2`.
 
     Attributes:
-        stage: see above.
-        inputs: what it is fed.
-        outputs: what it computes.
+        stage: the stage.
+        inputs: the input tensors.
+        outputs: the output tensors.
 
     Raises:
-        EngineError: when the plan is missing, altered, or not one that TensorRT opens.
+        EngineError: if the plan is missing or was altered, or TensorRT cannot open it.
     """
 
     def __init__(self, flavor: Flavor, runtime: Any, folder: EngineFolder, stage: str) -> None:
@@ -203,14 +203,14 @@ class Engine:
 
     @property
     def largest_batch(self) -> int:
-        """Images that may run together."""
+        """The largest number of images that may run together."""
         return self._limits["image_sizes"][1][0]
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Compares the shapes of all inputs with the profile.
 
         Raises:
-            EngineError: naming the first tensor that lies outside, and how to build a wider engine.
+            EngineError: if one is outside; the text names the tensor and the command for a wider engine.
         """
         for name, (least, largest) in self._limits.items():
             shape = shapes[name]
@@ -224,12 +224,12 @@ class Engine:
                 )
 
     def new_context(self) -> Any:
-        """An execution context; whoever made it frees it by dropping its last reference.
+        """Creates an execution context, which is freed with its last reference.
 
-        Where `manages_memory`, it has no scratch memory until it is given some.
+        If `manages_memory`, the context has no scratch memory until the caller provides it.
 
         Raises:
-            EngineError: when TensorRT cannot make one.
+            EngineError: if TensorRT cannot create one.
         """
         trt = self._flavor.trt
         self._flavor.clear()
@@ -248,17 +248,17 @@ class Engine:
         return context
 
     def close(self) -> None:
-        """Frees it; its contexts must be gone."""
+        """Saves the JIT cache and frees the engine, whose contexts must have been freed before."""
         self._jit.save()
         self._jit.config = self._jit.cache = self._engine = None
 
 
 class JitCache:
-    """What TensorRT-RTX compiled for this GPU, kept in a file for the next process.
+    """Keeps what TensorRT-RTX compiled for this GPU in a file for the next process.
 
     Attributes:
-        config: for new contexts; None for a TensorRT that compiles nothing when it runs.
-        cache: TensorRT's.
+        config: the configuration of new contexts; None for a flavor that does not compile at run time.
+        cache: TensorRT's runtime cache; None likewise.
     """
 
     def __init__(self, flavor: Flavor, engine: Any, path: Path) -> None:
@@ -278,11 +278,11 @@ class JitCache:
         if path.exists():
             self._loaded = path.read_bytes()
             if not self.cache.deserialize(self._loaded):
-                logger.info("%s: is of another GPU, driver or version; it is made again", path)
+                logger.info("%s: belongs to another GPU, driver or version; compiling again", path)
         self.config.set_runtime_cache(self.cache)
 
     def save(self) -> None:
-        """Writes the file if there is anything new; a bundle that cannot be written to stays as it is."""
+        """Writes the file if its content changed; logs it if the bundle is not writable."""
         if self.cache is None:
             return
         data = bytes(memoryview(self.cache.serialize()))
@@ -298,7 +298,7 @@ class JitCache:
 
 
 def manages_memory(trt: Any) -> bool:
-    """Whether contexts can be given scratch memory of the size that their shapes need (10.1 on)."""
+    """Returns whether contexts take scratch memory of the size that their shapes need (since 10.1)."""
     names = ("update_device_memory_size_for_shapes", "set_device_memory")
     return all(hasattr(trt.IExecutionContext, name) for name in names)
 

@@ -1,18 +1,20 @@
-"""A folder of engines: two plans, and `engine.json`, which says what they are and what they need.
+"""A folder of engines: two plans, and `engine.json`, which describes them and what they need.
 
-Its name, as `tensorrt-10.16.1-sm90-nvidia-h200-fp16-python`, is for people; comask reads `engine.json`:
+A folder's name, `tensorrt-10.16.1-sm90-nvidia-h200-fp16-python` for example, is for people; comask reads
+`engine.json`:
 
-| part | here | is |
+| part | here | meaning |
 |---|---|---|
 | flavor | `tensorrt` | the library: `tensorrt` or `tensorrt-rtx` |
-| version | `10.16.1` | of the library that built the plans |
+| version | `10.16.1` | the version of the library that built the plans |
 | target | `sm90` | the compute capability; `portable` for TensorRT-RTX, which compiles when it loads |
-| GPU | `nvidia-h200` | the model that the plans were tuned on; left out when built without one |
-| precision | `fp16` | of the graphs: `fp32`, `fp16` or `int8` |
+| GPU | `nvidia-h200` | the model that the plans were tuned on; absent if they were built without a GPU |
+| precision | `fp16` | the precision of the graphs: `fp32`, `fp16` or `int8` |
 | plugin | `python` | how the custom ops run: `python`, `aot` or `none` |
 
-A plan runs only under the TensorRT that built it, on its GPU, for the graphs it was built from. All of
-that is compared before a plan is deserialised, since TensorRT's own message names neither side.
+A plan runs only with the TensorRT version that built it, on its GPU, for the graphs it was built from.
+comask compares all of that before it deserialises a plan, since TensorRT's own message names neither what
+it found nor what it expected.
 """
 
 from __future__ import annotations
@@ -36,26 +38,26 @@ from comask.files import parse_json
 from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.device import Gpu
 
-ENGINES = "engines"  # folder of the bundle
+ENGINES = "engines"  # a folder in the bundle
 DESCRIPTION = "engine.json"
 TIMING_CACHE = "timing.cache"
 SCHEMA_VERSION = 1
-AMPERE = 80  # the oldest GPU of --hardware-compatibility ampere_plus
+AMPERE = 80  # the oldest GPU that --hardware-compatibility ampere_plus allows
 PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS = 3  # lines of a failed command's output that go into the message
+LAST_WORDS = 3  # the message ends with so many lines of a failed command's output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCounts:
-    """Convolutions and products of one stage by precision, as they were read back after building.
+    """Counts of one stage's convolutions and matrix products by precision, read back after the build.
 
     Attributes:
-        of: how many the graph has.
-        network: precision → how many layers of the parsed network have it.
-        engine: the same of the built engine; None where no GPU could open it.
+        of: the number that the graph has.
+        network: precision → the number of layers of the parsed network.
+        engine: the same for the built engine; None if no GPU could open it.
     """
 
     of: int
@@ -65,28 +67,30 @@ class LayerCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What `engine.json` holds.
+    """The content of `engine.json`.
 
     Attributes:
         flavor: `tensorrt` or `tensorrt-rtx`.
-        version: of the TensorRT that built the plans.
-        target: `sm90` and the like; `portable` for TensorRT-RTX, which compiles when it loads.
-        gpu: name of the GPU that the plans were tuned on; None when built without one.
+        version: the version of TensorRT that built the plans.
+        target: the GPU's architecture, such as `sm90`; `portable` for TensorRT-RTX, which compiles when
+            it loads.
+        gpu: name of the GPU that the plans were tuned on; None if they were built without a GPU.
         driver: that machine's CUDA driver version, 13000 for 13.0; for information.
-        precision: of the graphs.
+        precision: the precision of the graphs.
         plugin: `python`, `aot` or `none`.
-        plugin_sha256: of the kernels inside the plans or behind the plugins; None without plugins.
-        profile: name of a size (batch, height, width, proposals) → least, best and largest.
-        options: how the builder was asked to work.
+        plugin_sha256: hash of the kernels in the plans or behind the plugins; None without plugins.
+        profile: name of a size (batch, height, width, proposals) → least, best and largest value.
+        options: the builder's options.
         graphs: sha256 of each stage's ONNX file.
-        transformed: sha256 of what TensorRT was given of it, which changes with comask too.
+        transformed: sha256 of each graph as TensorRT received it; another comask may transform it
+            differently.
         plans: sha256 of each stage's plan.
-        layers: per stage.
-        seconds: building time of each stage.
-        verification: how the plans were compared with PyTorch; `not_run` says why they were not.
-        created: ISO 8601 in UTC.
-        comask_version: that built it.
-        schema_version: of this description.
+        layers: the layer counts of each stage.
+        seconds: the building time of each stage.
+        verification: the comparison of the plans with PyTorch; `not_run` says why it did not run.
+        created: time of the build, ISO 8601 in UTC.
+        comask_version: the version of comask that built the engines.
+        schema_version: the version of this description's format.
     """
 
     flavor: str
@@ -111,7 +115,8 @@ class EngineInfo:
 
     @property
     def folder_name(self) -> str:
-        """See the top of this file; models of one capability need their own."""
+        """The name that the top of this file explains."""
+        # GPU models of one capability need plans of their own
         model = "" if self.gpu is None else "-" + re.sub(r"[^a-z0-9]+", "-", self.gpu.lower())
         return f"{self.flavor}-{self.version}-{self.target}{model}-{self.precision}-{self.plugin}"
 
@@ -121,8 +126,8 @@ class EngineFolder:
     """An existing folder of engines.
 
     Attributes:
-        folder: where it lies.
-        info: what it holds.
+        folder: the path.
+        info: the content of its `engine.json`.
     """
 
     folder: Path
@@ -130,36 +135,36 @@ class EngineFolder:
 
     @classmethod
     def open(cls, folder: Path) -> EngineFolder:
-        """Reads the description; the plans are compared when they are asked for.
+        """Reads the description; `plan` checks the plans.
 
         Raises:
-            EngineError: when there is none, or none that this comask reads.
+            EngineError: if the description is missing, or this comask cannot read it.
         """
         path = folder / DESCRIPTION
-        mend = "comask-export with --rebuild builds the engines again"
+        fix = "comask build with --rebuild builds the engines again"
         try:
             values = parse_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise EngineError(f"{path}: is missing; {mend}") from error
+            raise EngineError(f"{path}: is missing; {fix}") from error
         except (OSError, ValueError) as error:
-            raise EngineError(f"{path}: cannot be read ({error}); {mend}") from error
+            raise EngineError(f"{path}: cannot be read ({error}); {fix}") from error
         try:
             if values["schema_version"] != SCHEMA_VERSION:
                 raise EngineError(
                     f"{path}: has schema {values['schema_version']!r}, this comask reads "
-                    f"{SCHEMA_VERSION}; {mend}"
+                    f"{SCHEMA_VERSION}; {fix}"
                 )
             return cls(folder, from_dict(EngineInfo, values))
         except (KeyError, TypeError, ConfigError) as error:
             raise EngineError(
-                f"{path}: does not describe engines as this comask does; {mend}"
+                f"{path}: does not describe engines as this comask does; {fix}"
             ) from error
 
     def plan(self, stage: str) -> Path:
-        """The plan of `stage1` or `stage2`, after comparing its sha256.
+        """Returns the path of the plan of `stage1` or `stage2`, after comparing its sha256.
 
         Raises:
-            EngineError: when it is missing or altered.
+            EngineError: if the plan is missing or was altered.
         """
         path = self.folder / PLANS[stage]
         try:
@@ -169,53 +174,62 @@ class EngineFolder:
         if found != self.info.plans[stage]:
             raise EngineError(
                 f"{path}: was altered since it was built (sha256 {found[:12]}…, {DESCRIPTION} says "
-                f"{self.info.plans[stage][:12]}…); build it again with comask-export --rebuild"
+                f"{self.info.plans[stage][:12]}…); build it again with comask build --rebuild"
             )
         return path
 
     def mismatches(
         self, bundle: Bundle, version: str, gpu: Gpu | None, plugin_sha256: str | None
     ) -> list[str]:
-        """Why these engines may not run here, each `what: found, built for`; empty when they may.
+        """Returns the reasons why these engines may not run on this machine; empty if they may.
 
         Args:
-            bundle: that they belong to.
-            version: of the installed TensorRT of their flavor.
-            gpu: of this machine.
-            plugin_sha256: of this comask's kernels.
+            bundle: the bundle that they belong to.
+            version: the installed version of their TensorRT flavor.
+            gpu: this machine's GPU.
+            plugin_sha256: hash of this comask's kernels.
+
+        Returns:
+            one text for each mismatch, with what was found and what the engines were built for.
         """
-        info, found = self.info, []
+        info, reasons = self.info, []
         if not _version_fits(info, version):
-            found.append(f"{info.flavor} {version} is installed, it was built with {info.version}")
+            reasons.append(
+                f"{info.flavor} {version} is installed, it was built with {info.version}"
+            )
         for stage, expected in info.graphs.items():
             if bundle.manifest.files.get(graph_file(stage, info.precision)) != expected:
-                found.append(
+                reasons.append(
                     f"{graph_file(stage, info.precision)} is not the graph it was built from"
                 )
         # the other plugins' kernels are inside the plan
         if info.plugin == "python" and info.plugin_sha256 != plugin_sha256:
-            found.append("the plugins' kernels are not those it was built with")
+            reasons.append("the plugins' kernels are not those it was built with")
         if reason := why_not_on(info, gpu):
-            found.append(reason)
-        return found
+            reasons.append(reason)
+        return reasons
 
 
 def find_engines(bundle: Bundle) -> list[EngineFolder]:
-    """The bundle's engine folders by name; unfinished ones begin with a dot and are left out.
+    """Returns the bundle's engine folders in the order of their names.
 
-    One that cannot be read is logged and left out too: the others may be what is needed.
+    Unfinished folders, whose names begin with a dot, are left out. A folder that cannot be read is logged
+    and left out, too: another one may be the one that is needed.
     """
-    found = []
+    folders = []
     for path in sorted((bundle.folder / ENGINES).glob("[!.]*")):
         try:
-            found.append(EngineFolder.open(path))
+            folders.append(EngineFolder.open(path))
         except EngineError as error:
             logger.warning("%s", error)
-    return found
+    return folders
 
 
 def _version_fits(info: EngineInfo, version: str) -> bool:
-    """A version-compatible plan runs under its own and later versions, any other under its own alone."""
+    """Returns whether a TensorRT version can run these plans.
+
+    A version-compatible plan runs with its own and later versions, any other plan only with its own.
+    """
     if not info.options.get("version_compatible"):
         return info.version == version
     return _numbers(version) >= _numbers(info.version)
@@ -226,7 +240,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
-    """Why the engines may not run on that GPU; empty where they may."""
+    """Returns the reason why the engines may not run on that GPU; empty if they may."""
     if gpu is None:
         return "there is no GPU"
     here = f"the GPU is {gpu.name} (sm{gpu.capability})"
@@ -246,7 +260,7 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
 def rebuild_arguments(
     bundle: Path, info: EngineInfo, profile: Mapping[str, tuple[int, int, int]]
 ) -> list[str]:
-    """What `comask-export` needs to build engines as these were, with this profile."""
+    """Returns `comask build`'s arguments that build such engines again, with this profile."""
     options = info.options
     arguments = [str(bundle), "--engine", info.flavor, "--precision", info.precision]
     arguments += ["--plugin", info.plugin]
@@ -264,33 +278,34 @@ def rebuild_arguments(
 
 
 def rebuild_command(folder: EngineFolder) -> str:
-    """The whole command, for a message."""
+    """Returns the command that builds the engines again, for a message."""
     arguments = rebuild_arguments(_bundle(folder), folder.info, folder.info.profile)
-    return shlex.join(["comask-export", *arguments])
+    return shlex.join(["comask", "build", *arguments])
 
 
 def widening_command(folder: EngineFolder, tensor: str, shape: tuple[int, ...]) -> str:
-    """The command that builds engines which also take `tensor` in `shape`.
+    """Returns the command that builds engines which also take `tensor` in `shape`.
 
-    A shape that no profile allows (channels, or a canvas of no multiple of 32) changes nothing.
+    Sizes that no profile allows stay out of it: other channels, or a canvas that is not a multiple of 32.
     """
     profile = dict(folder.info.profile)
     for name, size in _sizes(tensor, shape).items():
         least, best, largest = profile[name]
         profile[name] = (min(least, size), best, max(largest, size))
-    return shlex.join(["comask-export", *rebuild_arguments(_bundle(folder), folder.info, profile)])
+    arguments = rebuild_arguments(_bundle(folder), folder.info, profile)
+    return shlex.join(["comask", "build", *arguments])
 
 
 def rebuild(folder: EngineFolder, device: int) -> None:
-    """Runs the command for one GPU, which takes minutes.
+    """Builds the engines again for one GPU, which takes minutes.
 
     Raises:
-        EngineError: when it fails, with its last words.
+        EngineError: if the command fails; the text ends with the last lines of its output.
     """
     logger.warning("building again, which takes minutes: %s", rebuild_command(folder))
     arguments = rebuild_arguments(_bundle(folder), folder.info, folder.info.profile)
     done = subprocess.run(
-        [*export_command(), *arguments],
+        [*installed_command(), "build", *arguments],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(device)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -304,24 +319,24 @@ def rebuild(folder: EngineFolder, device: int) -> None:
         )
 
 
-def export_command() -> list[str]:
-    """The `comask-export` that is installed with this comask, run by this interpreter.
+def installed_command() -> list[str]:
+    """Returns the arguments that run the installed `comask` with this interpreter.
 
     Raises:
-        EngineError: there is none, as where comask was only copied.
+        EngineError: if `comask` is not installed, as when its files were only copied.
     """
-    found = list(importlib.metadata.entry_points(group="console_scripts", name="comask-export"))
-    if not found:
+    scripts = list(importlib.metadata.entry_points(group="console_scripts", name="comask"))
+    if not scripts:
         raise EngineError(
-            "engines are built again by comask-export, which is not installed here: install comask "
+            "engines are built again by comask build, which is not installed here: install comask "
             "with pip"
         )
-    name = found[0].attr
-    return [sys.executable, "-c", f"from {found[0].module} import {name}; {name}()"]
+    name = scripts[0].attr
+    return [sys.executable, "-c", f"from {scripts[0].module} import {name}; {name}()"]
 
 
 def _visible(device: int) -> str:
-    """CUDA_VISIBLE_DEVICES for a process whose first GPU is to be number `device` of this one's."""
+    """Returns the CUDA_VISIBLE_DEVICES with which GPU `device` of this process is another's first."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return seen[device] if device < len(seen) and seen[device] else str(device)
 
@@ -331,7 +346,7 @@ def _bundle(folder: EngineFolder) -> Path:
 
 
 def _sizes(tensor: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """The sizes of the profile that a tensor's shape shows."""
+    """Returns the profile's sizes that a tensor's shape implies."""
     if stride := LEVEL_STRIDES.get(tensor):
         batch, _, height, width = shape
         return {"batch": batch, "height": height * stride, "width": width * stride}

@@ -1,4 +1,4 @@
-"""Lanes of a `StreamSession` on the GPU: each its contexts, a stream, events and a captured graph."""
+"""Lanes of a `StreamSession` on the GPU, each with contexts, a stream, events and a captured graph."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
+from typing_extensions import override
 
 from comask.errors import EngineError, ImageError
 from comask.kernels import run
@@ -29,17 +30,17 @@ from comask.runtime.trt.engine_folder import PLANS
 from comask.runtime.trt.masks import LaneMasks
 
 STAGES = tuple(PLANS)
-PAUSE = 0.0002  # seconds between looks at an event, where a wait has an end
+PAUSE = 0.0002  # seconds between queries of an event, in a wait with a timeout
 
 logger = logging.getLogger(__name__)
 
 
 class TrtLane(Contexts):
-    """Runs batches on its stream: all is queued, nothing waits.
+    """Runs batches on its stream: it queues all work and does not wait for it.
 
     Args:
-        parts: what `Contexts` are made of.
-        intake: stream that the frames are ready on.
+        parts: the arguments of `Contexts`.
+        intake: the stream on which the frames are ready.
         graphs: whether both stages are captured as a CUDA graph when the same shapes come again.
     """
 
@@ -47,14 +48,15 @@ class TrtLane(Contexts):
         super().__init__(*parts)
         self._intake, self._graphs = intake, graphs
         self._graph: Graph | None = None
-        self._layout: object = None  # that the graph was captured for, or is to be next time
+        # the layout that the graph was captured for, or will be captured for next time
+        self._layout: object = None
         self._changing = threading.Lock()  # held while the batch changes, or its outputs are read
         self._closed = False
-        self._batch: Batch | None = None  # the last one that was started
-        self._tensors: dict[str, Shape] = {}  # of that batch, by name
-        self._bitmaps: dict[int, tuple[int, Shape]] = {}  # of that batch, by the frame's place
-        self._readers: set[int] = set()  # streams that its outputs are read on
-        self._reading: Batch | None = None  # whose frames are still to be read
+        self._batch: Batch | None = None  # the batch that was started last
+        self._tensors: dict[str, Shape] = {}  # that batch's shapes, by tensor name
+        self._bitmaps: dict[int, tuple[int, Shape]] = {}  # that batch's, by the frame's place
+        self._readers: set[int] = set()  # streams that read that batch's outputs
+        self._reading: Batch | None = None  # the batch whose frames have not been read yet
         try:
             self._masks = LaneMasks(self._device, self.stream, self.buffers)
             self._read, self._done = self._device.event(), self._device.event()
@@ -63,11 +65,11 @@ class TrtLane(Contexts):
             raise
 
     def suits(self, batch: Batch) -> bool:
-        """See `Lane`."""
+        """Returns whether the last batch had the same shapes."""
         return self._tensors.get("images") == (len(batch.frames), *batch.canvas, 3)
 
     def start(self, batch: Batch) -> None:
-        """See `Lane`."""
+        """Queues a batch, whose predecessor must be done; on an error the lane is free again."""
         count = len(batch.frames)
         fed: dict[str, Shape] = {"images": (count, *batch.canvas, 3), "image_sizes": (count, 2)}
         on_host = any(frame.device is None for frame in batch.frames)
@@ -75,9 +77,9 @@ class TrtLane(Contexts):
             self.check_open()
             self._batch, self._tensors, self._bitmaps = batch, {}, {}
             try:
-                self._done.synchronize()  # bitmaps may have been asked for since
-                readers, self._readers = self._readers, set()
-                for reader in readers:
+                self._done.synchronize()  # bitmaps may have been queued since the batch was done
+                for reader in list(self._readers):
+                    self._readers.discard(reader)  # one that fails is not asked for again
                     self.stream.wait_for(reader)
                 self._tensors = self.reserve(STAGES, fed, fed if on_host else ("image_sizes",))
                 self.stream.wait_for(self._intake.handle)
@@ -93,7 +95,7 @@ class TrtLane(Contexts):
                     self._masks.find_edges(batch, self._tensors["masks"])
                 self._done.record(self.stream)
             except BaseException:
-                self.stream.synchronize()  # nothing may move while work is queued
+                self.stream.synchronize()  # no memory may be freed while work on it is queued
                 self._reading = None
                 batch.release()
                 self._drop_graph()  # contexts may have been told other shapes
@@ -115,10 +117,11 @@ class TrtLane(Contexts):
         run.on_gpu(launch, addresses, images.address + offset, self.stream.handle)
 
     def _run_network(self) -> None:
-        """As a graph from the second batch of a layout on.
+        """Queues both stages, as a graph from a layout's second batch on.
 
-        The first runs as it is, as TensorRT may allocate and load then, which no capture allows. One
-        graph is kept: TensorRT forbids those of earlier shapes once a context was told new ones.
+        The first batch runs without a graph, because TensorRT may allocate and load memory then, which a
+        capture does not allow. Only one graph is kept: TensorRT forbids graphs of earlier shapes once a
+        context was told new ones.
         """
         layout = self.layout(STAGES)
         if self._graphs and layout != self._layout:
@@ -128,7 +131,7 @@ class TrtLane(Contexts):
             try:
                 self._graph = self.stream.capture(lambda: self.enqueue(STAGES))
             except EngineError as error:
-                logger.warning("without CUDA graphs from here on, capture failed: %s", error)
+                logger.warning("running without CUDA graphs from now on, capture failed: %s", error)
                 self._graphs = False
         if self._graph is None:
             self.enqueue(STAGES)
@@ -141,14 +144,14 @@ class TrtLane(Contexts):
         self._graph = self._layout = None
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
-        """See `Lane`.
+        """Waits for the batch, at most `seconds`, and returns whether it is done.
 
-        Without the session's lock: another thread may start the next batch, after which the event says
-        nothing of this one, which is done.
+        The caller does not hold the session's lock, so another thread may start the next batch. The event
+        then belongs to that batch, and this one is done.
         """
         with self._device:
             if seconds is None:
-                # a batch that starts right here is waited for in vain, once
+                # race: we may wait once for a newer batch, which is harmless
                 if self._batch is batch:
                     self._done.synchronize()
                 return True
@@ -160,7 +163,7 @@ class TrtLane(Contexts):
             return done
 
     def release_read(self) -> None:
-        """See `Lane`."""
+        """Releases the caller's frames if they have been read."""
         if self._reading is not None:
             with self._device:
                 read = self._read.past()
@@ -169,7 +172,7 @@ class TrtLane(Contexts):
                 self._reading = None
 
     def fetch(self, batch: Batch) -> tuple[Outputs, list[Edges] | None]:
-        """See `Lane`."""
+        """Copies a complete batch's outputs and edges to the host."""
         names = self.output_names(STAGES)
         with self._changing, self._device:
             self.check_open()
@@ -180,11 +183,11 @@ class TrtLane(Contexts):
             return {n: self.host_view(n, self._tensors[n]).copy() for n in names}, edges
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
-        """See `Lane`."""
-        return {name: self._shared(batch, *what) for name, what in batch.kept.items()}
+        """Returns the batch's outputs by name, borrowed until the lane starts the next batch."""
+        return {name: self._shared(batch, *output) for name, output in batch.kept.items()}
 
     def bitmaps(self, batch: Batch, place: int) -> SharedArray:
-        """See `Lane`; who waits for the batch waits for them too."""
+        """Queues the bitmaps of one frame; a wait for the batch waits for them, too."""
         with self._changing:
             self._check_holds(batch)
             if place not in self._bitmaps:
@@ -199,25 +202,25 @@ class TrtLane(Contexts):
         return SharedArray(address, shape, np.dtype(dtype), self._device.index, owner)
 
     def wait_on(self, batch: Batch, stream: int) -> None:
-        """See `Lane`."""
+        """Makes later work on a stream wait for the batch."""
         with self._changing:
-            if self._batch is batch:  # else it is done
+            if self._batch is batch:  # otherwise the batch is done
                 self._hold_back(stream)
 
     def wait_read(self, batch: Batch, stream: int) -> None:
-        """See `Lane`."""
+        """Makes later work on a stream wait until the batch's frames have been read."""
         with self._changing, self._device:
             if self._batch is batch:
                 self._read.hold_back(stream)
 
     def _hold_back(self, reader: int) -> None:
-        """Later work on a stream comes after the last batch, and the next batch after that work."""
+        """Makes later work on a stream wait for the last batch, and the next batch for that work."""
         with self._device:
             self._done.hold_back(reader)
         self._readers.add(reader)
 
     def share(self, batch: Batch, stream: int | None) -> int:
-        """See `Owner`; of a batch's outputs."""
+        """Makes a consumer's stream wait for the batch's outputs; returns the handle of the lane's."""
         with self._changing:
             self._check_holds(batch)
             if stream is not None:
@@ -225,7 +228,7 @@ class TrtLane(Contexts):
             return self.stream.handle
 
     def copy(self, batch: Batch, array: SharedArray) -> SharedArray:
-        """See `Owner`; of a batch's outputs, when they are there."""
+        """Waits for the batch and copies one of its outputs."""
         with self._changing:
             self._check_holds(batch)
             return self._copied(array)
@@ -249,15 +252,15 @@ class TrtLane(Contexts):
             )
 
     def check_open(self) -> None:
-        """Raises RuntimeError when the backend was closed before the session."""
+        """Raises RuntimeError if the backend was closed before the session."""
         if self._closed:
             raise RuntimeError("this backend is closed")
 
+    @override
     def close(self) -> None:
-        """See `Contexts`."""
-        self.stream.synchronize()  # a session that nobody closed may have left work
+        self.stream.synchronize()  # a session that nobody closed may have left work behind
         with self._changing:
-            self._closed, self._batch = True, None  # outputs that are still borrowed are no more
+            self._closed, self._batch = True, None  # invalidates outputs that are still borrowed
         if self._reading is not None:
             self._reading.release()
             self._reading = None
@@ -270,31 +273,31 @@ class TrtLane(Contexts):
 
 @dataclass(frozen=True, slots=True)
 class BatchMemory:
-    """The owner of a batch's outputs in its lane, until that starts the next one.
+    """Owns a batch's outputs until its lane starts the next batch.
 
     Attributes:
-        lane: that they lie in.
-        batch: whose they are.
+        lane: the lane that holds the outputs.
+        batch: the batch.
     """
 
     lane: TrtLane
     batch: Batch
 
     def share(self, stream: int | None) -> int:
-        """See `Owner`."""
+        """Makes a consumer's stream wait for the outputs; returns the handle of the lane's stream."""
         return self.lane.share(self.batch, stream)
 
     def copy(self, array: SharedArray) -> SharedArray:
-        """See `Owner`."""
+        """Waits for the outputs and copies one of them."""
         return self.lane.copy(self.batch, array)
 
 
 class CopiedMemory:
-    """The owner of a copied output; all work on it is done.
+    """Owns a copied output, which no queued work uses.
 
     Args:
-        device: of the memory.
-        memory: its own from here on.
+        device: the memory's device.
+        memory: the memory, which this object frees.
     """
 
     def __init__(self, device: Device, memory: DeviceMemory) -> None:
@@ -302,14 +305,14 @@ class CopiedMemory:
         weakref.finalize(self, _free, device, memory)
 
     def shared(self, like: SharedArray) -> SharedArray:
-        """It as an array of the same shape and type as another."""
+        """Returns the memory as an array with another's shape and type."""
         return SharedArray(self._memory.address, like.shape, like.dtype, like.device, self)
 
     def share(self, stream: int | None) -> None:
-        """Nothing to wait for."""
+        """Does nothing: the memory is already written."""
 
     def copy(self, array: SharedArray) -> SharedArray:
-        """See `SharedArray.copy`."""
+        """Copies the memory."""
         with self._device:
             memory, stream = self._device.memory(self._memory.size), self._device.stream()
             stream.copy_over(memory, self._memory.address)
@@ -323,16 +326,16 @@ def _free(device: Device, memory: DeviceMemory) -> None:
 
 
 class TrtLanes:
-    """Lanes over a pool's engines for one session, and the stream that its frames come in by.
+    """The lanes of one session over a pool's engines, and the stream on which its frames arrive.
 
     Args:
-        pool: closes them at the latest with itself.
-        count: how many.
+        pool: the pool, whose `close` closes the lanes if nothing else did.
+        count: the number of lanes.
         graphs: see `TrtLane`.
 
     Raises:
-        EngineError: there is no memory for them.
-        KernelError: the kernels for frames and masks cannot be compiled for the GPU.
+        EngineError: if memory for the lanes runs out.
+        KernelError: if the kernels for frames and masks cannot be compiled for the GPU.
     """
 
     def __init__(self, pool: ContextPool, count: int, *, graphs: bool) -> None:
@@ -354,7 +357,7 @@ class TrtLanes:
         return lent
 
     def borrow(self, source: Any, stream: int | None, coding: Coding) -> Frame:
-        """See `Lanes`."""
+        """Borrows a frame, which all batches started from now on may read."""
         self.lanes[0].check_open()
         with self._device:
             consumer = self._intake.handle if stream is None else UNORDERED
@@ -362,7 +365,7 @@ class TrtLanes:
             if frame.device not in (None, self._device.index):
                 raise ImageError(
                     f"a frame is on GPU {frame.device}, this predictor on GPU {self._device.index}; "
-                    "load one there with device="
+                    f"load one with device={frame.device}"
                 )
             if stream is None:
                 for plane in frame.planes:
@@ -371,9 +374,9 @@ class TrtLanes:
             elif frame.device is not None:
                 self._intake.wait_for(stream)
             else:
-                self._device.synchronize(stream)  # the processor reads it
+                self._device.synchronize(stream)  # because the processor reads the frame
         return frame
 
     def close(self) -> None:
-        """See `Lanes`."""
+        """Frees all lanes and the stream; their batches must be done."""
         self._lent.close()

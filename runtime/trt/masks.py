@@ -1,4 +1,4 @@
-"""Masks of a lane's batch in their images, on the GPU: as bitmaps, and as edges for COCO's RLE."""
+"""Pastes the masks of a lane's batch into their images on the GPU: as bitmaps, or as edges for RLEs."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from comask.runtime.lanes import Batch, Edges
 from comask.runtime.trt.contexts import grown
 from comask.runtime.trt.engine import Shape
 
-INPUTS = ("masks", "boxes", "num_detections")  # of the kernels, as stage 2 calls them
-EDGES_A_COLUMN = 2  # room to begin with: what compact masks have
+INPUTS = ("masks", "boxes", "num_detections")  # the kernels' inputs by stage 2's names
+EDGES_A_COLUMN = 2  # initial room per mask and column, which is enough for compact masks
 INT = np.dtype(np.int32).itemsize
 
 
 class LaneMasks:
-    """What pastes a lane's masks, in buffers that grow and never shrink; all inside `with device:`.
+    """Pastes a lane's masks in buffers that grow and never shrink; use it inside `with device:`.
 
     Args:
-        device: of the lane.
-        stream: of the lane.
+        device: the lane's device.
+        stream: the lane's stream.
         outputs: the buffers that stage 2 writes, by name.
     """
 
     def __init__(self, device: Device, stream: Stream, outputs: Mapping[str, DeviceMemory]) -> None:
         self._device, self._stream, self._outputs = device, stream, outputs
-        self._buffers: dict[tuple[str, int], DeviceMemory] = {}  # by content and place
+        self._buffers: dict[tuple[str, int], DeviceMemory] = {}  # by content and the frame's place
         self._staging: PinnedMemory | None = None
-        self._capacity = 0  # edges of a frame that there is room for
+        self._capacity = 0  # the number of edges for which each frame has room
 
     def paste(self, batch: Batch, place: int, masks: Shape) -> tuple[int, Shape]:
-        """Queues bitmaps of one frame.
+        """Queues the bitmaps of one frame.
 
         Args:
-            batch: whose outputs the lane holds.
-            place: of the frame in it.
+            batch: the batch whose outputs the lane holds.
+            place: the frame's index in the batch.
             masks: shape of stage 2's output, [B, D, M, M].
 
         Returns:
             (address, shape) of u8 [D, h, w].
 
         Raises:
-            EngineError: there is no memory for them.
-            KernelError: the kernel cannot do it.
+            EngineError: if memory for the bitmaps runs out.
+            KernelError: if the kernel does not support these sizes.
         """
         image = batch.placements[place]
         shape = (masks[1], *image.original_size)
@@ -57,7 +57,7 @@ class LaneMasks:
         return memory.address, shape
 
     def find_edges(self, batch: Batch, masks: Shape) -> None:
-        """Queues the search for all frames' edges; arguments and errors are those of `paste`."""
+        """Queues the search for the edges of all frames; `paste` explains arguments and errors."""
         count, widths = masks[1], [place.original_size[1] for place in batch.placements]
         self._capacity = max(self._capacity, EDGES_A_COLUMN * count * max(widths))
         for place, width in enumerate(widths):
@@ -72,7 +72,7 @@ class LaneMasks:
         self._staging = grown(self._device.pinned, held, needed, self._stream)
 
     def fetch_edges(self, batch: Batch, masks: Shape) -> list[Edges]:
-        """Waits for what `find_edges` found of the same arguments; the arrays are the caller's."""
+        """Waits for `find_edges` and returns its edges in arrays that belong to the caller."""
         assert self._staging is not None
         frames, count = len(batch.frames), masks[1]
         staged = self._staging.bytes.view(np.int32)
@@ -94,9 +94,9 @@ class LaneMasks:
         self._stream.synchronize()
 
     def _inputs(self, place: int, masks: Shape) -> list[int]:
-        """Addresses of one frame's outputs."""
+        """Returns the addresses of one frame's outputs."""
         count, cells = masks[1:3]
-        steps = (count * cells * cells, 4 * count, 1)  # elements a frame, of 4 bytes each
+        steps = (count * cells * cells, 4 * count, 1)  # elements per frame, of 4 bytes each
         return [
             self._outputs[name].address + 4 * place * step
             for name, step in zip(INPUTS, steps, strict=True)
@@ -112,7 +112,7 @@ class LaneMasks:
         return memory
 
     def close(self) -> None:
-        """Frees everything; no work may be queued."""
+        """Frees all memory; no queued work may use it."""
         for memory in self._buffers.values():
             memory.free()
         if self._staging is not None:

@@ -1,7 +1,8 @@
-"""What TensorRT must know of our two custom ops, apart from any version of TensorRT.
+"""Describes our two custom ops to TensorRT, independently of its version.
 
-Each class is one node of the graph: its attributes, the shapes and types that follow, the memory formats
-its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` put TensorRT's interfaces around it.
+Each class is one node of the graph: its attributes, the resulting shapes and types, the memory formats
+that its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` wrap them in TensorRT's
+interfaces.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from typing_extensions import override
+
 from comask.errors import EngineError
 from comask.kernels.compile import FOLDER, HEADER
 from comask.kernels.launch import LEVEL_STRIDES, Launch, nms_launch, roi_align_launch
 
 NAMESPACE = "comask"
 VERSION = "1"
-HALVES_A_VECTOR = 8  # HWC8 pads the channels to this
+HALVES_A_VECTOR = 8  # HWC8 pads the channels to a multiple of this
 LINEAR_F32 = ("FLOAT", "LINEAR")
-# (type, format) of the inputs and then the output, for each way that a kernel takes them
+# each combination that a kernel takes: (type, format) of the inputs, then of the output
 Formats = tuple[tuple[tuple[str, str], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDesc:
-    """An input or output as TensorRT hands it to a plugin.
+    """An input or output as TensorRT passes it to a plugin.
 
     Attributes:
-        shape: with the logical channel count, whatever the format pads.
+        shape: the shape with the logical number of channels, even if the format pads them.
         type: name of TensorRT's DataType: FLOAT, HALF, INT32, BOOL.
         format: name of TensorRT's TensorFormat: LINEAR, HWC, HWC8.
     """
@@ -40,25 +43,25 @@ class TensorDesc:
 
 
 class CustomOp(ABC):
-    """A node of one of our ops; its fields are the node's attributes, by their names."""
+    """A node of one of our ops, whose fields are the node's attributes."""
 
     __slots__ = ()
 
     name: ClassVar[str]
-    kernel: ClassVar[str]  # name of its source
+    kernel: ClassVar[str]  # name of its source file
     num_inputs: ClassVar[int]
     attributes: ClassVar[Mapping[str, type]]  # attribute of the ONNX node → Python type
-    # attributes that the kernel fixes; compared in the graph, since TensorRT's Python before 10.16 reads
-    # a list of numbers as so many times the first
+    # Attributes whose values the kernel fixes. They are checked in the graph, because TensorRT's Python
+    # API before 10.16 repeats the first number of a list in place of the others.
     fixed: ClassVar[Mapping[str, Any]]
     formats: ClassVar[Formats]
 
     @classmethod
     def from_attributes(cls, values: Mapping[str, Any]) -> Self:
-        """From a node's attributes or an engine's fields.
+        """Creates the op from a node's attributes or an engine's fields.
 
         Raises:
-            EngineError: for one that is missing.
+            EngineError: if one is missing.
         """
         missing = [name for name in cls.attributes if name not in values]
         if missing:
@@ -69,17 +72,17 @@ class CustomOp(ABC):
         return cls(**{name: values[name] for name in cls.attributes})
 
     def fields(self) -> dict[str, Any]:
-        """What an engine must hold to create this op again."""
+        """Returns the values that an engine must hold to create this op again."""
         return {name: getattr(self, name) for name in self.attributes}
 
     def supports(self, position: int, descs: Sequence[TensorDesc]) -> bool:
-        """Whether the kernel takes tensor `position` in this format, given those before it."""
+        """Returns whether the kernel takes tensor `position` in its format, given the ones before it."""
         asked = tuple((desc.type, desc.format) for desc in descs[: position + 1])
         return any(known[: position + 1] == asked for known in self.formats)
 
     @abstractmethod
     def output_type(self, input_types: Sequence[str]) -> str:
-        """The output's type, by name, of the inputs' types."""
+        """Returns the name of the output's type for the names of the inputs' types."""
 
     @abstractmethod
     def output_shape(
@@ -88,11 +91,11 @@ class CustomOp(ABC):
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """Symbolic dimensions of the output from those of the inputs."""
+        """Returns the output's symbolic dimensions for those of the inputs."""
 
     @abstractmethod
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        """The kernel launch for inputs of these shapes."""
+        """Returns the kernel launch for inputs of these shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class PyramidRoiAlignOp(CustomOp):
 
     Attributes:
         output_size: S.
-        sampling_ratio: samples a bin and axis.
+        sampling_ratio: samples per bin and axis.
         canonical_size: side in pixels of a RoI that is pooled from P4.
     """
 
@@ -123,22 +126,22 @@ class PyramidRoiAlignOp(CustomOp):
         for maps in (LINEAR_F32, ("HALF", "LINEAR"), ("FLOAT", "HWC"), ("HALF", "HWC8"))
     )
 
+    @override
     def output_type(self, input_types: Sequence[str]) -> str:
-        """See `CustomOp`; that of the maps."""
         return input_types[0]
 
+    @override
     def output_shape(
         self,
         inputs: Sequence[Any],
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """See `CustomOp`."""
         rois, size = inputs[4], constant(self.output_size)
         return [product(rois[0], rois[1]), inputs[0][1], size, size]
 
+    @override
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        """See `CustomOp`."""
         maps, (batch, count, _) = inputs[:4], inputs[4].shape
         channels = maps[0].shape[1]
         padded = -(-channels // HALVES_A_VECTOR) * HALVES_A_VECTOR
@@ -160,7 +163,7 @@ class SortedNmsOp(CustomOp):
     """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
 
     Attributes:
-        iou_threshold: a box goes when its IoU with a kept one is above this f32.
+        iou_threshold: a box is dropped if its IoU with a kept one exceeds this f32.
     """
 
     iou_threshold: float
@@ -172,21 +175,21 @@ class SortedNmsOp(CustomOp):
     fixed: ClassVar[Mapping[str, Any]] = {}
     formats: ClassVar[Formats] = ((LINEAR_F32, ("INT32", "LINEAR"), ("BOOL", "LINEAR")),)
 
+    @override
     def output_type(self, input_types: Sequence[str]) -> str:
-        """See `CustomOp`."""
         return "BOOL"
 
+    @override
     def output_shape(
         self,
         inputs: Sequence[Any],
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """See `CustomOp`."""
         return [inputs[1][0], inputs[1][1]]
 
+    @override
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        """See `CustomOp`."""
         rows, boxes = inputs[1].shape
         return nms_launch(rows, boxes, self.iou_threshold)
 
@@ -196,22 +199,22 @@ OPS: tuple[type[PyramidRoiAlignOp] | type[SortedNmsOp], ...] = (PyramidRoiAlignO
 
 
 def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
-    """Compares a node's attributes with what its kernel fixes.
+    """Compares a node's attributes with the values that its kernel fixes.
 
     Raises:
-        EngineError: naming the attribute.
+        EngineError: if one differs; the text names it.
     """
     for op in OPS:
         for name, value in op.fixed.items() if op.name == op_type else ():
             if values.get(name, value) != value:
                 raise EngineError(
-                    f"{op_type}: {name} is {values[name]}, the kernel does {value} alone; export the "
+                    f"{op_type}: {name} is {values[name]}, the kernel supports only {value}; export the "
                     f"bundle again with this comask"
                 )
 
 
 def kernels_sha256() -> str:
-    """One hash over the sources of our plugins' kernels, which plans hold or call."""
+    """Returns one hash of the sources of our plugins' kernels, which plans hold or call."""
     digest = hashlib.sha256(f"{NAMESPACE} {VERSION}".encode())
     for name in sorted((HEADER, *(f"{op.kernel}.cu" for op in OPS))):
         digest.update((FOLDER / name).read_bytes())

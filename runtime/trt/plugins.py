@@ -1,10 +1,11 @@
-"""Our ops as TensorRT plugins in Python: `IPluginV3`, launching the kernels of `comask.kernels`.
+"""Our ops as TensorRT plugins in Python: `IPluginV3`, which launches the kernels of `comask.kernels`.
 
-No compiler, no headers, no library to find. `enqueue` runs on the thread of whoever executes the engine,
-in its CUDA context, with the stream and the pointers of the call; it may not synchronise or allocate.
+They need no compiler, headers or library. `enqueue` runs on the thread that executes the engine, in its
+CUDA context, with the stream and the pointers of the call; it must not synchronise or allocate.
 
-TensorRT's bindings keep bare pointers into what they are given (a field's numbers, a collection's fields)
-and drop what a callback raises. So all of that lives as long as its plugin, and errors go to the flavor.
+TensorRT's bindings keep bare pointers into their arguments (a field's numbers, a collection's fields) and
+drop the errors that a callback raises. Therefore a plugin keeps its arguments alive, and errors are
+stored in the flavor.
 """
 
 from __future__ import annotations
@@ -29,36 +30,36 @@ _registering = threading.Lock()
 
 @functools.cache
 def _creators(flavor: Flavor) -> list[Any]:
-    """One creator an op; cached because TensorRT's registry does not own Python objects."""
+    """Returns a creator for each op; cached because TensorRT's registry does not own Python objects."""
     plugin = _plugin_class(flavor)
     return [_creator_class(flavor, plugin, op)() for op in OPS]
 
 
 def register_plugins(flavor: Flavor) -> None:
-    """Makes the ops known to a TensorRT; again is harmless, in any order of imports.
+    """Registers the ops with a TensorRT; a second call does nothing.
 
-    A creator of that name that is there already stays.
+    A creator that is already registered under an op's name stays.
 
     Raises:
-        EngineError: when TensorRT does not take one.
+        EngineError: if TensorRT refuses a creator.
     """
     registry = flavor.trt.get_plugin_registry()
     with _registering:
         for creator in _creators(flavor):
-            there = registry.get_creator(creator.name, VERSION, NAMESPACE) is not None
-            if not there and not registry.register_creator(creator, NAMESPACE):
+            known = registry.get_creator(creator.name, VERSION, NAMESPACE) is not None
+            if not known and not registry.register_creator(creator, NAMESPACE):
                 raise EngineError(
                     f"{flavor.name} does not take the plugin {creator.name}: {flavor.errors()}"
                 )
 
 
 class Fields:
-    """A `PluginFieldCollection` that keeps alive what it points into.
+    """A `PluginFieldCollection` that keeps alive the memory it points into.
 
     Args:
         trt: TensorRT's module.
-        values: numbers by field name; a creator's has none yet.
-        kinds: Python type of each field.
+        values: the number of each field by name; None in a creator, which has no numbers yet.
+        kinds: the Python type of each field.
     """
 
     def __init__(
@@ -78,28 +79,28 @@ class Fields:
 
 
 class OneTactic:
-    """The part of `IPluginV3` in which nothing depends on tactics, profiles or earlier shapes."""
+    """The methods of `IPluginV3` that a plugin with a single tactic and no state leaves empty."""
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Nothing depends on the profile."""
+        """Does nothing, since the plugin does not depend on the profile."""
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Shapes come with every call."""
+        """Does nothing, since every call passes its shapes."""
 
     def get_valid_tactics(self) -> list[int]:
-        """None beside TensorRT's default."""
+        """Returns no tactics besides TensorRT's default."""
         return []
 
     def set_tactic(self, tactic: int) -> None:
-        """There is one tactic."""
+        """Does nothing, since the plugin has a single tactic."""
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        """The kernels need no scratch memory."""
+        """Returns 0, since the kernels need no scratch memory."""
         return 0
 
 
 def _plugin_class(flavor: Flavor) -> Any:
-    """The plugin over one TensorRT's base classes; one class serves both ops."""
+    """Creates the plugin class over a TensorRT's base classes; it serves both ops."""
     trt: Any = flavor.trt
 
     class Plugin(
@@ -112,7 +113,7 @@ def _plugin_class(flavor: Flavor) -> Any:
         """TensorRT's view of an `Op`."""
 
         def __init__(self, op: Op) -> None:
-            # the bases are bound C++ classes, each wants its own call
+            # the base classes are bindings of C++ classes, each of which must be initialised by itself
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
             trt.IPluginV3OneBuild.__init__(self)
@@ -178,7 +179,7 @@ def _creator_class(flavor: Flavor, plugin: Any, op: type[Op]) -> Any:
     trt: Any = flavor.trt
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-        """Makes the plugin from an ONNX node's attributes, or from an engine's fields."""
+        """Creates the plugin from an ONNX node's attributes or an engine's fields."""
 
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
@@ -197,7 +198,7 @@ def _creator_class(flavor: Flavor, plugin: Any, op: type[Op]) -> Any:
 
 @contextmanager
 def _telling(flavor: Flavor) -> Iterator[None]:
-    """Keeps what a callback raises, since TensorRT says only that it failed."""
+    """Records a callback's error in the flavor, since TensorRT only reports that the callback failed."""
     try:
         yield
     except ComaskError as error:
@@ -210,7 +211,7 @@ def _desc(desc: Any) -> TensorDesc:
 
 
 def _values(attributes: Mapping[str, type], fields: Any) -> dict[str, Any]:
-    """Fields as Python values; the parser drops attributes that the creator does not name."""
+    """Returns fields as Python values; the parser drops attributes that the creator does not name."""
     return {
         field.name: attributes[field.name](np.asarray(field.data).reshape(-1)[0])
         for field in fields

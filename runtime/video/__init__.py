@@ -1,6 +1,6 @@
-"""Video: frames from files, cameras and streams, through a `Predictor`, to overlays and JSON lines.
+"""Video: runs a `Predictor` on files, cameras and streams, and writes overlays and JSON lines.
 
-Needs PyAV (`pip install 'comask[video]'`), imported when a source is opened.
+It needs PyAV (`pip install 'comask[video]'`), which is imported when a source is opened.
 """
 
 from comask.runtime.video.container import is_address, is_video

@@ -1,4 +1,4 @@
-"""Decoding and encoding on an NVIDIA GPU, by FFmpeg, in the CUDA context that TensorRT runs in."""
+"""Decodes and encodes video with FFmpeg on an NVIDIA GPU, in the CUDA context of TensorRT."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 Where: TypeAlias = Literal["auto", "cpu", "gpu"]
 
-FFMPEG_STREAM = 1  # CUDA's handle of the legacy default stream, which FFmpeg works on
-FULL_RANGE = 2  # H.273's 0..255, as FFmpeg numbers it
-# Numbers of H.273, and the matrix that FFmpeg's own conversion takes for each; 2 is "not stated".
+FFMPEG_STREAM = 1  # CUDA's handle of the legacy default stream, which FFmpeg uses
+FULL_RANGE = 2  # FFmpeg's number of H.273's range 0..255
+# H.273's code points, with the matrix that FFmpeg's own conversion uses for each; 2 is "unspecified".
 MATRICES: Mapping[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What writes H.264.
+    """An encoder of H.264.
 
     Attributes:
-        codec: FFmpeg's name of it.
-        options: of the codec.
+        codec: FFmpeg's name of the codec.
+        options: the codec's options.
         hwaccel: the GPU's context, or None.
     """
 
@@ -48,28 +48,28 @@ class Encoder:
     hwaccel: HWAccel | None = None
 
 
-# Visually near the source, and fast enough to leave the processor to the network.
+# Visually close to the source, and fast enough to leave most of the CPU to the network.
 X264 = Encoder("libx264", {"preset": "veryfast", "crf": "20"})
-# Without B-frames: NVENC derives their decoding times from the rate, which a variable one does not keep.
+# No B-frames: NVENC derives their decoding times from a constant rate, which a video may not have.
 NVENC_OPTIONS = {"preset": "p4", "rc": "vbr", "cq": "21", "b": "0", "bf": "0"}
 
 
 def gpu_decoder(decode: Where, gpu: int | None) -> HWAccel | None:
-    """FFmpeg's settings for frames that stay on the GPU; None for decoding on the processor.
+    """Returns FFmpeg's settings for frames that stay on the GPU; None for decoding on the CPU.
 
-    Whether the GPU takes a video's codec shows with its first frame: see `nv12_problem`.
+    Only its first frame shows whether the GPU supports a video's codec, see `nv12_problem`.
 
     Args:
-        decode: where; `auto` is the GPU where that can be, and says in the log where it cannot.
-        gpu: index of the one whose memory the predictor reads; None where it reads the host's.
+        decode: `gpu`, `cpu`, or `auto` for the GPU if possible; otherwise the log states the reason.
+        gpu: index of the GPU whose memory the predictor reads; None if it reads the host's memory.
 
     Raises:
-        BackendUnavailableError: `gpu` was asked for and cannot be.
+        BackendUnavailableError: `decode` is `gpu`, and the GPU cannot decode.
     """
     if decode == "cpu":
         return None
     if gpu is None:
-        problem = "the backend reads frames in the host's memory; the tensorrt ones read the GPU's"
+        problem = "the backend reads frames in the host's memory; tensorrt backends read the GPU's"
     else:
         problem, accelerated = _accelerated(gpu, "h264")
         if accelerated is not None:
@@ -79,20 +79,20 @@ def gpu_decoder(decode: Where, gpu: int | None) -> HWAccel | None:
 
 
 def choose_encoder(encode: Where, gpu: int | None, size: tuple[int, int]) -> Encoder:
-    """NVENC, or x264.
+    """Returns NVENC or x264.
 
     Args:
-        encode: where; `auto` is the GPU where NVENC opens, and says in the log where it does not.
-        gpu: index of the one that encodes; None for none.
+        encode: `gpu`, `cpu`, or `auto` for NVENC if possible; otherwise the log states the reason.
+        gpu: index of the GPU that encodes; None for no GPU.
         size: (h, w) of the video.
 
     Raises:
-        BackendUnavailableError: `gpu` was asked for and cannot be.
+        BackendUnavailableError: `encode` is `gpu`, and the GPU cannot encode.
     """
     if encode == "cpu":
         return X264
     if gpu is None:
-        problem = "the processor alone is to be used"
+        problem = "only the CPU is to be used"
     else:
         problem, accelerated = _accelerated(gpu, "h264_nvenc", size)
         if accelerated is not None:
@@ -104,12 +104,12 @@ def choose_encoder(encode: Where, gpu: int | None, size: tuple[int, int]) -> Enc
 def _accelerated(
     gpu: int, codec: str, encoded_size: tuple[int, int] | None = None
 ) -> tuple[str, HWAccel | None]:
-    """Settings that were seen to work, or why there are none; an encoder is opened once."""
+    """Returns ("", settings that were tested), or (the reason why they do not work, None)."""
     _, problem = find_gpu_or_reason(gpu)
     if problem:
         return problem, None
     av = import_av()
-    # What is hardware-owned uses the primary context, which is TensorRT's.
+    # With `is_hw_owned`, PyAV uses the primary context, which is TensorRT's.
     accelerated: HWAccel = av.codec.hwaccel.HWAccel(
         "cuda", device=gpu, allow_software_fallback=True, is_hw_owned=True
     )
@@ -126,49 +126,49 @@ def _accelerated(
     return "", accelerated
 
 
-def _fall_back(what: str, asked: Where, problem: str) -> None:
+def _fall_back(work: str, asked: Where, problem: str) -> None:
     if asked == "gpu":
-        raise BackendUnavailableError(f"{what} on the GPU cannot be had: {problem}")
-    logger.info("%s on the processor: %s", what, problem)
+        raise BackendUnavailableError(f"{work} on the GPU is not possible: {problem}")
+    logger.info("%s on the CPU: %s", work, problem)
 
 
 def nv12_problem(
     decoded: VideoFrame, codec: VideoCodecContext, orientation: Orientation
 ) -> str | None:
-    """Why the network cannot read a decoded frame on the GPU; None where it can.
+    """Returns why the network cannot read a decoded frame on the GPU; None if it can.
 
     Args:
         decoded: the frame.
-        codec: what decoded it.
-        orientation: the frame's.
+        codec: the codec that decoded it.
+        orientation: the frame's orientation.
     """
     if decoded.format.name != "cuda":
-        found = f"frames come as {decoded.format.name} in the host's memory"
+        problem = f"frames are {decoded.format.name} in the host's memory"
         if not codec.is_hwaccel:
-            return f"{found}: PyAV takes {codec.name} for this codec, which uses no GPU"
+            return f"{problem}: PyAV decodes this codec by {codec.name}, which uses no GPU"
         return (
-            f"{found}: the GPU does not decode this profile or size, or the driver's libnvcuvid is "
-            f"missing, so that {codec.name} decodes on the processor"
+            f"{problem}: the GPU does not decode this profile or size, or the driver's libnvcuvid is "
+            f"missing, so {codec.name} decodes on the CPU"
         )
     layout = decoded.sw_format.name if decoded.sw_format else "unknown"
     if layout != "nv12":
-        return f"frames are {layout}, and the network reads nv12, which has 8 bits"
+        return f"frames are {layout}, but the network reads only nv12, which has 8 bits"
     if orientation != UPRIGHT:
-        return "frames are to be turned or mirrored, which is done on the host"
+        return "frames must be turned or mirrored, which is done on the host"
     if decoded.colorspace not in MATRICES:
-        return f"there is no conversion on the GPU for colour matrix {decoded.colorspace} of H.273"
+        return f"the GPU has no conversion for colour matrix {decoded.colorspace} of H.273"
     return None
 
 
 class Nv12Picture:
-    """A decoded frame where FFmpeg has it, as `StreamSession.submit` takes it.
+    """A decoded frame in FFmpeg's GPU memory, for `StreamSession.submit`.
 
     Args:
-        decoded: of 8-bit NV12, upright as it is.
+        decoded: the frame, in 8-bit NV12 and upright.
 
     Attributes:
-        planes: Y and UV.
-        matrix: of the colours; where the video does not say, as FFmpeg takes it.
+        planes: the planes Y and UV.
+        matrix: the colour matrix; if the video does not state one, FFmpeg's default.
         full_range: whether Y, U and V use 0..255.
         size: (h, w) in pixels.
     """
@@ -182,12 +182,12 @@ class Nv12Picture:
 
     @cached_property
     def pixels(self) -> Pixels:
-        """u8 [h, w, 3] RGB, brought to the host when first asked for."""
+        """u8 [h, w, 3] RGB; the first access copies the frame to the host."""
         return np.asarray(self._decoded.to_ndarray(format="rgb24"), dtype=np.uint8)
 
 
 class _Plane:
-    """A plane of PyAV's, which refuses a consumer's stream: whoever borrows it waits for FFmpeg's."""
+    """A plane of PyAV, which accepts no consumer's stream: consumers wait for FFmpeg's stream."""
 
     def __init__(self, plane: VideoPlane) -> None:
         self._plane = plane

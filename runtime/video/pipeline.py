@@ -1,4 +1,4 @@
-"""`VideoPipeline`: decoding, inference and writing side by side, with bounded queues between them."""
+"""`VideoPipeline`: decodes, infers and writes in three threads with bounded queues between them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from comask.structures import Detections
 
 Item = TypeVar("Item")
 
-LIVE_FRAMES = 2  # of a live source that wait; more would only be older
-PAUSE = 0.005  # seconds between looks at a GPU's results while frames are awaited
+LIVE_FRAMES = 2  # frames of a live source that may wait; a longer queue would only add delay
+PAUSE = 0.005  # seconds between two checks for results while waiting for frames
 
 
 class Channel(Generic[Item]):
-    """Hands items from one thread to another.
+    """A bounded queue that passes items from one thread to another.
 
-    Every method may be called from a signal handler: the lock is one that its own thread may take again.
+    Every method may be called from a signal handler, since the lock is reentrant.
 
     Args:
-        size: items that wait at most.
-        drop_oldest: when `size` items wait, `put` discards the oldest instead of waiting.
+        size: the largest number of items that wait.
+        drop_oldest: if `size` items wait, `put` discards the oldest one instead of waiting.
     """
 
     def __init__(self, size: int, *, drop_oldest: bool = False) -> None:
@@ -49,7 +49,7 @@ class Channel(Generic[Item]):
         self.dropped = 0
 
     def put(self, item: Item) -> bool:
-        """Hands over `item`, waiting for room; False when the receiver wants no more."""
+        """Passes `item` on, waiting for room; returns False if the receiver has cancelled."""
         with self._changed:
             while len(self._items) >= self._size and not self._cancelled:
                 if self._drop_oldest:
@@ -64,7 +64,7 @@ class Channel(Generic[Item]):
             return True
 
     def ready(self, count: int = 1, timeout: float | None = None) -> bool:
-        """Whether `take` returns at once, waiting for that at most `timeout` seconds."""
+        """Waits at most `timeout` seconds; returns whether `take(count)` would return at once."""
         with self._changed:
             wanted = min(count, self._size)
             return self._changed.wait_for(
@@ -72,10 +72,10 @@ class Channel(Generic[Item]):
             )
 
     def take(self, count: int = 1) -> list[Item]:
-        """The next `count` items, waiting for them; fewer at the end, and none after it.
+        """Returns the next `count` items, waiting for them; fewer at the end, and none after it.
 
         Raises:
-            BaseException: what `close` was given, after the last item.
+            BaseException: the error that was passed to `close`, after the last item.
         """
         with self._changed:
             self.ready(count)
@@ -86,14 +86,14 @@ class Channel(Generic[Item]):
             return taken
 
     def close(self, error: BaseException | None = None) -> None:
-        """The sender's end: no item follows. What waits is still taken, then `error` is raised."""
+        """Ends the sender's side. Waiting items can still be taken; after them, `take` raises `error`."""
         with self._changed:
             self._closed = True
             self._error = self._error or error
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """The receiver's end: what waits is discarded, and `put` returns False from now on."""
+        """Ends the receiver's side. Waiting items are discarded, and `put` returns False from now on."""
         with self._changed:
             self._closed = self._cancelled = True
             self._items.clear()
@@ -101,42 +101,45 @@ class Channel(Generic[Item]):
 
 
 class Inference(Closing):
-    """Frames of one video on their way through the network; one thread at a time.
+    """Runs the frames of one video through the network. Not thread-safe.
 
-    `submit` waits for no result; on the host batches run one after the other, in another thread.
+    `submit` does not wait for results. Without a GPU, another thread runs the batches one by one.
 
     Args:
-        predictor: whose network it is.
-        depth: calls of `submit` whose results may be on their way at once.
-        rle: whether somebody wants RLEs, which the GPU then finds; on the host whoever wants them does.
+        predictor: the predictor that runs the frames.
+        depth: the number of `submit` calls whose results may be outstanding at once.
+        rle: whether RLEs are wanted. A GPU then computes them with the results; without a GPU they are
+            computed where they are first asked for.
     """
 
     def __init__(self, predictor: Predictor, depth: int, *, rle: bool = False) -> None:
         self._predictor, self._depth = predictor, depth
         self._session = predictor.stream(slots=depth)
-        # on the host they would be found in the thread that infers, and hold it up
+        # Without a GPU, RLEs would be computed in the inference thread and slow it down.
         self._rle = rle and predictor.stages.gpu is not None
-        # of each call the frames, each with the future of its batch and its place in that
+        # For each call: its frames, each with its batch's future and its place in that batch.
         self._submitted: deque[list[tuple[SourceFrame, Future, int]]] = deque()
 
     def submit(self, frames: Sequence[SourceFrame]) -> None:
-        """Runs frames, together those that can: as a call of the predictor would."""
-        found: dict[int, tuple[SourceFrame, Future, int]] = {}
+        """Starts to run frames, in the same batches as a call of the predictor."""
+        started: dict[int, tuple[SourceFrame, Future, int]] = {}
         for indices in batches(map(self._kind, frames), self._predictor.max_batch):
             future = self._start([frames[i] for i in indices])
-            found |= {i: (frames[i], future, place) for place, i in enumerate(indices)}
-        self._submitted.append([found[i] for i in range(len(frames))])
+            started |= {i: (frames[i], future, place) for place, i in enumerate(indices)}
+        self._submitted.append([started[i] for i in range(len(frames))])
 
     @property
     def at_work(self) -> bool:
-        """Whether results are still to come."""
+        """Whether results are outstanding."""
         return bool(self._submitted)
 
     def results(self, *, last: bool = False) -> Iterator[tuple[SourceFrame, Detections]]:
-        """Frames with their detections, in order: those that are done, and all but `depth` - 1 calls'.
+        """Yields frames with their detections in order, of all finished `submit` calls.
+
+        Waits until at most `depth` - 1 calls are outstanding.
 
         Args:
-            last: wait for all.
+            last: whether to wait for all calls.
         """
         while self._submitted:
             frames = self._submitted[0]
@@ -148,7 +151,7 @@ class Inference(Closing):
                 yield frame, future.result()[place]
 
     def _kind(self, frame: SourceFrame) -> Hashable:
-        """What is equal for frames of a batch."""
+        """Returns a key that is equal for frames that can share a batch."""
         preprocess, picture = self._predictor.preprocess, frame.picture
         canvas = padded_shape(resized_shape(frame.size, preprocess), preprocess)
         if isinstance(picture, Nv12Picture):
@@ -156,14 +159,14 @@ class Inference(Closing):
         return canvas
 
     def _start(self, frames: Sequence[SourceFrame]) -> Future:
-        """Runs frames of one kind."""
+        """Starts to run frames of one kind."""
         pictures = [frame.picture for frame in frames]
         nv12 = [picture for picture in pictures if isinstance(picture, Nv12Picture)]
         if not nv12:
             return self._session.submit(pictures, rle=self._rle)
         return self._session.submit(
             [picture.planes for picture in nv12],
-            # the processor's backends wait for no stream, and refuse frames of a GPU
+            # Backends of the CPU do not wait for a stream; they raise an error for a GPU's frames.
             stream=None if self._predictor.stages.gpu is None else FFMPEG_STREAM,
             format="nv12",
             matrix=nv12[0].matrix,
@@ -172,35 +175,38 @@ class Inference(Closing):
         )
 
     def close(self) -> None:
-        """Waits for what runs and frees the session."""
+        """Waits for running batches and frees the session."""
         self._session.close()
 
 
 class Sink(Protocol):
-    """What takes results: `OverlayWriter`, `JsonLines`, or a class of yours.
+    """A receiver of results: `OverlayWriter`, `JsonLines`, or a class of your own.
 
-    One that asks for the detections' RLEs may say so by `wants_rle = True`: a GPU then finds them behind
-    the network.
+    A sink that reads the detections' RLEs may set `wants_rle = True`: a GPU then computes them right
+    after the network.
     """
 
     def add(
         self, frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
     ) -> None:
-        """One frame, in order; `track_ids` [N] i64, -1 for none, or None where nothing is tracked."""
+        """Receives one frame with its detections; called in order.
+
+        `track_ids` are [N] i64 with -1 for an instance without a track, or None without a tracker.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class VideoReport:
-    """What a pipeline did.
+    """A report on a pipeline's run.
 
     Attributes:
-        frames: frames with results.
-        detections: instances in them.
-        dropped: frames of a live source that came faster than they could be looked at.
-        damaged: packets and frames that could not be decoded whole.
-        reconnects: how often a lost source was found again.
-        seconds: that it took.
-        left_out: tracks of the video that its overlay is without, in words.
+        frames: the number of frames with results.
+        detections: the number of instances in them.
+        dropped: the number of a live source's frames that were dropped because inference was slower.
+        damaged: the number of packets and frames that could not be decoded completely.
+        reconnects: the number of times that a lost source was connected again.
+        seconds: the duration of the run.
+        left_out: descriptions of the tracks that the overlay leaves out.
         problem: why the frames ended before the video did, or None.
     """
 
@@ -215,19 +221,19 @@ class VideoReport:
 
 
 class VideoPipeline:
-    """Runs a predictor over a source and hands the results to sinks.
+    """Runs a predictor over a source and passes the results to sinks.
 
-    One thread decodes, the calling one infers, a third writes. Between them wait `batch` frames at
-    most, and a GPU has three times as many at work, so memory does not grow with the video. A file waits
-    for the slowest of them; of a live source the newest frames are looked at, one at a time, and the
-    oldest ones that wait are dropped.
+    One thread decodes, the calling thread infers, and a third one writes. At most `batch` frames wait
+    between two threads, and a GPU works on up to three times as many, so memory does not grow with the
+    video. A file is read as fast as the slowest thread allows. The frames of a live source run one at a
+    time, and the oldest waiting frames are dropped.
 
     Args:
-        predictor: that looks at the frames.
-        source: that gives them; closed at the end.
-        sinks: that take the results, in the writing thread; the caller closes them.
-        batch: frames of a file that run together.
-        tracker: that gives instances their ids, if any.
+        predictor: the predictor that runs the frames.
+        source: the source of the frames; closed at the end.
+        sinks: the receivers of the results, called in the writing thread; the caller closes them.
+        batch: the number of a file's frames that run together.
+        tracker: assigns ids to instances, if given.
     """
 
     def __init__(
@@ -252,23 +258,23 @@ class VideoPipeline:
 
     @property
     def dropped(self) -> int:
-        """Frames dropped so far."""
+        """The number of frames dropped so far."""
         return self._frames.dropped
 
     def stop(self) -> None:
-        """Ends `run` after the frames it is at; may be called from any thread or signal handler."""
+        """Ends `run` after the current frames; may be called from any thread or signal handler."""
         self._source.stop()
         self._frames.cancel()
 
     def run(self) -> VideoReport:
-        """Looks at every frame; returns when all results are written.
+        """Runs every frame, and returns when all results are written.
 
         Raises:
-            Exception: what a sink or the predictor raised.
+            Exception: any exception of a sink or the predictor.
         """
         started = time.perf_counter()
-        # A daemon that waits for a stream would call into a Python that has ended. One that waits for a
-        # camera does not, and might keep the process for ever.
+        # A daemon thread that waits for a stream would call into Python after the interpreter has ended.
+        # One that waits for a camera does not, but as a normal thread it could block the exit for ever.
         camera = is_camera(self._source.name)
         reader = threading.Thread(target=self._read, name="decode", daemon=camera)
         writer = threading.Thread(target=self._write, name="write", daemon=True)
@@ -286,7 +292,7 @@ class VideoPipeline:
         return self.report()
 
     def report(self) -> VideoReport:
-        """What was done; also after `run` raised, of the frames before that."""
+        """Returns what was done so far; after `run` raised, what was done until then."""
         return VideoReport(
             frames=self.frames,
             detections=self.detections,
@@ -306,13 +312,13 @@ class VideoPipeline:
                     inference.submit(frames)
                     self._hand_on(inference.results())
             except Exception:
-                with contextlib.suppress(Exception):  # the first error is the one to tell
+                with contextlib.suppress(Exception):  # The first error is the one to report.
                     self._hand_on(inference.results(last=True))
                 raise
             self._hand_on(inference.results(last=True))
 
     def _take(self, inference: Inference) -> list[SourceFrame]:
-        """The next frames; results that come while they are awaited are handed on."""
+        """Returns the next frames; passes on results that arrive while it waits for them."""
         while inference.at_work and not self._frames.ready(self._batch, PAUSE):
             self._hand_on(inference.results())
         return self._frames.take(self._batch)
@@ -324,7 +330,7 @@ class VideoPipeline:
 
     def _read(self) -> None:
         try:
-            # Closed here and not by the caller, who does not wait for a stream that has stalled.
+            # Closed here because the caller does not wait for a stream that has stalled.
             with self._source:
                 for frame in self._source:
                     if not self._frames.put(frame):

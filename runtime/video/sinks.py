@@ -1,4 +1,4 @@
-"""Where results of a video go: an overlay beside its sound, and JSON lines."""
+"""Writes a video's results: as an overlay with the video's audio, and as JSON lines."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.video.stream import VideoStream
 
-# Audio that players expect in MP4; Matroska takes any other.
+# Audio codecs that players support in MP4; Matroska supports all others.
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
-# Numbers of H.273 that swscale has a matrix for, as swscale numbers them.
+# H.273's code points of the matrices that swscale has → swscale's numbers.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _DEFAULT_MATRIX, _LIMITED_RANGE = 5, 1
 
 
 class JsonLines(Closing):
-    """Writes each frame as a line, which is whole in the file before the next frame comes.
+    """Writes one line per frame. Each line is complete in the file before the next frame is written.
 
     A line holds `frame` (number from 0), `pts` (time stamp as decoded, or null), `time` (seconds from
-    the start), `width`, `height` and `detections`: COCO results whose `image_id` is the frame's number,
-    with a `track_id` (null while there is none) where instances are tracked.
+    the start), `width`, `height` and `detections`: COCO results whose `image_id` is the frame's number.
+    With a tracker, each result has a `track_id`, which is null until it is assigned.
 
     Args:
-        path: of the file, replaced where it exists.
+        path: the file's path; an existing file is replaced.
 
     Raises:
-        VideoError: when there can be no file of that name.
-        ComaskError: when it cannot be written, here and in `add`.
+        VideoError: a file of that name cannot exist.
+        ComaskError: the file cannot be written, here and in `add`.
     """
 
     wants_rle = True  # see `Sink`
@@ -53,7 +53,7 @@ class JsonLines(Closing):
     def __init__(self, path: Path) -> None:
         self._path, self._end = path, 0
         try:
-            self._file = path.open("wb", buffering=0)  # a line is one call to the system
+            self._file = path.open("wb", buffering=0)  # Each line is one system call.
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -63,7 +63,7 @@ class JsonLines(Closing):
         """Writes one frame's line."""
         line = f"{json.dumps(frame_results(frame, found, track_ids))}\n".encode()
         try:
-            if self._file.write(line) < len(line):  # as on a disk that is full
+            if self._file.write(line) < len(line):  # for example, because the disk is full
                 self._file.truncate(self._end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._end += len(line)
@@ -82,12 +82,12 @@ class JsonLines(Closing):
 def frame_results(
     frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """What a line of `JsonLines` holds.
+    """Returns the content of a line of `JsonLines`.
 
     Args:
-        frame: that was looked at.
-        found: in it.
-        track_ids: [N] i64, -1 where an instance has none yet; None where nothing is tracked.
+        frame: the frame.
+        found: the frame's detections.
+        track_ids: [N] i64, -1 for an instance without an id; None without a tracker.
     """
     height, width = found.image_size
     results = found.to_coco(image_id=frame.index)
@@ -105,27 +105,28 @@ def frame_results(
 
 
 class OverlayWriter(Closing):
-    """Writes H.264 in MP4, or in Matroska where MP4 does not take the source's audio.
+    """Writes H.264 in MP4, or in Matroska if MP4 does not support the source's audio.
 
-    Every frame keeps its time, whatever the rate; audio packets are copied as they are. Sizes become
-    even by repeating the last row or column, since players want 4:2:0. A frame of another size than
-    the first one's is scaled into it with black borders.
+    Every frame keeps its time, also at a variable rate; audio packets are copied unchanged. Odd sizes
+    become even by repeating the last row or column, since players expect 4:2:0. A frame whose size
+    differs from the first one's is scaled to fit it, with black borders.
 
     Args:
-        stem: path to write, to which `.mp4` or `.mkv` is appended.
-        source: what the frames come from, not iterated yet; its `audio_packets` are written where it
-            collects them. Audio that neither container takes is added to its `left_out`.
-        threshold: lowest score that is drawn.
-        encode: `gpu` is NVENC, `cpu` x264, `auto` NVENC where it opens.
-        gpu: index of the GPU that encodes; None for none.
+        stem: the path to write, to which `.mp4` or `.mkv` is appended.
+        source: the source of the frames, before its iteration; if it collects `audio_packets`, they are
+            written. Audio that neither container supports is added to its `left_out`.
+        threshold: the lowest score that is drawn.
+        encode: `gpu` for NVENC, `cpu` for x264, `auto` for NVENC if available.
+        gpu: index of the GPU that encodes; None for no GPU.
 
     Attributes:
-        path: what is written, and is there when it is complete.
+        path: the file's path; the file appears there once it is complete.
 
     Raises:
-        BackendUnavailableError: when `encode` is `gpu` and that cannot be had.
-        VideoError: when this video cannot be written, here and in `add` and `close`.
-        ComaskError: when nothing can be written there, as on a full disk; likewise.
+        BackendUnavailableError: `encode` is `gpu`, and the GPU cannot encode.
+        VideoError: this video cannot be written, here and in `add` and `close`.
+        ComaskError: no file can be written there (the disk is full, for example), here and in `add` and
+            `close`.
     """
 
     def __init__(
@@ -146,10 +147,10 @@ class OverlayWriter(Closing):
             source.drop_audio(f"1 audio track in {audio.codec_context.name}")
             audio, as_mp4 = None, True
         self.path = stem.with_name(f"{stem.name}.{'mp4' if as_mp4 else 'mkv'}")
-        self._part = part_of(self.path)  # a file that was not completed plays nowhere
+        self._part = part_of(self.path)  # No player can read an incomplete file.
         self._writing = _Writing(self.path)
         with self._writing:
-            if self.path.is_dir():  # known now, and not when the whole video is drawn
+            if self.path.is_dir():  # Fail now rather than after the whole video is drawn.
                 raise VideoError(f"{self.path}: cannot be written: it is a folder")
             self._output = av.open(
                 file_url(self._part), "w", format="mp4" if as_mp4 else "matroska"
@@ -161,7 +162,7 @@ class OverlayWriter(Closing):
             if audio is not None:
                 self._audio = self._output.add_stream_from_template(audio)
         self._last_audio: int | None = None
-        self._size: tuple[int, int] | None = None  # of the first frame
+        self._size: tuple[int, int] | None = None  # the first frame's (h, w)
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def add(
@@ -189,7 +190,7 @@ class OverlayWriter(Closing):
             self._output.mux(self._video.encode(picture))
 
     def close(self) -> None:
-        """Completes the file; without a frame there is none."""
+        """Completes the file. Without any frame, no file is written."""
         try:
             with self._writing:
                 if self._size is not None:
@@ -202,7 +203,7 @@ class OverlayWriter(Closing):
             self._part.unlink(missing_ok=True)
 
     def _start(self, first: Pixels) -> None:
-        """Sets up the encoder, now that the size of upright frames is known."""
+        """Sets up the encoder for the size of the first upright frame."""
         source, codec = self._source, self._video.codec_context
         self._size = first.shape[0], first.shape[1]
         codec.height, codec.width = (side + side % 2 for side in self._size)
@@ -216,7 +217,7 @@ class OverlayWriter(Closing):
         codec.sample_aspect_ratio = source.aspect
 
     def _fitted(self, drawn: Pixels) -> Pixels:
-        """`drawn` at the size of the video."""
+        """Returns `drawn` at the size of the video."""
         import cv2
 
         assert self._size is not None
@@ -231,15 +232,15 @@ class OverlayWriter(Closing):
         return drawn
 
     def _copy_audio(self) -> None:
-        """Writes the packets that have come so far."""
+        """Writes the audio packets that have been collected so far."""
         packets = self._source.audio_packets
         while self._audio is not None and packets:
             packet, shift = packets.popleft()
-            assert packet.pts is not None  # the source saw to it
+            assert packet.pts is not None  # The source keeps only such packets.
             assert packet.dts is not None
             offset = round(shift / packet.time_base)
             packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
-            # After a lost connection times may overlap, which no container takes.
+            # After a lost connection, times may overlap, which no container allows.
             if self._last_audio is None or packet.dts > self._last_audio:
                 self._last_audio = packet.dts
                 packet.stream = self._audio
@@ -247,25 +248,25 @@ class OverlayWriter(Closing):
 
 
 def _takes(container: str, audio: AudioStream) -> bool:
-    """Whether a container takes an audio track, by trial: FFmpeg's lists of codecs are not complete."""
+    """Returns whether a container supports an audio track, by trial: FFmpeg's lists are incomplete."""
     av = import_av()
     try:
         with av.open(io.BytesIO(), "w", format=container) as trial:
             trial.add_stream_from_template(audio)
             trial.start_encoding()
-    except Exception:  # of PyAV, which raises more than FFmpegError
+    except Exception:  # PyAV raises more than FFmpegError.
         return False
     return True
 
 
 class _Writing:
-    """Turns whatever goes wrong in its block into a ComaskError that names the file."""
+    """A context manager that turns every exception in its block into one that names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def __enter__(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ComaskError):

@@ -1,4 +1,4 @@
-"""Frames with their times, from a file, a camera or a stream, by PyAV."""
+"""Reads frames with their times from a file, a camera or a stream with PyAV."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Oriented: TypeAlias = "tuple[VideoFrame, Orientation]"
 
-LONGEST_WAIT = 30.0  # seconds between two attempts to connect again
+LONGEST_WAIT = 30.0  # seconds between two attempts to reconnect
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class SourceFrame:
     """One decoded picture.
 
     Attributes:
-        index: its number in the video from 0, counted over all that the decoder gave.
-        pts: the time stamp that `time` was taken from, in the stream's time base; None where it has none.
-        time: seconds since the start of the video, or of a live source's first frame; exact, and greater
-            with every frame.
-        picture: `pixels` on the host, or the frame where a GPU decoded it.
+        index: the frame's number in the video from 0, counted over all frames of the decoder.
+        pts: the time stamp that `time` is based on, in the stream's time base; None without a time stamp.
+        time: seconds since the start of the video, or since a live source's first frame; exact, and
+            greater with every frame.
+        picture: `pixels` on the host, or the frame on the GPU that decoded it.
     """
 
     index: int
@@ -68,15 +68,15 @@ class SourceFrame:
 
     @property
     def pixels(self) -> Pixels:
-        """u8 [h, w, 3], RGB, turned upright as the video's rotation says.
+        """u8 [h, w, 3], RGB, turned upright as the video states.
 
-        A frame on a GPU is brought to the host when they are first asked for.
+        The first access copies a frame on a GPU to the host.
         """
         return self.picture if isinstance(self.picture, np.ndarray) else self.picture.pixels
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) of `pixels`, without asking for them."""
+        """(h, w) of `pixels`, without a copy to the host."""
         if isinstance(self.picture, np.ndarray):
             return self.picture.shape[0], self.picture.shape[1]
         return self.picture.size
@@ -84,7 +84,7 @@ class SourceFrame:
 
 @dataclass(frozen=True, slots=True)
 class Color:
-    """How a video's YUV is meant: numbers of ITU-T H.273, 2 where it is not said."""
+    """The meaning of a video's YUV: code points of ITU-T H.273; 2 means unspecified."""
 
     space: int
     primaries: int
@@ -92,47 +92,47 @@ class Color:
 
     @classmethod
     def of(cls, codec: VideoCodecContext) -> Color:
-        """What `codec` states."""
+        """Returns the color that `codec` states."""
         return cls(int(codec.colorspace), int(codec.color_primaries), int(codec.color_trc))
 
 
 class VideoSource(Closing):
-    """A file, camera or stream, opened; iterate over it once for its frames.
+    """An open file, camera or stream. Iterate over it once to read its frames.
 
-    Damaged packets and frames are left out and counted. A live source (a camera, or a stream without a
+    Damaged packets and frames are skipped and counted. A live source (a camera, or a stream without a
     stated duration) that is lost is opened again, after waits that double from one to thirty seconds.
-    One thread iterates; `stop` may be called from any.
+    One thread may iterate; any thread may call `stop`.
 
     Args:
         address: path of a file, `camera:0`, `/dev/video0`, or rtsp://, http(s)://, udp:// and the like.
-        every: give each n-th frame alone.
-        audio: collect the packets of the best audio track that can be decoded in `audio_packets`;
+        every: yield only every n-th frame.
+        audio: whether to collect the packets of the best decodable audio track in `audio_packets`;
             otherwise they are discarded.
         patience: seconds without a frame after which a lost live source is given up.
-        decode: `gpu` decodes on the GPU and fails where a frame cannot be left there for the network;
-            `auto` decodes there if there is one, and brings such frames to the host; `cpu` does not.
+        decode: `gpu` decodes on the GPU, and fails if the network cannot read a frame there; `auto`
+            decodes on the GPU if possible, and copies such frames to the host; `cpu` decodes on the CPU.
         gpu: index of the GPU whose memory the predictor reads: its `stages.gpu`.
 
     Attributes:
         name: the address without user and password.
-        size: (h, w) as the stream states it, before it is turned.
-        live: whether frames come at their own pace.
-        time_base: seconds per unit of `SourceFrame.pts`, of which `SourceFrame.time` is a multiple.
-        rate: frames per second as stated, 25 where nothing is.
-        frames: how many there are by what the file states, None where unknown.
+        size: (h, w) as the stream states it, before frames are turned upright.
+        live: whether frames arrive at their own pace.
+        time_base: seconds per unit of `SourceFrame.pts`; `SourceFrame.time` is a multiple of it.
+        rate: the stated frames per second; 25 if the stream states no rate.
+        frames: the number of frames that the file states; None if unknown.
         aspect: width of a pixel by its height, upright from the first frame on.
-        color: how YUV is meant.
+        color: the meaning of the YUV values.
         audio_stream: the track whose packets are collected.
         audio_packets: packets as (packet, seconds to add to its times), oldest first.
-        left_out: the tracks of which nothing is kept, in words, where `audio` is.
-        damaged: packets and frames that could not be decoded whole.
-        reconnects: how often a lost source was found again.
+        left_out: descriptions of the tracks that are discarded; empty without `audio`.
+        damaged: the number of packets and frames that could not be decoded completely.
+        reconnects: the number of times that a lost source was connected again.
         problem: why the frames ended before the video did, or None.
 
     Raises:
-        VideoError: when it cannot be opened or holds no video, or, while iterating, a frame cannot stay
-            on the GPU and `decode` is `gpu`.
-        BackendUnavailableError: when PyAV is not installed, or there is no GPU to decode on.
+        VideoError: the source cannot be opened or holds no video. While iterating: a frame cannot stay
+            on the GPU, and `decode` is `gpu`.
+        BackendUnavailableError: PyAV is not installed, or no GPU can decode.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class VideoSource(Closing):
         self._address, self._every, self._patience = str(address), every, patience
         self.name = shown_name(self._address)
         self._decode, self._hwaccel = decode, gpu_decoder(decode, gpu)
-        self._kept_off_gpu: str | None = None  # the last reason why
+        self._kept_off_gpu: str | None = None  # the last reason why a frame was copied to the host
         self._container = open_container(self._address, self._hwaccel)
         with video_errors(self.name, "cannot be opened"):
             video = video_stream(self._container)
@@ -176,7 +176,7 @@ class VideoSource(Closing):
         self.audio_packets: deque[tuple[Packet[AudioStream], Fraction]] = deque()
         self.damaged = self.reconnects = 0
         self.problem: str | None = None
-        self._broken: str | None = None  # what the demuxer said of the connection's end
+        self._broken: str | None = None  # the demuxer's error at the connection's end
         self._stopped = threading.Event()
         self._index = 0
         self._wait = 1.0
@@ -192,22 +192,22 @@ class VideoSource(Closing):
                 return
 
     def drop_audio(self, words: str) -> None:
-        """Collects no audio from now on; `words` go to `left_out`."""
+        """Stops collecting audio; `words` are appended to `left_out`."""
         self.left_out.append(words)
         self.audio_stream = None
 
     def stop(self) -> None:
-        """Ends the iteration at the next packet, within ten seconds where a stream has stalled."""
+        """Ends the iteration at the next packet, or within ten seconds if a stream has stalled."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Closes the source; not while another thread iterates."""
+        """Closes the source. No other thread may be iterating."""
         self._container.close()
 
     def _decoded(self) -> Iterator[tuple[int, int | None, Fraction, Oriented]]:
-        """Whole frames of this connection, until its end or `stop`: number, time stamp, time, picture."""
+        """Yields (number, time stamp, time, picture) of undamaged frames until the end or `stop`."""
         video = self._video
-        # AUTO holds frames back, and takes a GPU more surfaces than it may have.
+        # AUTO delays frames, and needs more surfaces than a GPU may have.
         video.thread_type = "SLICE" if self.live or video.codec_context.is_hwaccel else "AUTO"
         for packet in self._packets():
             if self._stopped.is_set():
@@ -218,7 +218,7 @@ class VideoSource(Closing):
                     continue
             try:
                 frames = video.decode(packet)
-            except Exception:  # of PyAV, which raises more than FFmpegError
+            except Exception:  # PyAV raises more than FFmpegError.
                 self.damaged += 1
                 if packet is not None:
                     self._times.lost(packet)
@@ -241,7 +241,7 @@ class VideoSource(Closing):
             raise VideoError(f"{self.name}: {error}") from error
 
     def _picture(self, decoded: VideoFrame, orientation: Orientation) -> Pixels | Nv12Picture:
-        """What a `SourceFrame` holds, left on the GPU where the network can read it there."""
+        """Returns the picture of a `SourceFrame`: on the GPU if the network can read it there."""
         if self._hwaccel is not None:
             problem = nv12_problem(decoded, self._video.codec_context, orientation)
             if problem is None:
@@ -250,28 +250,28 @@ class VideoSource(Closing):
                 raise VideoError(f"{self.name}: frames cannot stay on the GPU: {problem}")
             if problem != self._kept_off_gpu:
                 self._kept_off_gpu = problem
-                logger.info("%s: frames by way of the host: %s", self.name, problem)
+                logger.info("%s: frames are copied to the host: %s", self.name, problem)
         self.aspect = 1 / self._aspect if orientation.transposed else self._aspect
         return orientation.upright(np.asarray(decoded.to_ndarray(format="rgb24"), np.uint8))
 
     def _packets(self) -> Iterator[Packet[Any] | None]:
-        """All packets; None after the last one asks the decoder for what it holds back."""
+        """Yields all packets, then None to flush the decoder."""
         self._broken = None
         try:
             asked = time.monotonic()
             for packet in self._container.demux():
                 late = time.monotonic() - asked >= TIMEOUT_SECONDS
-                if packet.size:  # demux ends with an empty one for each stream
+                if packet.size:  # `demux` ends with an empty packet for each stream.
                     yield packet
                 if late and self.live:
-                    break  # FFmpeg gave what its parser held, and would wait as long again
+                    break  # FFmpeg flushed its parser after a timeout, and would wait as long again.
                 asked = time.monotonic()
-        except Exception as error:  # of PyAV, which raises more than FFmpegError
+        except Exception as error:  # PyAV raises more than FFmpegError.
             self._broken = reason(error)
         yield None
 
     def _note_packet(self, packet: Packet[Any]) -> None:
-        """Keeps audio, and what was read of a file."""
+        """Collects a packet of audio, and notes times and completeness."""
         self._completeness.packet(packet)
         self._times.packet(packet, video=packet.stream_index == self._video.index)
         audio, shift = self.audio_stream, self._times.shift
@@ -281,15 +281,15 @@ class VideoSource(Closing):
             self.audio_packets.append((packet, shift))
 
     def _same_audio(self, container: InputContainer) -> bool:
-        """Takes the audio of a new connection if it is coded as it was before; whether it is."""
-        found = audio_stream(container)
-        if found is None or _audio_parameters(found) != self._audio_parameters:
+        """Continues with a new connection's audio if its encoding is unchanged; returns whether it is."""
+        audio = audio_stream(container)
+        if audio is None or _audio_parameters(audio) != self._audio_parameters:
             return False
-        self.audio_stream = found
+        self.audio_stream = audio
         return True
 
     def _what_is_missing(self) -> str | None:
-        """Why a file's frames ended too early, by what it states and by what the demuxer said."""
+        """Says why a file's frames ended too early, by its stated length and the demuxer's error."""
         if self._index == 0:
             return f"no frame could be decoded ({self._broken or 'no data'})"
         missing = self._completeness.problem(self._index)
@@ -298,7 +298,7 @@ class VideoSource(Closing):
         return missing or self._broken
 
     def _reconnected(self) -> bool:
-        """Opens a lost source again, waiting longer each time; False when that is given up."""
+        """Opens a lost source again, waiting longer each time; returns False after `patience`."""
         self._container.close()
         while time.monotonic() - self._times.last_seen < self._patience:
             if self._stopped.wait(self._wait):
@@ -316,7 +316,8 @@ class VideoSource(Closing):
             self._video = video
             self._times.reconnected(video)
             if self.audio_stream is not None and not self._same_audio(self._container):
-                self.drop_audio("the audio track since it changed")  # an overlay's is for the first
+                # An overlay's audio track was set up for the first encoding.
+                self.drop_audio("the audio track since it changed")
             self.problem = None
             self.reconnects += 1
             return True
@@ -325,6 +326,6 @@ class VideoSource(Closing):
 
 
 def _audio_parameters(stream: AudioStream) -> tuple[Any, ...]:
-    """What must be equal for packets of two connections to lie in one track."""
+    """Returns the parameters that must be equal for packets of two connections to share a track."""
     codec = stream.codec_context
     return codec.name, codec.sample_rate, codec.layout.name, codec.extradata, stream.time_base

@@ -1,4 +1,4 @@
-"""The time of each frame of a video: seconds from its start, in presentation order."""
+"""Computes the time of each frame of a video: seconds from its start, in presentation order."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-MICROSECONDS = 1_000_000  # in a second; FFmpeg's unit of durations
-CLOCK_SECONDS = 60.0  # by which a live source's time stamps may differ from our clock
+MICROSECONDS = 1_000_000  # per second; FFmpeg states durations in microseconds
+CLOCK_SECONDS = 60.0  # largest difference of a live source's time stamps from our clock
 JOINT_SECONDS = 1.0  # time stamps that step back by more begin a new part of the video
-LONGEST_REORDER = 64  # packets; no decoder holds back more frames than this, its threads included
-# Containers that store packets in decoding order and no presentation times. FFmpeg guesses some.
+LONGEST_REORDER = 64  # packets; no decoder delays more frames than this, including its threads
+# Containers that store packets in decoding order, without presentation times. FFmpeg guesses some.
 WITHOUT_PRESENTATION_TIMES = {"avi"}
 
 
 class FrameTimes:
-    """Works out when each frame is shown.
+    """Computes when each frame is shown.
 
-    Every packet of the container goes through `packet` before it is decoded, every video frame through
-    `time` after it was. A decoder gives frames in presentation order, so each frame's time exceeds the
-    one before. Where the container's time stamps say otherwise:
+    Call `packet` for every packet of the container before it is decoded, and `time` for every video frame
+    afterwards. A decoder returns frames in presentation order, so each frame's time is greater than the
+    previous one's. If the container's time stamps contradict this:
 
-    - A container without presentation times (AVI), or one whose stamps are out of order, has them sorted:
+    - The stamps of a container without presentation times (AVI), or with stamps out of order, are sorted:
       the n-th frame gets the n-th smallest stamp.
     - Stamps that step back by more than a second begin a new part, as in files that were joined end to
-      end. The part follows the one before it without a gap.
-    - A frame without a stamp comes one frame after its predecessor, and so does the first one with a
-      stamp after frames without.
+      end. The new part follows the previous one without a gap.
+    - A frame without a stamp comes one frame period after its predecessor, and so does the first frame
+      with a stamp after frames without one.
 
-    A live source's times follow our clock: its first frame is at 0, and after a lost connection, or when
-    a camera's clock was set, the clock says how much time went by.
+    A live source's times follow our clock: its first frame is at 0, and after a lost connection or a
+    change of a camera's clock, our clock tells how much time has passed.
 
     Args:
         container: the opened source.
         stream: its video stream.
-        rate: frames per second as stated.
+        rate: the stated frames per second.
         live: whether the source is a camera or an endless stream.
 
     Attributes:
-        unit: seconds per unit of a time stamp; `time` gives multiples of it.
-        shift: seconds from the container's time stamps to ours; None until a live source's next frame.
-        last_seen: when the last frame came, by `time.monotonic`.
+        unit: seconds per unit of a time stamp; `time` returns multiples of it.
+        shift: seconds to add to the container's time stamps; None until a live source's next frame.
+        last_seen: the time of the last frame's arrival, by `time.monotonic`.
     """
 
     def __init__(
@@ -61,42 +61,42 @@ class FrameTimes:
             self.shift = -round(start / self.unit) * self.unit
         self._by_dts = container.format.name in WITHOUT_PRESENTATION_TIMES
         self._sorted = self._by_dts
-        self._stamps: list[int] = []  # heap: stamps of packets whose frames are still to come
+        self._stamps: list[int] = []  # heap: stamps of packets whose frames have not come yet
         self._last_stamp: int | None = None
-        self._unstamped = False  # whether frames without a stamp came before the first with one
+        self._unstamped = False  # whether frames without a stamp preceded the first stamp
         self._last_time = -self.unit
         self._first_seen: float | None = None
         self.last_seen = time.monotonic()
-        self._tracks: dict[int, _Track] = {}  # by index
+        self._tracks: dict[int, _Track] = {}  # tracks by index
 
     def packet(self, packet: Packet[Any], *, video: bool) -> None:
-        """Notes a packet, and moves its stamps so that they follow those before.
+        """Notes a packet, and shifts its stamps if they step back.
 
         Args:
-            packet: as demuxed; its `pts` and `dts` change after a joint.
-            video: whether its frames go through `time`.
+            packet: the demuxed packet; its `pts` and `dts` are changed after a joint.
+            video: whether `time` is called for its frames.
         """
         if not self._live:
             self._join(packet)
         stamp = self._sort_key(packet)
         if video and stamp is not None and not packet.is_discard:
             heapq.heappush(self._stamps, stamp)
-            if len(self._stamps) > LONGEST_REORDER:  # the decoder lost some of their frames
+            if len(self._stamps) > LONGEST_REORDER:  # The decoder has lost some of their frames.
                 heapq.heappop(self._stamps)
 
     def lost(self, packet: Packet[Any]) -> None:
-        """Forgets a packet that could not be decoded: no frame will take its stamp."""
+        """Forgets a packet that could not be decoded, since no frame will use its stamp."""
         stamp = self._sort_key(packet)
         if stamp in self._stamps:
             self._stamps.remove(stamp)
             heapq.heapify(self._stamps)
 
     def time(self, frame: VideoFrame) -> tuple[int | None, Fraction]:
-        """The stamp and the time of the next frame in presentation order.
+        """Returns the stamp and the time of the next frame in presentation order.
 
         Returns:
-            The time stamp in units of the stream, None for a frame without one; and seconds from the
-            start of the video, a multiple of `unit`, greater than the last frame's.
+            The time stamp in units of the stream, or None for a frame without one; and the seconds from
+            the start of the video, a multiple of `unit` and greater than the last frame's.
         """
         self.last_seen = time.monotonic()
         if self._first_seen is None:
@@ -105,12 +105,12 @@ class FrameTimes:
         stamped_before = self._last_stamp is not None
         stamp = self._stamp(frame)
         if stamp is None:
-            # Where no frame of a live source has a stamp, only our own clock knows.
+            # If no frame of a live source has a stamp, only our clock tells the time.
             moment = elapsed if self._live and self.shift is None else self._following()
             self._unstamped = self._unstamped or not stamped_before
         else:
             seconds = stamp * self._stamp_unit
-            if self._unstamped:  # FFmpeg gives the first frame of an RTSP stream no stamp
+            if self._unstamped:  # FFmpeg gives the first frame of an RTSP stream no stamp.
                 self.shift, self._unstamped = self._following() - seconds, False
             elif self.shift is None or (
                 self._live and abs(seconds + self.shift - elapsed) > CLOCK_SECONDS
@@ -122,21 +122,21 @@ class FrameTimes:
         return stamp, self._last_time
 
     def reconnected(self, stream: VideoStream) -> None:
-        """Begins anew after a live source was opened again, with its new `stream`."""
+        """Starts over with the new `stream` after a live source was opened again."""
         self._stamp_unit = stream.time_base or self.unit
         self.shift = self._last_stamp = None
         self._unstamped = False
         self._stamps.clear()
 
     def _following(self) -> Fraction:
-        """When the next frame is due by the rate."""
+        """Returns the time at which the next frame is due by the rate."""
         return self._last_time + 1 / self._rate if self._last_time >= 0 else Fraction(0)
 
     def _sort_key(self, packet: Packet[Any]) -> int | None:
         return packet.dts if self._by_dts or packet.pts is None else packet.pts
 
     def _stamp(self, frame: VideoFrame) -> int | None:
-        """The frame's stamp, out of the sorted ones where the container's are out of order."""
+        """Returns the frame's stamp, or the next sorted stamp if the container's are out of order."""
         stamp = frame.pts
         if not self._sorted and not self._live and stamp is not None:
             self._sorted = self._last_stamp is not None and stamp <= self._last_stamp
@@ -150,7 +150,7 @@ class FrameTimes:
         return stamp
 
     def _join(self, packet: Packet[Any]) -> None:
-        """Moves the stamps of a packet behind a joint, so that its part follows the one before."""
+        """Shifts the stamps of a packet behind a joint, so that its part follows the previous one."""
         decoded = packet.dts if packet.dts is not None else packet.pts
         shown = packet.pts if packet.pts is not None else packet.dts
         if decoded is None or shown is None or packet.time_base is None:
@@ -171,13 +171,13 @@ class FrameTimes:
 
 @dataclass(slots=True)
 class _Track:
-    """How far the packets of a track have come, in units of its time stamps.
+    """The progress of a track's packets, in units of its time stamps.
 
     Attributes:
         decoded: the last packet's stamp in decoding order, as it was read.
-        step: between the last two of these; how long a packet lasts that does not say so.
-        end: where the last frame in presentation order ends, after `offset`.
-        offset: what is added to its stamps since the last joint.
+        step: the difference of the last two of these stamps; the duration of a packet without one.
+        end: the end of the last frame in presentation order, with `offset`.
+        offset: the number that is added to stamps since the last joint.
     """
 
     decoded: int | None = None

@@ -1,4 +1,4 @@
-"""Ids that instances keep from frame to frame, by ByteTrack of the `trackers` package."""
+"""`Tracker`: assigns ids that instances keep from frame to frame, with ByteTrack of `trackers`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from comask.errors import BackendUnavailableError
 from comask.structures import Detections
 
-LOST_SECONDS = 1.0  # for which an instance may be hidden and keep its id
+LOST_SECONDS = 1.0  # An instance that is hidden for longer loses its id.
 
 
 class Tracker:
-    """Follows the instances of one video by their boxes, whatever their classes.
+    """Tracks the instances of one video by their boxes, regardless of their classes.
 
-    ByteTrack (Zhang et al., 2022, arXiv:2110.06864): scores from `threshold` on start tracks, lower ones
-    may continue them.
+    ByteTrack (Zhang et al., 2022, arXiv:2110.06864): scores of at least `threshold` start tracks; lower
+    scores may continue them.
 
     Args:
-        threshold: lowest score that starts a track.
-        rate: frames a second, about.
+        threshold: the lowest score that starts a track.
+        rate: approximate frames per second.
 
     Raises:
-        BackendUnavailableError: when `trackers` is not installed.
+        BackendUnavailableError: `trackers` is not installed.
     """
 
     def __init__(self, threshold: float = 0.5, rate: Fraction | float = 25) -> None:
@@ -37,18 +37,18 @@ class Tracker:
                 "pip install 'comask[track]'"
             ) from error
         self._tracker: Any = ByteTrackTracker(
-            lost_track_buffer=round(30 * LOST_SECONDS),  # counted in thirtieths of a second
+            lost_track_buffer=round(30 * LOST_SECONDS),  # in thirtieths of a second
             frame_rate=float(rate),
             track_activation_threshold=threshold,
             high_conf_det_threshold=threshold,
         )
 
     def update(self, found: Detections, time: Fraction | float) -> NDArray[np.int64]:
-        """[N] i64: the id of each instance of the next frame, -1 until its second frame.
+        """Returns the id of each instance of the next frame, [N] i64; -1 until its second frame.
 
         Args:
-            found: in the frame.
-            time: of the frame in seconds, greater than the last one's.
+            found: the frame's detections.
+            time: the frame's time in seconds, greater than the previous one's.
         """
         import supervision
 
@@ -62,6 +62,6 @@ class Tracker:
             timestamp=float(time),
         )
         ids = np.full(len(found), -1, dtype=np.int64)
-        if len(tracked):  # its order is its own
+        if len(tracked):  # ByteTrack changes the order.
             ids[np.asarray(tracked.data["place"])] = np.asarray(tracked.tracker_id)
         return ids

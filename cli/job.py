@@ -1,11 +1,9 @@
-"""`comask-infer --runner`: jobs over more images than one run gets through."""
+"""`comask job`: a bundle on more images than one run gets through; continues after a kill."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from comask.cli.options import Interruption, write_json
+from comask.cli.command import command, option
+from comask.cli.options import (
+    Interruption,
+    backend_option,
+    check_outputs,
+    json_option,
+    predictor_options,
+    write_json,
+)
 from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
 from comask.runtime.backends import LoadOptions
@@ -24,22 +30,21 @@ if TYPE_CHECKING:
     from comask.runtime.jobs.job import Format, Job
     from comask.runtime.jobs.runners import Runner
 
-RUNNERS = ("ray", "local")
+RUNNERS = ("local", "ray")
 FORMATS = ("parquet", "jsonl")  # as `Format`
 SHARD = 200  # images: what a kill loses a worker, at most
 SHOWN_FAILURES = 20
-NOT_FOR_JOBS = ("save", "threshold", "every", "track", "decode", "encode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FleetOptions:
-    """What a job takes besides bundle, inputs and output.
+class JobOptions:
+    """The options of a job.
 
     Attributes:
-        runner: of `RUNNERS`.
-        format: of the parts.
-        shard: images a part.
-        actors: of Ray; None for as many as there is room for.
+        runner: one of `RUNNERS`.
+        format: the parts' format.
+        shard: images per part.
+        actors: number of Ray's workers; None for as many as the cluster has room for.
     """
 
     runner: str
@@ -48,67 +53,51 @@ class FleetOptions:
     actors: int | None
 
 
-def fleet_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options, which reach the command as `fleet`: `FleetOptions`, None without `--runner`."""
-
-    @click.option("--runner", type=click.Choice(RUNNERS),
-                  help="A job that goes on after a kill: docs/fleet.md.")  # fmt: skip
-    @click.option(
-        "--format", "form", type=click.Choice(FORMATS), help="Jobs: of the parts. [parquet]"
-    )
-    @click.option("--shard", type=click.IntRange(1), metavar="N",
-                  help=f"Jobs: images a part. [{SHARD}]")  # fmt: skip
-    @click.option("--actors", type=click.IntRange(1), metavar="N",
-                  help="--runner ray: how many. [all GPUs, else CPUs]")  # fmt: skip
-    @functools.wraps(function)
-    def run(
-        *,
-        runner: str | None,
-        form: Format | None,
-        shard: int | None,
-        actors: int | None,
-        **rest: Any,
-    ) -> None:
-        own = {"--format": form, "--shard": shard, "--actors": actors}
-        if given := [name for name, value in own.items() if value is not None]:
-            if runner is None:
-                raise click.UsageError(f"{given[0]} goes with --runner")
-            if runner == "local" and actors is not None:
-                raise click.UsageError("--actors goes with --runner ray")
-        if runner == "ray" and isinstance(rest["how"].device, int):
-            raise click.UsageError("--device: Ray tells GPUs apart itself; cpu, or leave it out")
-        context = click.get_current_context()
-        for name in NOT_FOR_JOBS if runner else ():
-            if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-                raise click.UsageError(f"--{name} does not go with --runner")
-        fleet = None
-        if runner:
-            fleet = FleetOptions(
-                runner=runner, format=form or "parquet", shard=shard or SHARD, actors=actors
-            )
-        function(fleet=fleet, **rest)
-
-    return run
-
-
-def run_fleet(
+@command
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@option("--output", required=True, metavar="DIR|ADDRESS", help="Folder of the job and its results.")
+@option("--runner", type=click.Choice(RUNNERS), default="local",
+        help="This process, or a Ray cluster. [local]")  # fmt: skip
+@option("--format", "form", type=click.Choice(FORMATS), default="parquet",
+        help="Format of the parts. [parquet]")  # fmt: skip
+@option("--shard", type=click.IntRange(1), default=SHARD, metavar="N",
+        help=f"Images per part. [{SHARD}]")  # fmt: skip
+@option("--actors", type=click.IntRange(1), metavar="N",
+        help="Number of Ray's workers. [all GPUs, else all CPUs]")  # fmt: skip
+@json_option
+@backend_option
+@predictor_options(batch=8)
+def main(
     bundle: Path,
     inputs: tuple[str, ...],
     output: str,
     backend: str,
     how: LoadOptions,
-    fleet: FleetOptions,
+    runner: str,
+    form: Format,
+    shard: int,
+    actors: int | None,
     json_file: str | None,
 ) -> None:
-    """Begins the job, or continues it; exits as the command does.
+    """Run a bundle on millions of images; the same command continues after a kill.
 
-    Raises:
-        ComaskError: when it cannot be begun or ended.
+    An INPUT is an image, a folder, a pattern, or @LIST, local or in object storage (s3://…). Results are
+    parts in DIR/parts. Images that cannot be run are listed in failures.jsonl; the exit code is then 1.
+
+    \b
+    comask job bundle 's3://photos/**/*.jpg' --output s3://results --runner ray
     """
+    check_outputs(json=json_file)
+    if runner == "local" and actors is not None:
+        raise click.UsageError("--actors needs --runner ray")
+    if runner == "ray" and isinstance(how.device, int):
+        raise click.UsageError("--device: Ray assigns GPUs itself; give cpu, or leave it out")
+    wanted = JobOptions(runner=runner, format=form, shard=shard, actors=actors)
     stop = Interruption()
     try:
         with stop.on_signal(_leave), ExitStack() as stack:
-            summary = _run(bundle, inputs, output, backend, how, fleet, stack)
+            summary = _run(bundle, inputs, output, backend, how, wanted, stack)
     except _Left as left:
         click.echo(
             f"interrupted{left}; the same command continues the job in {one_line(output)}", err=True
@@ -126,7 +115,7 @@ def run_fleet(
 
 
 class _Left(BaseException):
-    """A signal came: no error, and not to be taken for one on its way up; says how far it was."""
+    """Interrupted, with how far the job got. A BaseException, so that no handler swallows it."""
 
 
 def _leave() -> None:
@@ -139,11 +128,11 @@ def _run(
     output: str,
     backend: str,
     how: LoadOptions,
-    fleet: FleetOptions,
+    options: JobOptions,
     stack: ExitStack,
 ) -> dict[str, Any]:
-    """The summary of the job, which is finished then."""
-    _require_packages(fleet)
+    """Runs the job to its end and returns its summary."""
+    _require_packages(options)
     from comask.bundle import Bundle
     from comask.runtime.jobs.folder import Folder, is_url
     from comask.runtime.jobs.job import Job, Terms, bundle_digest, full_name
@@ -152,7 +141,7 @@ def _run(
     from comask.runtime.jobs.worker import Model
 
     opened = Bundle.open(bundle)  # before Ray is started for it
-    if fleet.format == "parquet":
+    if options.format == "parquet":
         opened.manifest.require_int64_ids("Parquet's category_id: --format jsonl takes any")
     folder = Folder(output if is_url(output) else str(Path(output).absolute()))
     there = Job.terms_in(folder)
@@ -162,13 +151,13 @@ def _run(
         if there:
             backend = there.backend
         else:
-            runner = _runner(fleet, how, stack)
+            runner = _runner(options, how, stack)
             backend = runner.backend(model)
     backend = full_name(backend)
     digest = bundle_digest(bundle, backend)
     model = replace(model, backend=backend, digest=digest)
     with TemporaryFile() as file:  # which has no name that a kill would leave
-        listing = write_listing(inputs, file, fleet.shard)
+        listing = write_listing(inputs, file, options.shard)
         terms = Terms(
             images=listing.images,
             inputs=listing.sha256,
@@ -176,8 +165,8 @@ def _run(
             backend=backend,
             proposals=how.proposals,
             short_side=how.short_side,
-            shard=fleet.shard,
-            format=fleet.format,
+            shard=options.shard,
+            format=options.format,
         )
         job = Job.begin(folder, terms, listing)
     done = {record.shard for record in job.done()}
@@ -195,7 +184,7 @@ def _run(
     if left:
         with Progress("inferring", terms.images, unit="images", done=finished) as progress:
             try:
-                run_all(job, model, left, runner or _runner(fleet, how, stack), progress.advance)
+                run_all(job, model, left, runner or _runner(options, how, stack), progress.advance)
             except _Left:
                 ready = sum(job.images_in(record.shard) for record in job.done())
                 raise _Left(f": {ready} of {terms.images} images are done") from None
@@ -204,22 +193,22 @@ def _run(
     return summary
 
 
-def _require_packages(fleet: FleetOptions) -> None:
-    """Refuses to begin where a package is missing.
+def _require_packages(options: JobOptions) -> None:
+    """Checks that all packages are installed before the job begins.
 
     Raises:
         BackendUnavailableError: naming all that are.
     """
     needed = ["fsspec"]
-    if fleet.runner == "ray":
+    if options.runner == "ray":
         needed += ["pyarrow", "ray"]  # Ray Data takes it whatever the parts' format
-    elif fleet.format == "parquet":
+    elif options.format == "parquet":
         needed.append("pyarrow")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailableError(
-            f"--runner {fleet.runner} --format {fleet.format} needs {', '.join(needed)}; not "
-            f"installed: {', '.join(missing)}: pip install 'comask[fleet]'"
+            f"--runner {options.runner} --format {options.format} needs {', '.join(needed)}; not "
+            f"installed: {', '.join(missing)}: pip install 'comask[jobs]'"
         )
 
 
@@ -231,11 +220,11 @@ def _show_failures(job: Job, count: int) -> None:
         click.echo(f"and {count - SHOWN_FAILURES} more", err=True)
 
 
-def _runner(fleet: FleetOptions, how: LoadOptions, stack: ExitStack) -> Runner:
+def _runner(options: JobOptions, how: LoadOptions, stack: ExitStack) -> Runner:
     from comask.runtime.jobs.runners import LocalRunner
 
-    if fleet.runner == "local":
+    if options.runner == "local":
         return LocalRunner()
     from comask.runtime.jobs.ray_runner import RayRunner
 
-    return stack.enter_context(RayRunner(fleet.actors, cpu=how.device == "cpu"))
+    return stack.enter_context(RayRunner(options.actors, cpu=how.device == "cpu"))

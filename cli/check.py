@@ -1,0 +1,70 @@
+"""`comask check`: whether a data set is sound, before hours of training find out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Literal
+
+import click
+
+from comask.cli.command import command, option
+from comask.cli.options import check_outputs, json_option, write_json
+from comask.errors import one_line
+
+SHAPES_IMAGES = 1000  # as many as `comask shapes` writes
+
+
+@command
+@click.argument("data", metavar="DIR|shapes")
+@option("--split", type=click.Choice(["train", "val"]), default="train",
+        help="Which of the folder's annotation files. [train]")  # fmt: skip
+@option("--boxes", type=click.Choice(["annotated", "mask"]), default="annotated",
+        help="Use the annotated boxes, or the masks' bounds. [annotated]")  # fmt: skip
+@json_option
+def main(
+    data: str,
+    split: Literal["train", "val"],
+    boxes: Literal["annotated", "mask"],
+    json_file: str | None,
+) -> None:
+    """Check a COCO-format data set as training and evaluation do, and count what it holds.
+
+    Prints a line for each kind of problem with examples. Exits with 1 when something has to be left out
+    or changed.
+
+    \b
+    comask check /data/mine
+    """
+    check_outputs(json=json_file)
+    from comask.data.open_data import open_source
+    from comask.data.summary import Summary
+
+    to_stderr = json_file == "-"
+
+    def report(line: str) -> None:
+        click.echo(line, err=to_stderr)
+
+    source = open_source(
+        data, split, shapes_images=SHAPES_IMAGES, shapes_seed=0, boxes=boxes, report=report
+    )
+    summary = Summary.of(source)
+    click.echo(
+        f"{one_line(data)}: {summary.images} images, {summary.objects} objects, {summary.crowds} crowds; "
+        f"{summary.without_objects} images without an object",
+        err=to_stderr,
+    )
+    for category in summary.categories:
+        click.echo(
+            f"  {one_line(category.name)}: {category.objects} objects in {category.images} images",
+            err=to_stderr,
+        )
+    verdict = (
+        "the whole data set is used"
+        if summary.sound
+        else "a part is left out or changed; see above"
+    )
+    click.echo(verdict, err=to_stderr)
+    write_json(json_file, dataclasses.asdict(summary))
+    if not summary.sound:
+        sys.exit(1)
