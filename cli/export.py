@@ -69,7 +69,7 @@ def main(
     comask export runs/shapes/checkpoint-best.pt --output bundle --precision fp32,fp16
     comask export bundle --precision fp16
     """
-    check_outputs(json=json_file)
+    check_outputs(made=output, json=json_file)
     images = verification_images(data, limit)
     if not source.exists():
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")

@@ -83,7 +83,7 @@ def main(
     \b
     comask infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
     """
-    check_outputs(json=json_file)
+    check_outputs(made=output, json=json_file)
     if "://" in output:
         raise click.UsageError(f"--output {output}: addresses are for comask job")
     folder = Path(output)

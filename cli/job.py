@@ -88,7 +88,7 @@ def main(
     \b
     comask job bundle 's3://photos/**/*.jpg' --output s3://results --runner ray
     """
-    check_outputs(json=json_file)
+    check_outputs(made=output, json=json_file)
     if runner == "local" and actors is not None:
         raise click.UsageError("--actors needs --runner ray")
     if runner == "ray" and isinstance(how.device, int):

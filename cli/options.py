@@ -177,18 +177,24 @@ def json_option(function: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
-def check_outputs(plot: Path | None = None, **files: str | Path | None) -> None:
+def check_outputs(
+    plot: Path | None = None, *, made: str | Path | None = None, **files: str | Path | None
+) -> None:
     """Checks that long work will be able to write its results.
 
     Args:
         plot: the file of `--plot`.
+        made: a folder that the command creates.
         files: other files, by the names of their options.
 
     Raises:
         ComaskError: when a file's folder does not exist, or a plot cannot be drawn.
     """
     for name, file in (("plot", plot), *files.items()):
-        if file is not None and file != "-" and not Path(file).resolve().parent.is_dir():
+        if file is None or file == "-":
+            continue
+        folder = Path(file).resolve().parent
+        if not folder.is_dir() and (made is None or folder != Path(made).resolve()):
             raise ComaskError(f"--{name} {file}: its folder does not exist; make it first")
     if plot is not None:
         from comask.runtime.bench.plots import check_plot

@@ -33,7 +33,7 @@ def main(bundle: Path, output: Path, request: ServeRequest, json_file: str | Non
     \b
     comask serve bundle --output repository --backend tensorrt:fp16
     """
-    check_outputs(json=json_file)
+    check_outputs(made=output, json=json_file)
     if bundle.is_file():
         raise ComaskError(f"{bundle}: is a file; serve takes a bundle: comask export makes one")
     served = write_repository(open_bundle(bundle), output, request)

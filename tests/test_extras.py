@@ -86,9 +86,8 @@ def with_layer(layer: str, tmp_path: Path) -> Run:
     """Runs a command there: exit code and all that it says."""
 
     def call(name: str, *arguments: object) -> tuple[int, str]:
-        module = PROJECT["scripts"][f"comask-{name}"].partition(":")[0]
-        code = f"from {module} import main; main()"
-        words = [str(_folder(layer) / "bin" / "python"), "-c", code, *map(str, arguments)]
+        code = "from comask.cli.main import main; main()"
+        words = [str(_folder(layer) / "bin" / "python"), "-c", code, name, *map(str, arguments)]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
         return done.returncode, done.stdout + done.stderr
 
