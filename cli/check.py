@@ -13,6 +13,7 @@ from comask.cli.options import check_outputs, json_option, write_json
 from comask.errors import one_line
 
 SHAPES_IMAGES = 1000  # as many as `comask shapes` writes
+SHOWN = 3  # names of categories without an object
 
 
 @command
@@ -49,22 +50,28 @@ def main(
         data, split, shapes_images=SHAPES_IMAGES, shapes_seed=0, boxes=boxes, report=report
     )
     summary = Summary.of(source)
-    click.echo(
-        f"{one_line(data)}: {summary.images} images, {summary.objects} objects, {summary.crowds} crowds; "
-        f"{summary.without_objects} images without an object",
-        err=to_stderr,
+    report(
+        f"{one_line(data)}: {_count(summary.images, 'image')}, {_count(summary.objects, 'object')}, "
+        f"{_count(summary.crowds, 'crowd')}; {_count(summary.without_objects, 'image')} without an "
+        "object"
     )
-    for category in summary.categories:
-        click.echo(
-            f"  {one_line(category.name)}: {category.objects} objects in {category.images} images",
-            err=to_stderr,
+    there = [category for category in summary.categories if category.objects]
+    if empty := [category.name for category in summary.categories if not category.objects]:
+        shown = ", ".join(empty[:SHOWN]) + (", …" if len(empty) > SHOWN else "")
+        noun = "category" if len(empty) == 1 else "categories"
+        report(one_line(f"data: {len(empty)} {noun} without an object (not trained): {shown}"))
+    for category in there:
+        report(
+            f"  {one_line(category.name)}: {_count(category.objects, 'object')} in "
+            f"{_count(category.images, 'image')}"
         )
-    verdict = (
-        "the whole data set is used"
-        if summary.sound
-        else "a part is left out or changed; see above"
-    )
-    click.echo(verdict, err=to_stderr)
+    unsound = "a part is left out or changed: see the lines above"
+    report("the whole data set is used" if summary.sound else unsound)
     write_json(json_file, dataclasses.asdict(summary))
     if not summary.sound:
         sys.exit(1)
+
+
+def _count(number: int, noun: str) -> str:
+    """Returns `1 image` or `2 images`."""
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -21,6 +21,7 @@ from comask.cli.options import (
     write_json,
 )
 from comask.errors import ComaskError
+from comask.files import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +105,8 @@ def open_bundle(folder: Path) -> Bundle:
     """
     if (folder / MANIFEST).exists():
         return Bundle.open(folder)
+    if not folder.exists():
+        raise ComaskError(f"{folder}: there is no such bundle{did_you_mean(folder)}")
     if (folder / BEST).is_file():
         raise ComaskError(f"{folder} is a training run: give {folder / BEST}")
     raise ComaskError(f"{folder}: neither a checkpoint nor a bundle (no {MANIFEST})")

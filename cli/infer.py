@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from comask.bundle import MANIFEST
 from comask.cli.command import command, option
 from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
 from comask.cli.options import (
@@ -261,6 +262,8 @@ class Results:
         self.detections = 0
         if folder.is_file():
             raise ComaskError(f"--output {folder}: is a file; --output is a folder")
+        if (folder / MANIFEST).exists():
+            raise ComaskError(f"--output {folder}: holds a bundle; give another folder")
         if (folder / "job.json").exists():
             raise ComaskError(f"--output {folder}: holds a job; give another folder")
         for name in ("detections.json", "images.json"):  # before an hour's work, not after

@@ -123,7 +123,7 @@ def borrow(source: Any, stream: int = UNORDERED) -> Borrowed:
             caller orders the work itself.
 
     Raises:
-        ImageError: if it is none of these, or its layout cannot be borrowed.
+        ImageError: if it is not one of these, or its layout cannot be borrowed.
     """
     if isinstance(source, np.ndarray):  # older numpy refuses DLPack of read-only arrays
         return Borrowed(
@@ -341,7 +341,7 @@ def stream_handle(stream: Any) -> int:
     """Returns the CUstream behind a handle, an object with `__cuda_stream__`, or a torch or cupy stream.
 
     Raises:
-        TypeError: if the object is none of these.
+        TypeError: if the object is not one of these.
     """
     if isinstance(stream, int):
         return stream

@@ -352,7 +352,7 @@ def test_what_cannot_be_built_is_refused_before_graphs_are_made(
     assert Bundle.open(folder).manifest.precisions == ("fp32",)
     result = run("build", tmp_path / "nothing", "--engine", "tensorrt-rtx")
     assert result.exit_code == 1
-    assert "neither a checkpoint nor a bundle" in result.output
+    assert "there is no such bundle" in result.output
 
 
 @pytest.mark.parametrize(

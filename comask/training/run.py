@@ -203,6 +203,7 @@ def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSou
 def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -> Checkpoint | None:
     """Returns the run's last checkpoint; None if it has none yet, as when a job is queued again."""
     if not (output / LAST).exists():
+        say(f"{output}: no checkpoint to resume from; training begins at its first step")
         return None
     checkpoint = load_checkpoint(output / LAST)
     before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)

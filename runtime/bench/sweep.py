@@ -60,7 +60,7 @@ def choose(scored: Sequence[Scored], max_loss: float) -> Scored:
     """Returns the fastest setting that loses at most `max_loss` points of box AP and of mask AP.
 
     Raises:
-        ValueError: if there is none; the bundle's own setting always is one, since it loses nothing.
+        ValueError: if no setting does. The bundle's own setting always does, since it loses nothing.
     """
     return min((entry for entry in scored if entry.loss <= max_loss), key=_time_and_loss)
 

@@ -124,6 +124,8 @@ def _local(text: str) -> Iterator[str]:
             yield from _images(text, files, lambda file: kind_of_file(Path(file)))
     elif os.path.exists(path):
         yield path
+    elif not glob.has_magic(text):
+        raise ComaskError(f"{text}: no such file or folder")
     else:
         matches = ((os.path.abspath(match), match.name) for match in match_pattern(text))
         yield from _images(text, matches, lambda file: _named(PurePath(file).name))

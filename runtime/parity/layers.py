@@ -77,8 +77,8 @@ class Trace:
         limit: the largest relative error that passes.
         size: (h, w) of the image.
         differences: all differences in the graphs' order.
-        first: the first difference beyond the limit; None if there is none.
-        cause: a sentence on the first difference; empty if there is none.
+        first: the first difference beyond the limit; None if all are within it.
+        cause: a sentence on the first difference; empty without a difference.
     """
 
     precision: str
