@@ -187,7 +187,9 @@ class Torchvision(Thresholded):
 
         super().__init__()
         if half and work.device != "cuda":
-            raise BackendUnavailableError("autocast to fp16 needs a GPU, and this machine has no GPU")
+            raise BackendUnavailableError(
+                "autocast to fp16 needs a GPU, and this machine has no GPU"
+            )
         self._torch, self.device, self._half = torch, work.device, half
         self.module = torchvision_network(version, work.proposals, work.detections).to(work.device)
         self.files = sum(x.numel() * x.element_size() for x in self.module.state_dict().values())
