@@ -77,7 +77,7 @@ $(VENV)/pycuda: $(VENV)/ready tests/install_pycuda.py
 $(VENV)/triton: $(VENV)/ready tests/install_tritonserver.py
 	-$(BIN)/python tests/install_tritonserver.py $@
 
-# A real RTSP server, by GStreamer from Debian's packages; where it cannot be had this file says why.
+# A real RTSP server and a browser, from Debian's packages; where one cannot be had its file says why.
 $(VENV)/rtsp $(VENV)/chromium: $(VENV)/ready tests/install_debian.py
 	-$(BIN)/python tests/install_debian.py $(notdir $@) $@
 

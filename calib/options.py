@@ -14,8 +14,7 @@ class QuantizeOptions:
     """The options of `comask quantize`.
 
     Attributes:
-        calib_data: the folder or data set of images that activations are measured on, or `shapes`;
-            required to make graphs.
+        calib_data: the folder or data set of images that activations are measured on, or `shapes`.
         calib_limit: the number of calibration images.
         calib_method: the method that turns histograms into ranges, see `Calibration.ranges`.
         calib_seed: the seed by which calibration images are chosen.
@@ -23,7 +22,7 @@ class QuantizeOptions:
         max_loss: the AP points that boxes or masks may lose to PyTorch in fp32.
     """
 
-    calib_data: str | None = None
+    calib_data: str
     calib_limit: int = 64
     calib_method: Method = METHODS[0]
     calib_seed: int = 0

@@ -134,7 +134,7 @@ def quantize(
 
     Args:
         bundle: a bundle with fp32 and fp16 graphs.
-        options: the options, with `calib_data`.
+        options: the options of `comask quantize`.
         val_data: the data set that AP is measured on, or `shapes`.
         report: called with a line before each step.
 
@@ -142,7 +142,6 @@ def quantize(
         PrecisionError: no int8 graphs lose so little, or they are not smaller.
         DataError: the data cannot be used.
     """
-    assert options.calib_data is not None
     most = options.limit
     source = open_source(val_data, "val", shapes_images=most, shapes_seed=VALIDATION_SEED)
     # A random choice, since neighbours in sorted data resemble each other.

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.bundle import Bundle, Manifest, update_manifest
+from comask.bundle import Bundle, Manifest, update_manifest, with_graphs
 from comask.errors import PrecisionError
-from comask.export.verify import why_not_proved
 from comask.runtime.backends.trt import open_engines
 from comask.runtime.bench.timing import take_turns
 from comask.runtime.device import find_gpu
 from comask.runtime.predictor import Predictor
-from comask.runtime.trt.engine_folder import EngineFolder, find_engines
+from comask.runtime.trt.engine_folder import EngineFolder, find_engines, why_not_proved
 
 RUNS = 50
 Images = Sequence[NDArray[np.uint8]]
@@ -62,9 +60,7 @@ def compare_speed(
 
         def record(manifest: Manifest, seconds: dict[str, float] = seconds) -> Manifest:
             int8 = manifest.verification["int8"] | {"latency": seconds}
-            return dataclasses.replace(
-                manifest, verification=manifest.verification | {"int8": int8}
-            )
+            return with_graphs(manifest, {}, {"int8": int8})
 
         bundle = update_manifest(bundle.folder, record)
         report(

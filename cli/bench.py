@@ -75,8 +75,6 @@ def main(
     comask bench bundle --data photos --backend onnxruntime --backend tensorrt:fp16
     """
     check_outputs(plot=plot, json=json_file)
-    if "auto" in backends:
-        raise click.UsageError("--backend auto: name the backends that are to be compared")
     if data and size:
         raise click.UsageError(
             "--size is the size of noise, and --data names images: give one of them"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from comask.bundle import PRECISIONS, STAGES
+from comask.bundle import PRECISIONS, STAGES, Bundle
 from comask.cli.command import command, option
-from comask.cli.export import add_missing, open_bundle, print_exported
+from comask.cli.export import add_missing, print_exported, report
 from comask.cli.options import (
     check_outputs,
     gathered,
@@ -32,12 +31,13 @@ from comask.export.build_options import (
 )
 from comask.progress import Progress
 from comask.runtime.backends import require_precision
+from comask.runtime.device import find_gpu
+from comask.runtime.trt.engine import load_flavor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from comask.bundle import Bundle
     from comask.runtime.trt.engine_folder import EngineFolder
 
 FLAVORS = ("tensorrt", "tensorrt-rtx")
@@ -57,10 +57,10 @@ class EngineOptions:
     """
 
     engine: str
-    plugin: str = "python"
-    profile: tuple[str, ...] = ()
-    rebuild: bool = False
-    builder: BuildOptions = field(default_factory=BuildOptions)
+    plugin: str
+    profile: tuple[str, ...]
+    rebuild: bool
+    builder: BuildOptions
 
 
 @command
@@ -106,7 +106,7 @@ def main(
     """
     check_outputs(json=json_file)
     to_stderr = json_file == "-"
-    opened = open_bundle(bundle)
+    opened = Bundle.open(bundle)
     check_flavor(building)  # before minutes are spent on graphs
     if "int8" in precisions:
         require_precision(opened, "int8")
@@ -128,9 +128,6 @@ def check_flavor(options: EngineOptions) -> None:
         BackendUnavailableError: when the flavor is not installed.
         EngineError: for an option that it cannot honour.
     """
-    from comask.runtime.device import find_gpu
-    from comask.runtime.trt.engine import load_flavor
-
     check_options(load_flavor(options.engine), options.plugin, options.builder, find_gpu())
 
 
@@ -157,8 +154,7 @@ def build_bundle_engines(
     """
     from comask.calib.speed import compare_speed
 
-    report = functools.partial(click.echo, err=True)
-    built = _build_with_progress(bundle, options, precisions, images, report)
+    built = _build_with_progress(bundle, options, precisions, images)
     for folder in built:  # before a comparison that may refuse int8
         _print_engines(folder, to_stderr=to_stderr)
     bundle = compare_speed(bundle, built, images, report)
@@ -170,7 +166,6 @@ def _build_with_progress(
     options: EngineOptions,
     precisions: Sequence[str],
     images: Callable[[], list[NDArray[np.uint8]]],
-    report: Callable[[str], None],
 ) -> list[EngineFolder]:
     """Builds the engines of each precision, with TensorRT's own progress on the terminal."""
     from comask.export.engine import EngineRequest, build_engines

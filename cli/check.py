@@ -13,7 +13,6 @@ from comask.cli.options import check_outputs, json_option, write_json
 from comask.errors import one_line
 
 SHAPES_IMAGES = 1000  # as many as `comask shapes` writes
-SHOWN = 3  # names of categories without an object
 
 
 @command
@@ -39,6 +38,7 @@ def main(
     """
     check_outputs(json=json_file)
     from comask.data.open_data import open_source
+    from comask.data.problems import without_objects
     from comask.data.summary import Summary
 
     to_stderr = json_file == "-"
@@ -57,9 +57,7 @@ def main(
     )
     there = [category for category in summary.categories if category.objects]
     if empty := [category.name for category in summary.categories if not category.objects]:
-        shown = ", ".join(empty[:SHOWN]) + (", …" if len(empty) > SHOWN else "")
-        noun = "category" if len(empty) == 1 else "categories"
-        report(one_line(f"data: {len(empty)} {noun} without an object (not trained): {shown}"))
+        report(without_objects(empty, "not trained"))
     for category in there:
         report(
             f"  {one_line(category.name)}: {_count(category.objects, 'object')} in "

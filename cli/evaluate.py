@@ -16,6 +16,7 @@ from comask.cli.options import (
     check_outputs,
     json_option,
     predictor_options,
+    scored_source,
     write_json,
 )
 from comask.data.source import not_decoded_text
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from comask.bundle import Bundle
     from comask.runtime.parity.report import ParityReport
-
-SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
 
@@ -78,7 +77,6 @@ def main(
     comask eval bundle --data coco --report report.html
     """
     from comask.bundle import Bundle
-    from comask.data.open_data import open_source
     from comask.evaluate import Truth
     from comask.runtime.parity.evaluation import Evaluation
     from comask.runtime.parity.open_backends import default_backends, open_backends
@@ -86,17 +84,12 @@ def main(
 
     check_outputs(report=report_file, json=json_file)
     opened = Bundle.open(bundle)
-    if "auto" in backends:
-        raise click.UsageError("--backend auto: name the backends that are to be compared")
     required, optional = (list(backends), []) if backends else default_backends(opened)
     with ExitStack() as stack:
         predictors, skipped = open_backends(
             required, optional, lambda name: Predictor.open(bundle, name, how), stack
         )
-        source = open_source(
-            data, "val", shapes_images=images or 200, shapes_seed=SHAPES_SEED, boxes=boxes
-        )
-        indices = list(range(min(images or len(source), len(source))))
+        source, indices = scored_source(data, images, boxes)
         foreign = {results.name: read_results(results, source, indices)} if results else {}
         most = max((len(rows) for found in foreign.values() for rows in found), default=0)
         evaluation = Evaluation(

@@ -21,7 +21,6 @@ from comask.cli.options import (
     write_json,
 )
 from comask.errors import ComaskError
-from comask.files import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +74,11 @@ def main(
     if not source.exists():
         raise ComaskError(f"{source}: there is no such checkpoint or bundle")
     if source.is_dir():
-        bundle = open_bundle(source)
+        if not (source / MANIFEST).exists():
+            if (source / BEST).is_file():
+                raise ComaskError(f"{source} is a training run: give {source / BEST}")
+            raise ComaskError(f"{source}: neither a checkpoint nor a bundle (no {MANIFEST})")
+        bundle = Bundle.open(source)
         context = click.get_current_context()
         for parameter in ("output", "score_threshold", "diagnostics"):
             if context.get_parameter_source(parameter) is not ParameterSource.DEFAULT:
@@ -95,21 +98,6 @@ def main(
         )  # fmt: skip
     print_exported(exported, to_stderr=json_file == "-")
     write_json(json_file, dataclasses.asdict(exported.bundle.manifest))
-
-
-def open_bundle(folder: Path) -> Bundle:
-    """Opens the bundle in a folder.
-
-    Raises:
-        ComaskError: when it is no bundle.
-    """
-    if (folder / MANIFEST).exists():
-        return Bundle.open(folder)
-    if not folder.exists():
-        raise ComaskError(f"{folder}: there is no such bundle{did_you_mean(folder)}")
-    if (folder / BEST).is_file():
-        raise ComaskError(f"{folder} is a training run: give {folder / BEST}")
-    raise ComaskError(f"{folder}: neither a checkpoint nor a bundle (no {MANIFEST})")
 
 
 def _export(
@@ -132,7 +120,7 @@ def _export(
         precisions=tuple(dict.fromkeys(("fp32", *precisions))),
         score_threshold=score_threshold,
         diagnostics=diagnostics,
-        report=_report,
+        report=report,
     )
 
 
@@ -153,10 +141,10 @@ def add_missing(
     missing = tuple(name for name in precisions if name not in there)
     kept = [name for name in precisions if name in there]
     if kept and not quiet:
-        _report(f"{bundle.folder}: holds {', '.join(kept)} graphs already; they stay as they are")
+        report(f"{bundle.folder}: holds {', '.join(kept)} graphs already; they stay as they are")
     if not missing:
         return Exported(bundle, {})
-    return add_precisions(bundle, missing, images(), report=_report)
+    return add_precisions(bundle, missing, images(), report=report)
 
 
 def print_exported(exported: Exported, *, to_stderr: bool) -> None:
@@ -165,7 +153,8 @@ def print_exported(exported: Exported, *, to_stderr: bool) -> None:
         _print_graphs(exported.bundle.folder, precision, made, to_stderr=to_stderr)
 
 
-def _report(line: str) -> None:
+def report(line: str) -> None:
+    """Prints a line on standard error."""
     click.echo(line, err=True)
 
 
@@ -190,7 +179,7 @@ def _print_graphs(folder: Path, precision: str, made: GraphReport, *, to_stderr:
     if made.fp16:
         _print_range(made.fp16, to_stderr=to_stderr)
     if not worst.detections:
-        _report(
+        report(
             "warning: PyTorch found nothing in these images, so no detection was compared; name "
             "better ones by --data, or lower --score-threshold"
         )

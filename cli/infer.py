@@ -28,7 +28,7 @@ from comask.cli.options import (
 from comask.errors import ComaskError, ImageError, VideoError, one_line
 from comask.files import is_folder_fault, whole_file, write_whole
 from comask.runtime import Predictor
-from comask.runtime.backends import LoadOptions
+from comask.runtime.backends import LoadOptions, gpu_index
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def main(
     folder = Path(output)
     kinds = _kinds(save)
     images, videos = split_inputs(inputs)
-    gpu = None if how.device == "cpu" else how.device or 0
+    gpu = gpu_index(how.device)
     options = VideoOptions(
         folder, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
     )

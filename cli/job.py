@@ -18,15 +18,16 @@ from comask.cli.options import (
     Interruption,
     backend_option,
     check_outputs,
+    gathered,
     json_option,
     predictor_options,
     write_json,
 )
 from comask.errors import BackendUnavailableError, one_line
 from comask.progress import Progress
-from comask.runtime.backends import LoadOptions
 
 if TYPE_CHECKING:
+    from comask.runtime.backends import LoadOptions
     from comask.runtime.jobs.job import Format, Job
     from comask.runtime.jobs.runners import Runner
 
@@ -50,7 +51,7 @@ class JobOptions:
     runner: str
     format: Format
     shard: int
-    actors: int | None
+    actors: int | None = None
 
 
 @command
@@ -59,7 +60,7 @@ class JobOptions:
 @option("--output", required=True, metavar="DIR|ADDRESS", help="Folder of the job and its results.")
 @option("--runner", type=click.Choice(RUNNERS), default="local",
         help="This process, or a Ray cluster. [local]")  # fmt: skip
-@option("--format", "form", type=click.Choice(FORMATS), default="parquet",
+@option("--format", type=click.Choice(FORMATS), default="parquet",
         help="Format of the parts. [parquet]")  # fmt: skip
 @option("--shard", type=click.IntRange(1), default=SHARD, metavar="N",
         help=f"Images per part. [{SHARD}]")  # fmt: skip
@@ -68,16 +69,14 @@ class JobOptions:
 @json_option
 @backend_option
 @predictor_options(batch=8)
+@gathered("options", JobOptions)
 def main(
     bundle: Path,
     inputs: tuple[str, ...],
     output: str,
     backend: str,
     how: LoadOptions,
-    runner: str,
-    form: Format,
-    shard: int,
-    actors: int | None,
+    options: JobOptions,
     json_file: str | None,
 ) -> None:
     """Run a bundle on millions of images; the same command continues after a kill.
@@ -89,15 +88,14 @@ def main(
     comask job bundle 's3://photos/**/*.jpg' --output s3://results --runner ray
     """
     check_outputs(made=output, json=json_file)
-    if runner == "local" and actors is not None:
+    if options.runner == "local" and options.actors is not None:
         raise click.UsageError("--actors needs --runner ray")
-    if runner == "ray" and isinstance(how.device, int):
+    if options.runner == "ray" and isinstance(how.device, int):
         raise click.UsageError("--device: Ray assigns GPUs itself; give cpu, or leave it out")
-    wanted = JobOptions(runner=runner, format=form, shard=shard, actors=actors)
     stop = Interruption()
     try:
         with stop.on_signal(_leave), ExitStack() as stack:
-            summary = _run(bundle, inputs, output, backend, how, wanted, stack)
+            summary = _run(bundle, inputs, output, backend, how, options, stack)
     except _Left as left:
         click.echo(
             f"interrupted{left}; the same command continues the job in {one_line(output)}", err=True
@@ -213,6 +211,8 @@ def _require_packages(options: JobOptions) -> None:
 
 
 def _show_failures(job: Job, count: int) -> None:
+    if not count:
+        return
     failures = (failure["error"] for record in job.done() for failure in record.failures)
     for error in islice(failures, SHOWN_FAILURES):
         click.echo(f"skipped: {error}", err=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -21,8 +21,12 @@ from comask.cli.command import option
 from comask.errors import ComaskError
 from comask.files import write_whole
 from comask.media_files import Kind, PassedOver, find_media
-from comask.runtime.backends import LoadOptions
 
+if TYPE_CHECKING:
+    from comask.data.source import InstanceSource
+SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
+SCORED_SHAPES = 200
+VERIFIED_IMAGES = 3  # that graphs and engines are compared on, where nothing is said
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 RUNS = "Where it runs"  # heading of options
 
@@ -45,6 +49,14 @@ class DeviceType(click.ParamType[int | Literal["cpu"]]):
         return int(value)
 
 
+def _named(
+    context: click.Context, parameter: click.Parameter, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    if "auto" in names:
+        raise click.UsageError("--backend auto: name the backends that are to be compared")
+    return names
+
+
 def backends_option(default: str) -> Callable[[Any], Any]:
     """Makes the option `--backend`, which may be repeated.
 
@@ -53,7 +65,7 @@ def backends_option(default: str) -> Callable[[Any], Any]:
     """
     return option(
         "--backend", "backends", multiple=True, metavar="NAME[:PRECISION]", group=RUNS,
-        help=f"Repeated; the first is the reference. {default}",
+        callback=_named, help=f"Repeated; the first is the reference. {default}",
     )  # fmt: skip
 
 
@@ -61,6 +73,7 @@ backend_option = option(
     "--backend", default="auto", metavar="NAME[:PRECISION]", group=RUNS,
     help="tensorrt, tensorrt-rtx, onnxruntime or torch, as in tensorrt:fp16. [auto]",
 )  # fmt: skip
+json_option = option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
 plot_option = option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE",
     help="Draw the result: .png, .svg or .pdf.",
@@ -79,7 +92,7 @@ def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable
     """
     options = (
         device_option,
-        option("--batch", type=click.IntRange(1), default=batch, metavar="N", group=RUNS,
+        option("--batch", "max_batch", type=click.IntRange(1), default=batch, metavar="N", group=RUNS,
                help=f"Images or frames of one size at once. [{batch}]"),
         option("--proposals", type=click.IntRange(1), metavar="N", group=RUNS,
                help="Use only the N best proposals, which is faster."),
@@ -89,9 +102,10 @@ def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, batch: int, **arguments: Any) -> None:
-            taken = {name: arguments.pop(name) for name in ("device", "proposals", "short_side")}
-            function(how=LoadOptions(max_batch=batch, **taken), **arguments)
+        def run(**arguments: Any) -> None:
+            from comask.runtime.backends import LoadOptions  # late: the runtime imports numpy
+
+            gathered("how", LoadOptions)(function)(**arguments)
 
         for add in reversed(options):
             run = add(run)
@@ -117,8 +131,9 @@ def precision_list(*known: str) -> Callable[..., tuple[str, ...]]:
 def verification_options(function: Callable[..., None]) -> Callable[..., None]:
     """`--data` and `--limit`: the images on which graphs and engines are compared with PyTorch."""
     for add in (
-        option("--limit", type=click.IntRange(1), default=3, metavar="N", aliases=("--verify-images",),
-               help="Compare on N images of the data. [3]"),
+        option("--limit", type=click.IntRange(1), default=VERIFIED_IMAGES, metavar="N",
+               aliases=("--verify-images",),
+               help=f"Compare on N images of the data. [{VERIFIED_IMAGES}]"),
         option("--data", default="shapes", metavar="DIR|shapes", aliases=("--val-data",),
                help="Images to compare with PyTorch on. [shapes]"),
     ):  # fmt: skip
@@ -148,33 +163,43 @@ def verification_images(data: str, limit: int) -> Callable[[], list[Any]]:
     return images
 
 
+def scored_source(
+    data: str, limit: int | None, boxes: Literal["annotated", "mask"] = "annotated"
+) -> tuple[InstanceSource, list[int]]:
+    """Opens the data that backends are scored on, and returns it with the indices of the images.
+
+    Args:
+        data: the value of `--data`.
+        limit: the number of images; None for all of a folder, and `SCORED_SHAPES` of `shapes`.
+        boxes: see `open_source`.
+    """
+    from comask.data.open_data import open_source
+
+    count = limit or SCORED_SHAPES
+    source = open_source(data, "val", shapes_images=count, shapes_seed=SHAPES_SEED, boxes=boxes)
+    return source, list(range(min(limit or len(source), len(source))))
+
+
 def gathered(name: str, kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a decorator that passes several options as one argument.
 
     Args:
         name: of the argument.
         kind: a dataclass whose fields are called as the options' parameters; the default of a field
-            stands for an option that was not given.
+            stands for an option that was not given or does not exist.
     """
     fields = [field.name for field in dataclasses.fields(kind)]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
-            taken = {field: arguments.pop(field) for field in fields}
+            taken = {field: arguments.pop(field) for field in fields if field in arguments}
             given = {field: value for field, value in taken.items() if value is not None}
             function(**arguments, **{name: kind(**given)})
 
         return run
 
     return decorate
-
-
-def json_option(function: Callable[..., None]) -> Callable[..., None]:
-    """Adds `--json FILE`, where `-` is standard output."""
-    add = option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
-    decorated: Callable[..., None] = add(function)
-    return decorated
 
 
 def check_outputs(

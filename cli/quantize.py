@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from comask.bundle import INT8_BASE
+from comask.bundle import INT8_BASE, Bundle
 from comask.calib.options import METHODS, QuantizeOptions
 from comask.cli.command import command, option
-from comask.cli.export import add_missing, open_bundle, print_exported
-from comask.cli.options import check_outputs, gathered, json_option, verification_images, write_json
+from comask.cli.export import add_missing, print_exported, report
+from comask.cli.options import (
+    VERIFIED_IMAGES,
+    check_outputs,
+    gathered,
+    json_option,
+    verification_images,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from comask.calib.quantize import Int8Report
 
-DEFAULT = QuantizeOptions()
-VERIFIED = 3  # images that a missing graph of the base precision is compared on
+DEFAULT = QuantizeOptions(calib_data="")  # for what the help says
 CALIBRATION = "Calibration"  # heading of options
 
 
@@ -53,10 +58,10 @@ def main(bundle: Path, data: str, options: QuantizeOptions, json_file: str | Non
     from comask.calib.quantize import quantize
 
     to_stderr = json_file == "-"
-    opened = open_bundle(bundle)
-    exported = add_missing(opened, (INT8_BASE,), verification_images(data, VERIFIED), quiet=True)
+    opened = Bundle.open(bundle)
+    images = verification_images(data, VERIFIED_IMAGES)
+    exported = add_missing(opened, (INT8_BASE,), images, quiet=True)
     print_exported(exported, to_stderr=to_stderr)
-    report = functools.partial(click.echo, err=True)
     changed, made = quantize(exported.bundle, options, data, report)
     _print_int8(changed.folder, made, to_stderr=to_stderr)
     write_json(json_file, dataclasses.asdict(changed.manifest))

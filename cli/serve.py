@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
+from comask.bundle import Bundle
 from comask.cli.command import command, option
-from comask.cli.export import open_bundle
 from comask.cli.options import check_outputs, gathered, json_option, write_json
-from comask.errors import ComaskError
 from comask.export.triton.repository import ServeRequest, write_repository
 
 
@@ -34,9 +33,7 @@ def main(bundle: Path, output: Path, request: ServeRequest, json_file: str | Non
     comask serve bundle --output repository --backend tensorrt:fp16
     """
     check_outputs(made=output, json=json_file)
-    if bundle.is_file():
-        raise ComaskError(f"{bundle}: is a file; serve takes a bundle: comask export makes one")
-    served = write_repository(open_bundle(bundle), output, request)
+    served = write_repository(Bundle.open(bundle), output, request)
     needs = "comask in the server's Python"
     if version := served.needs.get("tensorrt_version"):
         needs += f", TensorRT {version}, {served.needs['gpu']}"

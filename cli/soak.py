@@ -11,8 +11,8 @@ import click
 
 from comask.cli.command import command, option
 from comask.cli.options import (
+    RUNS,
     Interruption,
-    backend_option,
     check_outputs,
     find_files,
     json_option,
@@ -41,11 +41,12 @@ MOST_IMAGES = 16  # a round of them is over soon
         help="Images to run. [noise]")  # fmt: skip
 @plot_option
 @json_option
-@backend_option
+@option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]", group=RUNS,
+        help="The backend to run. [auto]")  # fmt: skip
 @predictor_options(batch=1)
 def main(
     bundle: Path,
-    backend: str,
+    backends: tuple[str, ...],
     how: LoadOptions,
     data: Path | None,
     minutes: float,
@@ -60,10 +61,15 @@ def main(
     comask soak bundle --minutes 30 --data photos --backend tensorrt:fp16 --plot soak.png
     """
     check_outputs(plot=plot, json=json_file)
+    if len(backends) > 1:
+        raise click.UsageError(
+            "--backend: a soak runs one backend, whose memory it measures: name one"
+        )
     if not math.isfinite(minutes):
         raise click.UsageError(f"--minutes {minutes}: expected a number of minutes")
     require_proc()
     stop = Interruption()
+    backend = backends[0] if backends else "auto"
     with Predictor.open(bundle, backend, how) as predictor:
         chosen, subject = _images(data, predictor.preprocess)
         with stop.on_signal():

@@ -10,11 +10,13 @@ import click
 from comask.bundle import Bundle
 from comask.cli.command import command, option
 from comask.cli.options import (
+    SCORED_SHAPES,
     backends_option,
     check_outputs,
     device_option,
     json_option,
     plot_option,
+    scored_source,
     write_json,
 )
 from comask.cli.tables import console, number, table
@@ -26,14 +28,12 @@ from comask.runtime.bench.latency import runnable
 from comask.runtime.bench.plots import draw_sweep
 from comask.runtime.bench.sweep import Sweep, SweepReport, SweepRow
 
-SHAPES_IMAGES = 200  # as many as `comask eval` scores
-
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
 @option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
 @option("--limit", type=click.IntRange(1), metavar="N",
-        help=f"Score the first N images only. [all; shapes: {SHAPES_IMAGES}]")  # fmt: skip
+        help=f"Score the first N images only. [all; shapes: {SCORED_SHAPES}]")  # fmt: skip
 @option("--max-loss", type=click.FloatRange(0), default=0.5, metavar="POINTS",
         help="AP points that boxes and masks may lose. [0.5]")  # fmt: skip
 @option("--grid", multiple=True, metavar="NAME=A,B",
@@ -66,19 +66,11 @@ def main(
     comask sweep bundle --data shapes --grid proposals=100,50 --grid batch=1
     """
     check_outputs(plot=plot, json=json_file)
-    if "auto" in backends:
-        raise click.UsageError("--backend auto: name the backends that are to be compared")
-    from comask.cli.evaluate import SHAPES_SEED
-    from comask.data.open_data import open_source
-
     opened = Bundle.open(bundle)
     settings = Grid.of(opened.manifest, parse_grid(grid))
-    number = limit or SHAPES_IMAGES
-    source = open_source(data, "val", shapes_images=number, shapes_seed=SHAPES_SEED)
-    indices = list(range(min(limit or len(source), len(source))))
-    sweep = Sweep(
-        opened, source, indices, device, runs
-    )  # checks the data before anything takes long
+    source, indices = scored_source(data, limit)
+    # checks the data before anything takes long
+    sweep = Sweep(opened, source, indices, device, runs)
     names = runnable(opened, backends, LoadOptions(device=device, max_batch=1))
     interruption = sweep.run(names, settings)
     report = sweep.report(data, max_loss, finished=interruption is None)

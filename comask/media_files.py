@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from comask.errors import ComaskError, one_line
 
@@ -125,15 +125,16 @@ def find_media(text: str, kinds: frozenset[Kind], passed_over: PassedOver) -> li
     path = Path(text)
     is_folder = path.is_dir()
     if is_folder:
-        kind_of = {entry: kind_of_file(entry) for entry in sorted(path.iterdir())}
+        kind_of, accepted = {entry: kind_of_file(entry) for entry in sorted(path.iterdir())}, kinds
     else:
         named = [path] if path.exists() else sorted(match_pattern(text))
+        if not named:
+            raise ComaskError(f"{text}: no such file or folder, and no file matches it")
         kind_of = {file: kind_from_name(file.name) for file in named}
-    if not kind_of and not is_folder:
-        raise ComaskError(f"{text}: no such file or folder, and no file matches it")
+        accepted = frozenset(get_args(Kind)) - {"result"}
     files = []
     for file, kind in kind_of.items():
-        if kind in kinds if is_folder else kind != "result":
+        if kind in accepted:
             files.append(file)
         elif not file.is_dir():
             passed_over.add(kind, file.name)

@@ -9,7 +9,7 @@ import io
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -281,6 +281,16 @@ def padded_shape(size: tuple[int, int], config: PreprocessConfig) -> tuple[int, 
     """Returns (h, w) rounded up to multiples of `pad_multiple`."""
     multiple = config.pad_multiple
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+
+def stacked(images: Sequence[Prepared]) -> tuple[Pixels, NDArray[np.int32]]:
+    """Returns a batch as the graphs take it, of images on canvases of one size.
+
+    Returns:
+        `images` u8 [B, H, W, 3] and `image_sizes` i32 [B, 2], (h, w) of each image on its canvas.
+    """
+    canvases = np.stack([image.canvas for image in images])
+    return canvases, np.array([image.size for image in images], np.int32)
 
 
 def prepare(image: Pixels, config: PreprocessConfig) -> Prepared:

@@ -24,7 +24,7 @@ from comask.export.build_options import BuildOptions, Profile, check_options
 from comask.export.engine_process import PlanRequest, build_in_process
 from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_functions import with_plugins, without_plugins
-from comask.export.verify import prove_engines, why_not_proved
+from comask.export.verify import prove_engines
 from comask.files import locked
 from comask.runtime.device import Gpu, find_gpu
 from comask.runtime.trt.engine import Flavor, load_flavor
@@ -35,6 +35,7 @@ from comask.runtime.trt.engine_folder import (
     TIMING_CACHE,
     EngineFolder,
     EngineInfo,
+    why_not_proved,
 )
 from comask.runtime.trt.ops import kernels_sha256
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from comask.config import PreprocessConfig
 from comask.errors import PrecisionError
-from comask.export.onnx_export import folded
-from comask.models.comask import CoMask
+from comask.models.comask import CoMask, folded
 from comask.models.precision import FLOAT_OUTPUTS, FloatTensors
 from comask.preprocess import prepare
 from comask.runtime.backends.pytorch import torch_stages

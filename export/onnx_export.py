@@ -7,7 +7,6 @@ import io
 import logging
 import warnings
 from collections.abc import Collection, Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from comask.export.functions import OPSET, add_functions
-from comask.models.backbone import fold_batch_norms
 from comask.models.comask import (
     DIAGNOSTIC_OUTPUTS,
     STAGE1_INPUTS,
@@ -24,6 +22,7 @@ from comask.models.comask import (
     STAGE2_INPUTS,
     STAGE2_OUTPUTS,
     CoMask,
+    folded,
 )
 from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
@@ -69,13 +68,6 @@ class Stage2Graph(nn.Module):
             p2, p3, p4, p5, proposals, proposal_scores, image_sizes, diagnostics=self.diagnostics
         )
         return tuple(outputs[name] for name in self.output_names)
-
-
-def folded(model: CoMask) -> CoMask:
-    """Returns a copy with each BatchNorm folded into its convolution; `model` is in evaluation mode."""
-    copy = deepcopy(model)
-    fold_batch_norms(copy.backbone)
-    return copy
 
 
 def in_precision(model: CoMask, precision: str, islands: Collection[str] = ()) -> CoMask:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,7 @@ from comask.errors import EngineError, ParityError
 from comask.preprocess import Prepared, prepare
 from comask.runtime.backends.base import Stages
 from comask.runtime.compare import TOLERANCES, Comparison, Tolerance, compare_stages
-from comask.runtime.device import Gpu
-from comask.runtime.trt.engine_folder import EngineFolder, EngineInfo, why_not_on
+from comask.runtime.trt.engine_folder import EngineFolder
 
 # Canvases as shares (y, x) of the configured size: the whole one, a smaller one, and a strip.
 SCALES = ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25))
@@ -119,13 +117,6 @@ def verification_batches(
     )
     batches.append([first, mirrored])
     return batches
-
-
-def why_not_proved(info: EngineInfo, gpu: Gpu | None) -> str:
-    """Returns why engines cannot run here and thus cannot be verified; empty if they can."""
-    if reason := why_not_on(info, gpu):
-        return reason
-    return "" if importlib.util.find_spec("pycuda") else "pycuda is not installed"
 
 
 def prove_engines(

@@ -1,6 +1,7 @@
 """Runs a bundle over images: `Predictor.load("bundle/")(image)`.
 
-Importing this package needs only numpy; each backend imports what it needs when it is opened.
+Importing this package needs only numpy and typing_extensions; each backend imports what it needs when it
+is opened.
 """
 
 from comask.errors import FrameDroppedError, QueueFullError

@@ -13,11 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from comask.config import ModelConfig
-from comask.preprocess import Prepared
+from comask.kernels.launch import LEVEL_STRIDES
+from comask.preprocess import Prepared, stacked
 from comask.runtime.backends.base import Array, Stages
 
 SPAN_OF_TIES = 20
-PYRAMID = ("p2", "p3", "p4", "p5")
+PYRAMID = tuple(LEVEL_STRIDES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,7 @@ def compare_stages(
         tolerance: the tolerance for the other backend's precision.
         into: collects the result.
     """
-    images = np.stack([image.canvas for image in batch])
-    sizes = np.array([image.size for image in batch], np.int32)
+    images, sizes = stacked(batch)
     where = f"canvas {images.shape[2]}x{images.shape[1]}, batch {len(images)}"
     places = [f"image {i} of {where}" for i in range(len(images))]
 

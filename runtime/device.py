@@ -19,7 +19,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -64,7 +63,7 @@ def find_gpu(index: int = 0) -> Gpu | None:
 def find_gpu_or_reason(index: int = 0) -> tuple[Gpu | None, str]:
     """Returns the GPU and an empty text, or None and the reason."""
     try:
-        cuda: Any = ctypes.CDLL("libcuda.so.1")
+        cuda = _libcuda()
     except OSError as error:
         return None, f"no NVIDIA driver ({error})"
     status = cuda.cuInit(0)
@@ -129,12 +128,7 @@ class Device:
         self._context.push()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # a thread that ends with a context on pycuda's stack aborts the process
         self._driver.Context.pop()
 

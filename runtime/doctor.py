@@ -22,9 +22,11 @@ from comask.errors import (
     EngineError,
     KernelError,
     KernelUnavailableError,
+    one_line,
 )
 from comask.evaluate import ap_text
 from comask.kernels.compile import cubin, host_library
+from comask.kernels.launch import FRAME, MASKS, NMS, ROI_ALIGN
 from comask.runtime.device import find_gpu, find_gpu_or_reason
 from comask.runtime.trt.engine import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
 from comask.runtime.trt.engine_folder import (
@@ -37,7 +39,7 @@ from comask.runtime.trt.engine_folder import (
 from comask.runtime.trt.ops import kernels_sha256
 
 NEWEST_PYTHON = (3, 13)
-KERNELS = ("pyramid_roi_align", "sorted_nms", "frame_to_canvas", "paste_masks")
+KERNELS = (ROI_ALIGN, NMS, FRAME, MASKS)
 FALLBACK_CAPABILITY = 80  # what the kernels are compiled for on a machine without a GPU
 
 Status = Literal["ok", "absent", "broken"]
@@ -64,7 +66,7 @@ class _Advice(Exception):  # noqa: N818, not always an error
     """Raised by a check whose finding the user can do something about; see `Finding`."""
 
     def __init__(self, status: Status, found: object, fix: str) -> None:
-        self.status, self.found, self.fix = status, " ".join(str(found).split()), fix
+        self.status, self.found, self.fix = status, one_line(found), fix
 
 
 def _finding(name: str, check: Callable[[], str]) -> Finding:
@@ -128,7 +130,7 @@ def _gpu() -> str:
 def _torch() -> str:
     torch = _module("torch", "'comask[train]'", "--force-reinstall 'comask[train]'")
     found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
-    if find_gpu_or_reason()[0] is not None and not torch.cuda.is_available():
+    if find_gpu() is not None and not torch.cuda.is_available():
         fix = "install a torch built for this driver's CUDA, or a newer driver"
         raise _Advice("broken", f"{found}; it does not see the GPU", fix)
     return found
@@ -146,7 +148,7 @@ def _onnxruntime() -> str:
     providers = module.get_available_providers()
     short = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
     found = f"{module.__version__}: {short}"
-    if find_gpu_or_reason()[0] is not None and "CUDAExecutionProvider" not in providers:
+    if find_gpu() is not None and "CUDAExecutionProvider" not in providers:
         fix = "for the GPU: pip uninstall onnxruntime; pip install onnxruntime-gpu"
         raise _Advice("ok", found, fix)
     return found
@@ -203,7 +205,7 @@ def _host_kernels() -> str:
 
 
 def _cuda_kernels() -> str:
-    gpu, _ = find_gpu_or_reason()
+    gpu = find_gpu()
     capability = gpu.capability if gpu else FALLBACK_CAPABILITY
     try:
         for source in KERNELS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from comask.kernels.launch import (
 from comask.runtime.dlpack import Borrowed, borrow
 
 Format: TypeAlias = Literal["rgb", "bgr", "nv12"]
-FORMATS = ("rgb", "bgr", "nv12")
+FORMATS = get_args(Format)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
 from comask.kernels.launch import Size
-from comask.preprocess import Placement, padded_shape, prepare, resized_shape
+from comask.preprocess import Placement, padded_shape, prepare, resized_shape, stacked
 from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
 from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.segmentation import Integers, rles_from_edges
@@ -175,9 +175,7 @@ class HostLane:
             prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
         finally:
             batch.release()
-        images = np.stack([image.canvas for image in prepared])
-        sizes = np.array([image.size for image in prepared], np.int32)
-        batch.kept = self._worker.submit(self._run, images, sizes)
+        batch.kept = self._worker.submit(self._run, *stacked(prepared))
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
         """Waits for the batch, at most `seconds`, and returns whether it is done."""

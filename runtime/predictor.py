@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
 
-import numpy as np
 from typing_extensions import override
 
-from comask.bundle import Bundle
+from comask.bundle import Bundle, Manifest
 from comask.config import PreprocessConfig, require_count
-from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare
+from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare, stacked
 from comask.runtime.backends import LoadOptions, open_stages
 from comask.runtime.backends.base import Array, Closing, Stages
 from comask.runtime.images import FOUND_AT, ImageResult, ImageRunner, batches
@@ -111,14 +111,9 @@ class Predictor(Closing):
         preprocess = opened.manifest.preprocess
         if options.short_side is not None:
             preprocess = preprocess.resized(options.short_side)
-        return cls(
-            open_stages(opened, backend, options),
-            preprocess,
-            class_names=tuple(c.name for c in opened.manifest.categories),
-            category_ids=tuple(c.id for c in opened.manifest.categories),
-            mask_threshold=opened.manifest.mask_threshold,
-            max_batch=options.max_batch,
-        )
+        manifest = dataclasses.replace(opened.manifest, preprocess=preprocess)
+        stages = open_stages(opened, backend, options)
+        return predictor_from_manifest(stages, manifest, options.max_batch)
 
     @overload
     def __call__(self, images: ImageLike) -> Detections: ...
@@ -217,9 +212,7 @@ class Predictor(Closing):
         so other detections.
         """
         for indices in batches((image.canvas.shape for image in prepared), self.max_batch):
-            sizes = np.array([prepared[i].size for i in indices], dtype=np.int32)
-            images = np.stack([prepared[i].canvas for i in indices])
-            yield indices, self.stages.run(images, sizes)
+            yield indices, self.stages.run(*stacked([prepared[i] for i in indices]))
 
     def detections(
         self, outputs: Mapping[str, Array], placements: Sequence[Placement]
@@ -277,3 +270,15 @@ class Predictor(Closing):
             stack.callback(self.stages.close)
             for session in self._sessions:
                 stack.callback(session.close)
+
+
+def predictor_from_manifest(stages: Stages, manifest: Manifest, max_batch: int) -> Predictor:
+    """Returns a predictor for opened stages, with everything that a bundle's manifest says of it."""
+    return Predictor(
+        stages,
+        manifest.preprocess,
+        class_names=tuple(category.name for category in manifest.categories),
+        category_ids=tuple(category.id for category in manifest.categories),
+        mask_threshold=manifest.mask_threshold,
+        max_batch=max_batch,
+    )

@@ -146,12 +146,11 @@ class StreamSession(Closing):
         self._waiting = None
         try:
             self._start(batch, lane)
-        except BaseException as error:
-            if isinstance(error, Exception):
-                batch.error = error
-            else:
-                batch.error = RuntimeError("this frame was interrupted before it ran")
-                raise
+        except Exception as error:  # its own future raises it, and not another frame's caller
+            batch.error = error
+        except BaseException:
+            batch.error = RuntimeError("this frame was interrupted before it ran")
+            raise
 
     def _start(self, batch: Batch, lane: Lane) -> None:
         try:

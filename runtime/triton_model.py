@@ -21,7 +21,7 @@ from comask.bundle import MANIFEST, STAGES, Manifest
 from comask.errors import ComaskError, EngineError, ImageError
 from comask.preprocess import Prepared, decode_image
 from comask.runtime.backends.base import PROPOSALS, Array, Stages
-from comask.runtime.predictor import Predictor
+from comask.runtime.predictor import predictor_from_manifest
 from comask.runtime.triton_tensors import (
     IMAGE,
     PIXELS,
@@ -114,14 +114,8 @@ class TritonPythonModel:
             ServerSession(args["model_name"], stage, manifest, backend.partition(":")[2])
             for stage in STAGES
         )
-        self._predictor = Predictor(
-            ServerStages(f"triton {backend}", stage1, stage2),
-            manifest.preprocess,
-            class_names=tuple(category.name for category in manifest.categories),
-            category_ids=tuple(category.id for category in manifest.categories),
-            mask_threshold=manifest.mask_threshold,
-            max_batch=config["max_batch_size"],
-        )
+        stages = ServerStages(f"triton {backend}", stage1, stage2)
+        self._predictor = predictor_from_manifest(stages, manifest, config["max_batch_size"])
         self._outputs = client_outputs(manifest)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -74,7 +74,7 @@ def commands(script: str) -> list[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Raises `AssertionError` or `click.UsageError` where a command of ours is wrong, or is none."""
+    """Raises `AssertionError` or `click.UsageError` if a command of ours is wrong or does not exist."""
     name, rest = words[0], words[1:]
     if name == "torchrun":
         module = rest.index("-m")
@@ -107,7 +107,7 @@ def make_context(words: list[str]) -> None:
 
 
 def short_name(words: list[str]) -> tuple[str, list[str]]:
-    """`comask infer …` and `comask infer …` → `infer`, and the other words."""
+    """`comask infer …` and `comask-infer …` → `infer`, and the other words."""
     first, *rest = words
     name = rest.pop(0) if first == "comask" else first.removeprefix("comask-")
     assert name in COMMANDS, f"there is no command {name}"

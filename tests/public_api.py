@@ -185,7 +185,7 @@ def _parameter(parameter: click.Parameter) -> str:
     marks = [mark for mark in ("required", "multiple", "envvar") if told[mark]]
     default = parameter.default
     if not isinstance(default, str | int | float | tuple) or default is False or default == ():
-        default = None  # click's own ways to say that there is none, which change with its version
+        default = None  # click marks a missing default in ways that change with its version
     return " ".join(
         [
             *(*parameter.opts, *parameter.secondary_opts),

@@ -90,7 +90,7 @@ class GpuFrame:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Of the driver."""
+    """Calls a function of the driver, which must succeed."""
     assert getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments) == 0, name
 
 

@@ -246,7 +246,7 @@ class Engine(Lifetime):
 
 
 class RuntimeConfig:
-    """As TensorRT-RTX has it."""
+    """Stands in for TensorRT-RTX's `IRuntimeConfig`."""
 
     def __init__(self) -> None:
         self.strategy = ExecutionContextAllocationStrategy.STATIC

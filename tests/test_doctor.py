@@ -99,6 +99,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gpu = SimpleNamespace(name="H200", capability=90, driver=13000, memory=2**37)
     monkeypatch.setattr(doctor, "find_gpu_or_reason", lambda index=0: (gpu, ""))
+    monkeypatch.setattr(doctor, "find_gpu", lambda index=0: gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert finding("torch").status == "broken"
     assert finding("gpu").found.startswith("H200, sm90, 128 GiB, driver for CUDA 13.0")

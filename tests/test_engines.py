@@ -352,7 +352,7 @@ def test_what_cannot_be_built_is_refused_before_graphs_are_made(
     assert Bundle.open(folder).manifest.precisions == ("fp32",)
     result = run("build", tmp_path / "nothing", "--engine", "tensorrt-rtx")
     assert result.exit_code == 1
-    assert "there is no such bundle" in result.output
+    assert "no bundle here: no such folder" in result.output
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def clip(tmp_path: Path) -> Path:
 
 
 def lines_of_clip(bundle: Path, clip: Path, matrix: Matrix, full_range: bool) -> list[str]:
-    """Of its frames as pairs of planes."""
+    """Returns the example's lines for the frames of a clip, given as pairs of planes."""
     found = []
     with Predictor.load(bundle, "onnxruntime") as predictor, predictor.stream() as session:
         for i, frame in enumerate(decoded(clip)):

@@ -27,8 +27,8 @@ from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
 from comask.export.fp16 import FP16_END, HEADROOM, Extreme, Fp16Report, float_islands
 from comask.export.layer_precision import asked_precisions
-from comask.export.onnx_export import folded, in_precision
-from comask.models.comask import CoMask
+from comask.export.onnx_export import in_precision
+from comask.models.comask import CoMask, folded
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.trt.engine import load_flavor

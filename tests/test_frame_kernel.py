@@ -41,7 +41,7 @@ def run(launch: Launch, inputs: list[int], threads: int = 1) -> np.ndarray:
 
 
 def rgb_canvas(frame: np.ndarray, config: PreprocessConfig, **order: Any) -> np.ndarray:
-    """Of a view [h, w, 3] with any strides."""
+    """Returns the kernel's canvas for a view [h, w, 3] with any strides."""
     size = (frame.shape[0], frame.shape[1])
     resized = resized_shape(size, config)
     canvas = padded_shape(resized, config)

@@ -1,4 +1,4 @@
-"""`comask infer --runner` and its workers: the results of the command, and what happens to bad images."""
+"""`comask job` and its workers: the results of the command, and what happens to bad images."""
 
 from __future__ import annotations
 

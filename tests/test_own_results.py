@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from comask.bundle import Bundle
-from comask.cli.evaluate import SHAPES_SEED
+from comask.cli.options import SHAPES_SEED
 from comask.config import PreprocessConfig
 from comask.data.shapes import ShapesSource
 from comask.errors import DataError

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from pycocotools import mask as coco_mask
 
 from comask.bundle import Bundle, sha256
-from comask.cli.evaluate import SHAPES_SEED
+from comask.cli.options import SHAPES_SEED
 from comask.data.shapes import ShapesSource
 from comask.evaluate import METRICS, CocoMetrics, Truth
 from comask.masks import paste_masks

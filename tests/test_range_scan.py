@@ -12,8 +12,8 @@ from test_fp16 import pictures
 
 from comask.errors import PrecisionError
 from comask.export.fp16 import FP16_END, HEADROOM, Extreme, scan_ranges
-from comask.export.onnx_export import folded, in_precision
-from comask.models.comask import CoMask
+from comask.export.onnx_export import in_precision
+from comask.models.comask import CoMask, folded
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.preprocess import prepare
 from comask.presets import PRESETS

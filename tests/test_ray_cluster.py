@@ -141,7 +141,7 @@ def command_line(pid: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of which one is none."""
+    """Writes images, and one file that is not an image."""
     folder = tmp_path_factory.mktemp("pictures")
     source = ShapesSource(num_images=IMAGES, seed=4)
     for index in range(IMAGES):
@@ -181,7 +181,7 @@ class Task:
     def assert_finished(self, process: subprocess.Popen[str], like: Task) -> None:
         """The command ends, and has found what another job did, each image once."""
         output, errors = process.communicate(timeout=ENDED)
-        assert process.returncode == 1, errors  # for the image that is none
+        assert process.returncode == 1, errors  # for the file that is not an image
         assert f"{IMAGES - 1} of {IMAGES} images, " in errors
         assert errors.count("skipped: ") == 1, errors
         assert "05.png: the file is empty" in errors

@@ -279,6 +279,7 @@ def test_files_that_no_longer_can_be_read_end_it(micro_bundle: Path, photos: Pat
         (("--minutes", 0), "0.0 is not in the range"),
         (("--minutes", "nan"), "expected a number of minutes"),
         (("--minutes", "inf"), "expected a number of minutes"),
+        (("--backend", "torch", "--backend", "onnxruntime"), "runs one backend"),
         (("--size", "9x9"), "No such option '--size'"),
         (("--runs", 20), "No such option '--runs'"),
         (("--no-record",), "No such option '--no-record'"),

@@ -32,7 +32,7 @@ MOST_GROWTH = 4 * 2**20
 
 
 class Owner(GpuFrame):
-    """Of a frame that is there by DLPack."""
+    """Owns the memory of a frame that is borrowed by DLPack."""
 
     def share(self, stream: int | None) -> int | None:
         return None

@@ -1,4 +1,4 @@
-"""`comask export --serve triton`: what it writes, and what it refuses to."""
+"""`comask serve`: what it writes, and what it refuses to."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_usage_and_occupied_folders(micro_bundle: Path, micro_run: Path, tmp_pat
     (full / "other").write_text("")
     for source, arguments, code, words in [
         (micro_bundle, (), 2, "Missing option '--output'"),
-        (checkpoint, ("--output", full), 1, "serve takes a bundle"),
+        (checkpoint, ("--output", full), 1, "it is a file, and a bundle is a folder"),
         (micro_bundle, ("--output", full), 1, "and is not a model repository"),
     ]:
         result = run("serve", source, *arguments)

@@ -18,9 +18,9 @@ from comask.config import DataConfig
 from comask.data.check import sound_part
 from comask.data.coco import coco_source
 from comask.data.packed import PackedSource
-from comask.data.problems import EXAMPLES, describe
+from comask.data.problems import describe, without_objects
 from comask.data.source import InstanceSource
-from comask.errors import DataError, one_line
+from comask.errors import DataError
 
 SHAPES = "shapes"  # the value of `--data`
 SHAPES_VAL_SEED = 1_000_000  # far from training seeds, so that the images differ
@@ -184,11 +184,7 @@ def _with_objects(opened: TrainingData, data: str) -> TrainingData:
     used = {id_ for source in (train, val) for id_, count in source.objects.items() if count}
     kept = tuple(category for category in train.categories if category.id in used)
     if unused := [category.name for category in train.categories if category.id not in used]:
-        shown = ", ".join(unused[:EXAMPLES]) + (", …" if len(unused) > EXAMPLES else "")
-        noun = "category" if len(unused) == 1 else "categories"
-        logger.warning(
-            "%s", one_line(f"data: {len(unused)} {noun} without an object (left out): {shown}")
-        )
+        logger.warning("%s", without_objects(unused, "left out"))
     if not any(val.objects.values()):
         logger.warning(
             "data: no object in the validation images: AP is n/a, and the last checkpoint is kept"

@@ -46,7 +46,7 @@ class Records:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        start, end = self._ends[index : index + 2]
+        start, end = self._ends[index], self._ends[index + 1]
         return pickle.loads(self._content[start:end].data)  # trusted: pickled above
 
 

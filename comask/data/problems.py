@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from comask.errors import one_line
+
 EXAMPLES = 3  # examples that are shown of each kind of problem
 
 
@@ -104,6 +106,13 @@ class Problem:
         if self.count == 1:
             noun = _SINGULAR.get(noun, noun.removesuffix("s"))
         return f"{self.count} {noun} {rest}"
+
+
+def without_objects(names: list[str], consequence: str) -> str:
+    """Returns the line on categories without an object, as `describe` does for a problem."""
+    kind, shown = "categories without an object", tuple(names[:EXAMPLES])
+    problem = Problem(kind=kind, count=len(names), examples=shown, consequence=consequence)
+    return one_line(describe([problem])[0])
 
 
 def describe(problems: list[Problem]) -> list[str]:

@@ -97,8 +97,8 @@ class Target:
 
     def to(self, device: torch.device) -> Target:
         """Returns a copy on `device`."""
-        moved = moved_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, masks=replace(moved.masks, places=self.masks.places))
+        places = self.masks.places  # which only the CPU reads
+        return moved_tensors(self, lambda t: t if t is places else t.to(device, non_blocking=True))
 
     def generator(self) -> torch.Generator:
         """Returns this image's generator, which depends neither on the batch nor on the process."""

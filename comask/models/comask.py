@@ -6,6 +6,7 @@ D detections per image. Boxes are f32 `xyxy` in pixels of the resized image.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Self
 
 import torch
@@ -14,7 +15,7 @@ from typing_extensions import override
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import CheckpointError
-from comask.models.backbone import ResNet
+from comask.models.backbone import ResNet, fold_batch_norms
 from comask.models.box_refinement import POOL_SIZE as HEAD_POOL
 from comask.models.box_refinement import (
     CollaborativeHead,
@@ -262,3 +263,10 @@ def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
         raise CheckpointError(
             f"the weights do not fit the model's configuration: {reason}"
         ) from error
+
+
+def folded(model: CoMask) -> CoMask:
+    """Returns a copy with each BatchNorm folded into its convolution; `model` is in evaluation mode."""
+    copy = deepcopy(model)
+    fold_batch_norms(copy.backbone)
+    return copy

@@ -61,8 +61,9 @@ def _losses(rows: list[Step]) -> Figure:
     axes = figure.subplots()
     steps = [row.step for row in rows]
     window = max(1, len(steps) // 50)
-    for name in rows[0].numbers:
-        values = _smoothed(np.array([row.numbers[name] for row in rows]), window)
+    numbers = [row.numbers for row in rows]
+    for name in numbers[0]:
+        values = _smoothed(np.array([of_step[name] for of_step in numbers]), window)
         axes.plot(steps, values, label=name, linewidth=2.5 if name == "loss" else 1.2)
     axes.set(
         xlabel="step",

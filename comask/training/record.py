@@ -107,8 +107,9 @@ class RunRecord:
         """
         row = {"step": step.step, "epoch": step.epoch, "split": "train", "lr": step.rate}
         seconds = {"seconds": step.seconds, "data_seconds": step.data_seconds}
-        _append(self._metrics, [row | step.numbers | seconds])
-        self._show("train", {"lr": step.rate} | step.numbers, step.step)
+        numbers = step.numbers
+        _append(self._metrics, [row | numbers | seconds])
+        self._show("train", {"lr": step.rate} | numbers, step.step)
 
     def add_metrics(self, step: int, epoch: int, stages: Mapping[str, CocoMetrics]) -> None:
         """Appends one row per stage and task to `eval.csv`, and replaces `per_class.csv`.
@@ -259,13 +260,15 @@ def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:
         return
     report = {}
     for name, values in _points(list(runs.values())).items():
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        report[name] = {"values": values, "mean": statistics.fmean(values), "deviation": deviation}
-        text = f"{report[name]['mean']:.2f}"
-        yield f"{name}: {text}" + (f" ± {deviation:.2f}" if len(values) > 1 else "")
-    text = json.dumps({"runs": list(runs), "points": report})
-    finite = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN.
-    write_whole(file, (json.dumps(finite, indent=2) + "\n").encode())
+        mean, deviation = statistics.fmean(values), None
+        text = f"{name}: {mean:.2f}"
+        if len(values) > 1:
+            deviation = statistics.stdev(values)
+            text += f" ± {deviation:.2f}"
+        report[name] = {"values": values, "mean": mean, "deviation": deviation}
+        yield text
+    content = {"runs": list(runs), "points": report}
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
     yield f"over {len(runs)} seeds, mean ± deviation; wrote {file}"
 
 

@@ -67,7 +67,7 @@ class Validator:
     ) -> None:
         self._source, self._indices, self._preprocess = source, indices, preprocess
         self._mask_threshold, self._ranks, self._pictures = mask_threshold, ranks, pictures
-        self._truth: Truth | None = None  # ground truth of the images that were decoded last time
+        self._truth = Truth(source, indices)
 
     def __call__(self, model: CoMask, step: int, *, last: bool) -> Validation:
         """Scores `model`, which is in evaluation mode, after `step` optimiser steps.
@@ -101,10 +101,9 @@ class Validator:
         if not self._ranks.first:
             return share_from_first(None)  # type: ignore[return-value]  # It is the first's Validation.
         every = sorted(index for indices, _, _ in parts for index in indices)
-        if self._truth is None or self._truth.indices != every:
-            self._truth = Truth(self._source, every)
+        truth = self._truth.of(every)
         metrics = {
-            stage: self._truth.score(
+            stage: truth.score(
                 [result for _, found, _ in parts for result in found[stage]],
                 detections=model.config.detections,
             )

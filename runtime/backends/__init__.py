@@ -60,6 +60,11 @@ class LoadOptions:
     short_side: int | None = None
 
 
+def gpu_index(device: Device) -> int | None:
+    """Returns the index of the GPU that a backend may use; None for the processor alone."""
+    return None if device == "cpu" else device or 0
+
+
 def parse_backend(text: str) -> tuple[str, str]:
     """Splits `onnxruntime:int8` into name and precision, which is fp32 unless it is named.
 
@@ -83,12 +88,11 @@ def require_precision(bundle: Bundle, precision: str) -> None:
     """
     existing = bundle.manifest.precisions
     if precision not in existing:
-        fix = ""
-        if precision in PRECISIONS:
-            folder = shlex.quote(str(bundle.folder))
+        folder, fix = shlex.quote(str(bundle.folder)), ""
+        if precision == "int8":
+            fix = f"; comask quantize {folder} --calib-data DIR adds them"
+        elif precision in PRECISIONS:
             fix = f"; comask export {folder} --precision {precision} adds them"
-            if precision == "int8":
-                fix = f"; comask quantize {folder} --calib-data DIR adds them"
         raise BundleError(
             f"{bundle.folder}: holds no {precision} graphs, only {', '.join(existing)}{fix}"
         )

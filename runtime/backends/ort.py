@@ -10,13 +10,13 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comask.bundle import Bundle
+from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
-from comask.runtime.backends import LoadOptions
+from comask.runtime.backends import Device, LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class OrtSession:
     def __init__(
         self,
         graph: Path | bytes,
-        device: int | Literal["cpu"] | None = None,
+        device: Device = None,
         *,
         optimized: bool = True,
     ) -> None:
@@ -118,9 +118,7 @@ class OrtSession:
         self._session = None
 
 
-def ort_stages(
-    bundle: Bundle, precision: str, device: int | Literal["cpu"] | None = None
-) -> Stages:
+def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
     """Opens both graphs of a bundle; `OrtSession` explains `device`.
 
     Raises:
@@ -129,7 +127,7 @@ def ort_stages(
     """
     stage1, stage2 = (
         OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
-        for stage in ("stage1", "stage2")
+        for stage in STAGES
     )
     place = "cpu" if stage2.provider == CPU_PROVIDER else f"cuda:{device or 0}"
     return Stages(f"onnxruntime:{precision}", stage1, stage2, device=place)

@@ -149,7 +149,6 @@ def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = 
         stage1=TrtStage(pool, stages["stage1"]),
         stage2=TrtStage(pool, stages["stage2"]),
         largest_batch=min(engine.largest_batch for engine in stages.values()),
-        proposals=proposals,
         device=f"cuda:{device}",
         pool=pool,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from comask.bundle import Bundle, Manifest, update_manifest
-from comask.errors import BackendUnavailableError, BundleError, EngineError, KernelError
+from comask.errors import BackendUnavailableError, BundleError, EngineError, KernelError, one_line
 from comask.preprocess import Pixels
 from comask.progress import Progress
 from comask.runtime.backends import LoadOptions
@@ -144,7 +144,7 @@ def runnable(bundle: Bundle, named: Sequence[str], how: LoadOptions) -> list[str
         except (BackendUnavailableError, BundleError, EngineError, KernelError) as error:
             if named:
                 raise
-            logger.warning("left out: %s: %s", name, " ".join(str(error).split()))
+            logger.warning("left out: %s: %s", name, one_line(error))
         else:
             running.append(name)
     if not running:

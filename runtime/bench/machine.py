@@ -17,7 +17,7 @@ from typing import Any
 
 from comask import __version__
 from comask.errors import ComaskError
-from comask.runtime.backends import Device
+from comask.runtime.backends import Device, gpu_index
 from comask.runtime.device import find_gpu
 
 PACKAGES = (
@@ -83,7 +83,8 @@ def describe_machine(device: Device) -> Machine:
     Args:
         device: the device of `Predictor.load`, whose GPU is described if it exists; `cpu` for none.
     """
-    gpu = None if device == "cpu" else find_gpu(device or 0)
+    index = gpu_index(device)
+    gpu = None if index is None else find_gpu(index)
     return Machine(
         cpu=_cpu(),
         cores=cores(),

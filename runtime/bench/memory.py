@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comask.runtime.backends import LoadOptions
+from comask.runtime.backends import LoadOptions, gpu_index
 from comask.runtime.bench.machine import peak_resident, used_gpu_memory
 from comask.runtime.bench.timing import CAPTURED, fill_slots
 from comask.runtime.predictor import Predictor
@@ -72,7 +72,7 @@ def main() -> None:
     """Runs in the fresh process, and prints its memory as JSON."""
     task = json.loads(sys.argv[1])
     options = LoadOptions(**task["options"])
-    index = None if options.device == "cpu" else options.device or 0
+    index = gpu_index(options.device)
     before = None if index is None else used_gpu_memory(index)
     image = np.random.default_rng(0).integers(0, 256, (*task["size"], 3), dtype=np.uint8)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.errors import ComaskError, ImageError, one_line
-from comask.preprocess import Pixels, decode_image, padded_shape, resized_shape
+from comask.preprocess import Pixels, decode_image, padded_shape, resized_shape, stacked
 from comask.runtime.predictor import Predictor
 from comask.runtime.stream import SLOTS, Future, StreamSession
 
@@ -133,8 +133,7 @@ def timed(predictor: Predictor, images: Sequence[Pixels]) -> tuple[dict[str, flo
     """
     marks = [time.perf_counter()]
     prepared = [predictor.prepare(image) for image in images]
-    canvases = np.stack([image.canvas for image in prepared])
-    sizes = np.array([image.size for image in prepared], dtype=np.int32)
+    canvases, sizes = stacked(prepared)
     marks.append(time.perf_counter())
     stages: dict[str, float] = {}
     outputs = predictor.stages.run(canvases, sizes, seconds=stages)

@@ -120,50 +120,45 @@ def _local(text: str) -> Iterator[str]:
     path = os.path.abspath(text)
     if os.path.isdir(path):
         with os.scandir(path) as entries:
-            files = ((entry.path, entry.name) for entry in entries if not entry.is_dir())
+            files = (entry.path for entry in entries if not entry.is_dir())
             yield from _images(text, files, lambda file: kind_of_file(Path(file)))
     elif os.path.exists(path):
         yield path
     elif not glob.has_magic(text):
         raise ComaskError(f"{text}: no such file or folder")
     else:
-        matches = ((os.path.abspath(match), match.name) for match in match_pattern(text))
-        yield from _images(text, matches, lambda file: _named(PurePath(file).name))
+        yield from _images(text, map(os.path.abspath, match_pattern(text)), _named)
 
 
 def _remote(text: str) -> Iterator[str]:
     fs, path = file_system(text)
     if glob.has_magic(path) and not fs.exists(path):
         matches = (str(match) for match in fs.glob(path) if not fs.isdir(match))
-        files = ((fs.unstrip_protocol(match), PurePath(match).name) for match in matches)
-        yield from _images(text, files, lambda file: _named(PurePath(file).name))
+        yield from _images(text, map(fs.unstrip_protocol, matches), _named)
     elif fs.isdir(path):
-        names = fs.ls(path, detail=False)
-        entries = ((fs.unstrip_protocol(name), PurePath(name).name) for name in names)
-        yield from _images(text, entries, lambda file: kind_from_name(PurePath(file).name))
+        files = map(fs.unstrip_protocol, fs.ls(path, detail=False))
+        yield from _images(text, files, lambda file: kind_from_name(PurePath(file).name))
     elif fs.exists(path):
         yield fs.unstrip_protocol(path)
     else:
         raise ComaskError(f"{text}: no such file or folder")
 
 
-def _named(name: str) -> Kind:
+def _named(address: str) -> Kind:
     """Returns the kind of a file that a pattern names: any file counts as an image but comask's own."""
-    return "result" if kind_from_name(name) == "result" else "image"
+    return "result" if kind_from_name(PurePath(address).name) == "result" else "image"
 
 
-def _images(
-    text: str, files: Iterable[tuple[str, str]], kind_of: Callable[[str], Kind]
-) -> Iterator[str]:
-    """Yields the addresses of those of an input's files, (address, name), that are images."""
+def _images(text: str, addresses: Iterable[str], kind_of: Callable[[str], Kind]) -> Iterator[str]:
+    """Yields the addresses of those of an input's files that are images."""
     passed_over, images = PassedOver(), 0
-    for address, name in files:
+    for address in addresses:
         kind = kind_of(address)
         if kind == "image":
             images += 1
             yield address
         else:
-            passed_over.add(kind, name)
+            passed_over.add(kind, PurePath(address).name)
     for line in passed_over.lines(text):
         logger.warning("%s", line)
     if not images and glob.has_magic(text):

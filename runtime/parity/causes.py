@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,10 +75,9 @@ def altered_weights(model: CoMask, bundle: Bundle, precision: str) -> list[str]:
     """
     import onnx
 
-    from comask.models.backbone import fold_batch_norms
+    from comask.models.comask import folded
 
-    network = deepcopy(model).cpu()
-    fold_batch_norms(network.backbone)  # the graphs have them folded, too
+    network = folded(model).cpu()  # the graphs have BatchNorm folded, too
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     expected = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     limit = LIMITS[precision]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -287,10 +286,9 @@ class ForcedNetwork:
     def __init__(self, model: CoMask) -> None:
         from torch import nn
 
-        from comask.models.backbone import fold_batch_norms
+        from comask.models.comask import folded
 
-        self._model = deepcopy(model).cpu()
-        fold_batch_norms(self._model.backbone)  # the graphs have them folded, too
+        self._model = folded(model).cpu()  # the graphs have BatchNorm folded, too
         self._graph = GraphTensors({}, {}, [])
         self._errors: dict[tuple[Key, Side], float] = {}
         self._uses: Counter[str] = Counter()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from comask.bundle import Bundle
+from comask.bundle import PRECISIONS, Bundle
 from comask.errors import BackendUnavailableError, ComaskError, EngineError, KernelError
 from comask.runtime.predictor import Predictor
-from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, EngineFolder
-
-logger = logging.getLogger(__name__)
+from comask.runtime.trt.engine_folder import find_engines
 
 
 def default_backends(bundle: Bundle) -> tuple[list[str], list[str]]:
@@ -21,14 +18,8 @@ def default_backends(bundle: Bundle) -> tuple[list[str], list[str]]:
     The first backend is the reference. Engines that do not run here are left out.
     """
     graphs = [_name("onnxruntime", precision) for precision in bundle.manifest.precisions]
-    engines = []
-    for description in sorted((bundle.folder / ENGINES).glob(f"*/{DESCRIPTION}")):
-        try:
-            info = EngineFolder.open(description.parent).info
-        except EngineError as error:
-            logger.warning("%s", error)
-            continue
-        engines.append(_name(info.flavor, info.precision))
+    infos = [engines.info for engines in find_engines(bundle)]
+    engines = [_name(info.flavor, info.precision) for info in infos]
     return ["torch", *graphs], list(dict.fromkeys(engines))
 
 
@@ -74,11 +65,10 @@ def precision_of(name: str) -> str:
 
 def looser(a: str, b: str) -> str:
     """Returns the precision of two whose tolerance their comparison takes."""
-    order = ("fp32", "fp16", "int8")
-    known = [order.index(precision) for precision in (a, b) if precision in order]
+    known = [PRECISIONS.index(precision) for precision in (a, b) if precision in PRECISIONS]
     if len(known) < 2:
-        raise ComaskError(f"precisions {a} and {b}: expected two of {', '.join(order)}")
-    return order[max(known)]
+        raise ComaskError(f"precisions {a} and {b}: expected two of {', '.join(PRECISIONS)}")
+    return PRECISIONS[max(known)]
 
 
 def _name(backend: str, precision: str) -> str:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
-
-import numpy as np
 
 from comask.errors import EngineError
 from comask.runtime.backends.base import PROPOSALS, Array
@@ -22,24 +20,29 @@ from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Str
 from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
 
 Lent = TypeVar("Lent")
+Key = TypeVar("Key", bound=Hashable)
 Memory = TypeVar("Memory", DeviceMemory, PinnedMemory)
 
 BEST = {name: f"best {name}" for name in PROPOSALS}  # names of the buffers of the best proposals
+SCRATCH = "scratch memory"  # name of the buffer that the stages share: they run one after the other
 
 
-def grown(
-    allocate: Callable[[int], Memory], held: Memory | None, size: int, stream: Stream
+def grow(
+    held: dict[Key, Memory], key: Key, size: int, allocate: Callable[[int], Memory], stream: Stream
 ) -> Memory:
-    """Returns the held memory if it has `size` bytes, else new memory in its place.
+    """Returns the memory that `held` has for `key`; it is replaced if it has fewer than `size` bytes.
 
     The old memory is freed first, so that both never occupy memory at once.
     """
-    if held is not None and held.size >= size:
-        return held
-    if held is not None:
+    old = held.get(key)
+    if old is not None and old.size >= size:
+        return old
+    if old is not None:
         stream.synchronize()  # also waits for the streams that outputs were lent to
-        held.free()
-    return allocate(max(size, 1))  # CUDA has no empty allocations
+        del held[key]
+        old.free()
+    held[key] = allocate(max(size, 1))  # CUDA has no empty allocations
+    return held[key]
 
 
 class Contexts:
@@ -69,7 +72,6 @@ class Contexts:
         self._proposals = proposals
         # shapes of `PROPOSALS`: as stage 1 writes them, as stage 2 reads them
         self._cuts: dict[str, tuple[Shape, Shape]] = {}
-        self._scratch: DeviceMemory | None = None  # shared: the stages run one after the other
         self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
         # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
@@ -112,19 +114,31 @@ class Contexts:
                 ends.callback(mark.close)
             try:
                 for name, array in feeds.items():
-                    staged = self.host_view(name, array.shape)
-                    staged[...] = array  # converts it to the engine's type
-                    self.stream.copy_in(self.buffers[name], staged)
+                    self.copy_in(name, array)
                 self.enqueue(stages, marks)
-                for name in wanted:
-                    self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+                self.copy_out(wanted, shapes)
             finally:
                 # after an error, too: no memory may be freed while work on it is queued
                 self.stream.synchronize()
             for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
                 assert seconds is not None
                 seconds[stage] = behind.since(before)
-        return {name: self.host_view(name, shapes[name]).copy() for name in wanted}
+        return self.copied_out(wanted, shapes)
+
+    def copy_in(self, name: str, values: Array) -> None:
+        """Queues the copy of an input to the GPU, in the engine's type."""
+        staged = self.host_view(name, values.shape)
+        staged[...] = values
+        self.stream.copy_in(self.buffers[name], staged)
+
+    def copy_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> None:
+        """Queues the copies of tensors to page-locked memory."""
+        for name in names:
+            self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+
+    def copied_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Array]:
+        """Returns what `copy_out` copied, once that is done, in arrays that belong to the caller."""
+        return {name: self.host_view(name, shapes[name]).copy() for name in names}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
         """Returns the names of the last stage's outputs."""
@@ -155,8 +169,8 @@ class Contexts:
                 if self._proposals is not None and stage != stages[-1]:
                     shapes |= self._cut(shapes)
             for name in (*staged, *self.output_names(stages)):
-                held, size = self._staging.pop(name, None), self._size(name, shapes[name])
-                self._staging[name] = grown(self._device.pinned, held, size, self.stream)
+                size = self._size(name, shapes[name])
+                grow(self._staging, name, size, self._device.pinned, self.stream)
         except EngineError:
             self._shapes.clear()  # memory for them may be missing
             raise
@@ -228,9 +242,8 @@ class Contexts:
         for name, shape in shapes.items():
             self._make_room(name, self._size(name, shape))
         if manages_memory(self._flavor.trt):
-            held, self._scratch = self._scratch, None
-            size = int(self._contexts[stage].update_device_memory_size_for_shapes())
-            self._scratch = grown(self._device.memory, held, size, self.stream)
+            size = self._contexts[stage].update_device_memory_size_for_shapes()
+            self._make_room(SCRATCH, int(size))
         self._shapes[stage] = shapes
 
     def _set_addresses(self, stage: str) -> None:
@@ -238,21 +251,18 @@ class Contexts:
         names = list(self._shapes[stage])
         own = stage == "stage2" and self._cuts
         addresses = [self.buffers[BEST[n] if own and n in BEST else n].address for n in names]
-        if self._scratch is not None:
-            addresses.append(self._scratch.address)
+        scratch = self.buffers.get(SCRATCH)
+        if scratch is not None:
+            addresses.append(scratch.address)
         if self._addresses.get(stage) == addresses:
             return
         self._flavor.clear()
         for name, address in zip(names, addresses, strict=False):
             taken = self._contexts[stage].set_tensor_address(name, address)
             self._must(taken, f"{stage}: address of {name}")
-        if self._scratch is not None:
-            self._contexts[stage].set_device_memory(self._scratch.address, self._scratch.size)
+        if scratch is not None:
+            self._contexts[stage].set_device_memory(scratch.address, scratch.size)
         self._addresses[stage] = addresses
-
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """Returns a tensor's type."""
-        return self._specs[name].dtype
 
     def _size(self, name: str, shape: Shape) -> int:
         return math.prod(shape) * self._specs[name].dtype.itemsize
@@ -263,8 +273,7 @@ class Contexts:
         return staged.view(self._specs[name].dtype).reshape(shape)
 
     def _make_room(self, name: str, size: int) -> None:
-        held = self.buffers.pop(name, None)
-        self.buffers[name] = grown(self._device.memory, held, size, self.stream)
+        grow(self.buffers, name, size, self._device.memory, self.stream)
 
     def _must(self, succeeded: Any, what: str) -> None:
         if not succeeded:
@@ -277,11 +286,9 @@ class Contexts:
         self.stream.close()
         for memory in self.buffers.values():
             memory.free()
-        if self._scratch is not None:
-            self._scratch.free()
         for staged in self._staging.values():
             staged.free()
-        self.buffers, self._staging, self._scratch = {}, {}, None
+        self.buffers, self._staging = {}, {}
 
 
 class ContextPool:
@@ -352,8 +359,8 @@ class ContextPool:
     def _made(self, make: Callable[..., Lent]) -> Lent:
         if not self._free.alive:
             raise RuntimeError("this backend is closed")
-        self._all.append(make(*self._parts))
-        made: Lent = self._all[-1]
+        made = make(*self._parts)
+        self._all.append(made)
         return made
 
     def take_back(self, lent: Any) -> None:
@@ -382,8 +389,8 @@ def _free_all(
     """Frees everything in the order that TensorRT requires: contexts, engines, runtime."""
     with device:
         idle.clear()
-        for contexts in made:
-            contexts.close()
+        for lent in reversed(made):  # lanes before the stream that they wait for
+            lent.close()
         made.clear()
         for engine in engines.values():
             engine.close()

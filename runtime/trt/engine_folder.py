@@ -20,6 +20,7 @@ it found nor what it expected.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -257,6 +258,13 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
     return ""
 
 
+def why_not_proved(info: EngineInfo, gpu: Gpu | None) -> str:
+    """Returns why engines cannot run here and thus cannot be verified; empty if they can."""
+    if reason := why_not_on(info, gpu):
+        return reason
+    return "" if importlib.util.find_spec("pycuda") else "pycuda is not installed"
+
+
 def rebuild_arguments(
     bundle: Path, info: EngineInfo, profile: Mapping[str, tuple[int, int, int]]
 ) -> list[str]:
@@ -279,8 +287,7 @@ def rebuild_arguments(
 
 def rebuild_command(folder: EngineFolder) -> str:
     """Returns the command that builds the engines again, for a message."""
-    arguments = rebuild_arguments(_bundle(folder), folder.info, folder.info.profile)
-    return shlex.join(["comask", "build", *arguments])
+    return _command(folder, folder.info.profile)
 
 
 def widening_command(folder: EngineFolder, tensor: str, shape: tuple[int, ...]) -> str:
@@ -292,6 +299,10 @@ def widening_command(folder: EngineFolder, tensor: str, shape: tuple[int, ...]) 
     for name, size in _sizes(tensor, shape).items():
         least, best, largest = profile[name]
         profile[name] = (min(least, size), best, max(largest, size))
+    return _command(folder, profile)
+
+
+def _command(folder: EngineFolder, profile: Mapping[str, tuple[int, int, int]]) -> str:
     arguments = rebuild_arguments(_bundle(folder), folder.info, profile)
     return shlex.join(["comask", "build", *arguments])
 

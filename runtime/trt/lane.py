@@ -78,14 +78,12 @@ class TrtLane(Contexts):
             self._batch, self._tensors, self._bitmaps = batch, {}, {}
             try:
                 self._done.synchronize()  # bitmaps may have been queued since the batch was done
-                for reader in list(self._readers):
-                    self._readers.discard(reader)  # one that fails is not asked for again
-                    self.stream.wait_for(reader)
+                while self._readers:
+                    self.stream.wait_for(self._readers.pop())
                 self._tensors = self.reserve(STAGES, fed, fed if on_host else ("image_sizes",))
                 self.stream.wait_for(self._intake.handle)
-                sizes = self.host_view("image_sizes", (count, 2))
-                sizes[...] = [placement.size for placement in batch.placements]
-                self.stream.copy_in(self.buffers["image_sizes"], sizes)
+                sizes = [placement.size for placement in batch.placements]
+                self.copy_in("image_sizes", np.array(sizes, np.int32))
                 for place in range(count):
                     self._make_canvas(batch, place)
                 self._read.record(self.stream)
@@ -101,7 +99,7 @@ class TrtLane(Contexts):
                 self._drop_graph()  # contexts may have been told other shapes
                 raise
             batch.kept = {
-                name: (self.buffers[name].address, self._tensors[name], self.dtype(name))
+                name: (self.buffers[name].address, self._tensors[name], self._specs[name].dtype)
                 for name in self.output_names(STAGES)
             }
 
@@ -176,11 +174,10 @@ class TrtLane(Contexts):
         names = self.output_names(STAGES)
         with self._changing, self._device:
             self.check_open()
-            for name in names:
-                self.stream.copy_out(self.host_view(name, self._tensors[name]), self.buffers[name])
+            self.copy_out(names, self._tensors)
             self.stream.synchronize()
             edges = self._masks.fetch_edges(batch, self._tensors["masks"]) if batch.rle else None
-            return {n: self.host_view(n, self._tensors[n]).copy() for n in names}, edges
+            return self.copied_out(names, self._tensors), edges
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
         """Returns the batch's outputs by name, borrowed until the lane starts the next batch."""
@@ -231,14 +228,8 @@ class TrtLane(Contexts):
         """Waits for the batch and copies one of its outputs."""
         with self._changing:
             self._check_holds(batch)
-            return self._copied(array)
-
-    def _copied(self, array: SharedArray) -> SharedArray:
-        with self._device:
-            memory = self._device.memory(max(1, array.dtype.itemsize * int(np.prod(array.shape))))
-            self.stream.copy_over(memory, array.address)
-            self.stream.synchronize()
-        return CopiedMemory(self._device, memory).shared(array)
+            with self._device:
+                return copied(self._device, self.stream, array)
 
     def _check_holds(self, batch: Batch) -> None:
         if self._closed:
@@ -314,10 +305,19 @@ class CopiedMemory:
     def copy(self, array: SharedArray) -> SharedArray:
         """Copies the memory."""
         with self._device:
-            memory, stream = self._device.memory(self._memory.size), self._device.stream()
-            stream.copy_over(memory, self._memory.address)
-            stream.close()
-        return CopiedMemory(self._device, memory).shared(array)
+            stream = self._device.stream()
+            try:
+                return copied(self._device, stream, array)
+            finally:
+                stream.close()
+
+
+def copied(device: Device, stream: Stream, array: SharedArray) -> SharedArray:
+    """Copies an array on the GPU behind the stream's work, and waits; use it inside `with device:`."""
+    memory = device.memory(max(1, array.dtype.itemsize * int(np.prod(array.shape))))
+    stream.copy_over(memory, array.address)
+    stream.synchronize()
+    return CopiedMemory(device, memory).shared(array)
 
 
 def _free(device: Device, memory: DeviceMemory) -> None:

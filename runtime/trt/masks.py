@@ -12,7 +12,7 @@ from comask.kernels import run
 from comask.kernels.launch import Launch, MaskLaunches
 from comask.runtime.device import Device, DeviceMemory, PinnedMemory, Stream
 from comask.runtime.lanes import Batch, Edges
-from comask.runtime.trt.contexts import grown
+from comask.runtime.trt.contexts import grow
 from comask.runtime.trt.engine import Shape
 
 INPUTS = ("masks", "boxes", "num_detections")  # the kernels' inputs by stage 2's names
@@ -32,7 +32,7 @@ class LaneMasks:
     def __init__(self, device: Device, stream: Stream, outputs: Mapping[str, DeviceMemory]) -> None:
         self._device, self._stream, self._outputs = device, stream, outputs
         self._buffers: dict[tuple[str, int], DeviceMemory] = {}  # by content and the frame's place
-        self._staging: PinnedMemory | None = None
+        self._staging: dict[str, PinnedMemory] = {}
         self._capacity = 0  # the number of edges for which each frame has room
 
     def paste(self, batch: Batch, place: int, masks: Shape) -> tuple[int, Shape]:
@@ -67,15 +67,13 @@ class LaneMasks:
             probs, boxes, found = self._inputs(place, masks)
             self._launch(launches.edge_counts(), [probs, boxes, found], counts)
             self._launch(launches.edges(self._capacity), [probs, boxes, counts.address], edges)
-        held, self._staging = self._staging, None
         needed = INT * len(widths) * (count + self._capacity)
-        self._staging = grown(self._device.pinned, held, needed, self._stream)
+        grow(self._staging, "edges", needed, self._device.pinned, self._stream)
 
     def fetch_edges(self, batch: Batch, masks: Shape) -> list[Edges]:
         """Waits for `find_edges` and returns its edges in arrays that belong to the caller."""
-        assert self._staging is not None
         frames, count = len(batch.frames), masks[1]
-        staged = self._staging.bytes.view(np.int32)
+        staged = self._staging["edges"].bytes.view(np.int32)
         counts = staged[: frames * count].reshape(frames, count)
         self._copy_out("counts", list(counts))
         totals = counts.sum(axis=1).tolist()
@@ -106,18 +104,15 @@ class LaneMasks:
         run.on_gpu(launch, inputs, output.address, self._stream.handle)
 
     def _room(self, content: str, place: int, size: int) -> DeviceMemory:
-        held = self._buffers.pop((content, place), None)
-        memory = grown(self._device.memory, held, size, self._stream)
-        self._buffers[content, place] = memory
-        return memory
+        return grow(self._buffers, (content, place), size, self._device.memory, self._stream)
 
     def close(self) -> None:
         """Frees all memory; no queued work may use it."""
         for memory in self._buffers.values():
             memory.free()
-        if self._staging is not None:
-            self._staging.free()
-        self._buffers, self._staging = {}, None
+        for staged in self._staging.values():
+            staged.free()
+        self._buffers, self._staging = {}, {}
 
 
 def _launches(batch: Batch, place: int, masks: Shape) -> MaskLaunches:

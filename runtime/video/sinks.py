@@ -51,32 +51,24 @@ class JsonLines(Closing):
     wants_rle = True  # see `Sink`
 
     def __init__(self, path: Path) -> None:
-        self._path, self._end = path, 0
-        try:
+        self._end, self._writing = 0, _Writing(path)
+        with self._writing:
             self._file = path.open("wb", buffering=0)  # Each line is one system call.
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def add(
         self, frame: SourceFrame, found: Detections, track_ids: NDArray[np.int64] | None
     ) -> None:
         """Writes one frame's line."""
         line = f"{json.dumps(frame_results(frame, found, track_ids))}\n".encode()
-        try:
+        with self._writing:
             if self._file.write(line) < len(line):  # for example, because the disk is full
                 self._file.truncate(self._end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._end += len(line)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self._end += len(line)
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def _unwritable(self, error: OSError) -> ComaskError:
-        kind = ComaskError if is_folder_fault(error) else VideoError
-        return kind(f"{self._path}: cannot be written: {error.strerror or error}")
 
 
 def frame_results(
