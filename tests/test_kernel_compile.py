@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from comask.errors import KernelError
+from comask.errors import KernelError, KernelUnavailableError
 from comask.kernels import compile, launch, run
 from comask.models.nms import sorted_nms
 from comask.models.roi_align import LEVEL_FACTORS, pyramid_roi_align
@@ -38,7 +38,7 @@ NVCC = shutil.which("nvcc")
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COMASK_CACHE", str(tmp_path))
-    caches = (compile._cache_folder, compile.host_library, run.available)
+    caches = (compile._cache_folder, compile.host_library, compile._warn_once, run.available)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path / "kernels"
@@ -93,6 +93,38 @@ def test_nvrtcs_errors_are_passed_on(nvrtc: None, empty_cache: Path) -> None:
     with pytest.raises(KernelError, match=r"sm_70: .*gpu-architecture"):
         compile.cubin("sorted_nms", 70)
     assert list(empty_cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["NVRTC", "nvcc"])
+def test_a_gpu_newer_than_the_compiler_gets_ptx(
+    compiler: str,
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if compiler == "NVRTC":
+        pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+        if NVCC is None:
+            pytest.skip("nvcc is not installed")
+    assert compile.gpu_module("sorted_nms", 90).startswith(b"\x7fELF")
+    assert caplog.messages == []
+    known = compile._cuda_compiler().capabilities
+    oldest, newest = min(known), max(known)
+    for capability, nearest in ((newest + 1, newest), (newest + 700, newest), (99, 90)):
+        caplog.clear()
+        for _ in range(2):  # the second time, nothing is said
+            text = compile.gpu_module("sorted_nms", capability)
+            assert f"\n.target sm_{nearest}\n".encode() in text
+        dotted = f"{capability // 10}.{capability % 10}"
+        (message,) = caplog.messages
+        assert message.startswith(compiler)
+        assert f"does not know compute capability {dotted}, so the driver compiles" in message
+        assert compile.ptx("sorted_nms", capability) == text  # plugins of plans take the same
+    told = rf"capability 1\.0: {compiler}.* supports {oldest // 10}\.{oldest % 10} and newer"
+    with pytest.raises(KernelUnavailableError, match=told):
+        compile.gpu_module("sorted_nms", 10)
 
 
 @pytest.mark.parametrize("kind", [compile.cubin, compile.ptx])

@@ -77,10 +77,14 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return os.environ | {"LD_LIBRARY_PATH": str(folder), "STANDIN_KERNELS": ":".join(kernels)}
 
 
-def test_kernels_get_their_arguments_grid_and_stream(standin: dict[str, str]) -> None:
+# The second GPU is newer than every compiler.
+@pytest.mark.parametrize(("capability", "warnings"), [("89", 0), ("999", 1)])
+def test_kernels_get_their_arguments_grid_and_stream(
+    capability: str, warnings: int, standin: dict[str, str]
+) -> None:
     out = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", SCRIPT],
-        env=standin,
+        env=standin | {"STANDIN_CAPABILITY": capability},
         capture_output=True,
         text=True,
         cwd="/",
@@ -88,6 +92,8 @@ def test_kernels_get_their_arguments_grid_and_stream(standin: dict[str, str]) ->
     first, *rest = out.stdout.splitlines() or [""]
     assert "no CUDA context is current" in first, out.stderr
     assert rest == ["3 launches of 2 modules True"], out.stderr
+    assert len(out.stderr.splitlines()) == warnings
+    assert out.stderr.count("does not know compute capability 99.9") == warnings
 
 
 def test_no_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

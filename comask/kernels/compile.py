@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +39,30 @@ PTX_VERSIONS = {
 }  # fmt: skip
 FOLDER = Path(__file__).parent
 
+logger = logging.getLogger(__name__)
+
+
+def gpu_module(source: str, capability: int) -> bytes:
+    """Compiles a kernel to a module that the driver loads on a GPU of this compute capability.
+
+    That is a cubin. If the GPU is newer than the compiler, it is PTX for the newest capability that the
+    compiler knows, which the driver compiles for the GPU; a warning says so once.
+
+    Raises:
+        KernelUnavailableError: when neither NVRTC nor nvcc is installed, or the GPU is older than all
+            that the compiler supports.
+        KernelError: when the compiler reports an error.
+    """
+    compiler = _cuda_compiler()
+    nearest = compiler.nearest(capability)
+    if nearest == capability:
+        return cubin(source, capability)
+    _warn_once(
+        f"{compiler.name} does not know compute capability {_dotted(capability)}, so the driver compiles "
+        f"the kernels from PTX for {_dotted(nearest)} at loading; a newer NVRTC or nvcc avoids that"
+    )
+    return ptx(source, nearest)
+
 
 def cubin(source: str, capability: int) -> bytes:
     """Compiles a kernel for GPUs of one compute capability (90 for 9.0).
@@ -51,12 +77,16 @@ def cubin(source: str, capability: int) -> bytes:
 def ptx(source: str, capability: int) -> bytes:
     """Compiles a kernel to PTX for GPUs of at least this capability, for the oldest possible drivers.
 
+    If the compiler does not know the capability, the PTX is for the newest one below it that it knows.
+
     Raises:
-        KernelUnavailableError: when neither NVRTC nor nvcc is installed.
-        KernelError: when the compiler does not know the capability, or reports an error.
+        KernelUnavailableError: when neither NVRTC nor nvcc is installed, or the capability is older than
+            all that the compiler supports.
+        KernelError: when the compiler reports an error.
     """
-    text = _cuda(source, f"compute_{capability}", "ptx")
-    version = PTX_VERSIONS.get(capability)
+    nearest = _cuda_compiler().nearest(capability)
+    text = _cuda(source, f"compute_{nearest}", "ptx")
+    version = PTX_VERSIONS.get(nearest)
     if version is None:
         return text
     return re.sub(rb"\.version \S+", f".version {version}".encode(), text, count=1)
@@ -111,32 +141,72 @@ def entries(source: str) -> list[str]:
 
 
 def _cuda(source: str, architecture: str, kind: str) -> bytes:
-    """Compiles a source to a cubin or PTX with NVRTC or, without it, nvcc."""
+    """Compiles a source to a cubin or PTX."""
+    compiler = _cuda_compiler()
+
+    def build(target: Path) -> None:
+        compiler.build(source, architecture, kind, target)
+
+    return _cached(source, architecture, f".{kind}", (compiler.name,), build).read_bytes()
+
+
+@dataclass(frozen=True)
+class _CudaCompiler:
+    """NVRTC or nvcc.
+
+    Attributes:
+        name: its name and version.
+        capabilities: the compute capabilities that it knows.
+        build: compiles a source for an architecture to a "cubin" or "ptx" and writes that file.
+    """
+
+    name: str
+    capabilities: tuple[int, ...]
+    build: Callable[[str, str, str, Path], None]
+
+    def nearest(self, capability: int) -> int:
+        """Returns the newest known capability whose PTX runs on a GPU of this one."""
+        usable = [known for known in self.capabilities if known <= capability]
+        if not usable:
+            raise KernelUnavailableError(
+                f"the kernels cannot be compiled for compute capability {_dotted(capability)}: "
+                f"{self.name} supports {_dotted(min(self.capabilities))} and newer; "
+                "install an NVRTC or nvcc of a CUDA version that supports this GPU"
+            )
+        return max(usable)
+
+
+def _cuda_compiler() -> _CudaCompiler:
+    """Returns NVRTC or, without it, nvcc."""
     try:
         nvrtc = import_module("cuda.bindings.nvrtc")
         _, major, minor = nvrtc.nvrtcVersion()
-        version = f"NVRTC {major}.{minor}"
+        _, known = nvrtc.nvrtcGetSupportedArchs()
     except (ImportError, OSError, RuntimeError) as error:
         # Without the library, cuda-bindings raises RuntimeError at the first call.
-        compiler = shutil.which("nvcc")
-        if compiler is None:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
             raise KernelUnavailableError(
                 f"no CUDA compiler: cuda.bindings.nvrtc says {error!r} and nvcc is not on PATH; "
                 "pip install 'comask[gpu]' nvidia-cuda-nvrtc, or install the CUDA toolkit"
             ) from error
-        nvcc, version = compiler, _run([compiler, "--version"])
+        return _nvcc(nvcc)
 
-        def build(target: Path) -> None:
-            code = str(FOLDER / f"{source}.cu")
-            _run(
-                [nvcc, f"--{kind}", f"-arch={architecture}", *CUDA_OPTIONS, code, "-o", str(target)]
-            )
-    else:
+    def build(source: str, architecture: str, kind: str, target: Path) -> None:
+        target.write_bytes(_by_nvrtc(nvrtc, source, architecture, kind))
 
-        def build(target: Path) -> None:
-            target.write_bytes(_by_nvrtc(nvrtc, source, architecture, kind))
+    return _CudaCompiler(f"NVRTC {major}.{minor}", tuple(known), build)
 
-    return _cached(source, architecture, f".{kind}", (version,), build).read_bytes()
+
+def _nvcc(nvcc: str) -> _CudaCompiler:
+    version = re.search(r"\bV[\d.]+", _run([nvcc, "--version"]))
+    known = re.findall(r"^compute_(\d+)$", _run([nvcc, "--list-gpu-arch"]), flags=re.MULTILINE)
+
+    def build(source: str, architecture: str, kind: str, target: Path) -> None:
+        code = str(FOLDER / f"{source}.cu")
+        _run([nvcc, f"--{kind}", f"-arch={architecture}", *CUDA_OPTIONS, code, "-o", str(target)])
+
+    return _CudaCompiler(f"nvcc {version[0] if version else ''}", tuple(map(int, known)), build)
 
 
 def _by_nvrtc(nvrtc: Any, source: str, architecture: str, kind: str) -> bytes:
@@ -215,6 +285,15 @@ def _cpu() -> str:
         return platform.machine() + platform.processor()
     names = ("model name", "flags", "Features", "CPU part")
     return platform.machine() + "".join(sorted({x for x in lines if x.startswith(names)}))
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _run(command: list[str]) -> str:

@@ -165,7 +165,7 @@ def _module(context: int, source: str) -> ctypes.c_void_p:
             _call("cuCtxGetDevice", ctypes.byref(device))
             _call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, device)
             _call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, device)
-            image = compile.cubin(source, 10 * major.value + minor.value)
+            image = compile.gpu_module(source, 10 * major.value + minor.value)
             module = ctypes.c_void_p()
             _call("cuModuleLoadData", ctypes.byref(module), image)
             _modules[context, source] = module
