@@ -175,6 +175,59 @@ def test_a_signal_leaves_whole_files(
     assert float(last) == pytest.approx(lines[-1]["time"], abs=2)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    micro_bundle: Path, tmp_path: Path, suffix: str
+) -> None:
+    clip = make_clip(
+        tmp_path / f"a.{suffix}", pictures(30), audio="aac" if suffix == "mp4" else "mp2"
+    )
+    overlay = tmp_path / "out" / f"a.{suffix}.overlay.{suffix}"
+    overlay.parent.mkdir()
+    overlay.with_name(f".{overlay.name}.tmp").symlink_to("/dev/full")  # where it is written
+    done = subprocess.run(
+        [sys.executable, "-c", "from comask.cli.infer import main; main()", str(micro_bundle),
+         str(clip), str(clip), "--output", str(overlay.parent), "--save", "overlay"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {overlay}: cannot be written: No space left on device"
+    )
+    assert "Traceback" not in done.stderr
+    assert list(overlay.parent.iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+from comask.cli.infer import main
+main()
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])  # the header, a picture, the index at the end
+def test_an_overlay_that_cannot_grow_is_that_videos_problem(
+    micro_bundle: Path, tmp_path: Path, share: float
+) -> None:
+    clip = make_clip(tmp_path / "a.mp4", pictures(30))
+    small = make_clip(tmp_path / "b.mp4", pictures(2), audio=None)
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    assert run("infer", micro_bundle, clip, "--output", whole, "--save", "overlay").exit_code == 0
+    size = (whole / "a.mp4.overlay.mp4").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(max(16, int(share * size))), str(micro_bundle),
+         str(clip), str(small), "--output", str(output), "--save", "overlay"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"{output / 'a.mp4.overlay.mp4'}: cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    written = ["b.mp4.overlay.mp4"] if share else []
+    assert [path.name for path in output.iterdir()] == written
+
+
 MEMORY = """
 import sys
 from pathlib import Path

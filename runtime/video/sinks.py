@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -182,15 +183,17 @@ class OverlayWriter(Closing):
             self._output.mux(self._video.encode(picture))
 
     def close(self) -> None:
-        """Completes the file. Without any frame, no file is written."""
+        """Completes the file; writes none without any frame, or after an error in writing."""
         try:
+            if self._size is None or self._writing.failed:
+                with contextlib.suppress(Exception):  # `add` has raised the error to report.
+                    self._output.close()
+                return
             with self._writing:
-                if self._size is not None:
-                    self._copy_audio()
-                    self._output.mux(self._video.encode(None))
+                self._copy_audio()
+                self._output.mux(self._video.encode(None))
                 self._output.close()
-                if self._size is not None:
-                    self._part.replace(self.path)
+                self._part.replace(self.path)
         finally:
             self._part.unlink(missing_ok=True)
 
@@ -252,15 +255,21 @@ def _takes(container: str, audio: AudioStream) -> bool:
 
 
 class _Writing:
-    """A context manager that turns every exception in its block into one that names the file."""
+    """A context manager that turns every exception in its block into one that names the file.
+
+    Attributes:
+        failed: whether there was an exception. FFmpeg must then write nothing more: a process that
+            writes a header again after the disk was full ends with a segmentation fault.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.failed = path, False
 
     def __enter__(self) -> None:
         """Does nothing."""
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.failed = self.failed or error is not None
         if isinstance(error, Exception) and not isinstance(error, ComaskError):
             raise (ComaskError if is_folder_fault(error) else VideoError)(
                 f"{self._path}: cannot be written: {reason(error)}"
