@@ -25,7 +25,7 @@ from comask.errors import (
     one_line,
 )
 from comask.evaluate import ap_text
-from comask.kernels.compile import cubin, host_library
+from comask.kernels.compile import gpu_module, host_library
 from comask.kernels.launch import FRAME, MASKS, NMS, ROI_ALIGN
 from comask.runtime.device import find_gpu, find_gpu_or_reason
 from comask.runtime.trt.engine import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
@@ -209,7 +209,7 @@ def _cuda_kernels() -> str:
     capability = gpu.capability if gpu else FALLBACK_CAPABILITY
     try:
         for source in KERNELS:
-            cubin(source, capability)
+            gpu_module(source, capability)
     except KernelError as error:
         fix = "pip install 'comask[gpu]', or put the CUDA toolkit's nvcc on PATH"
         raise _Advice("broken" if gpu else "absent", error, fix) from error

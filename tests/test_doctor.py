@@ -106,6 +106,13 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "onnxruntime-gpu" in finding("onnxruntime").fix
 
 
+def test_a_gpu_that_no_compiler_knows_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    gpu = SimpleNamespace(name="next", capability=999, driver=99000, memory=2**37)
+    monkeypatch.setattr(doctor, "find_gpu", lambda index=0: gpu)
+    assert finding("kernels for the GPU").status == "ok"
+
+
 def test_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_compile.host_library.cache_clear()
     monkeypatch.delenv("CXX", raising=False)
