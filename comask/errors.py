@@ -56,6 +56,10 @@ class EngineError(ComaskError, RuntimeError):
     """A TensorRT engine that cannot be built, loaded or trusted."""
 
 
+class UnsupportedGpuError(EngineError):
+    """A TensorRT engine that is in order, but whose TensorRT does not support this GPU or driver."""
+
+
 class JobError(ComaskError, ValueError):
     """A job's folder that holds another job, or whose job cannot be continued."""
 

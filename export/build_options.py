@@ -55,6 +55,11 @@ def check_options(flavor: Flavor, plugin: str, options: BuildOptions, gpu: Gpu |
     if plugin == "aot":
         check_aot(flavor)
     if flavor.name == "tensorrt":
+        if plugin == "python" and options.version_compatible:
+            raise EngineError(
+                "--version-compatible with --plugin python: later versions would run the plan in a lean "
+                "runtime, and nothing documents that it finds plugins in Python; use --plugin aot or none"
+            )
         if gpu is None:
             raise EngineError(
                 "tensorrt tunes its plans on a GPU, and this machine has none; build on the machine "

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from comask import __version__
 from comask.bundle import STAGES, Bundle, graph_file, scratch_folder, sha256
-from comask.errors import EngineError
+from comask.errors import EngineError, UnsupportedGpuError
 from comask.export.build_options import BuildOptions, Profile, check_options
 from comask.export.engine_process import PlanRequest, build_in_process
 from comask.export.layer_precision import asked_precisions, check_precisions
@@ -35,6 +35,7 @@ from comask.runtime.trt.engine_folder import (
     TIMING_CACHE,
     EngineFolder,
     EngineInfo,
+    leak_of,
     why_not_proved,
 )
 from comask.runtime.trt.ops import kernels_sha256
@@ -92,6 +93,8 @@ def build_engines(
     flavor, gpu = load_flavor(request.flavor), find_gpu()
     check_options(flavor, request.plugin, request.options, gpu)
     info = _describe(bundle, request, flavor, gpu)
+    if leak := leak_of(info):
+        report(f"warning: {leak}")
     folder = bundle.folder / ENGINES / info.folder_name
     if folder.exists() and not rebuild:  # First of all, since it also works on a read-only disk.
         return _existing(folder, info, report)
@@ -127,7 +130,7 @@ def _build_both(
     for stage in STAGES:
         report(f"building {stage} for {info.flavor} {info.version}, {info.precision}")
         step = functools.partial(progress, stage)
-        info = _build_stage(bundle, info, stage, work, finished, step)
+        info = _build_stage(bundle, info, stage, work, finished, report, step)
     return EngineFolder(finished, info)
 
 
@@ -143,7 +146,10 @@ def _proved(
     if images is None or reason:
         return dataclasses.replace(engines.info, verification={"not_run": reason})
     report("comparing the engines with PyTorch")
-    proof = prove_engines(bundle, engines, images())
+    try:
+        proof = prove_engines(bundle, engines, images())
+    except UnsupportedGpuError as error:  # They may be right for other machines.
+        proof = {"not_run": str(error)}
     return dataclasses.replace(engines.info, verification=proof)
 
 
@@ -237,6 +243,7 @@ def _build_stage(
     stage: str,
     work: Path,
     finished: Path,
+    report: Report,
     progress: Callable[[str, float], None],
 ) -> EngineInfo:
     """Builds one plan into `finished`; returns `info` with the results of the build."""
@@ -256,6 +263,8 @@ def _build_stage(
     )
     built = build_in_process(request, work, progress)
     layers = check_precisions(asked_precisions(model), built.network, built.engine)
+    for name, precision in layers.differing.items():
+        report(f"warning: {stage}: the engine seems to run {name} in {precision}")
     return dataclasses.replace(
         info,
         plans=info.plans | {stage: sha256(plan)},

@@ -268,6 +268,9 @@ def _apply_options(flavor: Flavor, config: Any, options: BuildOptions) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)  # Its 10 bits of mantissa are fewer than fp32 promises.
     # With full names, the inspector tells which layer has which precision.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if flavor.name == "tensorrt-rtx" and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # Without it, TensorRT-RTX may allocate while it runs, which a CUDA graph's capture forbids.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for place, capability in enumerate(options.compute_capabilities):

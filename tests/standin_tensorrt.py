@@ -4,7 +4,8 @@ It has what our runtime calls, and refuses what TensorRT would refuse or crash a
 shapes outside the profile, addresses that are null, unaligned, too small or not the device's, contexts
 without scratch memory, engines whose plugins are not registered, objects that die in the wrong order,
 threads without a CUDA context. Work is queued on the stand-in driver's streams (standin_cuda.c) and done
-when they are synchronised. `write_plan` makes a plan; `install` puts this module in a real one's place.
+when they are synchronised; on a real driver's, a worker does it (standin_worker.py). `write_plan` makes a
+plan; `install` puts this module in a real one's place.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
+import standin_worker
 
 __version__ = "10.99.0"
 
@@ -32,6 +34,7 @@ Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 alive: dict[str, int] = {"runtime": 0, "engine": 0, "context": 0}
 failures: list[str] = []  # what went wrong where no exception can get out
+tells_scratch = True  # whether contexts say how much scratch memory their shapes need
 calls: list[str] = []  # of functions that cost time on a real TensorRT
 
 
@@ -39,7 +42,9 @@ def install(flavor: str = "tensorrt") -> None:
     """Makes `import tensorrt` (or `tensorrt_rtx`, which has more) give this module."""
     module = sys.modules[__name__]
     if flavor == "tensorrt_rtx":
-        module.IRuntimeCache = RuntimeCache  # type: ignore[attr-defined]
+        import standin_rtx
+
+        standin_rtx.add_to(module)
     sys.modules[flavor] = module
 
 
@@ -188,6 +193,7 @@ class Engine(Lifetime):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.log, self.profile, self.profile_taken = log, profile, False
+        self.graph = str(graph)
         self.session = onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"]
         )
@@ -233,56 +239,26 @@ class Engine(Lifetime):
         for name, result in zip(names, self.session.run(names, feeds), strict=True):
             arrays[name][...] = result
 
-    def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+    @property
+    def device_memory_size_v2(self) -> int:
+        return self.get_device_memory_size_for_profile_v2(0)
+
+    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
+        assert index == 0
+        return SCRATCH_A_PIXEL * max(math.prod(largest) for _, _, largest in self.profile.values())
 
     def create_execution_context(
-        self, how: Any = ExecutionContextAllocationStrategy.STATIC
+        self, strategy: Any = ExecutionContextAllocationStrategy.STATIC
     ) -> IExecutionContext:
-        cache = None
-        if isinstance(how, RuntimeConfig):
-            how, cache = how.strategy, how.cache
-        return IExecutionContext(self, how, cache)
-
-
-class RuntimeConfig:
-    """Stands in for TensorRT-RTX's `IRuntimeConfig`."""
-
-    def __init__(self) -> None:
-        self.strategy = ExecutionContextAllocationStrategy.STATIC
-        self.cache: RuntimeCache | None = None
-
-    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.strategy = strategy
-
-    def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache()
-
-    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
-        self.cache = cache
-        return True
-
-
-class RuntimeCache:
-    """Holds the input shapes that were ever compiled for."""
-
-    def __init__(self) -> None:
-        self.compiled: set[str] = set()
-
-    def serialize(self) -> bytes:
-        return "\n".join(sorted(self.compiled)).encode()
-
-    def deserialize(self, data: bytes) -> bool:
-        self.compiled = set(data.decode().splitlines())
-        return True
+        return IExecutionContext(self, strategy)
 
 
 class IExecutionContext(Lifetime):
     kind = "context"
 
-    def __init__(self, engine: Engine, strategy: Any, cache: RuntimeCache | None) -> None:
+    def __init__(self, engine: Engine, strategy: Any) -> None:
         super().__init__()
-        self.engine, self.cache = engine, cache
+        self.engine = engine
         self.user_managed = strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -290,6 +266,7 @@ class IExecutionContext(Lifetime):
         self.known_outputs: dict[Any, dict[str, tuple[int, ...]]] = {}
         self.queued: list[Any] = []  # callbacks must outlive their call
         self.captured: list[Any] = []
+        self.jobs: dict[Any, standin_worker.Job] = {}
         # the first context of an engine gets its profile unasked
         self.active_optimization_profile = -1 if engine.profile_taken else 0
         engine.profile_taken = True
@@ -337,7 +314,22 @@ class IExecutionContext(Lifetime):
 
     def update_device_memory_size_for_shapes(self) -> int:
         assert not self.infer_shapes(), "the scratch memory's size without input shapes"
+        if standin_worker.wanted(driver):
+            self._job()  # made here, since a capture allows no page-locking
+        return self._needed() if tells_scratch else 0
+
+    def _needed(self) -> int:
         return SCRATCH_A_PIXEL * max(math.prod(shape) for shape in self.shapes.values())
+
+    def _job(self) -> standin_worker.Job:
+        key, engine = tuple(sorted(self.shapes.items())), self.engine
+        if key not in self.jobs:
+            tensors = [
+                {name: (engine.dtype(name), shape) for name, shape in shapes.items()}
+                for shapes in (self.shapes, self._output_shapes())
+            ]
+            self.jobs[key] = standin_worker.Job(driver, engine.graph, *tensors, self._needed())
+        return self.jobs[key]
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert self.user_managed, "scratch memory for a context that has its own"
@@ -364,12 +356,13 @@ class IExecutionContext(Lifetime):
                     f"address {address:#x} of {name} is not {size} aligned device bytes"
                 )
         if self.user_managed:
-            needed = self.update_device_memory_size_for_shapes()
+            needed = self._needed()
             if self.scratch is None or self.scratch[1] < needed or not _is_device(*self.scratch):
                 return self.fail(f"scratch memory {self.scratch}, {needed} bytes are needed")
-        if self.cache is not None:
-            self.cache.compiled.add(str(sorted(self.shapes.items())))
         engine, scratch, addresses = self.engine, self.scratch, dict(self.addresses)
+        if standin_worker.wanted(driver):
+            self._job().queue(stream, addresses, scratch and scratch[0])
+            return True
 
         def work(_: Any) -> None:  # without self, which must die with its last user
             try:
@@ -386,5 +379,12 @@ class IExecutionContext(Lifetime):
 
 
 def _is_device(address: int, size: int) -> bool:
-    found = driver.standin_is_device(ctypes.c_void_p(address), ctypes.c_size_t(size))
-    return bool(address) and address % ALIGNMENT == 0 and bool(found)
+    if not address or address % ALIGNMENT:
+        return False
+    if hasattr(driver, "standin_is_device"):
+        return bool(driver.standin_is_device(ctypes.c_void_p(address), ctypes.c_size_t(size)))
+    start, length = ctypes.c_void_p(), ctypes.c_size_t()  # of the allocation that it lies in
+    status = driver.cuMemGetAddressRange_v2(
+        ctypes.byref(start), ctypes.byref(length), ctypes.c_void_p(address)
+    )
+    return status == 0 and address + size <= (start.value or 0) + length.value

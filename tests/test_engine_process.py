@@ -12,7 +12,7 @@ from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ConfigError, EngineError
 from comask.export import engine_process
 from comask.export.build_options import BuildOptions, Profile
-from comask.export.engine_process import PlanRequest, build_in_process
+from comask.export.engine_process import PlanRequest, _apply_options, build_in_process
 from comask.export.trt_functions import with_plugins
 from comask.runtime.trt.engine import load_flavor
 
@@ -100,6 +100,15 @@ def test_a_profile_that_misses_an_input(
     asked = worker_request(bundle, tmp_path, stage2)
     del asked.profile["proposals"]
     assert "proposals" in error_of(asked, tmp_path)
+
+
+def test_plans_leave_their_memory_to_the_caller() -> None:
+    """A TensorRT-RTX that allocates while it runs cannot be captured as a CUDA graph."""
+    flavor = load_flavor("tensorrt-rtx")
+    config = flavor.trt.Builder(flavor.log).create_builder_config()
+    _apply_options(flavor, config, BuildOptions())
+    assert config.get_flag(flavor.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert not config.get_flag(flavor.trt.BuilderFlag.TF32)
 
 
 def test_a_full_disk(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,11 @@ from conftest import run
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError
-from comask.export.build_options import BuildOptions, Profile
+from comask.export.build_options import BuildOptions, Profile, check_options
 from comask.export.engine import EngineRequest, build_engines
 from comask.kernels.launch import float32_below
 from comask.runtime.device import Gpu
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.engine import load_flavor, search_path
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
 from comask.runtime.trt.ops import kernels_sha256
 
@@ -30,6 +33,42 @@ except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 H200 = Gpu("H200", 90, 13000, 2**37)
+# Layers whose outputs' sizes depend on the data, or that repeat: a CUDA graph cannot capture them.
+UNCAPTURABLE = {
+    "NON_ZERO",
+    "NMS",
+    "LOOP_OUTPUT",
+    "TRIP_LIMIT",
+    "RECURRENCE",
+    "ITERATOR",
+    "CONDITION",
+}
+PARSE = """
+import json, sys
+import onnx
+from comask.export.trt_functions import with_plugins
+from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.plugins import register_plugins
+
+flavor = load_flavor("tensorrt-rtx")
+register_plugins(flavor)
+trt, facts = flavor.trt, {}
+for path in sys.argv[1:]:
+    network = trt.Builder(flavor.log).create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    parser = trt.OnnxParser(network, flavor.log)
+    assert parser.parse(with_plugins(onnx.load(path)).SerializeToString()), flavor.errors()
+    facts[path] = {
+        "layers": [network.get_layer(i).type.name for i in range(network.num_layers)],
+        "shape inputs": [
+            network.get_input(i).name
+            for i in range(network.num_inputs)
+            if network.get_input(i).is_shape_tensor
+        ],
+    }
+print(json.dumps(facts))
+"""
 SMALL = ("batch=1:1:2", "height=32:96:128", "width=32:128:128")
 
 
@@ -72,6 +111,23 @@ def test_both_stages_are_built_with_our_plugins(bundle: Bundle, engines: EngineF
         assert layers.engine is None  # there is no GPU to open it on
         assert layers.of > 15
     assert [path.name for path in (bundle.folder / ENGINES).glob(".*")] == [".lock"]
+
+
+def test_both_stages_can_be_captured(bundle: Bundle, tmp_path: Path) -> None:
+    """A shape in host memory, or a size that depends on the data, would need the host in between."""
+    path = search_path(tmp_path)
+    graphs = [str(bundle.graph(stage, "fp32")) for stage in ("stage1", "stage2")]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, *graphs],
+        env=os.environ | ({} if path is None else {"LD_LIBRARY_PATH": path}),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    facts = json.loads(done.stdout)
+    assert list(facts) == graphs
+    for stage in facts.values():
+        assert len(stage["layers"]) > 20
+        assert UNCAPTURABLE.isdisjoint(stage["layers"])
+        assert stage["shape inputs"] == []
 
 
 def test_a_plan_holds_the_numbers_of_its_plugins(bundle: Bundle, engines: EngineFolder) -> None:
@@ -141,6 +197,14 @@ def test_a_plan_for_chosen_gpus(bundle: Bundle) -> None:
         build_engines(bundle, request(bundle, compute_capabilities=(90,)))
 
 
+def test_plugins_in_python_are_not_for_later_versions() -> None:
+    flavor = dataclasses.replace(load_flavor("tensorrt-rtx"), name="tensorrt")
+    options = BuildOptions(version_compatible=True)
+    with pytest.raises(EngineError, match="--version-compatible with --plugin python"):
+        check_options(flavor, "python", options, H200)
+    check_options(flavor, "none", options, H200)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -162,16 +226,16 @@ def test_a_flavor_that_is_not_installed(bundle: Bundle) -> None:
 
 def test_what_has_changed_since_is_named(bundle: Bundle, engines: EngineFolder) -> None:
     version, kernels = engines.info.version, kernels_sha256()
-    assert engines.mismatches(bundle, version, H200, kernels) == []
+    assert engines.mismatches(bundle, version, L4, kernels) == []
     assert engines.mismatches(bundle, version, None, kernels) == ["there is no GPU"]
-    (found,) = engines.mismatches(bundle, "1.8", H200, kernels)
+    (found,) = engines.mismatches(bundle, "1.8", L4, kernels)
     assert "1.8 is installed" in found
     assert version in found
-    (found,) = engines.mismatches(bundle, version, H200, "0" * 64)
+    (found,) = engines.mismatches(bundle, version, L4, "0" * 64)
     assert "kernels" in found
     files = bundle.manifest.files | {"stage1_proposals.onnx": "0" * 64}
     changed = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
-    (found,) = engines.mismatches(changed, version, H200, kernels)
+    (found,) = engines.mismatches(changed, version, L4, kernels)
     assert "stage1_proposals.onnx" in found
 
 
@@ -204,6 +268,14 @@ def test_a_plan_of_tensorrt_knows_its_gpus(
     ("chosen", "gpu", "fits"),
     [
         ([], L4, True),
+        ([], H200, False),
+        ([], T4, False),
+        (
+            [],
+            Gpu("GB10", 121, 13000, 2**37),
+            True,
+        ),  # its TensorRT-RTX decides when it opens the plan
+        ([75], T4, True),
         ([86, 89], L4, True),
         ([89], L4, True),
         ([86], L4, False),
@@ -226,7 +298,7 @@ def test_a_version_compatible_plan_runs_under_later_versions(
     info = dataclasses.replace(
         engines.info, version="10.16.1", options={"version_compatible": True}
     )
-    found = EngineFolder(engines.folder, info).mismatches(bundle, installed, H200, kernels_sha256())
+    found = EngineFolder(engines.folder, info).mismatches(bundle, installed, L4, kernels_sha256())
     assert (found == []) is fits
 
 

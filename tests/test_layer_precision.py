@@ -54,12 +54,15 @@ def test_what_is_as_asked_is_counted() -> None:
     assert check_precisions(ASKED, AS_ASKED, None).engine is None
 
 
-@pytest.mark.parametrize("where", ["network", "engine"])
-def test_another_precision_fails(where: str) -> None:
-    wrong = AS_ASKED | {"gemm": "fp32"}
-    network, engine = (wrong, AS_ASKED) if where == "network" else (AS_ASKED, wrong)
-    with pytest.raises(EngineError, match=f"1 layers of the {where}.*gemm is fp32, expected fp16"):
-        check_precisions(ASKED, network, engine)
+def test_another_precision_of_the_parsed_network_fails() -> None:
+    with pytest.raises(EngineError, match=r"1 layers of the network.*gemm is fp32, expected fp16"):
+        check_precisions(ASKED, AS_ASKED | {"gemm": "fp32"}, AS_ASKED)
+
+
+def test_what_the_inspector_says_of_an_engine_rejects_no_build() -> None:
+    found = check_precisions(ASKED, AS_ASKED, AS_ASKED | {"gemm": "fp32", "other": "fp32"})
+    assert found.differing == {"gemm": "fp32"}
+    assert check_precisions(ASKED, AS_ASKED, AS_ASKED).differing == {}
 
 
 def test_names_that_nobody_knows_are_no_proof() -> None:
@@ -70,16 +73,18 @@ def test_names_that_nobody_knows_are_no_proof() -> None:
 def test_an_engines_layers_by_the_inspectors_json() -> None:
     information = {
         "Layers": [
-            layer(["conv", "relu"], ["Channel major FP16 format where channel % 8 == 0"],
+            layer(["conv"], ["Channel major FP16 format where channel % 8 == 0"],
                   ["Row major linear FP16 format"]),
+            # fused layers show the types of their edges only: no verdict
+            layer(["inner", "relu"], ["Row major linear FP32"], ["Row major linear FP32"]),
             layer(["gemm"], ["Half"], ["Half"]),
             layer(["int"], ["Four wide channel vectorized row major Int8 format"], ["Int8"]),
-            # fused with float islands: no verdict
-            layer(["softmax", "mixed"], ["Row major linear FP32", "Half"], ["Half"]),
+            layer(["mixed"], ["Row major linear FP32", "Half"], ["Half"]),  # contains a cast
+            layer(["images"], ["Row major linear UInt8 format"], ["Half"]),  # UInt8 is not Int8
             "a name alone",
             {"Name": "no tensors"},
         ]
     }  # fmt: skip
     assert engine_layers(json.dumps(information)) == {
-        "conv": "fp16", "relu": "fp16", "gemm": "fp16", "int": "int8",
+        "conv": "fp16", "gemm": "fp16", "int": "int8", "images": "fp16",
     }  # fmt: skip

@@ -166,13 +166,13 @@ def waits_are_for_a_batch(folder: str) -> None:
 
 
 def sessions_that_fail_or_are_forgotten(folder: str) -> None:
-    from comask.runtime.trt import contexts, lane
+    from comask.runtime.trt import context_pool, lane
 
     predictor, _ = start(folder)
     predictor(PICTURES[0])
     before, few = live(), slots(predictor)
 
-    lend, made = contexts.ContextPool.lend, []
+    lend, made = context_pool.ContextPool.lend, []
 
     def failing(pool: Any, make: Any) -> Any:
         made.append(True)
@@ -180,10 +180,10 @@ def sessions_that_fail_or_are_forgotten(folder: str) -> None:
             raise EngineError("no memory for another context")
         return lend(pool, make)
 
-    contexts.ContextPool.lend = failing  # type: ignore[method-assign]
+    context_pool.ContextPool.lend = failing  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="another context"):
         predictor.stream(slots=3)
-    contexts.ContextPool.lend = lend  # type: ignore[method-assign]
+    context_pool.ContextPool.lend = lend  # type: ignore[method-assign]
 
     class Failing(lane.LaneMasks):
         def __init__(self, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,12 +14,13 @@ from comask.kernels import run
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages
 from comask.runtime.device import Gpu, find_gpu_or_reason, open_device
-from comask.runtime.trt.contexts import ContextPool
+from comask.runtime.trt.context_pool import ContextPool
 from comask.runtime.trt.engine import Engine, Flavor, load_flavor
 from comask.runtime.trt.engine_folder import (
     PLANS,
     EngineFolder,
     find_engines,
+    leak_of,
     rebuild,
     rebuild_command,
 )
@@ -30,6 +32,8 @@ from comask.runtime.trt.plugins import register_plugins
 PRECISIONS = ("int8", "fp16", "fp32")
 PLUGINS = ("python", "aot", "none")
 CALLS = 2  # calls that may run at once: one copies while the other computes
+
+logger = logging.getLogger(__name__)
 
 
 class TrtStage:
@@ -134,6 +138,8 @@ def open_engines(engines: EngineFolder, *, device: int, proposals: int | None = 
         KernelError: if the plugins' kernels cannot be compiled for the GPU.
     """
     opened, flavor, info = open_device(device), load_flavor(engines.info.flavor), engines.info
+    if leak := leak_of(info):
+        logger.warning("%s: %s", engines.folder, leak)
     with opened:
         if info.plugin == "python":
             register_plugins(flavor)

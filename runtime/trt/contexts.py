@@ -1,4 +1,4 @@
-"""Execution contexts: what one call at a time needs to run both stages on the GPU, and a pool of them.
+"""Execution contexts: what one call at a time needs to run both stages on the GPU.
 
 Device buffers are kept by tensor name and shared by both stages: stage 2 reads `p2` where stage 1 wrote
 it, without a copy. Buffers grow for a larger shape and never shrink. After the first calls, therefore,
@@ -8,10 +8,8 @@ nothing is allocated and no address changes, as captured CUDA graphs require.
 from __future__ import annotations
 
 import math
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from comask.errors import EngineError
@@ -19,7 +17,6 @@ from comask.runtime.backends.base import PROPOSALS, Array
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Stream
 from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
 
-Lent = TypeVar("Lent")
 Key = TypeVar("Key", bound=Hashable)
 Memory = TypeVar("Memory", DeviceMemory, PinnedMemory)
 
@@ -53,6 +50,7 @@ class Contexts:
         flavor: the engines' flavor.
         engines: the engine of each stage.
         proposals: see `Stages`.
+        captured: whether calls will be captured as CUDA graphs, see `Engine.new_context`.
 
     Attributes:
         stream: the stream on which all work is queued.
@@ -65,6 +63,8 @@ class Contexts:
         flavor: Flavor,
         engines: Mapping[str, Engine],
         proposals: int | None = None,
+        *,
+        captured: bool = False,
     ) -> None:
         self._device, self._flavor, self._engines = device, flavor, engines
         self.buffers: dict[str, DeviceMemory] = {}
@@ -76,7 +76,9 @@ class Contexts:
         # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._addresses: dict[str, list[int]] = {}
-        self._contexts = {stage: engine.new_context() for stage, engine in engines.items()}
+        self._contexts = {
+            stage: engine.new_context(captured=captured) for stage, engine in engines.items()
+        }
         self.stream = device.stream()
         for stage in engines:
             # TensorRT gives an engine's first context the only profile by itself
@@ -216,6 +218,15 @@ class Contexts:
         """Returns all shapes and addresses; a captured graph is valid as long as these stay equal."""
         return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
 
+    def refusing_capture(self, stages: Sequence[str]) -> list[str]:
+        """Returns the stages that the flavor says cannot be captured as a graph on this stream."""
+        return [
+            stage
+            for stage in stages
+            if hasattr(self._contexts[stage], "is_stream_capturable")
+            and not self._contexts[stage].is_stream_capturable(self.stream.handle)
+        ]
+
     # Local variables must not hold a context: an exception's traceback would keep it alive after `close`.
 
     def _set_shapes(self, stage: str, known: Mapping[str, Shape]) -> None:
@@ -242,8 +253,8 @@ class Contexts:
         for name, shape in shapes.items():
             self._make_room(name, self._size(name, shape))
         if manages_memory(self._flavor.trt):
-            size = self._contexts[stage].update_device_memory_size_for_shapes()
-            self._make_room(SCRATCH, int(size))
+            size = int(self._contexts[stage].update_device_memory_size_for_shapes())
+            self._make_room(SCRATCH, size or engine.largest_scratch)
         self._shapes[stage] = shapes
 
     def _set_addresses(self, stage: str) -> None:
@@ -289,110 +300,3 @@ class Contexts:
         for staged in self._staging.values():
             staged.free()
         self.buffers, self._staging = {}, {}
-
-
-class ContextPool:
-    """A pool of at most `size` `Contexts` of one pair of engines, created on demand; a call borrows one.
-
-    The pool is closed at the latest when it is collected or the process ends, while CUDA still works.
-
-    Args:
-        device: the device to run on.
-        flavor: the engines' flavor.
-        runtime: the TensorRT runtime that deserialised the engines.
-        engines: the engine of each stage; the pool closes them.
-        size: the number of calls that may run at once.
-        proposals: see `Stages`.
-
-    Attributes:
-        device: the device.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        flavor: Flavor,
-        runtime: Any,
-        engines: Mapping[str, Engine],
-        size: int,
-        proposals: int | None = None,
-    ) -> None:
-        self.device, self._size = device, size
-        self._parts = device, flavor, engines, proposals
-        self._permits = threading.Semaphore(size)
-        self._lock, self._closing = threading.Lock(), threading.Lock()
-        self._all: list[Any] = []
-        self._idle: list[Contexts] = []
-        self._free = weakref.finalize(
-            self, _free_all, device, self._all, self._idle, dict(engines), [runtime]
-        )
-
-    @contextmanager
-    def contexts(self) -> Iterator[Contexts]:
-        """Lends contexts to the caller, with their device current; waits while all are taken.
-
-        Raises:
-            RuntimeError: if the pool is closed.
-            EngineError: if memory for further contexts runs out.
-        """
-        with self._permits, self.device:
-            with self._lock:
-                contexts = self._idle.pop() if self._idle else self._made(Contexts)
-            try:
-                yield contexts
-            finally:
-                self._idle.append(contexts)
-
-    def lend(self, make: Callable[..., Lent]) -> Lent:
-        """Creates an object that uses the engines, until `take_back` is called or the pool is closed.
-
-        Args:
-            make: called with the arguments of `Contexts`; returns an object with `close`.
-
-        Raises:
-            RuntimeError: if the pool is closed.
-            EngineError: if memory for the object runs out.
-        """
-        with self._lock, self.device:
-            return self._made(make)
-
-    def _made(self, make: Callable[..., Lent]) -> Lent:
-        if not self._free.alive:
-            raise RuntimeError("this backend is closed")
-        made = make(*self._parts)
-        self._all.append(made)
-        return made
-
-    def take_back(self, lent: Any) -> None:
-        """Closes a lent object unless the pool did so before; no call of it may be running."""
-        with self._lock, self.device:
-            if lent in self._all:
-                self._all.remove(lent)
-                lent.close()
-
-    def close(self) -> None:
-        """Waits for running calls, then frees contexts and engines; a second call does nothing."""
-        with self._closing:  # two closing threads with one permit each would deadlock
-            for _ in range(self._size):
-                self._permits.acquire()
-            self._free()
-            self._permits.release(self._size)
-
-
-def _free_all(
-    device: Device,
-    made: list[Any],
-    idle: list[Contexts],
-    engines: dict[str, Engine],
-    runtime: list[Any],
-) -> None:
-    """Frees everything in the order that TensorRT requires: contexts, engines, runtime."""
-    with device:
-        idle.clear()
-        for lent in reversed(made):  # lanes before the stream that they wait for
-            lent.close()
-        made.clear()
-        for engine in engines.values():
-            engine.close()
-        engines.clear()
-        runtime.clear()

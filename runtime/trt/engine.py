@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from comask.errors import BackendUnavailableError, EngineError
+from comask.errors import BackendUnavailableError, EngineError, UnsupportedGpuError
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder, widening_command
 
@@ -28,6 +28,10 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor →
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 OLDEST = 10  # the first version with IPluginV3 and strong typing
 KEPT_LINES = 50  # of TensorRT's log, for error messages
+# reasons of `EngineInvalidityDiagnostics` that lie in the machine and not in the plan
+MACHINE_REASONS = (
+    "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
+)  # fmt: skip
 NO_DRIVER = "CUDA driver version is insufficient"
 
 logger = logging.getLogger(__name__)
@@ -173,14 +177,18 @@ class Engine:
 
     Raises:
         EngineError: if the plan is missing or was altered, or TensorRT cannot open it.
+        UnsupportedGpuError: if this TensorRT does not support the GPU or its driver.
     """
 
     def __init__(self, flavor: Flavor, runtime: Any, folder: EngineFolder, stage: str) -> None:
         self.stage = stage
         self._flavor, self._folder = flavor, folder
         path = folder.plan(stage)
+        plan = path.read_bytes()
+        if reason := why_unsupported(flavor, runtime, plan):
+            raise UnsupportedGpuError(f"{path}: {reason}")
         flavor.clear()
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(
                 f"{path}: {flavor.name} {flavor.version} cannot open it: {flavor.errors()}"
@@ -223,18 +231,34 @@ class Engine:
                     f"{widening_command(self._folder, name, shape)}"
                 )
 
-    def new_context(self) -> Any:
+    @property
+    def largest_scratch(self) -> int:
+        """The bytes of scratch memory that a context needs for the largest shapes.
+
+        A context that cannot tell the size for its shapes says 0, so this size is used instead.
+        """
+        if not self._engine.device_memory_size_v2:
+            return 0
+        return int(self._engine.get_device_memory_size_for_profile_v2(PROFILE))
+
+    def new_context(self, *, captured: bool = False) -> Any:
         """Creates an execution context, which is freed with its last reference.
 
         If `manages_memory`, the context has no scratch memory until the caller provides it.
+
+        Args:
+            captured: whether calls will be captured as CUDA graphs. TensorRT-RTX then compiles the
+                kernels for new shapes before it runs them. Otherwise, it compiles them in the
+                background, and a graph would replay forever the slower kernels that it uses meanwhile.
 
         Raises:
             EngineError: if TensorRT cannot create one.
         """
         trt = self._flavor.trt
         self._flavor.clear()
-        if self._jit.config is not None:
-            context = self._engine.create_execution_context(self._jit.config)
+        config = self._jit.config(captured=captured)
+        if config is not None:
+            context = self._engine.create_execution_context(config)
         elif manages_memory(trt):
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = self._engine.create_execution_context(strategy)
@@ -250,42 +274,70 @@ class Engine:
     def close(self) -> None:
         """Saves the JIT cache and frees the engine, whose contexts must have been freed before."""
         self._jit.save()
-        self._jit.config = self._jit.cache = self._engine = None
+        self._jit.free()
+        self._engine = None
+
+
+def why_unsupported(flavor: Flavor, runtime: Any, plan: bytes) -> str:
+    """Returns why this machine's GPU or driver cannot run a plan of TensorRT-RTX; empty if it may.
+
+    TensorRT has no such question: a plan of its own is for the GPU that built it. Damaged plans are left
+    to `deserialize_cuda_engine`, whose messages say more.
+    """
+    trt = flavor.trt
+    if not hasattr(trt, "EngineValidity"):
+        return ""
+    validity, found = runtime.get_engine_validity(plan)
+    reasons = [
+        name
+        for name in MACHINE_REASONS
+        if int(found) & int(getattr(trt.EngineInvalidityDiagnostics, name))
+    ]
+    if validity != trt.EngineValidity.INVALID or not reasons:
+        return ""
+    return f"{flavor.name} {flavor.version} cannot run it on this machine: {', '.join(reasons)}"
 
 
 class JitCache:
-    """Keeps what TensorRT-RTX compiled for this GPU in a file for the next process.
-
-    Attributes:
-        config: the configuration of new contexts; None for a flavor that does not compile at run time.
-        cache: TensorRT's runtime cache; None likewise.
-    """
+    """Keeps what TensorRT-RTX compiled for this GPU in a file for the next process."""
 
     def __init__(self, flavor: Flavor, engine: Any, path: Path) -> None:
-        self.config: Any = None
-        self.cache: Any = None
-        self._path = path
+        self._trt, self._path = flavor.trt, path
+        self._configs: dict[bool, Any] = {}  # by whether calls are captured
+        self._cache: Any = None
         self._loaded = b""
-        trt = flavor.trt
-        if not hasattr(trt, "IRuntimeCache"):
+        if not hasattr(self._trt, "IRuntimeCache"):
             return
-        self.config = engine.create_runtime_config()
-        if manages_memory(trt):
-            self.config.set_execution_context_allocation_strategy(
-                trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            )
-        self.cache = self.config.create_runtime_cache()
+        for captured in (False, True):
+            self._configs[captured] = self._new_config(engine, captured)
+        self._cache = self._configs[False].create_runtime_cache()
         if path.exists():
             self._loaded = path.read_bytes()
-            if not self.cache.deserialize(self._loaded):
+            if not self._cache.deserialize(self._loaded):
                 logger.info("%s: belongs to another GPU, driver or version; compiling again", path)
-        self.config.set_runtime_cache(self.cache)
+        for config in self._configs.values():
+            config.set_runtime_cache(self._cache)
+
+    def _new_config(self, engine: Any, captured: bool) -> Any:
+        config = engine.create_runtime_config()
+        if manages_memory(self._trt):
+            config.set_execution_context_allocation_strategy(
+                self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
+        if captured:
+            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+        return config
+
+    def config(self, *, captured: bool) -> Any:
+        """Returns the configuration of new contexts; None for a flavor that compiles in the builder."""
+        return self._configs.get(captured)
 
     def save(self) -> None:
         """Writes the file if its content changed; logs it if the bundle is not writable."""
-        if self.cache is None:
+        if self._cache is None:
             return
-        data = bytes(memoryview(self.cache.serialize()))
+        data = bytes(memoryview(self._cache.serialize()))
         if data == self._loaded:
             return
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
@@ -295,6 +347,11 @@ class JitCache:
         except OSError as error:
             logger.info("%s: not saved, the next start compiles again: %s", self._path, error)
             temporary.unlink(missing_ok=True)
+
+    def free(self) -> None:
+        """Frees TensorRT's objects, whose contexts must have been freed before."""
+        self._configs.clear()
+        self._cache = None
 
 
 def manages_memory(trt: Any) -> bool:

@@ -43,7 +43,11 @@ ENGINES = "engines"  # a folder in the bundle
 DESCRIPTION = "engine.json"
 TIMING_CACHE = "timing.cache"
 SCHEMA_VERSION = 1
+LEAKING = (11, 1), (11, 2, 1)  # the first and the last version with NVIDIA/TensorRT#4849
 AMPERE = 80  # the oldest GPU that --hardware-compatibility ampere_plus allows
+# GPUs that a plan of TensorRT-RTX supports unless the build names others, by its support matrix. NVIDIA's
+# page on building without a GPU adds 8.0 and GPUs later than 12.0, so the plan itself decides on those.
+RTX_DEFAULT = (80, 86, 89, 120)
 PLANS = {"stage1": "stage1.plan", "stage2": "stage2.plan"}
 
 logger = logging.getLogger(__name__)
@@ -59,11 +63,14 @@ class LayerCounts:
         of: the number that the graph has.
         network: precision → the number of layers of the parsed network.
         engine: the same for the built engine; None if no GPU could open it.
+        differing: graph's node → its precision in the engine, if TensorRT's report on the engine seems to
+            differ from the graph. The report may name a fused layer's edges only.
     """
 
     of: int
     network: dict[str, int] = field(default_factory=dict)
     engine: dict[str, int] | None = None
+    differing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,8 +253,16 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
         return "there is no GPU"
     here = f"the GPU is {gpu.name} (sm{gpu.capability})"
     if info.flavor == "tensorrt-rtx":
-        chosen = info.options.get("compute_capabilities") or [gpu.capability]
-        return "" if gpu.capability in chosen else f"{here}, it is for {info.target}"
+        chosen = info.options.get("compute_capabilities")
+        if gpu.capability in (chosen or RTX_DEFAULT) or not chosen and gpu.capability > max(RTX_DEFAULT):
+            return ""
+        if chosen:
+            return f"{here}, it is for {info.target}"
+        served = ", ".join(f"sm{capability}" for capability in RTX_DEFAULT)
+        return (
+            f"{here}; plans of tensorrt-rtx support {served} and later, others only where they are built "
+            f"with --compute-capability and tensorrt-rtx supports the GPU at all"
+        )
     wider = info.options.get("hardware_compatibility")
     if wider == "ampere_plus":
         return "" if gpu.capability >= AMPERE else f"{here}, it is for sm{AMPERE} and later"
@@ -256,6 +271,20 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
     if wider is None and info.gpu != gpu.name:
         return f"{here}, it was tuned on {info.gpu}"
     return ""
+
+
+def leak_of(info: EngineInfo) -> str:
+    """Returns what to know about a memory leak of the engines' TensorRT; empty if it has none."""
+    if info.plugin != "aot" or not LEAKING[0] <= _numbers(info.version)[:3] <= LEAKING[1]:
+        return ""
+    ranges = [name for name in ("batch", "height", "width") if len(set(info.profile[name])) > 1]
+    if not ranges:
+        return ""
+    return (
+        f"tensorrt {info.version} loses GPU memory whenever the shape of the images changes, because "
+        f"ahead-of-time plugins are loaded again (NVIDIA/TensorRT#4849); a server should use --plugin "
+        f"none, or a single size of {' and '.join(ranges)} by --profile"
+    )
 
 
 def why_not_proved(info: EngineInfo, gpu: Gpu | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
@@ -16,23 +15,23 @@ import numpy as np
 from numpy.typing import DTypeLike
 from typing_extensions import override
 
-from comask.errors import EngineError, ImageError
+from comask.errors import ImageError
 from comask.kernels import run
 from comask.kernels.launch import FRAME, MASKS
 from comask.preprocess import prepare
-from comask.runtime.device import Device, DeviceMemory, Graph, Stream
+from comask.runtime.device import Device, DeviceMemory, Stream
 from comask.runtime.dlpack import UNORDERED, SharedArray
 from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.runtime.lanes import Batch, Edges, Outputs
-from comask.runtime.trt.contexts import ContextPool, Contexts, Lent
+from comask.runtime.trt.context_pool import ContextPool, Lent
+from comask.runtime.trt.contexts import Contexts
 from comask.runtime.trt.engine import Shape
 from comask.runtime.trt.engine_folder import PLANS
+from comask.runtime.trt.graphs import StageGraph
 from comask.runtime.trt.masks import LaneMasks
 
 STAGES = tuple(PLANS)
 PAUSE = 0.0002  # seconds between queries of an event, in a wait with a timeout
-
-logger = logging.getLogger(__name__)
 
 
 class TrtLane(Contexts):
@@ -45,11 +44,9 @@ class TrtLane(Contexts):
     """
 
     def __init__(self, *parts: Any, intake: Stream, graphs: bool) -> None:
-        super().__init__(*parts)
-        self._intake, self._graphs = intake, graphs
-        self._graph: Graph | None = None
-        # the layout that the graph was captured for, or will be captured for next time
-        self._layout: object = None
+        super().__init__(*parts, captured=graphs)
+        self._intake = intake
+        self._graph = StageGraph(self, STAGES, enabled=graphs)
         self._changing = threading.Lock()  # held while the batch changes, or its outputs are read
         self._closed = False
         self._batch: Batch | None = None  # the batch that was started last
@@ -88,7 +85,7 @@ class TrtLane(Contexts):
                     self._make_canvas(batch, place)
                 self._read.record(self.stream)
                 self._reading = batch
-                self._run_network()
+                self._graph.run()
                 if batch.rle:
                     self._masks.find_edges(batch, self._tensors["masks"])
                 self._done.record(self.stream)
@@ -96,7 +93,7 @@ class TrtLane(Contexts):
                 self.stream.synchronize()  # no memory may be freed while work on it is queued
                 self._reading = None
                 batch.release()
-                self._drop_graph()  # contexts may have been told other shapes
+                self._graph.drop()  # contexts may have been told other shapes
                 raise
             batch.kept = {
                 name: (self.buffers[name].address, self._tensors[name], self._specs[name].dtype)
@@ -113,33 +110,6 @@ class TrtLane(Contexts):
             return
         launch, addresses = frame.launch(batch.placements[place].size, batch.canvas)
         run.on_gpu(launch, addresses, images.address + offset, self.stream.handle)
-
-    def _run_network(self) -> None:
-        """Queues both stages, as a graph from a layout's second batch on.
-
-        The first batch runs without a graph, because TensorRT may allocate and load memory then, which a
-        capture does not allow. Only one graph is kept: TensorRT forbids graphs of earlier shapes once a
-        context was told new ones.
-        """
-        layout = self.layout(STAGES)
-        if self._graphs and layout != self._layout:
-            self._drop_graph()
-            self._layout = layout
-        elif self._graphs and self._graph is None:
-            try:
-                self._graph = self.stream.capture(lambda: self.enqueue(STAGES))
-            except EngineError as error:
-                logger.warning("running without CUDA graphs from now on, capture failed: %s", error)
-                self._graphs = False
-        if self._graph is None:
-            self.enqueue(STAGES)
-        else:
-            self._graph.launch(self.stream)
-
-    def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self._graph.close()
-        self._graph = self._layout = None
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
         """Waits for the batch, at most `seconds`, and returns whether it is done.
@@ -255,7 +225,7 @@ class TrtLane(Contexts):
         if self._reading is not None:
             self._reading.release()
             self._reading = None
-        self._drop_graph()
+        self._graph.drop()
         self._read.close()
         self._done.close()
         self._masks.close()

@@ -1,0 +1,177 @@
+"""CUDA graphs, scratch memory and GPUs that a flavor does not support, on the stand-in TensorRT."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standin import counts, run_on_standin, skip_without_pycuda
+from standin_engines import PROFILE, assert_equal, picture, write_engines
+
+from comask.bundle import Bundle, sha256
+from comask.errors import EngineError, UnsupportedGpuError
+from comask.export.engine import _proved
+from comask.runtime import Predictor
+from comask.runtime.device import find_gpu
+from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.engine_folder import EngineFolder
+
+PICTURE = picture(90, 120)
+
+
+def load(folder: str, flavor: str = "tensorrt", **changes: Any) -> Predictor:
+    import standin_tensorrt
+
+    standin_tensorrt.install(flavor.replace("-", "_"))
+    if flavor == "tensorrt-rtx":
+        changes |= {"flavor": flavor, "target": "portable", "gpu": None}
+    write_engines(folder, **changes)
+    return Predictor.load(folder, flavor)
+
+
+def messages() -> list[str]:
+    """The log's texts from now on."""
+    texts: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    logging.getLogger("comask").addHandler(Keep())
+    return texts
+
+
+def graphs_hold_specialized_kernels(folder: str) -> None:
+    import standin_rtx
+
+    with load(folder, "tensorrt-rtx") as predictor:
+        expected = predictor(PICTURE)
+        with predictor.stream(slots=1) as session:
+            for _ in range(4):
+                assert_equal(session.submit(PICTURE).result(), expected)
+    assert counts().graph_launches == 3
+    assert standin_rtx.captured == ["specialized", "specialized"]
+
+
+def a_flavor_that_cannot_capture(folder: str) -> None:
+    import standin_rtx
+
+    texts = messages()
+    standin_rtx.capturable.append(False)
+    with load(folder, "tensorrt-rtx") as predictor:
+        expected = predictor(PICTURE)
+        with predictor.stream(slots=1) as session:
+            for _ in range(4):
+                assert_equal(session.submit(PICTURE).result(), expected)
+    assert counts().graph_launches == 0
+    assert standin_rtx.captured == []
+    (text,) = [text for text in texts if "CUDA graphs" in text]
+    assert text.endswith("TensorRT cannot capture stage1 and stage2")
+
+
+def a_capture_that_fails_once(folder: str) -> None:
+    fails = ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "standin_no_capture")
+    with load(folder) as predictor, predictor.stream(slots=1) as session:
+        expected = predictor(PICTURE)
+        fails.value = 1
+        for _ in range(2):  # without a graph; with one that cannot be captured
+            assert_equal(session.submit(PICTURE).result(), expected)
+        fails.value = 0
+        assert counts().graph_launches == 0
+        assert_equal(session.submit(PICTURE).result(), expected)
+        assert counts().graph_launches == 1
+
+
+def no_garbage_is_collected_during_a_capture(folder: str) -> None:
+    import standin_tensorrt
+
+    collected: list[bool] = []
+
+    def note(phase: str, details: object) -> None:
+        capturing = standin_tensorrt.driver.standin_is_capturing(ctypes.c_void_p(stream))
+        collected.append(bool(capturing))
+
+    with load(folder) as predictor, predictor.stream(slots=1) as session:
+        stream = session._idle[0].stream.handle  # type: ignore[attr-defined]
+        gc.callbacks.append(note)
+        gc.set_threshold(1)
+        for _ in range(3):
+            session.submit(PICTURE).result()
+        gc.callbacks.remove(note)
+        gc.set_threshold(700)
+    assert counts().graph_launches == 2
+    assert collected, "nothing was collected at all"
+    assert not any(collected)
+    assert gc.isenabled()
+
+
+def scratch_memory_of_unknown_size(folder: str) -> None:
+    import standin_tensorrt
+
+    with load(folder) as predictor:
+        expected = predictor(PICTURE)
+        predictor.close()
+    standin_tensorrt.tells_scratch = False
+    with load(folder) as predictor:
+        assert_equal(predictor(PICTURE), expected)
+
+
+def a_leak_of_tensorrt(folder: str) -> None:
+    import standin_tensorrt
+
+    one = {"batch": (1, 1, 1), "height": (96, 96, 96), "width": (128, 128, 128)}
+    texts = messages()
+    for version, sizes, leaks in [
+        ("10.99.0", {}, False), ("11.1.0", {}, True), ("11.2.1.2", {}, True), ("11.2.2", {}, False),
+        ("11.1.0", one, False),
+    ]:  # fmt: skip
+        standin_tensorrt.__version__ = version
+        load_flavor.cache_clear()
+        load(folder, plugin="aot", profile=PROFILE.ranges() | sizes).close()
+        told = [text for text in texts if "4849" in text]
+        assert len(told) == leaks, (version, sizes, texts)
+        assert all(f"tensorrt {version} loses GPU memory" in text for text in told)
+        texts.clear()
+        shutil.rmtree(Path(folder) / "engines")
+
+
+def a_gpu_that_rtx_does_not_support(folder: str) -> None:
+    import standin_rtx
+
+    invalid = standin_rtx.EngineValidity.INVALID
+    standin_rtx.validity.append((invalid, 2))
+    with pytest.raises(UnsupportedGpuError, match="on this machine: UNSUPPORTED_CC"):
+        load(folder, "tensorrt-rtx")
+    # the proof of a build takes it for no fault of the plan
+    bundle, gpu = Bundle.open(Path(folder)), find_gpu()
+    (path,) = (Path(folder) / "engines").iterdir()
+    lines: list[str] = []
+    info = _proved(bundle, EngineFolder.open(path), lambda: [PICTURE], gpu, lines.append)
+    assert "UNSUPPORTED_CC" in info.verification["not_run"]
+    standin_rtx.validity[:] = [(invalid, 32)]  # a malformed plan is left to TensorRT's own message
+    plan = path / "stage1.plan"
+    plan.write_bytes(b"damaged" + plan.read_bytes())
+    described = EngineFolder.open(path)
+    plans = described.info.plans | {"stage1": sha256(plan)}
+    damaged = EngineFolder(path, dataclasses.replace(described.info, plans=plans))
+    with pytest.raises(EngineError, match="magic tag") as caught:
+        _proved(bundle, damaged, lambda: [PICTURE], gpu, lines.append)
+    assert not isinstance(caught.value, UnsupportedGpuError)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [graphs_hold_specialized_kernels, a_flavor_that_cannot_capture, a_capture_that_fails_once,
+     no_garbage_is_collected_during_a_capture, scratch_memory_of_unknown_size, a_leak_of_tensorrt,
+     a_gpu_that_rtx_does_not_support],
+    ids=lambda function: function.__name__,
+)  # fmt: skip
+def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:
+    skip_without_pycuda()
+    run_on_standin(function, shutil.copytree(micro_bundle, tmp_path / "bundle"))
