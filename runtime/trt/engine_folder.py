@@ -254,7 +254,8 @@ def why_not_on(info: EngineInfo, gpu: Gpu | None) -> str:
     here = f"the GPU is {gpu.name} (sm{gpu.capability})"
     if info.flavor == "tensorrt-rtx":
         chosen = info.options.get("compute_capabilities")
-        if gpu.capability in (chosen or RTX_DEFAULT) or not chosen and gpu.capability > max(RTX_DEFAULT):
+        later = not chosen and gpu.capability > max(RTX_DEFAULT)
+        if later or gpu.capability in (chosen or RTX_DEFAULT):
             return ""
         if chosen:
             return f"{here}, it is for {info.target}"
