@@ -177,7 +177,6 @@ KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, con
     SHARED Mask mask;
     SHARED int sums[THREADS];
     for (int m = BLOCK; m < masks; m += BLOCKS) {
-        BARRIER();  // all threads have read the last mask
         load(mask, probs + (long long)m * size * size, boxes + 4ll * m, m < *found, size, height, width,
              x_scale_bits, y_scale_bits, threshold_bits);
         int *ends = counts + masks + (long long)m * width;
@@ -196,7 +195,7 @@ KERNEL(mask_edge_counts, THREADS, 4)(const float *probs, const float *boxes, con
             }
             if (pixel < width) ends[pixel] = total + sums[LANE];
             total += sums[LANES - 1];
-            BARRIER();
+            BARRIER();  // all threads have read the sums and, in the end, the mask
         }
         if (LANE == 0) counts[m] = total;
     }
@@ -210,7 +209,7 @@ KERNEL(mask_edges, THREADS, 4)(const float *probs, const float *boxes, const int
     SHARED Mask mask;
     for (int m = BLOCK; m < masks; m += BLOCKS) {
         if (counts[m] == 0) continue;  // which also skips the rows without a mask
-        BARRIER();
+        BARRIER();  // all threads have read the last mask
         load(mask, probs + (long long)m * size * size, boxes + 4ll * m, true, size, height, width,
              x_scale_bits, y_scale_bits, threshold_bits);
         int offset = 0;
@@ -233,7 +232,7 @@ KERNEL(paste_masks, THREADS, 4)(const float *probs, const float *boxes, const in
     SHARED Mask mask;
     for (int block = BLOCK; block < masks * strips; block += BLOCKS) {
         const int m = block / strips, strip = block % strips;
-        BARRIER();
+        BARRIER();  // all threads have read the last mask
         load(mask, probs + (long long)m * size * size, boxes + 4ll * m, m < *found, size, height, width,
              x_scale_bits, y_scale_bits, threshold_bits);
         const int first = mask.first_column, last = first + mask.columns;

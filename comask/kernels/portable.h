@@ -3,6 +3,9 @@
 // Kernels walk over their work in steps of BLOCKS and LANES. On the host, a block therefore runs with one
 // thread (LANE 0 of 1), shared memory is a local array, and barriers do nothing. The host's launch
 // resembles cuLaunchKernel: it takes an array of pointers to the arguments.
+//
+// With -DLANES_ARE_THREADS, the host's blocks run one after the other, each with as many threads as on a
+// GPU. ThreadSanitizer finds races in that build: tests/test_kernel_races.py.
 #pragma once
 
 #ifdef __CUDACC__
@@ -49,15 +52,25 @@ DEVICE void store(unsigned short *half, float value) {
         spread(entry, blocks, threads, arguments);                                    \
     }
 #define DEVICE static inline __attribute__((always_inline))
-#define SHARED
 #define RESTRICT __restrict__
 #define BLOCK current_block
 #define BLOCKS current_blocks
+static thread_local int current_block, current_blocks;
+
+#ifdef LANES_ARE_THREADS
+#include <barrier>
+#define SHARED static
+#define LANE current_lane
+#define LANES current_lanes
+#define BARRIER() current_barrier->arrive_and_wait()
+static thread_local int current_lane, current_lanes;
+static thread_local std::barrier<> *current_barrier;
+#else
+#define SHARED
 #define LANE 0
 #define LANES 1
 #define BARRIER()
-
-static thread_local int current_block, current_blocks;
+#endif
 
 DEVICE float float_of_bits(int bits) {
     float value;
@@ -107,20 +120,43 @@ static void call(void (*kernel)(A...), void **arguments, std::index_sequence<I..
     kernel(*static_cast<std::remove_reference_t<A> *>(arguments[I])...);
 }
 
-// Runs the blocks of a launch on up to `threads` threads, each of which takes the next block in turn.
+#ifdef LANES_ARE_THREADS
+// Runs one block after the other; each of the `threads` threads is a lane of all of them.
 template <typename... A>
 static void spread(void (*kernel)(A...), int blocks, int threads, void **arguments) {
-    std::atomic<int> next{0};
-    auto work = [&] {
-        current_blocks = blocks;
-        while ((current_block = next++) < blocks)
+    std::barrier<> barrier(threads);
+    auto work = [&](int lane) {
+        current_blocks = blocks, current_lanes = threads, current_lane = lane;
+        current_barrier = &barrier;
+        for (current_block = 0; current_block < blocks; ++current_block) {
             call(kernel, arguments, std::index_sequence_for<A...>{});
+            BARRIER();  // the next block's shared memory is in the same place
+        }
+    };
+    std::vector<std::thread> lanes;
+    for (int lane = 0; lane < threads; ++lane) lanes.emplace_back(work, lane);
+    for (auto &lane : lanes) lane.join();
+}
+#else
+// Runs the blocks of a launch on up to `threads` threads. Each begins with a block of its own, then takes
+// the next one in turn; nothing orders the blocks, as on a GPU.
+template <typename... A>
+static void spread(void (*kernel)(A...), int blocks, int threads, void **arguments) {
+    const int workers = std::max(1, std::min(threads, blocks));
+    std::atomic<int> next{workers};
+    auto work = [&](int block) {
+        current_blocks = blocks;
+        for (; block < blocks; block = next.fetch_add(1, std::memory_order_relaxed)) {
+            current_block = block;
+            call(kernel, arguments, std::index_sequence_for<A...>{});
+        }
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < std::min(threads, blocks); ++i) others.emplace_back(work);
-    work();
+    for (int i = 1; i < workers; ++i) others.emplace_back(work, i);
+    work(0);
     for (auto &other : others) other.join();
 }
+#endif
 
 #endif
 

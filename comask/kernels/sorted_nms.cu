@@ -84,7 +84,6 @@ KERNEL(sorted_nms, MAX_THREADS, 1)(const float *boxes, const int *group_ids, int
     const float threshold = float_of_bits(iou_threshold_bits);
     for (int row = BLOCK; row < rows; row += BLOCKS) {
         const long long start = (long long)row * count;
-        BARRIER();
         suppress_row((const Box *)boxes + start, group_ids + start, count, threshold, keep + start);
     }
 }
