@@ -116,7 +116,7 @@ def check_precisions(
         layers that seem to differ.
 
     Raises:
-        EngineError: a layer of the network differs, or fewer than half of the layers were recognised in it.
+        EngineError: a layer of the network differs, or fewer than half of them were recognised.
     """
     if wrong := _differing(asked, network):
         name = next(iter(wrong))
