@@ -33,8 +33,8 @@ from comask.kernels.launch import (
 from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import Flavor
 from comask.runtime.trt.engine_folder import AMPERE
+from comask.runtime.trt.memory_format import CHANNELS_LAST
 from comask.runtime.trt.ops import (
-    HALVES_A_VECTOR,
     NAMESPACE,
     OPS,
     VERSION,
@@ -127,7 +127,8 @@ def symbolic_launch(op: Op, inputs: Sequence[TensorDesc], arithmetic: Arithmetic
     maps, (batch, count, _) = inputs[:4], inputs[4].shape
     channels = stride = maps[0].shape[1]
     if maps[0].format == "HWC8":
-        stride = arithmetic.cdiv(channels, HALVES_A_VECTOR) * HALVES_A_VECTOR
+        multiple = CHANNELS_LAST["HWC8"]
+        stride = arithmetic.cdiv(channels, multiple) * multiple
     tile = CHANNEL_BYTES // (2 if maps[0].type == "HALF" else 4)
     return Launch(
         source=op.kernel,

@@ -38,6 +38,7 @@ from comask.runtime.trt.engine_folder import (
     leak_of,
     why_not_proved,
 )
+from comask.runtime.trt.memory_format import map_format
 from comask.runtime.trt.ops import kernels_sha256
 
 Images = Sequence[NDArray[np.uint8]]
@@ -178,6 +179,7 @@ def _describe(
         plugin_sha256=None if request.plugin == "none" else kernels_sha256(),
         profile=request.profile.ranges(),
         options=dataclasses.asdict(request.options),
+        map_format=map_format(request.precision, request.plugin),
         # `_graph_for_tensorrt` has checked the files against these digests.
         graphs={s: bundle.manifest.files[graph_file(s, request.precision)] for s in STAGES},
         transformed={
@@ -258,6 +260,7 @@ def _build_stage(
         plan=str(plan),
         profile=Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"]),
         options=BuildOptions(**info.options),
+        map_format=info.map_format,
         timing_cache=str(finished / TIMING_CACHE) if tuned_here else None,
         tuned_here=tuned_here,
     )

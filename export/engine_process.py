@@ -26,6 +26,7 @@ from comask.errors import ComaskError, EngineError
 from comask.export.aot_plugins import ptx_capability, register_aot_plugins
 from comask.export.build_options import BuildOptions, Shapes
 from comask.export.layer_precision import engine_layers, network_layers
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.device import find_gpu
 from comask.runtime.trt.engine import Flavor, load_flavor, search_path
 from comask.runtime.trt.plugins import register_plugins
@@ -47,6 +48,7 @@ class PlanRequest:
         plan: path of the plan to write.
         profile: least, best and largest shape of each input.
         options: the builder's options.
+        map_format: TensorRT's name of the memory format of the feature maps.
         timing_cache: path of the cache that is read and written; None for no cache.
         tuned_here: whether this GPU can run the plan, so that its layers can be read back.
     """
@@ -57,6 +59,7 @@ class PlanRequest:
     plan: str
     profile: dict[str, Shapes]
     options: BuildOptions
+    map_format: str
     timing_cache: str | None
     tuned_here: bool
 
@@ -181,6 +184,7 @@ def build_plan(request: PlanRequest, emit: Emit) -> BuiltPlan:
     flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     network = builder.create_network(1 << int(flag))
     _parse(flavor, network, request.graph)
+    set_map_format(flavor, network, request.map_format)
     config = builder.create_builder_config()
     _apply_options(flavor, config, request.options)
     _add_profile(flavor, builder, config, request.profile)
@@ -245,6 +249,15 @@ def _parse(flavor: Flavor, network: Any, graph: str) -> None:
         f"{flavor.name} {flavor.version} cannot parse the graph: "
         f"{'; '.join(errors) or flavor.errors()}"
     )
+
+
+def set_map_format(flavor: Flavor, network: Any, name: str) -> None:
+    """Requires one memory format of every feature map that enters or leaves a network."""
+    sides = ((network.num_inputs, network.get_input), (network.num_outputs, network.get_output))
+    for count, get in sides:
+        for tensor in map(get, range(count)):
+            if tensor.name in LEVEL_STRIDES:
+                tensor.allowed_formats = 1 << int(getattr(flavor.trt.TensorFormat, name))
 
 
 def _apply_options(flavor: Flavor, config: Any, options: BuildOptions) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from comask.bundle import STAGES, Bundle, graph_file, sha256
-from comask.data.shapes import ShapesSource
 from comask.export.build_options import Profile
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.device import find_gpu
 from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineFolder, EngineInfo
 from comask.runtime.trt.ops import OPS, kernels_sha256
@@ -43,13 +43,16 @@ def write_engines(
         shapes = Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"])
         needed = tuple(op.name for op in OPS) if plugin == "python" else ()
         graph = bundle.graph(stage, "fp32")
-        write_plan(place / name, graph, shapes, needed, code=bool(info.options))
+        formats = dict.fromkeys(LEVEL_STRIDES, info.map_format)
+        write_plan(place / name, graph, shapes, needed, code=bool(info.options), formats=formats)
     info = dataclasses.replace(info, plans={s: sha256(place / n) for s, n in PLANS.items()})
     (place / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(info)))
     return EngineFolder(place, info)
 
 
 def picture(h: int, w: int, seed: int = 0) -> np.ndarray:
+    from comask.data.shapes import ShapesSource  # needs packages that a GPU's machine may lack
+
     return np.resize(ShapesSource(num_images=seed + 1, seed=9).image(seed), (h, w, 3))
 
 

@@ -55,6 +55,7 @@ def write_plan(
     plugins: tuple[str, ...],
     *,
     code: bool = False,
+    formats: dict[str, str] | None = None,
 ) -> None:
     """A plan of this stand-in.
 
@@ -64,8 +65,12 @@ def write_plan(
         profile: least, best and largest shape of each input.
         plugins: names of those that it needs registered.
         code: whether it holds a lean runtime, which a runtime must be allowed to load.
+        formats: TensorFormat's names for the tensors that are not linear.
     """
-    values = {"profile": profile, "plugins": plugins, "code": code, "graph": str(graph)}
+    values = {
+        "profile": profile, "plugins": plugins, "code": code, "graph": str(graph),
+        "formats": formats or {},
+    }  # fmt: skip
     path.write_text(f"{MAGIC}\n{json.dumps(values)}")
 
 
@@ -103,6 +108,10 @@ class ILogger:
 
 class ExecutionContextAllocationStrategy(Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class TensorFormat(Enum):
+    LINEAR, HWC, HWC8, CHW4 = range(4)
 
 
 class TensorIOMode(Enum):
@@ -182,17 +191,20 @@ class Runtime(Lifetime):
         if parts["code"] and not self.engine_host_code_allowed:
             self.log.log(Severity.ERROR, "host code is not allowed")
             return None
-        return Engine(self.log, Path(parts["graph"]), parts["profile"])
+        return Engine(self.log, Path(parts["graph"]), parts["profile"], parts["formats"])
 
 
 class Engine(Lifetime):
     kind, children = "engine", "context"
 
-    def __init__(self, log: Any, graph: Path, profile: dict[str, Any]) -> None:
+    def __init__(
+        self, log: Any, graph: Path, profile: dict[str, Any], formats: dict[str, str]
+    ) -> None:
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.log, self.profile, self.profile_taken = log, profile, False
+        self.formats = {name: TensorFormat[kind] for name, kind in formats.items()}
         self.graph = str(graph)
         self.session = onnxruntime.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"]
@@ -215,6 +227,17 @@ class Engine(Lifetime):
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(n if isinstance(n, int) else -1 for n in self.tensors[name].shape)
 
+    def get_tensor_format(self, name: str) -> TensorFormat:
+        return self.formats.get(name, TensorFormat.LINEAR)
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in memory: of channels-last formats [B, H, W, C], C padded to whole vectors."""
+        if self.get_tensor_format(name) is TensorFormat.LINEAR:
+            return shape
+        batch, channels, height, width = shape
+        vector = 8 if self.get_tensor_format(name) is TensorFormat.HWC8 else 1
+        return batch, height, width, -(-channels // vector) * vector
+
     def dtype(self, name: str) -> Any:
         return np.dtype(nptype(self.get_tensor_dtype(name)))
 
@@ -225,15 +248,17 @@ class Engine(Lifetime):
     def run(self, shapes: Any, addresses: Any, scratch: tuple[int, int] | None) -> None:
         if scratch is not None:
             ctypes.memset(scratch[0], 0x5A, scratch[1])  # whoever else lies there is lost
-        arrays = {
-            name: np.frombuffer(
-                (ctypes.c_char * (math.prod(shape) * self.dtype(name).itemsize)).from_address(
-                    addresses[name]
-                ),
-                self.dtype(name),
-            ).reshape(shape)
-            for name, shape in shapes.items()
-        }
+        arrays = {}
+        for name, shape in shapes.items():
+            stored = self.stored(name, shape)
+            size = math.prod(stored) * self.dtype(name).itemsize
+            memory = (ctypes.c_char * size).from_address(addresses[name])
+            array = np.frombuffer(memory, self.dtype(name)).reshape(stored)
+            if stored is not shape:
+                assert not array[..., shape[1] :].any() or name in self.outputs, "dirty padding"
+                array[..., shape[1] :] = 0
+                array = np.moveaxis(array[..., : shape[1]], -1, 1)
+            arrays[name] = array
         names = list(self.outputs)
         feeds = {name: arrays[name] for name in self.inputs}
         for name, result in zip(names, self.session.run(names, feeds), strict=True):
@@ -325,7 +350,10 @@ class IExecutionContext(Lifetime):
         key, engine = tuple(sorted(self.shapes.items())), self.engine
         if key not in self.jobs:
             tensors = [
-                {name: (engine.dtype(name), shape) for name, shape in shapes.items()}
+                {
+                    n: (engine.dtype(n), shape, engine.stored(n, shape))
+                    for n, shape in shapes.items()
+                }
                 for shapes in (self.shapes, self._output_shapes())
             ]
             self.jobs[key] = standin_worker.Job(driver, engine.graph, *tensors, self._needed())
@@ -348,7 +376,10 @@ class IExecutionContext(Lifetime):
         if self.infer_shapes():
             return self.fail(f"inputs without shape: {self.infer_shapes()}")
         shapes = self.shapes | self._output_shapes()
-        sizes = {n: math.prod(s) * self.engine.dtype(n).itemsize for n, s in shapes.items()}
+        sizes = {
+            n: math.prod(self.engine.stored(n, s)) * self.engine.dtype(n).itemsize
+            for n, s in shapes.items()
+        }
         for name, size in sizes.items():
             address = self.addresses.get(name, 0)
             if not _is_device(address, size):
@@ -381,7 +412,7 @@ class IExecutionContext(Lifetime):
 def _is_device(address: int, size: int) -> bool:
     if not address or address % ALIGNMENT:
         return False
-    if hasattr(driver, "standin_is_device"):
+    if not standin_worker.wanted(driver):
         return bool(driver.standin_is_device(ctypes.c_void_p(address), ctypes.c_size_t(size)))
     start, length = ctypes.c_void_p(), ctypes.c_size_t()  # of the allocation that it lies in
     status = driver.cuMemGetAddressRange_v2(

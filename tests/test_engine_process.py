@@ -40,6 +40,7 @@ def worker_request(bundle: Bundle, folder: Path, model: onnx.ModelProto) -> Plan
             bundle.manifest.graphs["stage2"]["inputs"]
         ),
         options=BuildOptions(),
+        map_format="HWC",
         timing_cache=None,
         tuned_here=False,
     )
@@ -109,6 +110,14 @@ def test_plans_leave_their_memory_to_the_caller() -> None:
     _apply_options(flavor, config, BuildOptions())
     assert config.get_flag(flavor.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert not config.get_flag(flavor.trt.BuilderFlag.TF32)
+
+
+def test_maps_of_a_format_that_has_no_fp32(
+    bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
+) -> None:
+    """HWC8 is for two-byte types: that it is refused shows that the format reaches TensorRT."""
+    asked = worker_request(bundle, tmp_path, stage2)
+    assert "cannot build it" in error_of(dataclasses.replace(asked, map_format="HWC8"), tmp_path)
 
 
 def test_a_full_disk(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:

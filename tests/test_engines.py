@@ -157,6 +157,15 @@ def test_fields_outlive_the_call_that_asked_for_them() -> None:
     assert {f.name: np.asarray(f.data).reshape(-1)[0] for f in collection} == op.fields()
 
 
+def test_maps_cross_channels_last(engines: EngineFolder, micro_fp16: Path, tmp_path: Path) -> None:
+    """Of fp16 as well; TensorRT fails where it cannot build a stage with this format."""
+    assert engines.info.map_format == "HWC"
+    halves = Bundle.open(Path(shutil.copytree(micro_fp16, tmp_path / "bundle")))
+    built = build_engines(halves, dataclasses.replace(request(halves), precision="fp16"))
+    assert EngineFolder.open(built.folder).info.map_format == "HWC8"
+    assert built.info.layers["stage2"].network["fp16"] > 5
+
+
 def test_the_same_request_builds_nothing(
     bundle: Bundle, engines: EngineFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +195,7 @@ def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
         assert b"SortedNms" not in plan
         assert b"PyramidRoiAlign" not in plan
     assert engines.info.plugin_sha256 is None
+    assert engines.info.map_format == "LINEAR"  # standard layers gather in the maps' own order
 
 
 def test_a_plan_for_chosen_gpus(bundle: Bundle) -> None:

@@ -107,7 +107,7 @@ def test_the_configurations_are_those_of_the_graphs(micro_fp16: Path, tmp_path: 
 
 
 def test_plans_go_with_what_they_need(bundle: Path, tmp_path: Path) -> None:
-    write_fake_engines(bundle)
+    write_fake_engines(bundle, map_format="HWC")
     write_fake_engines(bundle, plugin="python")  # which is passed over
     output = tmp_path / "repository"
     result = run("serve", bundle, "--backend", "tensorrt", "--output", output)
@@ -121,6 +121,13 @@ def test_plans_go_with_what_they_need(bundle: Path, tmp_path: Path) -> None:
     assert (stage.platform, stage.max_batch_size) == ("tensorrt_plan", 4)
     needs = {"tensorrt_version": "10.16.1", "target": "sm90", "gpu": "NVIDIA H200"}
     assert parameters(stage) == needs | {"sha256": sha256(plan)}
+    # Triton must not take their size in memory for the product of their dimensions
+    padded = {tensor.name for tensor in stage.input if tensor.is_non_linear_format_io}
+    assert padded == {"p2", "p3", "p4", "p5"}
+    assert padded == {
+        tensor.name for tensor in configs["comask_stage1"].output if tensor.is_non_linear_format_io
+    }
+    assert not any(tensor.is_non_linear_format_io for tensor in stage.output)
     assert list(configs["comask"].dynamic_batching.preferred_batch_size) == [2, 4]
 
 

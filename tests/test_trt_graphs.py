@@ -10,14 +10,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import MICRO, run, settings
 from standin import counts, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, assert_equal, picture, write_engines
 
 from comask.bundle import Bundle, sha256
 from comask.errors import EngineError, UnsupportedGpuError
 from comask.export.engine import _proved
+from comask.preprocess import stacked
 from comask.runtime import Predictor
+from comask.runtime.backends.trt import open_engines
 from comask.runtime.device import find_gpu
 from comask.runtime.trt.engine import load_flavor
 from comask.runtime.trt.engine_folder import EngineFolder
@@ -122,6 +126,57 @@ def scratch_memory_of_unknown_size(folder: str) -> None:
         assert_equal(predictor(PICTURE), expected)
 
 
+def maps_cross_channels_last(folder: str) -> None:
+    """The model has 36 feature channels, which HWC8 pads to 40."""
+    with load(folder) as predictor:
+        images = PICTURE, picture(64, 64, 1)
+        expected = [predictor(image) for image in images]
+        feeds = predictor.prepare(PICTURE)
+        maps = predictor.stages.stage1.run(_inputs(feeds))
+        assert maps["p2"].shape[1] == 36
+        rest = predictor.stages.stage2.run(maps | _inputs(feeds))
+    for kind in ("HWC", "HWC8"):
+        shutil.rmtree(Path(folder) / "engines")
+        with load(folder, map_format=kind) as predictor, predictor.stream(slots=1) as session:
+            for image, detections in zip(images, expected, strict=True):
+                assert_equal(predictor(image), detections)
+                for _ in range(3):
+                    assert_equal(session.submit(image).result(), detections)
+            alone = predictor.stages.stage1.run(_inputs(feeds))
+            for name, array in maps.items():
+                np.testing.assert_array_equal(alone[name], array, err_msg=name)
+            again = predictor.stages.stage2.run(alone | _inputs(feeds))
+            for name, array in rest.items():
+                np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def _inputs(prepared: Any) -> dict[str, Any]:
+    images, sizes = stacked([prepared])
+    return {"images": images, "image_sizes": sizes}
+
+
+def maps_in_formats_that_do_not_fit(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    engines = write_engines(folder, map_format="HWC8")
+    other = write_engines(folder, map_format="HWC", gpu="other")
+    shutil.copy(other.plan("stage2"), engines.folder / "stage2.plan")
+    with pytest.raises(
+        EngineError, match=r"stage2.plan: has p. in TensorRT's format HWC, expected HWC8"
+    ):
+        open_engines(_with_plan(engines), device=0)
+    strange = write_engines(folder, map_format="CHW4")
+    with pytest.raises(EngineError, match="TensorRT's format CHW4; comask reads LINEAR, HWC, HWC8"):
+        open_engines(strange, device=0)
+
+
+def _with_plan(engines: EngineFolder) -> EngineFolder:
+    """The folder, described as if its plan of stage 2 belonged to it."""
+    plans = engines.info.plans | {"stage2": sha256(engines.folder / "stage2.plan")}
+    return EngineFolder(engines.folder, dataclasses.replace(engines.info, plans=plans))
+
+
 def a_leak_of_tensorrt(folder: str) -> None:
     import standin_tensorrt
 
@@ -169,9 +224,23 @@ def a_gpu_that_rtx_does_not_support(folder: str) -> None:
     "function",
     [graphs_hold_specialized_kernels, a_flavor_that_cannot_capture, a_capture_that_fails_once,
      no_garbage_is_collected_during_a_capture, scratch_memory_of_unknown_size, a_leak_of_tensorrt,
-     a_gpu_that_rtx_does_not_support],
+     a_gpu_that_rtx_does_not_support, maps_in_formats_that_do_not_fit],
     ids=lambda function: function.__name__,
 )  # fmt: skip
 def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:
     skip_without_pycuda()
     run_on_standin(function, shutil.copytree(micro_bundle, tmp_path / "bundle"))
+
+
+def test_maps_cross_channels_last(tmp_path: Path) -> None:
+    skip_without_pycuda()
+    channels = settings("model.norm_groups=4", "model.channels=36")
+    arguments = ("--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path / "run")
+    trained = run("train", *arguments, *settings(*MICRO), *channels)
+    assert trained.exit_code == 0, trained.output
+    exported = run(
+        "export", tmp_path / "run" / "checkpoint-last.pt", "--output", tmp_path / "bundle",
+        "--score-threshold", "0", "--limit", "1",
+    )  # fmt: skip
+    assert exported.exit_code == 0, exported.output
+    run_on_standin(maps_cross_channels_last, tmp_path / "bundle")

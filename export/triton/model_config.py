@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from comask.bundle import WEIGHTS, Manifest
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.triton_tensors import CLIENT_INPUTS, client_outputs, graph_tensors, stage_name
+from comask.runtime.trt.memory_format import LINEAR
 
 # While one instance prepares images or encodes masks, the other one's images are in the network.
 CLIENT_INSTANCES = 2
@@ -75,7 +77,14 @@ def client_config(
 
 
 def stage_config(
-    name: str, stage: str, manifest: Manifest, backend: str, max_batch: int, **parameters: str
+    name: str,
+    stage: str,
+    manifest: Manifest,
+    backend: str,
+    max_batch: int,
+    *,
+    map_format: str,
+    **parameters: str,
 ) -> dict[str, Any]:
     """Returns the configuration of the model that runs a stage's graph or plan.
 
@@ -85,6 +94,7 @@ def stage_config(
         manifest: the bundle's manifest.
         backend: `onnxruntime` or `tensorrt`, followed by a colon and the precision.
         max_batch: the most images that may run together.
+        map_format: TensorRT's name of the memory format of the feature maps in a plan, see `EngineInfo`.
         parameters: further facts about the file.
     """
     library, _, precision = backend.partition(":")
@@ -93,8 +103,8 @@ def stage_config(
         "name": stage_name(name, stage),
         "platform": {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}[library],
         "max_batch_size": max_batch,
-        "input": [_tensor(spec) for spec in inputs],
-        "output": [_tensor(spec) for spec in outputs],
+        "input": [_stage_tensor(spec, map_format) for spec in inputs],
+        "output": [_stage_tensor(spec, map_format) for spec in outputs],
         "dynamic_batching": {},  # Waiting requests are batched without a delay.
         "instance_group": [
             {"count": 1, "kind": Name("KIND_GPU" if library == "tensorrt" else "KIND_AUTO")}
@@ -109,6 +119,14 @@ def _onnxruntime(precision: str) -> dict[str, Any]:
     exact = {"name": "cuda", "parameters": [{"key": "use_tf32", "value": "0"}]}
     settings: dict[str, Any] = {"execution_accelerators": {"gpu_execution_accelerator": [exact]}}
     return settings | ({"graph": {"level": NO_OPTIMIZATION}} if precision == "int8" else {})
+
+
+def _stage_tensor(spec: TensorSpec, map_format: str) -> dict[str, Any]:
+    """Returns a stage's input or output; feature maps may lie in memory in an order of TensorRT's."""
+    tensor = _tensor(spec)
+    if spec.name in LEVEL_STRIDES and map_format != LINEAR:
+        tensor["is_non_linear_format_io"] = True
+    return tensor
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from comask.export.triton.model_config import client_config, stage_config, to_pb
 from comask.runtime.backends import parse_backend, require_precision
 from comask.runtime.triton_tensors import stage_name
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines, rebuild_command
+from comask.runtime.trt.memory_format import LINEAR
 
 VERSION = "1"  # the version of each model
 LARGEST_BATCH = 8  # the default for graphs, which take any batch; the same as a `Predictor`'s
@@ -56,6 +57,7 @@ class StageFiles:
         paths: the path of each stage's file.
         largest_batch: the most images that may run together.
         best_batch: the batch that the files are tuned for.
+        map_format: TensorRT's name of the memory format of the feature maps.
         needs: what the server must have.
     """
 
@@ -63,6 +65,7 @@ class StageFiles:
     paths: dict[str, Path]
     largest_batch: int
     best_batch: int
+    map_format: str = LINEAR
     needs: dict[str, str] = field(default_factory=dict)
 
 
@@ -133,8 +136,9 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> Ser
         for stage, path in files.paths.items():
             digest = {"sha256": sha256(path)}
             config = stage_config(
-                name, stage, manifest, backend, max_batch, **digest, **files.needs
-            )
+                name, stage, manifest, backend, max_batch,
+                map_format=files.map_format, **digest, **files.needs,
+            )  # fmt: skip
             shutil.copy(path, _add_model(folder, config) / files.name)
         version = _add_model(folder, client_config(name, manifest, backend, max_batch, preferred))
         (version / "model.py").write_text(CLIENT_MODEL, encoding="utf-8")
@@ -262,6 +266,7 @@ def _plans(bundle: Bundle, precision: str, name: str | None) -> StageFiles:
         paths={stage: engines.plan(stage) for stage in STAGES},
         largest_batch=info.profile["batch"][2],
         best_batch=info.profile["batch"][1],
+        map_format=info.map_format,
         needs={"tensorrt_version": info.version, "target": info.target, "gpu": info.gpu or ""},
     )
 

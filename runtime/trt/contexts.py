@@ -7,7 +7,6 @@ nothing is allocated and no address changes, as captured CUDA graphs require.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from comask.errors import EngineError
 from comask.runtime.backends.base import PROPOSALS, Array
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Stream
 from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
+from comask.runtime.trt.memory_format import MemoryFormat
 
 Key = TypeVar("Key", bound=Hashable)
 Memory = TypeVar("Memory", DeviceMemory, PinnedMemory)
@@ -40,6 +40,20 @@ def grow(
         old.free()
     held[key] = allocate(max(size, 1))  # CUDA has no empty allocations
     return held[key]
+
+
+def _shared_formats(engines: Mapping[str, Engine]) -> dict[str, MemoryFormat]:
+    """Returns the format of every tensor; what stage 1 writes, stage 2 must read as it lies there."""
+    formats: dict[str, MemoryFormat] = {}
+    for stage, engine in engines.items():
+        for name, found in engine.formats.items():
+            written = formats.setdefault(name, found)
+            if written != found:
+                raise EngineError(
+                    f"{stage} reads {name} in TensorRT's format {found.name}, but it is written in "
+                    f"{written.name}: build both engines again with comask build --rebuild"
+                )
+    return formats
 
 
 class Contexts:
@@ -73,6 +87,7 @@ class Contexts:
         # shapes of `PROPOSALS`: as stage 1 writes them, as stage 2 reads them
         self._cuts: dict[str, tuple[Shape, Shape]] = {}
         self._specs = {s.name: s for e in engines.values() for s in (*e.inputs, *e.outputs)}
+        self._formats = _shared_formats(engines)
         # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._addresses: dict[str, list[int]] = {}
@@ -129,18 +144,21 @@ class Contexts:
 
     def copy_in(self, name: str, values: Array) -> None:
         """Queues the copy of an input to the GPU, in the engine's type."""
-        staged = self.host_view(name, values.shape)
-        staged[...] = values
+        staged = self._staged(name, values.shape)
+        view = self.host_view(name, values.shape)
+        if view.nbytes != staged.nbytes:
+            staged[...] = 0  # the padding
+        view[...] = values
         self.stream.copy_in(self.buffers[name], staged)
 
     def copy_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> None:
         """Queues the copies of tensors to page-locked memory."""
         for name in names:
-            self.stream.copy_out(self.host_view(name, shapes[name]), self.buffers[name])
+            self.stream.copy_out(self._staged(name, shapes[name]), self.buffers[name])
 
     def copied_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Array]:
         """Returns what `copy_out` copied, once that is done, in arrays that belong to the caller."""
-        return {name: self.host_view(name, shapes[name]).copy() for name in names}
+        return {name: self.host_view(name, shapes[name]).copy("C") for name in names}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
         """Returns the names of the last stage's outputs."""
@@ -209,7 +227,7 @@ class Contexts:
 
     def _copy_best(self) -> None:
         for name, (written, read) in self._cuts.items():
-            row, part = (self._size(name, shape[1:]) for shape in (written, read))
+            row, part = (self._size(name, (1, *shape[1:])) for shape in (written, read))
             for image in range(written[0]):
                 source = self.buffers[name].address + image * row
                 self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
@@ -276,12 +294,18 @@ class Contexts:
         self._addresses[stage] = addresses
 
     def _size(self, name: str, shape: Shape) -> int:
-        return math.prod(shape) * self._specs[name].dtype.itemsize
+        return self._formats[name].count(shape) * self._specs[name].dtype.itemsize
+
+    def _staged(self, name: str, shape: Shape) -> Array:
+        return self._staging[name].bytes[: self._size(name, shape)]
 
     def host_view(self, name: str, shape: Shape) -> Array:
-        """Returns a view of a tensor's page-locked memory, which is valid until the next call."""
-        staged = self._staging[name].bytes[: self._size(name, shape)]
-        return staged.view(self._specs[name].dtype).reshape(shape)
+        """Returns a view of a tensor's page-locked memory, which is valid until the next call.
+
+        It has the tensor's shape; in memory, the values may be in another order.
+        """
+        values = self._staged(name, shape).view(self._specs[name].dtype)
+        return self._formats[name].view(values, shape)
 
     def _make_room(self, name: str, size: int) -> None:
         grow(self.buffers, name, size, self._device.memory, self.stream)

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from comask.errors import BackendUnavailableError, EngineError, UnsupportedGpuError
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder, widening_command
+from comask.runtime.trt.memory_format import MemoryFormat
 
 LIBRARY = "libtensorrt_rtx.so"
 
@@ -174,6 +176,7 @@ class Engine:
         stage: the stage.
         inputs: the input tensors.
         outputs: the output tensors.
+        formats: the memory format of each of these tensors, by name.
 
     Raises:
         EngineError: if the plan is missing or was altered, or TensorRT cannot open it.
@@ -198,6 +201,13 @@ class Engine:
         is_input = {name: engine.get_tensor_mode(name).name == "INPUT" for name in names}
         self.inputs = tuple(self._spec(name) for name in names if is_input[name])
         self.outputs = tuple(self._spec(name) for name in names if not is_input[name])
+        self.formats = {name: MemoryFormat(engine.get_tensor_format(name).name) for name in names}
+        for name in LEVEL_STRIDES.keys() & self.formats.keys():
+            if self.formats[name].name != folder.info.map_format:
+                raise EngineError(
+                    f"{path}: has {name} in TensorRT's format {self.formats[name].name}, expected "
+                    f"{folder.info.map_format}; build it again with comask build --rebuild"
+                )
         self._limits: dict[str, tuple[Shape, Shape]] = {}
         for spec in self.inputs:
             least, _, largest = engine.get_tensor_profile_shape(spec.name, PROFILE)

@@ -38,6 +38,7 @@ from comask.errors import ConfigError, EngineError
 from comask.files import parse_json
 from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.device import Gpu
+from comask.runtime.trt.memory_format import LINEAR
 
 ENGINES = "engines"  # a folder in the bundle
 DESCRIPTION = "engine.json"
@@ -89,6 +90,8 @@ class EngineInfo:
         plugin_sha256: hash of the kernels in the plans or behind the plugins; None without plugins.
         profile: name of a size (batch, height, width, proposals) → least, best and largest value.
         options: the builder's options.
+        map_format: TensorRT's name of the memory format in which the feature maps cross between the
+            stages; `LINEAR`, `HWC` or `HWC8`.
         graphs: sha256 of each stage's ONNX file.
         transformed: sha256 of each graph as TensorRT received it; another comask may transform it
             differently.
@@ -119,6 +122,7 @@ class EngineInfo:
     verification: dict[str, Any]
     created: str
     comask_version: str
+    map_format: str = LINEAR  # of engines that an earlier comask built
     schema_version: int = SCHEMA_VERSION
 
     @property

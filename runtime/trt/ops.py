@@ -18,10 +18,10 @@ from typing_extensions import override
 from comask.errors import EngineError
 from comask.kernels.compile import FOLDER, HEADER
 from comask.kernels.launch import LEVEL_STRIDES, Launch, nms_launch, roi_align_launch
+from comask.runtime.trt.memory_format import LINEAR, MemoryFormat
 
 NAMESPACE = "comask"
 VERSION = "1"
-HALVES_A_VECTOR = 8  # HWC8 pads the channels to a multiple of this
 LINEAR_F32 = ("FLOAT", "LINEAR")
 # each combination that a kernel takes: (type, format) of the inputs, then of the output
 Formats = tuple[tuple[tuple[str, str], ...], ...]
@@ -144,7 +144,7 @@ class PyramidRoiAlignOp(CustomOp):
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
         maps, (batch, count, _) = inputs[:4], inputs[4].shape
         channels = maps[0].shape[1]
-        padded = -(-channels // HALVES_A_VECTOR) * HALVES_A_VECTOR
+        stored = MemoryFormat(maps[0].format).stored(maps[0].shape)
         return roi_align_launch(
             tuple(desc.shape for desc in maps),
             batch * count,
@@ -153,8 +153,8 @@ class PyramidRoiAlignOp(CustomOp):
             self.sampling_ratio,
             self.canonical_size,
             half=maps[0].type == "HALF",
-            channels_last=maps[0].format != "LINEAR",
-            channel_stride=padded if maps[0].format == "HWC8" else channels,
+            channels_last=maps[0].format != LINEAR,
+            channel_stride=channels if maps[0].format == LINEAR else stored[-1],
         )
 
 
