@@ -1,0 +1,181 @@
+"""Registers, spills, shared memory and occupancy of the kernels, by `benchmarks/kernel_resources.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from comask.kernels import compile
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MEASURED_WITH = (13, 0)  # NVRTC's version
+
+# The most registers per thread. A GPU gives them to a warp in units of 8 per thread, so the numbers are
+# rounded up to that: within a unit, a change does not change the occupancy. There is no further margin,
+# since one unit more can cost a block. Another NVRTC allocates otherwise, which is not our regression.
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)
+REGISTERS = {
+    "pyramid_roi_align_f32_planes": (88, 88, 88, 88, 88, 96, 80, 80),
+    "pyramid_roi_align_f16_planes": (80, 80, 80, 80, 80, 88, 80, 80),
+    "pyramid_roi_align_f32_channels_last": (120, 120, 120, 120, 120, 128, 128, 128),
+    "pyramid_roi_align_f16_channels_last": (128, 120, 120, 120, 120, 128, 120, 120),
+    "sorted_nms": (40, 40, 40, 40, 40, 40, 48, 48),
+    "frame_to_canvas_rgb": (56, 56, 56, 56, 56, 56, 56, 56),
+    "frame_to_canvas_nv12": (40, 40, 40, 40, 40, 48, 48, 48),
+    "mask_edge_counts": (64, 64, 64, 64, 64, 72, 72, 72),
+    "mask_edges": (72, 72, 72, 72, 72, 80, 88, 88),
+    "paste_masks": (64, 64, 64, 64, 64, 64, 72, 80),
+}
+SHARED = {"pyramid_roi_align": 4096, "sorted_nms": 928, "frame_to_canvas": 0, "paste_masks": 14264}
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kernel_resources
+
+    return kernel_resources
+
+
+def known(capability: int) -> None:
+    if capability not in nvrtc.nvrtcGetSupportedArchs()[1]:
+        pytest.skip(f"this NVRTC does not know sm_{capability}")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("source", SHARED)
+def test_no_kernel_spills_or_needs_more_than_it_did(
+    tool: ModuleType, source: str, capability: int
+) -> None:
+    known(capability)
+    found = tool.resources(source, capability)
+    assert set(found) == set(compile.entries(source))
+    for needed in found.values():
+        assert (needed.stack, needed.spilled) == (0, 0)
+        assert 0 < needed.registers <= 255
+    assert max(needed.shared for needed in found.values()) <= SHARED[source]
+    if nvrtc.nvrtcVersion()[1:] != MEASURED_WITH:
+        pytest.skip(f"registers were measured with NVRTC {'.'.join(map(str, MEASURED_WITH))}")
+    place = CAPABILITIES.index(capability)
+    for entry, needed in found.items():
+        assert needed.registers <= REGISTERS[entry][place], entry
+
+
+def test_every_kernel_is_listed(tool: ModuleType) -> None:
+    sources = {path.stem for path in compile.FOLDER.glob("*.cu")}
+    assert set(SHARED) == set(tool.BLOCK_THREADS) == sources
+    assert set(REGISTERS) == {entry for source in sources for entry in compile.entries(source)}
+    assert tuple(tool.MULTIPROCESSORS) == CAPABILITIES
+
+
+def test_a_spill_is_seen(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 16 blocks of 128 threads on a multiprocessor, 32 registers are left to a thread."""
+    shutil.copytree(compile.FOLDER, tmp_path / "sources")
+    source = tmp_path / "sources" / "paste_masks.cu"
+    source.write_text(
+        source.read_text().replace(
+            "KERNEL(paste_masks, THREADS, 4)", "KERNEL(paste_masks, THREADS, 16)"
+        )
+    )
+    monkeypatch.setattr(tool, "FOLDER", tmp_path / "sources")
+    found = tool.resources("paste_masks", 90)
+    assert found["paste_masks"].registers == 32
+    assert found["paste_masks"].stack > 0
+    assert found["paste_masks"].spilled > 0
+    assert found["mask_edges"].spilled == 0
+
+
+NVIDIAS = """
+#include <cuda_occupancy.h>
+#include <cstdio>
+int main() {
+    int capability, warps, shared, reserved, threads, registers, bytes;
+    while (std::scanf("%d %d %d %d %d %d %d", &capability, &warps, &shared, &reserved, &threads,
+                      &registers, &bytes) == 7) {
+        cudaOccDeviceProp gpu;
+        gpu.computeMajor = capability / 10, gpu.computeMinor = capability % 10;
+        gpu.maxThreadsPerBlock = 1024, gpu.maxThreadsPerMultiprocessor = 32 * warps;
+        gpu.regsPerBlock = gpu.regsPerMultiprocessor = 65536, gpu.warpSize = 32, gpu.numSms = 1;
+        gpu.sharedMemPerBlock = 49152, gpu.sharedMemPerMultiprocessor = shared;
+        gpu.sharedMemPerBlockOptin = shared - reserved, gpu.reservedSharedMemPerBlock = reserved;
+        cudaOccFuncAttributes kernel;
+        kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = bytes;
+        kernel.numBlockBarriers = 1;
+        cudaOccDeviceState state;
+        cudaOccResult result;
+        const cudaOccError error =
+            cudaOccMaxActiveBlocksPerMultiprocessor(&result, &gpu, &kernel, &state, threads, 0);
+        std::printf("%d\\n", error ? -error : result.activeBlocksPerMultiprocessor);
+    }
+}
+"""
+
+
+def occupancy_header() -> Path | None:
+    """The folder of NVIDIA's occupancy calculator, which wheels of the CUDA runtime and Triton have."""
+    packages: list[Any] = [importlib.util.find_spec(name) for name in ("nvidia", "triton")]
+    roots = [Path(root) for spec in packages if spec for root in spec.submodule_search_locations]
+    roots.append(Path("/usr/local/cuda"))
+    patterns = ("cu*/include", "cuda_runtime/include", "backends/nvidia/include", "include")
+    for root in roots:
+        for pattern in patterns:
+            for folder in sorted(root.glob(pattern)):
+                if (folder / "cuda_occupancy.h").is_file():
+                    return folder
+    return None
+
+
+def test_occupancy_is_nvidias(tool: ModuleType, tmp_path: Path) -> None:
+    folder = occupancy_header()
+    if folder is None:
+        pytest.skip("cuda_occupancy.h is not installed")
+    (tmp_path / "occupancy.cpp").write_text(NVIDIAS)
+    command = ["g++", f"-I{folder}", "occupancy.cpp", "-o", "occupancy"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    lines, ours = [], []
+    for capability, on in tool.MULTIPROCESSORS.items():
+        for threads in (32, 48, 96, 128, 256, 512, 736, 1024):
+            for registers in (16, 32, 38, 40, 63, 64, 65, 88, 96, 123, 128, 200, 255):
+                for shared in (0, 1, 928, 4096, 14264, 24576, 49152):
+                    needed = tool.Resources(registers, shared, 0, 0)
+                    ours.append(tool.occupancy(capability, threads, needed).blocks)
+                    numbers = (
+                        capability,
+                        on.warps,
+                        on.shared,
+                        on.reserved,
+                        threads,
+                        registers,
+                        shared,
+                    )
+                    lines.append(" ".join(map(str, numbers)))
+    done = subprocess.run(
+        [tmp_path / "occupancy"], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
+    theirs = [int(word) for word in done.stdout.split()]
+    wrong = [x for x in zip(lines, ours, theirs, strict=True) if x[1] != x[2]]
+    assert wrong == []
+    assert len({*theirs}) > 10
+
+
+def test_the_command_writes_a_table(tool: ModuleType, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "table.md"
+    arguments = ["--output", str(target), "--capability", "90"]
+    result = CliRunner().invoke(tool.main, arguments)
+    assert result.exit_code == 0, result.output
+    text = target.read_text()
+    assert text == result.output
+    header, rule, *rows = text.splitlines()
+    assert header == "| kernel | threads | shared memory | H200 (sm_90) |"
+    assert len(rows) == len(REGISTERS)
+    assert {line.count("|") for line in (header, rule, *rows)} == {5}
+    assert any(row.startswith("| sorted_nms | 1024 | 928 B | ") and "50%" in row for row in rows)
