@@ -302,7 +302,14 @@ def jit_cache(folder: str) -> None:
     written = path.stat().st_mtime_ns
     with Predictor.load(folder, "tensorrt-rtx") as predictor:
         predictor(PICTURES[1])
-    assert path.stat().st_mtime_ns == written
+        assert path.stat().st_mtime_ns == written
+        # a process that is killed later loses nothing
+        predictor([PICTURES[0]] * 2)
+        third = set(path.read_text().splitlines())
+        assert third > second
+        with predictor.stream(slots=1) as session:
+            session.submit([PICTURES[0]] * 3).result()
+            assert set(path.read_text().splitlines()) > third
     assert not list(engines.folder.glob(".*"))
     assert_all_freed()
 

@@ -56,14 +56,47 @@ def on_gpu(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> N
     Raises:
         KernelError: when `prepare` raises one, or the driver rejects the launch.
     """
-    if launch.grid == 0:
-        return
-    function = _function(_current_context(), launch.source, launch.entry)
-    arguments = pack(launch, inputs, output)
-    _call(
-        "cuLaunchKernel", function, launch.grid, 1, 1, launch.block, 1, 1, 0,
-        ctypes.c_void_p(stream), arguments, None,
-    )  # fmt: skip
+    BoundLaunch(launch).queue(inputs, output, stream)
+
+
+class BoundLaunch:
+    """A launch whose function is looked up and whose arguments are packed once, for many calls.
+
+    Only one thread at a time may use it. Its context is the one that is current when it is created.
+
+    Args:
+        launch: a launch from `comask.kernels.launch`.
+
+    Raises:
+        KernelError: when `prepare` raises one.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._arguments: ctypes.Array[ctypes.c_void_p] | None = None
+        if launch.grid:
+            self._function = _function(_current_context(), launch.source, launch.entry)
+
+    def queue(self, inputs: Sequence[int], output: int, stream: int) -> None:
+        """Queues the kernel with these addresses; `on_gpu` explains the arguments.
+
+        Raises:
+            KernelError: when the driver rejects the launch.
+        """
+        launch = self._launch
+        if launch.grid == 0:
+            return
+        if self._arguments is None:
+            self._arguments = pack(launch, inputs, output)
+        else:
+            values = self._arguments.values  # type: ignore[attr-defined]
+            for value, address in zip(values, inputs, strict=False):
+                value.value = address
+            values[-1].value = output
+        _call(
+            "cuLaunchKernel", self._function, launch.grid, 1, 1, launch.block, 1, 1, 0,
+            ctypes.c_void_p(stream), self._arguments, None,
+        )  # fmt: skip
 
 
 def use_primary_context(device: int) -> None:

@@ -91,6 +91,7 @@ class Contexts:
         # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._addresses: dict[str, list[int]] = {}
+        self._new_shapes: set[str] = set()  # stages that may have compiled kernels since the last save
         self._contexts = {
             stage: engine.new_context(captured=captured) for stage, engine in engines.items()
         }
@@ -137,10 +138,16 @@ class Contexts:
             finally:
                 # after an error, too: no memory may be freed while work on it is queued
                 self.stream.synchronize()
+            self.save_compiled()
             for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
                 assert seconds is not None
                 seconds[stage] = behind.since(before)
         return self.copied_out(wanted, shapes)
+
+    def save_compiled(self) -> None:
+        """Saves what a flavor compiled for new shapes; the calls with these shapes must be done."""
+        while self._new_shapes:
+            self._engines[self._new_shapes.pop()].save_compiled()
 
     def copy_in(self, name: str, values: Array) -> None:
         """Queues the copy of an input to the GPU, in the engine's type."""
@@ -274,6 +281,7 @@ class Contexts:
             size = int(self._contexts[stage].update_device_memory_size_for_shapes())
             self._make_room(SCRATCH, size or engine.largest_scratch)
         self._shapes[stage] = shapes
+        self._new_shapes.add(stage)
 
     def _set_addresses(self, stage: str) -> None:
         """Tells a context the addresses of its tensors and scratch memory, if anything changed."""

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -281,6 +282,10 @@ class Engine:
             )
         return context
 
+    def save_compiled(self) -> None:
+        """Saves what TensorRT-RTX has compiled so far, so that a process that is killed loses nothing."""
+        self._jit.save()
+
     def close(self) -> None:
         """Saves the JIT cache and frees the engine, whose contexts must have been freed before."""
         self._jit.save()
@@ -313,6 +318,7 @@ class JitCache:
 
     def __init__(self, flavor: Flavor, engine: Any, path: Path) -> None:
         self._trt, self._path = flavor.trt, path
+        self._saving = threading.Lock()
         self._configs: dict[bool, Any] = {}  # by whether calls are captured
         self._cache: Any = None
         self._loaded = b""
@@ -347,9 +353,13 @@ class JitCache:
         """Writes the file if its content changed; logs it if the bundle is not writable."""
         if self._cache is None:
             return
-        data = bytes(memoryview(self._cache.serialize()))
-        if data == self._loaded:
-            return
+        with self._saving:
+            data = bytes(memoryview(self._cache.serialize()))
+            if data != self._loaded:
+                self._write(data)
+                self._loaded = data
+
+    def _write(self, data: bytes) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(data)

@@ -146,6 +146,7 @@ class TrtLane(Contexts):
             self.check_open()
             self.copy_out(names, self._tensors)
             self.stream.synchronize()
+            self.save_compiled()
             edges = self._masks.fetch_edges(batch, self._tensors["masks"]) if batch.rle else None
             return self.copied_out(names, self._tensors), edges
 

@@ -1,7 +1,7 @@
 """The order of a tensor's values in an engine's memory: as its shape says, or channels-last.
 
-The feature maps cross from stage 1 to stage 2 channels-last, as convolutions on tensor cores write them and
-our RoIAlign kernel reads them best. Otherwise, both engines would convert each map.
+The feature maps cross from stage 1 to stage 2 channels-last, as convolutions on tensor cores write them
+and as RoIAlign reads them best. Otherwise, both engines would convert each map.
 """
 
 from __future__ import annotations
