@@ -1,4 +1,4 @@
-"""Runs tests in processes whose CUDA driver is the stand-in of standin_cuda.c."""
+"""Runs tests in processes whose CUDA driver and decoder are standin_cuda.c and standin_nvcuvid.c."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ getattr(importlib.import_module(module), function)(*json.loads(arguments))
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Holds the compiled stand-in as long as this process lives."""
+    """Holds the compiled stand-ins as long as this process lives."""
     folder = tempfile.TemporaryDirectory(prefix="comask-standin-")
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-Wl,-soname,libcuda.so.1",
-         HERE / "standin_cuda.c", "-o", Path(folder.name) / "libcuda.so.1", "-ldl"],
-        check=True,
-    )  # fmt: skip
+    driver = Path(folder.name) / "libcuda.so.1"
+    for source, library, needs in (
+        ("standin_cuda.c", driver, "-ldl"),
+        ("standin_nvcuvid.c", driver.with_name("libnvcuvid.so.1"), driver),
+    ):
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-Wl,-z,nodelete",
+             f"-Wl,-soname,{library.name}", HERE / source, "-o", library, needs],
+            check=True,
+        )  # fmt: skip
     return folder
 
 
@@ -90,7 +95,7 @@ class Counts(ctypes.Structure):
         for name in (
             "device_allocations", "device_live", "device_bytes", "host_allocations", "host_live",
             "streams_live", "events_live", "contexts_retained", "contexts_current", "hasty_frees",
-            "graphs_live", "graph_launches",
+            "graphs_live", "graph_launches", "contexts_destroyed", "planes_fetched",
         )
     ]  # fmt: skip
 

@@ -1,7 +1,9 @@
 /* A part of standin_cuda.c: errors, devices, contexts. */
-/* The primary context is all there is; each thread has a stack of contexts, as in CUDA. */
+/* The primary context is all there is; each thread has a stack of contexts, as in CUDA. It is active while
+   someone retains it, and with its last release its handle becomes invalid. */
 enum { DEEPEST = 64 };
 static char primary_context;
+static unsigned primary_flags;
 static __thread void *contexts[DEEPEST];
 static __thread int depth;
 #define current_context (depth ? contexts[depth - 1] : NULL)
@@ -62,23 +64,49 @@ int cuDeviceGet(int *device, int ordinal) {
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     const char *said = getenv("STANDIN_CAPABILITY");
     const int capability = said ? atoi(said) : 89;
-    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : -1;
+    *value = attribute == 75   ? capability / 10
+             : attribute == 76 ? capability % 10
+             : attribute == 14 ? 512 /* the alignment of textures, and so of FFmpeg's rows */
+                               : -1;
     return device == 0 && *value >= 0 ? SUCCESS : INVALID_VALUE;
 }
 
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
+    *flags = primary_flags;
+    *active = standin_counts.contexts_retained > 0;
+    return device == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDevicePrimaryCtxSetFlags_v2(int device, unsigned flags) {
+    if (device) return INVALID_VALUE;
+    if (standin_counts.contexts_retained) return PRIMARY_CONTEXT_ACTIVE;
+    primary_flags = flags;
+    return SUCCESS;
+}
+
 int cuDevicePrimaryCtxRetain(void **context, int device) {
+    if (device) return INVALID_VALUE;
     *context = &primary_context;
     count(&standin_counts.contexts_retained, 1);
-    return device == 0 ? SUCCESS : INVALID_VALUE;
+    return SUCCESS;
 }
 
 int cuDevicePrimaryCtxRelease_v2(int device) {
+    if (device) return INVALID_VALUE;
+    if (!standin_counts.contexts_retained) return INVALID_CONTEXT;
     count(&standin_counts.contexts_retained, -1);
-    return device == 0 ? SUCCESS : INVALID_VALUE;
+    return SUCCESS;
+}
+
+/* A primary context can only be released. */
+int cuCtxDestroy_v2(void *context) {
+    count(&standin_counts.contexts_destroyed, 1);
+    return INVALID_CONTEXT;
 }
 
 int cuCtxPushCurrent_v2(void *context) {
-    if (context != &primary_context || depth == DEEPEST) return INVALID_CONTEXT;
+    if (context != &primary_context || !standin_counts.contexts_retained || depth == DEEPEST)
+        return INVALID_CONTEXT;
     contexts[depth++] = context;
     count(&standin_counts.contexts_current, 1);
     return SUCCESS;

@@ -4,7 +4,10 @@
    What is asynchronous on a GPU waits here as well: copies, events' waits and whatever standin_enqueue is
    given are done when their stream is synchronised, so that a program that forgets to reads garbage.
 
+   pycuda is linked with it, and FFmpeg loads it: both are in one process, and share its context.
+
    gcc -shared -fPIC -Wl,-soname,libcuda.so.1 standin_cuda.c -o libcuda.so.1 -ldl, on LD_LIBRARY_PATH */
+#define _GNU_SOURCE /* RTLD_DEFAULT */
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -12,8 +15,8 @@
 
 enum {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
-    INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
-    CAPTURE_UNSUPPORTED = 900
+    INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, PRIMARY_CONTEXT_ACTIVE = 708,
+    NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900
 };
 
 typedef void (*Entry)(int blocks, int threads, void **arguments);
@@ -32,6 +35,8 @@ struct {
     long streams_live, events_live, contexts_retained, contexts_current; /* current: on all threads */
     long hasty_frees; /* of memory that a copy still waits for */
     long graphs_live, graph_launches; /* live: templates and what was made of them */
+    long contexts_destroyed; /* attempts */
+    long planes_fetched; /* by FFmpeg, to the host */
 } standin_counts;
 
 int standin_frozen; /* a query of an event makes no progress */
@@ -46,6 +51,7 @@ typedef struct Block {
     char *start;
     size_t bytes;
     int host;
+    int kept; /* FFmpeg's: freed without waiting for its own copies, for which CUDA waits by itself */
     struct Block *next;
 } Block;
 
@@ -56,7 +62,7 @@ static int allocate(void **address, size_t bytes, int host) {
     if (!current_context) return INVALID_CONTEXT;
     if (!bytes) return INVALID_VALUE;
     if (!host && limit && standin_counts.device_bytes + (long)bytes > atol(limit)) return OUT_OF_MEMORY;
-    Block *block = malloc(sizeof *block);
+    Block *block = calloc(1, sizeof *block);
     block->start = aligned_alloc(256, (bytes + 255) & ~(size_t)255); /* as CUDA's */
     memset(block->start, 0xA5, bytes); /* what nobody wrote is nothing sensible */
     block->bytes = bytes;
@@ -92,7 +98,7 @@ int standin_is_device(const void *address, size_t bytes) { return is_device(addr
 typedef struct Task {
     void *to;
     const void *from;
-    size_t bytes;
+    size_t bytes, rows, to_pitch, from_pitch; /* bytes: of each row; without rows, there is one */
     void (*call)(void *);
     void *argument;
     struct Stream *awaited; /* up to its task number `position` */
@@ -125,7 +131,7 @@ static Stream *streams;
 static Stream legacy = {.last = &legacy.first, .live = 1}; /* the default stream, by its handle */
 
 static Stream *find_stream(void *handle) {
-    if (handle == (void *)1) return &legacy;
+    if (!handle || handle == (void *)1) return &legacy;
     pthread_mutex_lock(&lock);
     Stream *stream = streams;
     while (stream && stream != handle) stream = stream->next;
@@ -135,15 +141,24 @@ static Stream *find_stream(void *handle) {
 
 static pthread_mutex_t working; /* recursive; held while work is done, so never taken with the GIL */
 
+/* Python, which goes on while a thread waits here: PyAV does not let it, and work may be Python's. */
+static int (*holds_gil)(void);
+static void *(*release_gil)(void);
+static void (*take_gil)(void *);
+
 __attribute__((constructor)) static void make_working(void) {
     pthread_mutexattr_t attributes;
     pthread_mutexattr_init(&attributes);
     pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
     pthread_mutex_init(&working, &attributes);
+    holds_gil = dlsym(RTLD_DEFAULT, "PyGILState_Check");
+    release_gil = dlsym(RTLD_DEFAULT, "PyEval_SaveThread");
+    take_gil = dlsym(RTLD_DEFAULT, "PyEval_RestoreThread");
 }
 
 static void finish(Stream *stream, long position) {
     if (stream->done >= position) return;
+    void *python = holds_gil && holds_gil() ? release_gil() : NULL;
     pthread_mutex_lock(&working);
     while (stream->done < position) {
         pthread_mutex_lock(&lock);
@@ -152,7 +167,9 @@ static void finish(Stream *stream, long position) {
         if (!stream->first) stream->last = &stream->first;
         pthread_mutex_unlock(&lock);
         if (task->awaited) finish(task->awaited, task->position);
-        if (task->bytes) memcpy(task->to, task->from, task->bytes);
+        for (size_t row = 0; row < task->rows + !task->rows && task->bytes; ++row)
+            memcpy((char *)task->to + row * task->to_pitch,
+                   (const char *)task->from + row * task->from_pitch, task->bytes);
         if (task->call) task->call(task->argument);
         if (task->kernel) {
             for (int i = 0; i < task->kernel; ++i) task->arguments[i] = &task->values[i];
@@ -162,6 +179,7 @@ static void finish(Stream *stream, long position) {
         free(task);
     }
     pthread_mutex_unlock(&working);
+    if (python) take_gil(python);
 }
 
 static int enqueue(void *handle, Task task) {
@@ -351,6 +369,7 @@ static int release(void *address, int host) {
         standin_counts.device_bytes -= (long)block->bytes;
     }
     pthread_mutex_unlock(&lock);
+    if (block->kept) return SUCCESS;
     free(block->start);
     free(block);
     return SUCCESS;
@@ -361,3 +380,4 @@ int cuMemFree_v2(void *address) { return release(address, 0); }
 int cuMemFreeHost(void *address) { return release(address, 1); }
 
 #include "standin_launch.h"
+#include "standin_ffmpeg.h"
