@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import sys
@@ -211,7 +210,7 @@ def _run_videos(
             failures.add("skipped", shown, str(error))
             continue
         interrupted = bool(stop.signal)
-        reports.append({"file": shown, **dataclasses.asdict(report), "interrupted": interrupted})
+        reports.append({"file": shown, **report, "interrupted": interrupted})
         for problem in problems:
             failures.add("incomplete", shown, problem)
         if stop.signal:
@@ -230,6 +229,8 @@ def _video_line(report: dict[str, Any]) -> str:
     for count in ("dropped", "damaged", "reconnects"):
         if report[count]:
             line += f", {report[count]} {count}"
+    if report["detour"]:
+        line += f", frames were copied to the GPU: {one_line(report['detour'])}"
     return line
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         SourceFrame,
         Tracker,
         VideoPipeline,
-        VideoReport,
         VideoSource,
         Where,
     )
@@ -119,17 +118,18 @@ class VideoOptions:
 
 def run_video(
     predictor: Predictor, address: str, name: str, options: VideoOptions, stop: Interruption
-) -> tuple[VideoReport, list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Runs one video and writes `name`.overlay.mp4 and `name`.jsonl as asked for.
 
     Returns:
-        The report, and what went wrong with the video.
+        The `VideoReport` as a dictionary with `encoder`, which is None without an overlay; and what went
+        wrong with the video.
 
     Raises:
         VideoError: when it cannot be opened, or no frame of it can be run.
         ComaskError: when results cannot be written, or the backend fails.
     """
-    from comask.runtime.video import VideoPipeline, VideoSource
+    from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
 
     with stop.on_signal():  # PyAV swallows what a signal raises while it opens a stream
         source = VideoSource(
@@ -144,11 +144,15 @@ def run_video(
         raise VideoError(f"{source.name}: interrupted before its first frame")
     problems: list[str] = []
     pipeline: VideoPipeline | None = None
+    encoder: str | None = None
     try:
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(contextlib.ExitStack())
             opened.enter_context(source)
             sinks, tracker = _open_sinks(source, name, options, stack)
+            encoder = next(
+                (sink.encoder for sink in sinks if isinstance(sink, OverlayWriter)), None
+            )
             pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
             opened.pop_all()  # the pipeline closes the source
             stack.enter_context(stop.on_signal(pipeline.stop))
@@ -167,7 +171,7 @@ def run_video(
         problems.append(report.problem)
     if report.damaged and not source.live:
         problems.append(f"{report.damaged} damaged frames or packets were skipped")
-    return report, problems
+    return dataclasses.asdict(report) | {"encoder": encoder}, problems
 
 
 def _open_sinks(

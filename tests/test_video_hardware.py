@@ -1,4 +1,7 @@
-"""Frames on the GPU, NVENC, and the way back to the processor; stand-ins for what is NVIDIA's."""
+"""Frames on the GPU through the network, and the way without a GPU; stand-ins for what is NVIDIA's.
+
+What FFmpeg does in our CUDA context is in test_video_ffmpeg_cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import ctypes
 import dataclasses
 import gc
 import itertools
+import json
 import logging
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +26,10 @@ import numpy as np
 import pytest
 from conftest import run
 from PIL import Image
-from standin import live, run_on_standin, skip_without_pycuda
+from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import assert_equal, write_engines
 from video_clips import decoded, make_clip, pictures, sound_packets
-from video_gpu import GpuDecoded, decoded_like, gpu_decoding, noise
+from video_gpu import decoded_like, noise, write_pictures
 
 from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
@@ -142,33 +147,12 @@ def test_what_cannot_stay_on_the_gpu_is_told(changes: dict[str, Any], words: str
     assert problem is None if words is None else words in str(problem)
 
 
-def test_a_codec_that_the_gpu_does_not_know_is_decoded_or_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    clip = make_clip(tmp_path / "a.mp4", pictures(5))
-    caplog.set_level(logging.INFO)
-    with gpu_decoding(lambda frame: frame):  # in the host's memory, as FFmpeg's own fallback is
-        with VideoSource(clip, gpu=0) as source:
-            frames = [frame.pixels for frame in source]
-        with (
-            VideoSource(clip, gpu=0, decode="gpu") as source,
-            pytest.raises(
-                VideoError, match=r"a\.mp4: frames cannot stay on the GPU: frames are yuv420p"
-            ),
-        ):
-            next(iter(source))
-    assert caplog.text.count("frames are copied to the host: frames are yuv420p") == 1
-    with VideoSource(clip, decode="cpu") as source:
-        for ours, theirs in zip(frames, source, strict=True):
-            np.testing.assert_array_equal(ours, theirs.pixels)
-
-
 def test_av1_says_which_decoder_is_taken_and_may_use_every_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = make_clip(tmp_path / "a.mp4", pictures(4), codec="libsvtav1")
     cuda = av.codec.hwaccel.HWAccel("cuda", device=0, is_hw_owned=True)  # not opened for libdav1d
-    monkeypatch.setattr(video_source, "gpu_decoder", lambda decode, gpu: cuda)
+    monkeypatch.setattr(video_source, "gpu_decoder", lambda *_: (nullcontext(cuda), None))
     with VideoSource(clip, gpu=0, decode="gpu") as source:
         with pytest.raises(VideoError, match="PyAV decodes this codec by libdav1d, which uses no"):
             next(iter(source))
@@ -198,25 +182,29 @@ def decoded_on_the_gpu(folder: str, clip: str, output: str) -> None:
     on_host, kept = Kept(), Kept()
     VideoPipeline(predictor, Nv12OnHost(clip), [on_host], batch=3).run()
     lines = Path(output, "a.jsonl")
-    with gpu_decoding(), JsonLines(lines) as sink:
+    with JsonLines(lines) as sink:
         source = VideoSource(clip, gpu=predictor.stages.gpu)
         report = VideoPipeline(predictor, source, [kept, sink], batch=3).run()
     assert report.frames == len(lines.read_text().splitlines()) == len(on_host.found) == 20
-    assert GpuDecoded.downloads == 0
+    assert (report.decoded_on, report.detour) == ("gpu", None)
+    assert counts().planes_fetched == 0
     assert all(kept.had_rles)  # as JSON lines want them
     assert not any(on_host.had_rles)
     for ours, theirs in zip(kept.found, on_host.found, strict=True):
         assert_equal(ours, theirs)
     pixels = [frame.pixels for frame in kept.frames for _ in range(2)]  # two sinks ask
-    assert GpuDecoded.downloads == 20
+    assert counts().planes_fetched == 2 * 20
     np.testing.assert_array_equal(
-        pixels[::2], [frame.to_ndarray(format="rgb24") for frame in decoded(Path(clip))]
+        pixels[::2],
+        [f.reformat(format="nv12").to_ndarray(format="rgb24") for f in decoded(Path(clip))],
     )
     kept.frames.clear()
     on_host.frames.clear()
     predictor.close()
+    del source
     gc.collect()
     assert live() == {}
+    assert (counts().contexts_retained, counts().contexts_destroyed) == (1, 0)
 
 
 def frames_before_an_error_have_results(folder: str, clip: str, output: str) -> None:
@@ -268,11 +256,12 @@ def only_who_wants_rles_has_them_found(folder: str, clip: str, output: str) -> N
 
 def overlay_of_the_gpus_frames(folder: str, clip: str, output: str) -> None:
     predictor = start(folder)
-    with gpu_decoding():
-        source = VideoSource(clip, gpu=predictor.stages.gpu, audio=True)
-        with OverlayWriter(Path(output, "o"), source, encode="cpu") as writer:
-            VideoPipeline(predictor, source, [writer], batch=3).run()
-    assert GpuDecoded.downloads == len(decoded(writer.path)) == 20
+    source = VideoSource(clip, gpu=predictor.stages.gpu, audio=True)
+    with OverlayWriter(Path(output, "o"), source, encode="cpu") as writer:
+        report = VideoPipeline(predictor, source, [writer], batch=3).run()
+    assert (report.decoded_on, writer.encoder) == ("gpu", "libx264")
+    assert counts().planes_fetched == 2 * 20
+    assert len(decoded(writer.path)) == 20
     assert sound_packets(writer.path) == sound_packets(Path(clip))
     predictor.close()
 
@@ -318,7 +307,10 @@ def freeze(yes: bool) -> None:
 def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:
     skip_without_pycuda()
     clip = make_clip(tmp_path / "a.mp4", pictures(20, 96, 128))
-    run_on_standin(function, shutil.copytree(micro_bundle, tmp_path / "bundle"), clip, tmp_path)
+    run_on_standin(
+        function, shutil.copytree(micro_bundle, tmp_path / "bundle"), clip, tmp_path,
+        STANDIN_PICTURES=str(write_pictures(clip)),
+    )  # fmt: skip
 
 
 # Asking for a GPU, through the command.
@@ -334,7 +326,11 @@ def test_without_a_gpu_the_command_says_why_or_does_without(
     clip, output = make_clip(tmp_path / "a.mp4", pictures(4)), tmp_path / "out"
     command = ("infer", micro_bundle, clip, "--output", output)
     caplog.set_level(logging.INFO)
-    assert run(*command).exit_code == 0
+    result = run(*command, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0
+    (report,) = json.loads((tmp_path / "r.json").read_text())["videos"]
+    assert (report["decoded_on"], report["detour"], report["encoder"]) == ("cpu", None, "libx264")
+    assert "on the CPU" not in result.output  # nothing else was to be expected
     assert "decoding on the CPU: the backend reads frames in the host's memory" in caplog.text
     assert "encoding on the CPU: no NVIDIA driver" in caplog.text
     shutil.rmtree(output)
@@ -352,12 +348,14 @@ def test_without_a_gpu_the_command_says_why_or_does_without(
         assert last.startswith("error: ")
         assert words in last
         assert not list(output.glob("*.mp4"))
-    # a driver that FFmpeg cannot use
+    # a driver that pycuda cannot load
     found = (Gpu("fake", 90, 13000, 2**30), "")
     monkeypatch.setattr(hardware, "find_gpu_or_reason", lambda index: found)
     result = run(*command, "--encode", "gpu")
-    assert "FFmpeg cannot open h264_nvenc on GPU 0 (Operation not permitted)" in result.output
-    with pytest.raises(BackendUnavailableError, match="FFmpeg cannot open h264 on GPU 1"):
+    assert "encoding on the GPU is not possible: pycuda cannot be imported (" in result.output
+    with pytest.raises(
+        BackendUnavailableError, match="decoding on the GPU is not possible: pycuda"
+    ):
         VideoSource(clip, decode="gpu", gpu=1)
 
 

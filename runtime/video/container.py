@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -219,12 +220,14 @@ def is_video(path: Path) -> bool:
         return by_suffix
 
 
-def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContainer:
+def open_container(
+    address: str, gpu: AbstractContextManager[HWAccel] | None = None
+) -> InputContainer:
     """Opens a file, camera or stream for reading.
 
     Args:
         address: path of a file, `camera:0`, a device file, or an address with a scheme of `SCHEMES`.
-        hwaccel: the GPU to decode on, if any.
+        gpu: the codecs of the GPU to decode on, see `GpuCodecs`; None for the CPU.
 
     Raises:
         VideoError: the source cannot be opened.
@@ -232,7 +235,7 @@ def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContain
         BackendUnavailableError: PyAV is not installed.
     """
     av = import_av()
-    settings = dict[str, Any](hwaccel=hwaccel)
+    settings = dict[str, Any]()
     if int(av.__version__.split(".")[0]) < 19:  # Later versions accept any bytes in a tag.
         settings["metadata_errors"] = "replace"
     target: Any = address
@@ -255,7 +258,8 @@ def open_container(address: str, hwaccel: HWAccel | None = None) -> InputContain
             target = os.fdopen(os.open(address, os.O_RDONLY), "rb")
         asked = time.monotonic()
         try:
-            container: InputContainer = av.open(target, **settings)
+            with gpu or contextlib.nullcontext() as hwaccel:
+                container: InputContainer = av.open(target, hwaccel=hwaccel, **settings)
         except av.FFmpegError as error:
             if "timeout" in settings and time.monotonic() - asked >= TIMEOUT_SECONDS:
                 # FFmpeg reports its own timeout under various other errors.

@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
-from comask.runtime.device import find_gpu_or_reason
+from comask.runtime.device import Device, find_gpu_or_reason, open_device
 from comask.runtime.video.container import UPRIGHT, Orientation, import_av, reason
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.codec.hwaccel import HWAccel
+    from av.container import OutputContainer
     from av.video.codeccontext import VideoCodecContext
     from av.video.plane import VideoPlane
+    from av.video.stream import VideoStream
 
     from comask.kernels.launch import Matrix
 
 Where: TypeAlias = Literal["auto", "cpu", "gpu"]
 
-FFMPEG_STREAM = 1  # CUDA's handle of the legacy default stream, which FFmpeg uses
+FFMPEG_STREAM = 1  # CUDA's handle of the legacy default stream, which FFmpeg uses (its own is NULL)
 FULL_RANGE = 2  # FFmpeg's number of H.273's range 0..255
 # H.273's code points, with the matrix that FFmpeg's own conversion uses for each; 2 is "unspecified".
 MATRICES: Mapping[int, Matrix] = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601", 9: "bt2020"}
 
 logger = logging.getLogger(__name__)
+_trials = threading.Lock()
+
+
+class GpuCodecs(AbstractContextManager["HWAccel"]):
+    """FFmpeg's decoders and encoders on a GPU, in the CUDA context of TensorRT.
+
+    `with` makes the context current and returns PyAV's settings. FFmpeg takes the context that is current
+    where a container is opened or an encoder is created, in any thread, so both must happen inside the
+    block. Afterwards, FFmpeg itself makes the context current wherever it needs it. It neither retains
+    the context nor destroys it; a `Device` keeps it as long as the process lives.
+
+    By PyAV's default, FFmpeg would open the primary context with a flag of its own. It refuses one that
+    is open without this flag, as pycuda, TensorRT and PyTorch open it.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._settings: HWAccel = import_av().codec.hwaccel.HWAccel(
+            "cuda",
+            device=device.index,
+            allow_software_fallback=True,
+            options={"primary_ctx": "0", "current_ctx": "1"},
+            is_hw_owned=True,  # decoded frames stay in the GPU's memory
+        )
+
+    def __enter__(self) -> HWAccel:
+        self._device.__enter__()
+        return self._settings
+
+    def __exit__(self, *error: object) -> None:
+        self._device.__exit__(*error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +80,40 @@ class Encoder:
     Attributes:
         codec: FFmpeg's name of the codec.
         options: the codec's options.
-        hwaccel: the GPU's context, or None.
+        gpu: the GPU that encodes; None for the CPU.
     """
 
     codec: str
     options: dict[str, str]
-    hwaccel: HWAccel | None = None
+    gpu: GpuCodecs | None = None
+
+    def add_to(self, output: OutputContainer, rate: Fraction) -> VideoStream:
+        """Adds a track of `rate` frames per second to a file that is being written."""
+        with self.gpu or nullcontext() as hwaccel:
+            track = output.add_stream(self.codec, rate=rate, options=self.options, hwaccel=hwaccel)
+        return cast("VideoStream", track)
+
+    def open_once(self, size: tuple[int, int]) -> None:
+        """Opens the encoder for frames of (h, w), to learn whether it works; exceptions are PyAV's."""
+        with self.gpu or nullcontext() as hwaccel:
+            codec = import_av().CodecContext.create(self.codec, "w", hwaccel=hwaccel)
+        codec.height, codec.width = (side + side % 2 for side in size)
+        codec.pix_fmt, codec.framerate, codec.options = "yuv420p", 25, self.options
+        codec.open()
 
 
 # Visually close to the source, and fast enough to leave most of the CPU to the network.
 X264 = Encoder("libx264", {"preset": "veryfast", "crf": "20"})
 # No B-frames: NVENC derives their decoding times from a constant rate, which a video may not have.
-NVENC_OPTIONS = {"preset": "p4", "rc": "vbr", "cq": "21", "b": "0", "bf": "0"}
+NVENC = Encoder("h264_nvenc", {"preset": "p4", "rc": "vbr", "cq": "21", "b": "0", "bf": "0"})
 
 
-def gpu_decoder(decode: Where, gpu: int | None) -> HWAccel | None:
-    """Returns FFmpeg's settings for frames that stay on the GPU; None for decoding on the CPU.
+class _RefusedError(BackendUnavailableError):
+    """There is a GPU, but FFmpeg cannot use it."""
+
+
+def gpu_decoder(decode: Where, gpu: int | None) -> tuple[GpuCodecs | None, str | None]:
+    """Returns the codecs of the GPU that decodes; None and the reason if `auto` takes the CPU.
 
     Only its first frame shows whether the GPU supports a video's codec, see `nv12_problem`.
 
@@ -67,15 +125,19 @@ def gpu_decoder(decode: Where, gpu: int | None) -> HWAccel | None:
         BackendUnavailableError: `decode` is `gpu`, and the GPU cannot decode.
     """
     if decode == "cpu":
-        return None
-    if gpu is None:
-        problem = "the backend reads frames in the host's memory; tensorrt backends read the GPU's"
-    else:
-        problem, accelerated = _accelerated(gpu, "h264")
-        if accelerated is not None:
-            return accelerated
-    _fall_back("decoding", decode, problem)
-    return None
+        return None, None
+    try:
+        if gpu is None:
+            raise BackendUnavailableError(
+                "the backend reads frames in the host's memory; tensorrt backends read the GPU's"
+            )
+        codecs = _codecs_of(gpu)
+        with _trial(f"h264 on GPU {gpu}"), codecs as hwaccel:
+            hwaccel.create(import_av().Codec("h264", "r"))
+    except BackendUnavailableError as error:
+        _fall_back("decoding", decode, error)
+        return None, str(error)
+    return codecs, None
 
 
 def choose_encoder(encode: Where, gpu: int | None, size: tuple[int, int]) -> Encoder:
@@ -91,45 +153,70 @@ def choose_encoder(encode: Where, gpu: int | None, size: tuple[int, int]) -> Enc
     """
     if encode == "cpu":
         return X264
-    if gpu is None:
-        problem = "only the CPU is to be used"
-    else:
-        problem, accelerated = _accelerated(gpu, "h264_nvenc", size)
-        if accelerated is not None:
-            return Encoder("h264_nvenc", NVENC_OPTIONS, accelerated)
-    _fall_back("encoding", encode, problem)
-    return X264
+    try:
+        if gpu is None:
+            raise BackendUnavailableError("only the CPU is to be used")
+        nvenc = replace(NVENC, gpu=_codecs_of(gpu))
+        with _trial(f"{NVENC.codec} on GPU {gpu}"):
+            nvenc.open_once(size)
+    except BackendUnavailableError as error:
+        _fall_back("encoding", encode, error)
+        return X264
+    return nvenc
 
 
-def _accelerated(
-    gpu: int, codec: str, encoded_size: tuple[int, int] | None = None
-) -> tuple[str, HWAccel | None]:
-    """Returns ("", settings that were tested), or (the reason why they do not work, None)."""
+def _codecs_of(gpu: int) -> GpuCodecs:
+    """Returns the codecs of a GPU, untested.
+
+    Raises:
+        BackendUnavailableError: there is no such GPU, or pycuda is missing.
+    """
     _, problem = find_gpu_or_reason(gpu)
     if problem:
-        return problem, None
-    av = import_av()
-    # With `is_hw_owned`, PyAV uses the primary context, which is TensorRT's.
-    accelerated: HWAccel = av.codec.hwaccel.HWAccel(
-        "cuda", device=gpu, allow_software_fallback=True, is_hw_owned=True
-    )
-    try:
-        if encoded_size is None:
-            accelerated.create(av.Codec(codec, "r"))
-            return "", accelerated
-        trial = av.CodecContext.create(codec, "w", hwaccel=accelerated)
-        trial.height, trial.width = (side + side % 2 for side in encoded_size)
-        trial.pix_fmt, trial.framerate, trial.options = "yuv420p", 25, NVENC_OPTIONS
-        trial.open()
-    except (av.FFmpegError, NotImplementedError) as error:
-        return f"FFmpeg cannot open {codec} on GPU {gpu} ({reason(error)})", None
-    return "", accelerated
+        raise BackendUnavailableError(problem)
+    return GpuCodecs(open_device(gpu))
 
 
-def _fall_back(work: str, asked: Where, problem: str) -> None:
+@contextmanager
+def _trial(what: str) -> Iterator[None]:
+    """Turns every exception of PyAV in the block into a `_RefusedError` with FFmpeg's own words.
+
+    The exceptions alone hold texts such as "Operation not permitted". The words are log messages, which
+    PyAV otherwise discards; its settings for them are the process's.
+    """
+    from av import logging as log
+
+    with _trials:
+        before = log.get_level(), log.get_skip_repeated()
+        log.set_level(log.ERROR)
+        log.set_skip_repeated(False)
+        parts: list[tuple[int, str, str]] = []
+        try:
+            with log.Capture() as parts:
+                yield
+        except Exception as error:  # PyAV raises more than FFmpegError.
+            said = "".join(part for _, _, part in parts)  # A line may come in several parts.
+            words = "; ".join(line.rstrip(" .") for line in said.splitlines()) or reason(error)
+            raise _RefusedError(f"FFmpeg cannot open {what} ({words})") from error
+        finally:
+            log.set_level(before[0])
+            log.set_skip_repeated(before[1])
+
+
+def _fall_back(work: str, asked: Where, error: BackendUnavailableError) -> None:
+    """Logs why the CPU does the work, or raises that the GPU cannot if it was asked for."""
     if asked == "gpu":
-        raise BackendUnavailableError(f"{work} on the GPU is not possible: {problem}")
-    logger.info("%s on the CPU: %s", work, problem)
+        raise BackendUnavailableError(f"{work} on the GPU is not possible: {error}") from error
+    if isinstance(error, _RefusedError):
+        _warn_once(f"{work} on the CPU: {error}")
+    else:
+        logger.info("%s on the CPU: %s", work, error)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Logs a warning, but only once for all videos of a process."""
+    logger.warning(text)
 
 
 def nv12_problem(

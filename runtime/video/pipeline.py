@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,6 +208,8 @@ class VideoReport:
         seconds: the duration of the run.
         left_out: descriptions of the tracks that the overlay leaves out.
         problem: why the frames ended before the video did, or None.
+        decoded_on: `gpu` or `cpu`, where the frames were decoded.
+        detour: why frames were in the host's memory on their way to the GPU, see `VideoSource.detour`.
     """
 
     frames: int
@@ -218,6 +220,8 @@ class VideoReport:
     seconds: float
     left_out: tuple[str, ...]
     problem: str | None
+    decoded_on: Literal["cpu", "gpu"]
+    detour: str | None
 
 
 class VideoPipeline:
@@ -302,6 +306,8 @@ class VideoPipeline:
             seconds=self._seconds,
             left_out=tuple(self._source.left_out),
             problem=self._source.problem,
+            decoded_on=self._source.decoded_on,
+            detour=self._source.detour,
         )
 
     def _infer(self) -> None:

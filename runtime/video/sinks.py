@@ -25,7 +25,6 @@ from comask.structures import Detections
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
-    from av.video.stream import VideoStream
 
 # Audio codecs that players support in MP4; Matroska supports all others.
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac"}
@@ -114,6 +113,7 @@ class OverlayWriter(Closing):
 
     Attributes:
         path: the file's path; the file appears there once it is complete.
+        encoder: FFmpeg's name of the encoder, `h264_nvenc` or `libx264`.
 
     Raises:
         BackendUnavailableError: `encode` is `gpu`, and the GPU cannot encode.
@@ -133,6 +133,7 @@ class OverlayWriter(Closing):
     ) -> None:
         av = import_av()
         encoder = choose_encoder(encode, gpu, source.size)
+        self.encoder = encoder.codec
         self._source, self._threshold = source, threshold
         audio = source.audio_stream
         as_mp4 = audio is None or audio.codec_context.name in MP4_AUDIO
@@ -148,9 +149,7 @@ class OverlayWriter(Closing):
             self._output = av.open(
                 file_url(self._part), "w", format="mp4" if as_mp4 else "matroska"
             )
-            self._video: VideoStream = self._output.add_stream(
-                encoder.codec, rate=source.rate, options=encoder.options, hwaccel=encoder.hwaccel
-            )
+            self._video = encoder.add_to(self._output, source.rate)
             self._audio: AudioStream | None = None
             if audio is not None:
                 self._audio = self._output.add_stream_from_template(audio)

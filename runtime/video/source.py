@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -125,6 +125,9 @@ class VideoSource(Closing):
         audio_stream: the track whose packets are collected.
         audio_packets: packets as (packet, seconds to add to its times), oldest first.
         left_out: descriptions of the tracks that are discarded; empty without `audio`.
+        decoded_on: `gpu` or `cpu`, where the last frame was decoded.
+        detour: why frames were in the host's memory on their way to the predictor's GPU; None if they
+            were not, the predictor reads the host's memory, or `decode` is `cpu`.
         damaged: the number of packets and frames that could not be decoded completely.
         reconnects: the number of times that a lost source was connected again.
         problem: why the frames ended before the video did, or None.
@@ -147,9 +150,11 @@ class VideoSource(Closing):
     ) -> None:
         self._address, self._every, self._patience = str(address), every, patience
         self.name = shown_name(self._address)
-        self._decode, self._hwaccel = decode, gpu_decoder(decode, gpu)
-        self._kept_off_gpu: str | None = None  # the last reason why a frame was copied to the host
-        self._container = open_container(self._address, self._hwaccel)
+        self._decode = decode
+        self._codecs, problem = gpu_decoder(decode, gpu)
+        self.detour = None if gpu is None else problem
+        self.decoded_on: Literal["cpu", "gpu"] = "cpu"
+        self._container = open_container(self._address, self._codecs)
         with video_errors(self.name, "cannot be opened"):
             video = video_stream(self._container)
             if video is None:
@@ -242,14 +247,15 @@ class VideoSource(Closing):
 
     def _picture(self, decoded: VideoFrame, orientation: Orientation) -> Pixels | Nv12Picture:
         """Returns the picture of a `SourceFrame`: on the GPU if the network can read it there."""
-        if self._hwaccel is not None:
+        self.decoded_on = "gpu" if decoded.format.name == "cuda" else "cpu"
+        if self._codecs is not None:
             problem = nv12_problem(decoded, self._video.codec_context, orientation)
             if problem is None:
                 return Nv12Picture(decoded)
             if self._decode == "gpu":
                 raise VideoError(f"{self.name}: frames cannot stay on the GPU: {problem}")
-            if problem != self._kept_off_gpu:
-                self._kept_off_gpu = problem
+            if problem != self.detour:
+                self.detour = problem
                 logger.info("%s: frames are copied to the host: %s", self.name, problem)
         self.aspect = 1 / self._aspect if orientation.transposed else self._aspect
         return orientation.upright(np.asarray(decoded.to_ndarray(format="rgb24"), np.uint8))
@@ -305,7 +311,7 @@ class VideoSource(Closing):
                 return False
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             try:
-                self._container = open_container(self._address, self._hwaccel)
+                self._container = open_container(self._address, self._codecs)
                 video = video_stream(self._container)
                 if video is None:
                     raise VideoError(f"{self.name}: holds no video that can be decoded")
