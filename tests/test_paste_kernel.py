@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -138,13 +137,6 @@ def test_boxes_of_a_resized_image_and_rows_without_masks(
     run.on_host(launch, [*inputs, by_column.ctypes.data], edges.ctypes.data)
     assert rles_from_edges(by_column[:found], edges[:-1], size) == detections.to_rle()
     assert edges[-1] == -7
-
-
-@pytest.mark.parametrize("capability", compile.ARCHITECTURES)
-def test_a_gpu_divides_as_ieee_has_it(capability: int) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
-    divisions = re.findall(rb"div\.\w+\.(?:\w+\.)?f\d\d", compile.ptx("paste_masks", capability))
-    assert set(divisions) == {b"div.rn.f32", b"div.rn.f64"}
 
 
 def test_masks_of_an_image_of_the_papers_size() -> None:

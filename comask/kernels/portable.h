@@ -4,6 +4,12 @@
 // thread (LANE 0 of 1), shared memory is a local array, and barriers do nothing. The host's launch
 // resembles cuLaunchKernel: it takes an array of pointers to the arguments.
 //
+// The CPU and GPUs compute the same bits, since all of them round each operation as IEEE 754 has it and
+// compile.py's options allow no contraction (tests/test_kernel_ptx.py). There are two exceptions: the bits
+// of a NaN, and `multiply_add` on a CPU without FMA, which rounds the product as well. With 2 x 2 samples
+// per bin, that changes a result of RoIAlign, before it is rounded to f16, by less than 2^-19 of the map's
+// largest value.
+//
 // With -DLANES_ARE_THREADS, the host's blocks run one after the other, each with as many threads as on a
 // GPU. ThreadSanitizer finds races in that build: tests/test_kernel_races.py.
 #pragma once
