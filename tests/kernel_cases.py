@@ -86,7 +86,7 @@ def nms_case(rows: int, count: int, *, grid: int | None = None, decimals: int = 
 def nms_cases() -> Iterator[Case]:
     yield nms_case(3, 150, grid=2)
     yield nms_case(1, 33)
-    yield nms_case(1, 1000)
+    yield nms_case(1, 300)
 
 
 def frame_cases() -> Iterator[Case]:

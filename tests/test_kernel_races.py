@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from kernel_cases import CASES, frame_cases, nms_cases
+from kernel_cases import CASES, frame_cases, nms_case, nms_cases
 from kernel_runner import RACE, Runner, make_runner
 
 from comask.kernels import compile
@@ -46,6 +46,14 @@ def test_lanes_and_blocks_do_not_race(sanitizer: Runner, source: str, how: str) 
         assert RACE not in report, report
         assert report == ""
         assert output == case.one_lane()
+
+
+@pytest.mark.slow
+def test_the_largest_block_does_not_race(sanitizer: Runner) -> None:
+    case = nms_case(1, 1000)
+    assert case.launch.block == 1024
+    library = sanitizer.library("nms", text_of("sorted_nms"), *OPTIONS["lanes"])
+    assert sanitizer.run(library, case, case.launch.block) == (case.one_lane(), "")
 
 
 def test_without_its_barriers_nms_is_reported(sanitizer: Runner) -> None:
