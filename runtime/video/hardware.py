@@ -108,7 +108,7 @@ X264 = Encoder("libx264", {"preset": "veryfast", "crf": "20"})
 NVENC = Encoder("h264_nvenc", {"preset": "p4", "rc": "vbr", "cq": "21", "b": "0", "bf": "0"})
 
 
-class _RefusedError(BackendUnavailableError):
+class _RefusedError(Exception):
     """There is a GPU, but FFmpeg cannot use it."""
 
 
@@ -134,7 +134,7 @@ def gpu_decoder(decode: Where, gpu: int | None) -> tuple[GpuCodecs | None, str |
         codecs = _codecs_of(gpu)
         with _trial(f"h264 on GPU {gpu}"), codecs as hwaccel:
             hwaccel.create(import_av().Codec("h264", "r"))
-    except BackendUnavailableError as error:
+    except (BackendUnavailableError, _RefusedError) as error:
         _fall_back("decoding", decode, error)
         return None, str(error)
     return codecs, None
@@ -159,7 +159,7 @@ def choose_encoder(encode: Where, gpu: int | None, size: tuple[int, int]) -> Enc
         nvenc = replace(NVENC, gpu=_codecs_of(gpu))
         with _trial(f"{NVENC.codec} on GPU {gpu}"):
             nvenc.open_once(size)
-    except BackendUnavailableError as error:
+    except (BackendUnavailableError, _RefusedError) as error:
         _fall_back("encoding", encode, error)
         return X264
     return nvenc
@@ -203,7 +203,7 @@ def _trial(what: str) -> Iterator[None]:
             log.set_skip_repeated(before[1])
 
 
-def _fall_back(work: str, asked: Where, error: BackendUnavailableError) -> None:
+def _fall_back(work: str, asked: Where, error: Exception) -> None:
     """Logs why the CPU does the work, or raises that the GPU cannot if it was asked for."""
     if asked == "gpu":
         raise BackendUnavailableError(f"{work} on the GPU is not possible: {error}") from error
