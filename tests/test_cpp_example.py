@@ -220,9 +220,7 @@ def test_results_equal_those_of_comask_infer(
     assert np.mean(np.array(lengths) > 20) > 0.5  # masks with an outline
 
 
-def test_photographs(
-    programs: dict[str, Path], made: Made, shared_data: Path
-) -> None:
+def test_photographs(programs: dict[str, Path], made: Made, shared_data: Path) -> None:
     photographs = sorted((shared_data / "coco_dev" / "images").iterdir())[:12]
     photographs += sorted((shared_data / "odd").glob("exif*.jpg"))
     prepared = [prepare(decode_image(path), made.manifest.preprocess) for path in photographs]
