@@ -17,6 +17,7 @@ from standin_tensorrt import Engine, ExecutionContextAllocationStrategy, IExecut
 FALLBACK_CALLS = 3  # calls with the same shapes before lazily compiled kernels are ready
 
 captured: list[str] = []  # "fallback" or "specialized" for each call that a graph captured
+graphs_used: list[Any] = []  # the strategy of each call's context
 validity: list[tuple[Any, int]] = []  # the answer of `get_engine_validity`, if not VALID
 capturable: list[bool] = []  # the answer of `is_stream_capturable`, if not True
 
@@ -105,6 +106,7 @@ class RtxContext(IExecutionContext):
 
     def execute_async_v3(self, stream: int) -> bool:
         shapes = str(sorted(self.shapes.items()))
+        graphs_used.append(self.config.cuda_graph_strategy)
         calls = self.calls_by_shape[shapes] = self.calls_by_shape.get(shapes, 0) + 1
         lazy = (
             self.config.dynamic_shapes_kernel_specialization_strategy

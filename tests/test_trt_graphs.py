@@ -51,6 +51,45 @@ def messages() -> list[str]:
     return texts
 
 
+def calls_of_one_shape_become_graphs(folder: str) -> None:
+    other = picture(64, 64)
+    with load(folder) as predictor:
+        expected = predictor(PICTURE)
+        assert counts().graph_launches == 0
+        for launches in (1, 2):
+            assert_equal(predictor(PICTURE), expected)
+            assert counts().graph_launches == launches
+        small = predictor(other)
+        assert_equal(predictor(PICTURE), expected)  # its graph went with the other shape
+        assert counts().graph_launches == 2
+        timed: dict[str, float] = {}
+        images, sizes = stacked([predictor.prepare(PICTURE)])
+        predictor.stages.run(images, sizes, seconds=timed)  # events between the stages
+        assert timed
+        assert counts().graph_launches == 2
+        assert_equal(predictor(PICTURE), expected)
+        assert counts().graph_launches == 3
+        with pytest.raises(EngineError, match="stage1: images is"):
+            predictor(np.zeros((400, 40, 3), np.uint8))
+        assert_equal(predictor(PICTURE), expected)
+        assert counts().graph_launches == 3
+        assert_equal(predictor(other), small)
+
+
+def rtx_captures_calls_itself(folder: str) -> None:
+    import standin_rtx
+
+    with load(folder, "tensorrt-rtx") as predictor:
+        for _ in range(3):
+            predictor(PICTURE)
+        with predictor.stream(slots=1, graphs=False) as session:
+            session.submit(PICTURE).result()
+    strategy = standin_rtx.CudaGraphStrategy
+    assert standin_rtx.graphs_used == [strategy.WHOLE_GRAPH_CAPTURE] * 6 + [strategy.DISABLED] * 2
+    assert standin_rtx.captured == []
+    assert counts().graph_launches == 0
+
+
 def graphs_hold_specialized_kernels(folder: str) -> None:
     import standin_rtx
 
@@ -222,7 +261,8 @@ def a_gpu_that_rtx_does_not_support(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [graphs_hold_specialized_kernels, a_flavor_that_cannot_capture, a_capture_that_fails_once,
+    [calls_of_one_shape_become_graphs, rtx_captures_calls_itself,
+     graphs_hold_specialized_kernels, a_flavor_that_cannot_capture, a_capture_that_fails_once,
      no_garbage_is_collected_during_a_capture, scratch_memory_of_unknown_size, a_leak_of_tensorrt,
      a_gpu_that_rtx_does_not_support, maps_in_formats_that_do_not_fit],
     ids=lambda function: function.__name__,

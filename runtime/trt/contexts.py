@@ -15,6 +15,7 @@ from comask.errors import EngineError
 from comask.runtime.backends.base import PROPOSALS, Array
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Stream
 from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
+from comask.runtime.trt.graphs import Graphs, RepeatedWork, graphs_of_calls
 from comask.runtime.trt.memory_format import MemoryFormat
 
 Key = TypeVar("Key", bound=Hashable)
@@ -64,7 +65,7 @@ class Contexts:
         flavor: the engines' flavor.
         engines: the engine of each stage.
         proposals: see `Stages`.
-        captured: whether calls will be captured as CUDA graphs, see `Engine.new_context`.
+        graphs: who captures repeated calls as CUDA graphs; None for what suits calls of any shape.
 
     Attributes:
         stream: the stream on which all work is queued.
@@ -78,7 +79,7 @@ class Contexts:
         engines: Mapping[str, Engine],
         proposals: int | None = None,
         *,
-        captured: bool = False,
+        graphs: Graphs | None = None,
     ) -> None:
         self._device, self._flavor, self._engines = device, flavor, engines
         self.buffers: dict[str, DeviceMemory] = {}
@@ -91,11 +92,12 @@ class Contexts:
         # what each context was last told: its tensors' shapes, their addresses and its scratch memory's
         self._shapes: dict[str, dict[str, Shape]] = {}
         self._addresses: dict[str, list[int]] = {}
-        self._new_shapes: set[str] = set()  # stages that may have compiled kernels since the last save
-        self._contexts = {
-            stage: engine.new_context(captured=captured) for stage, engine in engines.items()
-        }
+        # stages that may have compiled kernels since the last save
+        self._new_shapes: set[str] = set()
+        graphs = graphs or graphs_of_calls(flavor.trt)
+        self._contexts = {stage: engine.new_context(graphs) for stage, engine in engines.items()}
         self.stream = device.stream()
+        self._repeated = RepeatedWork(self.stream, enabled=graphs == "captured")
         for stage in engines:
             # TensorRT gives an engine's first context the only profile by itself
             if self._contexts[stage].active_optimization_profile != PROFILE:
@@ -133,7 +135,7 @@ class Contexts:
             try:
                 for name, array in feeds.items():
                     self.copy_in(name, array)
-                self.enqueue(stages, marks)
+                self.queue(stages, marks)
                 self.copy_out(wanted, shapes)
             finally:
                 # after an error, too: no memory may be freed while work on it is queued
@@ -198,12 +200,33 @@ class Contexts:
             for name in (*staged, *self.output_names(stages)):
                 size = self._size(name, shapes[name])
                 grow(self._staging, name, size, self._device.pinned, self.stream)
-        except EngineError:
+        except BaseException:
             self._shapes.clear()  # memory for them may be missing
+            self._repeated.drop()  # TensorRT forbids graphs of shapes before those that it was told last
             raise
         for stage in stages:
             self._set_addresses(stage)
         return shapes
+
+    def queue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
+        """Queues the stages that `reserve` prepared, as a CUDA graph if the last call was alike.
+
+        Args:
+            stages: the stages that were given to `reserve`.
+            marks: events to record before the first stage and after each one, if given; the stages then
+                run without a graph.
+
+        Raises:
+            EngineError: if TensorRT does not start a stage.
+        """
+        if marks:
+            self.enqueue(stages, marks)
+            return
+        self._repeated.run(
+            self._layout(stages),
+            lambda: self.enqueue(stages),
+            lambda: self._refusing_capture(stages),
+        )
 
     def enqueue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
         """Queues the stages that `reserve` prepared, one after the other.
@@ -239,11 +262,11 @@ class Contexts:
                 source = self.buffers[name].address + image * row
                 self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
 
-    def layout(self, stages: Sequence[str]) -> object:
+    def _layout(self, stages: Sequence[str]) -> object:
         """Returns all shapes and addresses; a captured graph is valid as long as these stay equal."""
         return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
 
-    def refusing_capture(self, stages: Sequence[str]) -> list[str]:
+    def _refusing_capture(self, stages: Sequence[str]) -> list[str]:
         """Returns the stages that the flavor says cannot be captured as a graph on this stream."""
         return [
             stage
@@ -325,6 +348,7 @@ class Contexts:
     def close(self) -> None:
         """Waits for the stream's work and frees everything; no call may be running."""
         self.stream.synchronize()  # a session that nobody closed may have left work behind
+        self._repeated.drop()
         self._contexts.clear()  # TensorRT frees a context with its last reference
         self.stream.close()
         for memory in self.buffers.values():

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from comask.errors import BackendUnavailableError, EngineError, UnsupportedGpuEr
 from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder, widening_command
+from comask.runtime.trt.graphs import Graphs
 from comask.runtime.trt.memory_format import MemoryFormat
 
 LIBRARY = "libtensorrt_rtx.so"
@@ -252,22 +253,22 @@ class Engine:
             return 0
         return int(self._engine.get_device_memory_size_for_profile_v2(PROFILE))
 
-    def new_context(self, *, captured: bool = False) -> Any:
+    def new_context(self, graphs: Graphs = "none") -> Any:
         """Creates an execution context, which is freed with its last reference.
 
         If `manages_memory`, the context has no scratch memory until the caller provides it.
 
         Args:
-            captured: whether calls will be captured as CUDA graphs. TensorRT-RTX then compiles the
-                kernels for new shapes before it runs them. Otherwise, it compiles them in the
-                background, and a graph would replay forever the slower kernels that it uses meanwhile.
+            graphs: who captures calls as CUDA graphs. If comask does, TensorRT-RTX compiles the kernels
+                for new shapes before it runs them. Otherwise, it compiles them in the background, and a
+                graph of ours would replay forever the slower kernels that it uses meanwhile.
 
         Raises:
             EngineError: if TensorRT cannot create one.
         """
         trt = self._flavor.trt
         self._flavor.clear()
-        config = self._jit.config(captured=captured)
+        config = self._jit.config(graphs)
         if config is not None:
             context = self._engine.create_execution_context(config)
         elif manages_memory(trt):
@@ -319,14 +320,14 @@ class JitCache:
     def __init__(self, flavor: Flavor, engine: Any, path: Path) -> None:
         self._trt, self._path = flavor.trt, path
         self._saving = threading.Lock()
-        self._configs: dict[bool, Any] = {}  # by whether calls are captured
+        self._configs: dict[Graphs, Any] = {}
         self._cache: Any = None
         self._loaded = b""
         if not hasattr(self._trt, "IRuntimeCache"):
             return
-        for captured in (False, True):
-            self._configs[captured] = self._new_config(engine, captured)
-        self._cache = self._configs[False].create_runtime_cache()
+        for graphs in get_args(Graphs):
+            self._configs[graphs] = self._new_config(engine, graphs)
+        self._cache = self._configs["none"].create_runtime_cache()
         if path.exists():
             self._loaded = path.read_bytes()
             if not self._cache.deserialize(self._loaded):
@@ -334,20 +335,22 @@ class JitCache:
         for config in self._configs.values():
             config.set_runtime_cache(self._cache)
 
-    def _new_config(self, engine: Any, captured: bool) -> Any:
+    def _new_config(self, engine: Any, graphs: Graphs) -> Any:
         config = engine.create_runtime_config()
         if manages_memory(self._trt):
             config.set_execution_context_allocation_strategy(
                 self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             )
-        if captured:
+        if graphs == "captured":
             eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.dynamic_shapes_kernel_specialization_strategy = eager
+        if graphs == "internal":
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
 
-    def config(self, *, captured: bool) -> Any:
+    def config(self, graphs: Graphs) -> Any:
         """Returns the configuration of new contexts; None for a flavor that compiles in the builder."""
-        return self._configs.get(captured)
+        return self._configs.get(graphs)
 
     def save(self) -> None:
         """Writes the file if its content changed; logs it if the bundle is not writable."""

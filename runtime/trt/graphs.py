@@ -1,17 +1,19 @@
-"""CUDA graphs of the stages: captured when the same shapes come again, dropped when they change."""
+"""CUDA graphs: work that is captured when the same shapes come again, and dropped when they change."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 from comask.errors import EngineError
-from comask.runtime.device import Graph
-from comask.runtime.trt.contexts import Contexts
+from comask.runtime.device import Graph, Stream
 
+# Who captures the stages: nobody, TensorRT-RTX (each stage by itself), or comask (both as one graph).
+Graphs: TypeAlias = Literal["none", "internal", "captured"]
 CAPTURES = 2  # attempts, before graphs are given up
 
 logger = logging.getLogger(__name__)
@@ -19,42 +21,56 @@ logger = logging.getLogger(__name__)
 _capturing = threading.Lock()
 
 
-class StageGraph:
-    """Queues the stages of one `Contexts`, as a graph from a layout's second call on.
+def graphs_of_calls(trt: Any) -> Graphs:
+    """Returns who captures calls whose shapes may change every time.
+
+    TensorRT-RTX captures by itself where it can. It goes on to compile kernels in the background then,
+    whereas a capture of ours would need them beforehand.
+    """
+    return "internal" if hasattr(trt, "CudaGraphStrategy") else "captured"
+
+
+class RepeatedWork:
+    """Queues work on a stream, as a CUDA graph from a layout's second call on.
 
     The first call runs without a graph, because TensorRT may allocate and load memory then, which a
     capture does not allow. Only one graph is kept: TensorRT forbids graphs of earlier shapes once a
     context was told new ones.
 
     Args:
-        contexts: the contexts, made with `captured` if `enabled`.
-        stages: the stages that `Contexts.reserve` prepares before each call.
+        stream: the stream.
         enabled: whether graphs are captured at all.
     """
 
-    def __init__(self, contexts: Contexts, stages: Sequence[str], *, enabled: bool) -> None:
-        self._contexts, self._stages, self._enabled = contexts, stages, enabled
+    def __init__(self, stream: Stream, *, enabled: bool) -> None:
+        self._stream, self._enabled = stream, enabled
         self._graph: Graph | None = None
         # the layout that the graph was captured for, or will be captured for next time
         self._layout: object = None
         self._failures = 0
 
-    def run(self) -> None:
-        """Queues the stages; logs it if they cannot be captured.
+    def run(
+        self, layout: object, queue: Callable[[], None], refusing: Callable[[], list[str]]
+    ) -> None:
+        """Queues the work; logs it if the work cannot be captured.
+
+        Args:
+            layout: what the work depends on: all shapes and addresses.
+            queue: queues the work on the stream.
+            refusing: returns the names of the parts that cannot be captured.
 
         Raises:
-            EngineError: if TensorRT does not start a stage.
+            EngineError: if `queue` fails.
         """
-        layout = self._contexts.layout(self._stages)
         if self._enabled and layout != self._layout:
             self.drop()
             self._layout = layout
         elif self._enabled and self._graph is None:
-            self._capture()
+            self._capture(queue, refusing)
         if self._graph is None:
-            self._contexts.enqueue(self._stages)
+            queue()
         else:
-            self._graph.launch(self._contexts.stream)
+            self._graph.launch(self._stream)
 
     def drop(self) -> None:
         """Forgets the graph; the next call runs without one."""
@@ -62,21 +78,19 @@ class StageGraph:
             self._graph.close()
         self._graph = self._layout = None
 
-    def _capture(self) -> None:
+    def _capture(self, queue: Callable[[], None], refusing: Callable[[], list[str]]) -> None:
         """Captures the graph, or logs why there is none.
 
         A single failure may come from memory that something else freed in this thread, so the next call
         tries once more.
         """
-        if refusing := self._contexts.refusing_capture(self._stages):
-            problem = f"TensorRT cannot capture {' and '.join(refusing)}"
+        if parts := refusing():
+            problem = f"TensorRT cannot capture {' and '.join(parts)}"
             self._failures = CAPTURES
         else:
             try:
                 with _no_garbage_collected():
-                    self._graph = self._contexts.stream.capture(
-                        lambda: self._contexts.enqueue(self._stages)
-                    )
+                    self._graph = self._stream.capture(queue)
                 return
             except EngineError as error:
                 problem = f"capture failed: {error}"

@@ -27,7 +27,6 @@ from comask.runtime.trt.context_pool import ContextPool, Lent
 from comask.runtime.trt.contexts import Contexts
 from comask.runtime.trt.engine import Shape
 from comask.runtime.trt.engine_folder import PLANS
-from comask.runtime.trt.graphs import StageGraph
 from comask.runtime.trt.masks import LaneMasks
 
 STAGES = tuple(PLANS)
@@ -44,9 +43,8 @@ class TrtLane(Contexts):
     """
 
     def __init__(self, *parts: Any, intake: Stream, graphs: bool) -> None:
-        super().__init__(*parts, captured=graphs)
+        super().__init__(*parts, graphs="captured" if graphs else "none")
         self._intake = intake
-        self._graph = StageGraph(self, STAGES, enabled=graphs)
         self._changing = threading.Lock()  # held while the batch changes, or its outputs are read
         self._closed = False
         self._batch: Batch | None = None  # the batch that was started last
@@ -85,7 +83,7 @@ class TrtLane(Contexts):
                     self._make_canvas(batch, place)
                 self._read.record(self.stream)
                 self._reading = batch
-                self._graph.run()
+                self.queue(STAGES)
                 if batch.rle:
                     self._masks.find_edges(batch, self._tensors["masks"])
                 self._done.record(self.stream)
@@ -93,7 +91,6 @@ class TrtLane(Contexts):
                 self.stream.synchronize()  # no memory may be freed while work on it is queued
                 self._reading = None
                 batch.release()
-                self._graph.drop()  # contexts may have been told other shapes
                 raise
             batch.kept = {
                 name: (self.buffers[name].address, self._tensors[name], self._specs[name].dtype)
@@ -226,7 +223,6 @@ class TrtLane(Contexts):
         if self._reading is not None:
             self._reading.release()
             self._reading = None
-        self._graph.drop()
         self._read.close()
         self._done.close()
         self._masks.close()

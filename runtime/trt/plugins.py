@@ -119,7 +119,9 @@ def _plugin_class(flavor: Flavor) -> Any:
             trt.IPluginV3OneBuild.__init__(self)
             trt.IPluginV3OneRuntime.__init__(self)
             self.op = op
-            self.launches: dict[tuple[tuple[int, ...], ...], run.BoundLaunch] = {}  # the last shapes'
+            self.launches: dict[
+                tuple[tuple[int, ...], ...], run.BoundLaunch
+            ] = {}  # the last shapes'
             self.plugin_name = op.name
             self.plugin_version = VERSION
             self.plugin_namespace = NAMESPACE
