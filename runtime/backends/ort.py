@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,12 @@ from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
 from comask.runtime.backends import Device, LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
+from comask.runtime.backends.ort_install import (
+    import_onnxruntime,
+    load_cuda_libraries,
+    reinstall,
+    why_cuda_fails,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -60,43 +66,36 @@ class OrtSession:
         *,
         optimized: bool = True,
     ) -> None:
-        try:
-            import onnxruntime
-        except (ImportError, OSError) as error:
-            raise BackendUnavailableError(
-                f"the onnxruntime backend cannot be imported ({error}): pip install 'comask[ort]'"
-            ) from error
+        ort = import_onnxruntime()
         name = graph if isinstance(graph, Path) else "a graph in memory"
-        options = onnxruntime.SessionOptions()
+        model = str(graph) if isinstance(graph, Path) else graph
+        options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only, which are raised as well
         # PyTorch obeys this variable, too; Ray sets it for its actors
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdecimal():
             options.intra_op_num_threads = int(threads)
         if not optimized:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        providers: list[tuple[str, dict[str, int]]] = [(CPU_PROVIDER, {})]
-        if device != "cpu" and CUDA_PROVIDER in onnxruntime.get_available_providers():
-            providers.insert(0, (CUDA_PROVIDER, {"device_id": device or 0, "use_tf32": 0}))
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                str(graph) if isinstance(graph, Path) else graph, options, providers=providers
-            )
+            session, failure = _start(ort, model, options, device)
         # ONNX Runtime does not export its exceptions, whose only common base is Exception
         except Exception as error:
             if is_out_of_memory(error):
                 raise EngineError(f"{name}: not enough memory to load it: {error}") from error
             raise BundleError(f"{name}: ONNX Runtime cannot load it: {error}") from error
-        self.provider: str = self._session.get_providers()[0]
+        self._session: onnxruntime.InferenceSession | None = session
+        self.provider: str = session.get_providers()[0]
         if isinstance(device, int) and self.provider != CUDA_PROVIDER:
+            without = f"ONNX Runtime {ort.__version__} is built without it: {reinstall('gpu')}"
             raise BackendUnavailableError(
-                f"the onnxruntime backend: GPU {device} was asked for, and this ONNX Runtime runs on "
-                f"{self.provider}: pip install onnxruntime-gpu, or leave the device out"
+                f"the onnxruntime backend: GPU {device} was asked for, and CUDA cannot be used: "
+                f"{failure or without}; or leave the device out"
             )
-        if self.provider != providers[0][0]:
+        if failure:
             logger.warning(
-                "%s: ONNX Runtime takes %s; %s is in its build and was asked for, but does not start",
-                name, self.provider, providers[0][0],
+                "%s: ONNX Runtime takes %s; %s is in its build and was asked for, but does not start: %s",
+                name, self.provider, CUDA_PROVIDER, failure,
             )  # fmt: skip
         self.inputs = tuple(_spec(entry) for entry in self._session.get_inputs())
         self.outputs = tuple(_spec(entry) for entry in self._session.get_outputs())
@@ -140,3 +139,28 @@ def open_backend(bundle: Bundle, name: str, precision: str | None, options: Load
 
 def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:
     return TensorSpec(entry.name, np.dtype(NUMPY_TYPES[entry.type]), tuple(entry.shape))
+
+
+def _start(
+    ort: Any, model: str | bytes, options: Any, device: Device
+) -> tuple[onnxruntime.InferenceSession, str]:
+    """Starts a session; returns it, and why it is not on CUDA if that is in the build and wanted."""
+
+    def on(*providers: tuple[str, dict[str, int]]) -> onnxruntime.InferenceSession:
+        # its own fallback prints to standard output, where a command may write JSON
+        return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
+
+    cpu: tuple[str, dict[str, int]] = (CPU_PROVIDER, {})
+    if device == "cpu" or CUDA_PROVIDER not in ort.get_available_providers():
+        return on(cpu), ""
+    load_cuda_libraries()
+    raised = None
+    try:
+        session = on((CUDA_PROVIDER, {"device_id": device or 0, "use_tf32": 0}), cpu)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        session, raised = on(cpu), error  # a graph that is broken does not start there either
+    if session.get_providers()[0] == CUDA_PROVIDER:
+        return session, ""
+    return session, why_cuda_fails(raised)
