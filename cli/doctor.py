@@ -30,7 +30,8 @@ def main(bundle: Path | None, needed: tuple[str, ...], json_file: str | None) ->
     comask doctor bundle --need gpu --need tensorrt-rtx
     """
     check_outputs(json=json_file)
-    from comask.runtime.doctor import diagnose, diagnose_bundle
+    from comask.runtime.doctor import diagnose
+    from comask.runtime.doctor_bundle import diagnose_bundle
 
     findings = diagnose()
     if bundle is not None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import miniature_ort
 import pytest
 from conftest import run
 
+from comask.errors import BackendUnavailableError
 from comask.kernels import compile as kernel_compile
 from comask.runtime import doctor
+from comask.runtime.backends.ort import OrtSession
 from comask.runtime.doctor import Finding, diagnose
 
 
@@ -103,7 +108,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert finding("torch").status == "broken"
     assert finding("gpu").found.startswith("H200, sm90, 128 GiB, driver for CUDA 13.0")
-    assert "onnxruntime-gpu" in finding("onnxruntime").fix
+    assert finding("onnxruntime").fix.endswith("pip install 'comask[gpu]'")
 
 
 def test_a_gpu_that_no_compiler_knows_yet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +116,75 @@ def test_a_gpu_that_no_compiler_knows_yet(monkeypatch: pytest.MonkeyPatch) -> No
     gpu = SimpleNamespace(name="next", capability=999, driver=99000, memory=2**37)
     monkeypatch.setattr(doctor, "find_gpu", lambda index=0: gpu)
     assert finding("kernels for the GPU").status == "ok"
+
+
+def installed(folder: Path, name: str, module: str) -> None:
+    """Leaves in a folder what pip writes of a package."""
+    about = folder / f"{name.replace('-', '_')}-9.9.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.9\n")
+    (about / "top_level.txt").write_text(f"{module}\n")
+
+
+def test_two_packages_of_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, micro_bundle: Path
+) -> None:
+    installed(tmp_path, "onnxruntime-gpu", "onnxruntime")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "find_gpu", lambda index=0: None)
+    version = importlib.metadata.version("onnxruntime")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert re.search("to fix: .*onnxruntime", result.output)
+    found = finding("onnxruntime")
+    assert found.found.startswith(
+        f"onnxruntime {version} and onnxruntime-gpu 9.9.9 overwrite each other; "
+        f"what Python imports is {version}: "
+    )
+    assert "CPU" in found.found
+    remove = "pip uninstall --yes onnxruntime onnxruntime-gpu; pip install"
+    assert found.fix == f"{remove} 'comask[ort]'"
+    with pytest.raises(
+        BackendUnavailableError, match=re.escape(f"{remove} 'comask[gpu]'; or leav")
+    ):
+        OrtSession(micro_bundle / "stage2_roi_head.onnx", 0)
+
+
+def test_packages_beside_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed(tmp_path, "onnxruntime-genai", "onnxruntime_genai")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert finding("onnxruntime").status == "ok"
+
+
+DIAGNOSIS = """
+import sys
+from types import SimpleNamespace
+from comask.runtime import doctor
+gpu = SimpleNamespace(name="H200") if sys.argv[1] == "GPU" else None
+doctor.find_gpu = lambda index=0: gpu
+found = doctor.run_check("onnxruntime", doctor.CHECKS["onnxruntime"])
+print(found.status, found.found, found.fix, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("without", "gpu", "status", "words"),
+    [
+        ("", "no GPU", "ok", "9.9.9: CUDA, CPU; its libraries of CUDA 12.8 load"),
+        ("libcublas.", "no GPU", "ok", "CUDA 12.8 do not load: libcublas.so.12: cannot open"),
+        ("libcublas.", "GPU", "broken", "CUDA 12.8 do not load: libcublas.so.12: cannot open"),
+        ("libcudnn", "GPU", "broken", "CUDA 12.8 do not load: libcudnn.so.9: cannot open"),
+    ],
+)
+def test_cuda_libraries_of_onnxruntime(
+    tmp_path: Path, without: str, gpu: str, status: str, words: str
+) -> None:
+    done = miniature_ort.run_python(miniature_ort.make(tmp_path, without=without), DIAGNOSIS, gpu)
+    assert done.returncode == 0, done.stderr
+    told, found, fix = done.stdout.split("\n", 2)
+    assert told == status
+    assert words in found
+    assert ("pip install 'comask[gpu]'" in fix) == bool(without)
 
 
 def test_no_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
