@@ -18,7 +18,7 @@ COPY cli cli
 COPY calib calib
 ARG EXTRAS=train,export,gpu,video
 ARG TENSORRT=tensorrt-rtx-cu13
-RUN pip install --no-cache-dir ".[${EXTRAS}]" "${TENSORRT}" nvidia-cuda-nvrtc
+RUN pip install --no-cache-dir ".[${EXTRAS}]" "${TENSORRT}"
 
 FROM nvidia/cuda:${CUDA}-runtime-ubuntu${UBUNTU}
 RUN apt-get update \

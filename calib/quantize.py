@@ -35,6 +35,7 @@ from comask.preprocess import prepare
 from comask.progress import Progress
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession, ort_stages
+from comask.runtime.backends.ort_install import import_onnxruntime
 
 Report = Callable[[str], None]
 
@@ -139,9 +140,11 @@ def quantize(
         report: called with a line before each step.
 
     Raises:
+        BackendUnavailableError: ONNX Runtime, which runs the graphs, is not installed.
         PrecisionError: no int8 graphs lose so little, or they are not smaller.
         DataError: the data cannot be used.
     """
+    import_onnxruntime()  # before PyTorch's AP is measured
     most = options.limit
     source = open_source(val_data, "val", shapes_images=most, shapes_seed=VALIDATION_SEED)
     # A random choice, since neighbours in sorted data resemble each other.

@@ -34,6 +34,7 @@ from comask.export.verify import Verification, verification_batches, verify
 from comask.models.comask import DIAGNOSTIC_OUTPUTS, CoMask
 from comask.runtime.backends.base import Stage
 from comask.runtime.backends.ort import ort_stages
+from comask.runtime.backends.ort_install import import_onnxruntime
 from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
 from comask.runtime.compare import TOLERANCES
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
@@ -97,10 +98,12 @@ def export_bundle(
         report: called with a line before each step.
 
     Raises:
+        BackendUnavailableError: ONNX Runtime, which runs the graphs, is not installed.
         BundleError: `output` is in use.
         ParityError: a graph differs from PyTorch.
         PrecisionError: fp16 cannot hold the network's values.
     """
+    import_onnxruntime()  # before minutes are spent on graphs
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BundleError(f"{output}: is there already; give a folder that is new or empty")
     config = checkpoint.config
@@ -150,10 +153,12 @@ def add_precisions(
         report: called with a line before each step.
 
     Raises:
+        BackendUnavailableError: ONNX Runtime, which runs the graphs, is not installed.
         BundleError: the bundle cannot be read or written.
         ParityError: a graph differs from PyTorch.
         PrecisionError: fp16 cannot hold the network's values.
     """
+    import_onnxruntime()  # before minutes are spent on graphs
     model = model_from_bundle(bundle)
     names = {output["name"] for output in bundle.manifest.graphs["stage2"]["outputs"]}
     diagnostics = names.issuperset(DIAGNOSTIC_OUTPUTS)

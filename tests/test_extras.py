@@ -6,6 +6,7 @@ change. A layer sees the packages of those below it.
 
 from __future__ import annotations
 
+import email
 import hashlib
 import json
 import re
@@ -13,13 +14,19 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import doc_blocks
 import pytest
 from conftest import COMMANDS
 from install_wheel import ROOT, build, install, make_venv, site_packages
+from packaging.requirements import Requirement
 from video_clips import make_clip, pictures
+
+from comask.runtime.trt.engine import PACKAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS: dict[str, tuple[str, ...]] = {  # and what lies below
@@ -194,3 +201,148 @@ def test_videos_need_one_more(with_layer: Run, tmp_path: Path, micro_bundle: Pat
     )
     assert code == 1, said
     assert "pip install 'comask[track]'" in said
+
+
+ONNXRUNTIMES = {"onnxruntime", "onnxruntime-gpu"}  # one module, of which an environment has one
+
+
+@pytest.fixture(scope="module")
+def brought(wheel: Path) -> Callable[..., dict[str, Requirement]]:
+    """What the wheel with some extras depends on, by name, as its metadata say."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    lines = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    known = set(metadata.get_all("Provides-Extra", []))
+
+    def call(*extras: str) -> dict[str, Requirement]:
+        assert known.issuperset(extras)
+        found = {}
+        for extra in ("", *extras):
+            for line in lines:
+                if line.marker is None or line.marker.evaluate({"extra": extra}):
+                    inner = call(*line.extras) if line.name == "comask" else {line.name: line}
+                    found.update(inner)
+        return found
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("extras", "expected"),
+    [
+        (("ort",), {"onnxruntime"}),
+        (("gpu",), {"onnxruntime-gpu"}),
+        (("export",), set()),
+        (("train", "export", "video", "jobs", "heif", "track", "tensorboard", "docs"), set()),
+        (("export", "gpu"), {"onnxruntime-gpu"}),
+        (("dev",), {"onnxruntime"}),
+    ],
+)
+def test_which_onnxruntime_the_extras_bring(
+    brought: Any, extras: tuple[str, ...], expected: set[str]
+) -> None:
+    assert ONNXRUNTIMES & set(brought(*extras)) == expected
+
+
+def test_a_gpu_gets_all_that_it_needs(brought: Any) -> None:
+    packages = brought("gpu")
+    assert {PACKAGES["tensorrt"], "pycuda", "cuda-bindings", "nvidia-cuda-nvrtc"} <= set(packages)
+    assert packages["onnxruntime-gpu"].extras == {"cuda", "cudnn"}  # CUDA's libraries, from pip
+    assert set(brought("ort")) - ONNXRUNTIMES <= set(packages)
+    assert not packages["onnxruntime-gpu"].specifier.contains("1.20.2")  # has no preload_dlls
+
+
+def installations() -> list[tuple[str, tuple[str, ...]]]:
+    """Where a page, or the image, installs comask, and with which extras."""
+    found = []
+    for page in doc_blocks.PAGES:
+        for block in doc_blocks.blocks(page):
+            for extras in re.findall(r"pip install .*?(?:\.|comask)\[([\w,-]+)\]", block.text):
+                found.append((str(block), tuple(extras.split(","))))
+    for extras in re.findall(r"^ARG EXTRAS=(.+)$", (ROOT / "Dockerfile").read_text(), re.M):
+        found.append(("Dockerfile", tuple(extras.split(","))))
+    return found
+
+
+@pytest.mark.parametrize(("place", "extras"), installations())
+def test_every_line_that_installs_brings_one_onnxruntime(
+    brought: Any, place: str, extras: tuple[str, ...]
+) -> None:
+    found = ONNXRUNTIMES & set(brought(*extras))
+    assert len(found) == 1, f"{place}: {extras} bring {found}"
+
+
+WITHOUT_ONNXRUNTIME = """
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] == "onnxruntime" else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from comask.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["export", "export a precision", "quantize"])
+def test_what_exports_asks_for_onnxruntime_first(
+    command: str, micro_run: Path, micro_bundle: Path, micro_fp16: Path, tmp_path: Path
+) -> None:
+    words = {
+        "export": ("export", micro_run / "checkpoint-best.pt", "--output", tmp_path / "new"),
+        "export a precision": ("export", micro_bundle, "--precision", "fp16"),
+        "quantize": ("quantize", micro_fp16, "--calib-data", "shapes", "--limit", 1),
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ONNXRUNTIME, *map(str, words)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: the onnxruntime backend cannot be imported (No module named 'onnx"
+    )
+    assert last.endswith("pip install 'comask[ort]' on a CPU, or 'comask[gpu]' on a GPU")
+    assert "exporting" not in done.stderr  # nor PyTorch's AP measured, which a bar would show
+    assert "images" not in done.stderr
+
+
+def real_gpu_folder(wheel: Path, folder: Path) -> Path:
+    """An environment with the real onnxruntime-gpu, beside CUDA's packages of this one."""
+    python = make_venv(folder, site_packages(Path(sys.prefix)))
+    done = install(python, "--no-deps", "--no-cache-dir", "onnxruntime-gpu>=1.28")
+    if done.returncode:
+        pytest.skip(f"no onnxruntime-gpu: {done.stdout[-300:]}")
+    done = install(python, "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout
+    return python
+
+
+@pytest.mark.slow
+def test_the_real_cuda_provider_finds_the_libraries_that_pip_installed(
+    wheel: Path, micro_bundle: Path, tmp_path: Path
+) -> None:
+    """Without a driver, its library is all that is missing; it is linked after those of CUDA."""
+    nvidia = site_packages(Path(sys.prefix)) / "nvidia"
+    if not (nvidia / "cu13").exists():
+        pytest.skip("there are no packages of CUDA 13; PyTorch's build for CUDA brings them")
+    python = real_gpu_folder(wheel, tmp_path / "venv")
+    (site_packages(tmp_path / "venv") / "nvidia").symlink_to(nvidia)
+    code = (
+        "import logging, sys; from pathlib import Path; logging.basicConfig()\n"
+        "from comask.runtime.backends.ort import OrtSession\n"
+        "print(OrtSession(Path(sys.argv[1])).provider)"
+    )
+    done = subprocess.run(
+        [python, "-c", code, micro_bundle / "stage2_roi_head.onnx"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "venv")  # half a gigabyte
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != "CUDAExecutionProvider":
+        warning = next(line for line in done.stderr.splitlines() if line.startswith("WARNING"))
+        assert "does not start: libcuda.so.1: cannot open shared object file" in warning
