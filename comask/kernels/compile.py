@@ -188,7 +188,7 @@ def _cuda_compiler() -> _CudaCompiler:
         if nvcc is None:
             raise KernelUnavailableError(
                 f"no CUDA compiler: cuda.bindings.nvrtc says {error!r} and nvcc is not on PATH; "
-                "pip install 'comask[gpu]' nvidia-cuda-nvrtc, or install the CUDA toolkit"
+                "pip install 'comask[gpu]', or install the CUDA toolkit"
             ) from error
         return _nvcc(nvcc)
 
