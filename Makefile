@@ -42,7 +42,7 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-test: setup $(VENV)/pycuda $(VENV)/triton
+test: setup $(VENV)/pycuda $(VENV)/triton $(VENV)/cpp
 	$(PYTEST) -m "not slow"
 
 # Real servers, a cluster, long runs.
@@ -78,7 +78,7 @@ $(VENV)/triton: $(VENV)/ready tests/install_tritonserver.py
 	-$(BIN)/python tests/install_tritonserver.py $@
 
 # A real RTSP server and a browser, from Debian's packages; where one cannot be had its file says why.
-$(VENV)/rtsp $(VENV)/chromium: $(VENV)/ready tests/install_debian.py
+$(VENV)/rtsp $(VENV)/cpp $(VENV)/chromium: $(VENV)/ready tests/install_debian.py
 	-$(BIN)/python tests/install_debian.py $(notdir $@) $@
 
 # An object store, in an environment of its own with s3fs; where it cannot be had this file says why.

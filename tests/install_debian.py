@@ -1,4 +1,4 @@
-"""Gets what slow tests need of Debian: `install_debian.py rtsp|chromium REPORT`.
+"""Gets what tests need of Debian: `install_debian.py rtsp|cpp|chromium REPORT`.
 
 On Debian and its relatives the missing packages are installed if this runs as root. REPORT gets
 one line: `ready`, or why the tests that need them must be skipped.
@@ -39,6 +39,14 @@ NEEDS = {
             "gstreamer1.0-plugins-good", "gstreamer1.0-plugins-bad", "gstreamer1.0-plugins-ugly",
         ),
         check=("/usr/bin/python3", str(SERVER), "--check"),  # for which the packages are built
+    ),
+    "cpp": Need(
+        name="libraries of the C++ example",
+        packages=("cmake", "g++", "nlohmann-json3-dev", "libopencv-imgcodecs-dev"),
+        check=(
+            "ls", "/usr/bin/cmake", "/usr/include/nlohmann/json.hpp",
+            "/usr/include/opencv4/opencv2/imgcodecs.hpp",
+        ),
     ),
     "chromium": Need(
         name="browser",

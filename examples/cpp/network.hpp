@@ -32,13 +32,14 @@ struct DeviceMemory {
 };
 
 struct Tensor {
-    trt::Dims dims{};
-    trt::DataType type{};
+    trt::Dims dims{}; trt::DataType type{};
+    int vector = 1; // the format HWC8 of feature maps pads their channels to a multiple of this
     DeviceMemory memory;
 
     std::size_t bytes() const { // the graphs have no other types than u8, f16, i32 and f32
         std::size_t size = type == trt::DataType::kUINT8 ? 1 : type == trt::DataType::kHALF ? 2 : 4;
-        for (int i = 0; i < dims.nbDims; ++i) size *= dims.d[i];
+        for (int i = 0; i < dims.nbDims; ++i)
+            size *= i == 1 ? (dims.d[i] + vector - 1) / vector * vector : dims.d[i];
         return size;
     }
 };
@@ -70,8 +71,7 @@ class Network {
     }
     void upload(const char *name, trt::DataType type, trt::Dims dims, const void *values) {
         Tensor &tensor = tensors_[name];
-        tensor.dims = dims, tensor.type = type;
-        tensor.memory.grow(tensor.bytes());
+        tensor.dims = dims, tensor.type = type, tensor.memory.grow(tensor.bytes());
         copy(tensor.memory.get(), values, tensor.bytes(), cudaMemcpyHostToDevice);
     }
     // Tells a stage its inputs' shapes, and makes room for its outputs and its scratch memory.
@@ -84,6 +84,7 @@ class Network {
             Tensor &tensor = tensors_[name];
             tensor.dims = stage.context->getTensorShape(name);
             tensor.type = stage.engine->getTensorDataType(name);
+            tensor.vector = std::max(1, stage.engine->getTensorComponentsPerElement(name));
             tensor.memory.grow(tensor.bytes());
         }
         std::size_t scratch = stage.context->updateDeviceMemorySizeForShapes();
@@ -96,8 +97,7 @@ public:
     // Plans that run with later versions of TensorRT contain code for the CPU, to be allowed here.
     Network(const std::string (&plans)[2], bool allow_host_code) {
         cudaStream_t stream = nullptr;
-        check(cudaStreamCreate(&stream), "a CUDA stream");
-        stream_.reset(stream);
+        check(cudaStreamCreate(&stream), "a CUDA stream"), stream_.reset(stream);
         runtime_.reset(trt::createInferRuntime(log_));
         must(runtime_ != nullptr, "to start");
         runtime_->setEngineHostCodeAllowed(allow_host_code);

@@ -72,6 +72,7 @@ public:
     virtual char const *getIOTensorName(std::int32_t index) const noexcept = 0;
     virtual TensorIOMode getTensorIOMode(char const *tensorName) const noexcept = 0;
     virtual DataType getTensorDataType(char const *tensorName) const noexcept = 0;
+    virtual int32_t getTensorComponentsPerElement(char const *tensorName) const noexcept = 0;
     virtual std::int64_t
     getDeviceMemorySizeForProfileV2(std::int32_t profileIndex) const noexcept = 0;
     virtual IExecutionContext *

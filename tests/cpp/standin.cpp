@@ -242,6 +242,8 @@ public:
     TensorIOMode getTensorIOMode(char const *name) const noexcept override {
         return tensor(name).input ? TensorIOMode::kINPUT : TensorIOMode::kOUTPUT;
     }
+    // -1 for a format without vectors, as LINEAR and HWC are.
+    int32_t getTensorComponentsPerElement(char const *) const noexcept override { return -1; }
     DataType getTensorDataType(char const *name) const noexcept override {
         return tensor(name).type;
     }
