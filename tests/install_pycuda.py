@@ -37,6 +37,18 @@ def toolkit() -> Path | None:
     return Path(folders[0]).parent if folders else None
 
 
+def build_environment(folder: Path, root: Path) -> dict[str, str]:
+    """Prepares a folder for a build of pycuda; gives the variables that the build needs."""
+    soname = "-Wl,-soname,libcuda.so.1"
+    library = folder / "libcuda.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", soname, SOURCE, "-o", library, "-ldl"], check=True)
+    # pycuda's set-up reads its settings from the home folder
+    settings = f"CUDA_ROOT = {str(root)!r}\nCUDA_ENABLE_CURAND = False\n"
+    (folder / ".aksetup-defaults.py").write_text(settings)
+    path = f"{root / 'bin'}:{os.environ['PATH']}"
+    return {"HOME": str(folder), "LIBRARY_PATH": str(folder), "PATH": path}
+
+
 def install() -> str:
     """Builds and installs it; says how that went."""
     if importlib.util.find_spec("pycuda") is not None:
@@ -50,22 +62,10 @@ def install() -> str:
     pip = [sys.executable, "-m", "pip"]
     cache = subprocess.run([*pip, "cache", "dir"], capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "libcuda.so"
-        soname = "-Wl,-soname,libcuda.so.1"
-        subprocess.run(
-            ["gcc", "-shared", "-fPIC", soname, SOURCE, "-o", library, "-ldl"], check=True
-        )
-        # pycuda's set-up reads its settings from the home folder
-        settings = f"CUDA_ROOT = {str(root)!r}\nCUDA_ENABLE_CURAND = False\n"
-        (Path(folder) / ".aksetup-defaults.py").write_text(settings)
         done = subprocess.run(
             [*pip, "install", "--quiet", requirement()],
             env=os.environ
-            | {
-                "HOME": folder,
-                "LIBRARY_PATH": folder,
-                "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
-            }
+            | build_environment(Path(folder), root)
             | ({"PIP_CACHE_DIR": cache} if cache else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,58 +1,87 @@
 """`make gpu-check`: builds and runs everything that needs a GPU, and prints one table.
 
-It needs no installation: run it with any Python from 3.11 on that has torch. Rows whose packages are
-missing are `unavailable` and name them. Nothing is downloaded. Every row runs in its own process, because
-an abort or a failed kernel makes CUDA unusable in its process.
+It needs no installation: run it with any Python from 3.11 on that has torch. Wheels that
+`make gpu-upload` collected are used from where they lie. Rows whose packages are missing are
+`unavailable` and name them. Nothing is downloaded. Each group of rows runs in a process of its own, and
+the file is written after every row, so that a run can be ended at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from places import BUNDLE, ROOT, TESTS, UPLOADED, WHEELS, paths
 
 if TYPE_CHECKING:
-    from rows import Check, Row
+    from groups import Group
+    from rows import Check
 
-ROOT = Path(__file__).resolve().parents[2]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOLDERS = ("export", "runtime", "cli", "calib")  # sub-packages beside `comask/`
+BUNDLES = (*sorted(UPLOADED.glob(f"*/{BUNDLE}")), ROOT / "demo" / "bundle")  # if none is named
+INTERRUPTED = 130
 
 
 def main() -> int:
-    """Runs all checks, or those that `--only` names, and returns the exit code."""
+    """Runs all rows, or those of `--groups` and `--only`, and returns the exit code."""
+    options = parsed()
+    if importlib.util.find_spec("numpy") is None:
+        sys.exit(f"error: {sys.executable} has no numpy; name a Python that has it with PYTHON=…")
+    if options.bundle and not (options.bundle / "manifest.json").is_file():
+        sys.exit(f"error: {options.bundle}: there is no bundle here; comask export writes one")
+    if options.process:
+        return run_here(options)
+    with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
+        folder = Path(temporary)
+        link_package(folder / "package")
+        import wheels
+
+        wheels.use([*UPLOADED.glob(f"*/{WHEELS}")], folder / "site")
+        rows = chosen(options)
+        if options.list:
+            from table import described
+
+            for group, checks in rows.items():
+                print(f"{group.name}:", *map(described, checks), sep="\n")
+            return 0
+        return run_all(options, rows, folder)
+
+
+def parsed() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write machine, versions and rows to this file")
     parser.add_argument(
-        "--bundle", type=Path, help="a trained bundle; without it, shapes-tiny is trained"
+        "--bundle", type=Path,
+        help="a trained bundle; otherwise that of `make gpu-upload` or `make demo`, or one is trained",
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", default="", metavar="NAME,NAME", help="run only these groups of rows"
     )
     parser.add_argument(
         "--only", default="", help="run only the rows whose name contains this text"
     )
     parser.add_argument(
+        "--minutes", type=float, help="start no further row after this time; kill the one that runs"
+    )
+    parser.add_argument("--list", action="store_true", help="say what each row compares, and end")
+    parser.add_argument(
         "--rehearse", action="store_true",
         help="use small sizes on the CPU to test the code of the rows; proves nothing about a GPU",
     )  # fmt: skip
     parser.add_argument(
-        "--row", nargs=3, metavar=("GROUP", "NAME", "FOLDER"), help=argparse.SUPPRESS
+        "--process", nargs=3, metavar=("GROUP", "FOLDER", "PIPE"), help=argparse.SUPPRESS
     )
-    options = parser.parse_args()
-    if importlib.util.find_spec("numpy") is None:
-        sys.exit(f"error: {sys.executable} has no numpy; name a Python that has it with PYTHON=…")
-    if options.bundle and not (options.bundle / "manifest.json").is_file():
-        sys.exit(f"error: {options.bundle}: there is no bundle here; comask export writes one")
-    if options.row:
-        return run_here(options)
-    with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
-        link_package(Path(temporary) / "package")
-        return check_all(options, Path(temporary))
+    return parser.parse_args()
 
 
 def link_package(folder: Path) -> None:
@@ -63,92 +92,114 @@ def link_package(folder: Path) -> None:
         (package / path.name).symlink_to(path)
     for name in FOLDERS:
         (package / name).symlink_to(ROOT / name)
-    sys.path.insert(0, str(folder))
+    sys.path[1:1] = [str(folder), str(TESTS)]
     # the processes of the rows, and the commands that they run, must find it as well
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ |= paths(folder, TESTS)
 
 
-def all_checks() -> dict[str, dict[str, Check]]:
-    """Returns the checks by group and name, in the order of the table."""
-    import backends
-    import kernels
-    import speed
+def chosen(options: argparse.Namespace) -> Mapping[Group, Sequence[Check]]:
+    """Returns the rows to run by group, with those that provide what they need."""
+    from groups import GROUPS
+    from runner import with_providers
 
-    return {"kernels": kernels.CHECKS, "backends": backends.CHECKS, "speed": speed.CHECKS}
+    every = {group: group.checks() for group in GROUPS}
+    names = [name for name in options.groups.split(",") if name]
+    known = [group.name for group in GROUPS]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"error: no group {', '.join(unknown)}; expected some of {', '.join(known)}")
+    wanted = {
+        check.name
+        for group, checks in every.items()
+        for check in checks
+        if options.only in check.name and (not names or group.name in names)
+    }
+    if not wanted:
+        sys.exit(f"error: no row of these groups contains {options.only!r}; --list prints all rows")
+    needed = with_providers({group.name: checks for group, checks in every.items()}, wanted)
+    rows = {g: [check for check in checks if check.name in needed] for g, checks in every.items()}
+    return {group: checks for group, checks in rows.items() if checks}
 
 
-def check_all(options: argparse.Namespace, folder: Path) -> int:
-    """Runs the checks row by row and writes the table and the file after each row."""
+def run_all(
+    options: argparse.Namespace, rows: Mapping[Group, Sequence[Check]], folder: Path
+) -> int:
+    """Runs the groups one after the other; an interrupt ends the run with what was measured."""
     import machine
-    from rows import FAIL, PASS, UNAVAILABLE, Row
-    from table import HEAD, line
+    from runner import GroupProcess, Runner
+    from table import HEAD, Table
 
     facts = machine.facts()
     for name, value in facts.items():
         print(f"{name}: {value}")
     if options.rehearse:
         print("rehearsal: small sizes on the CPU; this says nothing about a GPU")
-    missing = None if options.rehearse else machine.why_no_gpu()
     print(f"\n{HEAD}", flush=True)
-    content = {
+    head = {
         "schema_version": SCHEMA_VERSION,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "rehearsal": options.rehearse,
         "machine": facts,
     }
-    rows: list[Row] = []
-    for group, checks in all_checks().items():
-        for name in checks:
-            if options.only in name:
-                if missing is None:
-                    rows.append(run_apart(group, name, options, folder))
-                else:
-                    rows.append(Row(group=group, name=name, status=UNAVAILABLE, note=missing))
-                print(line(rows[-1]), flush=True)
-                write(options.json, content, rows)
-    count = {status: sum(row.status == status for row in rows) for status in (PASS, FAIL)}
-    left = len(rows) - sum(count.values())
-    print(f"\n{count[PASS]} passed, {count[FAIL]} failed, {left} unavailable")
+    table = Table(options.json, head)
+    log = options.json.with_suffix(".log") if options.json else folder / "log"
+    log.unlink(missing_ok=True)
+    bundle = options.bundle or next((path for path in BUNDLES if path.is_dir()), None)
+
+    def launch(name: str) -> GroupProcess:
+        command = [sys.executable, str(Path(__file__).parent)]
+        command += ["--rehearse"] if options.rehearse else []
+        command += ["--bundle", str(bundle)] if bundle else []
+        group = next(group for group in rows if group.name == name)
+        environment = os.environ | environment_of(group, options, folder)
+        return GroupProcess([*command, "--process", name, str(folder)], environment, log)
+
+    runner = Runner(
+        launch, table.add, rehearsal=options.rehearse,
+        seconds=None if options.minutes is None else 60 * options.minutes,
+    )  # fmt: skip
+    code = 0
+    try:
+        for group, checks in rows.items():
+            start = time.monotonic()
+            try:
+                runner.run(group.name, checks)
+            finally:
+                table.seconds[group.name] = time.monotonic() - start
+        table.finish()
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far count")
+        code = INTERRUPTED
+    print(f"\n{table.summary()}")
     if options.json:
-        print(f"wrote {options.json}")
-    return 1 if count[FAIL] else 0
+        print(f"wrote {options.json} and {log}")
+    return code or int(table.failed)
 
 
-def write(path: Path | None, content: dict[str, Any], rows: list[Row]) -> None:
-    """Writes the rows so far to the file that `--json` names."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        full = content | {"rows": [row.as_json() for row in rows]}
-        path.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+def environment_of(group: Group, options: argparse.Namespace, folder: Path) -> Mapping[str, str]:
+    """Returns the variables of a group's process."""
+    if not options.rehearse or group.rehearsed != "stand-in":
+        return {}
+    from rehearsal import stand_in_environment
 
-
-def run_apart(group: str, name: str, options: argparse.Namespace, folder: Path) -> Row:
-    """Runs one row in its own process and returns it."""
-    from rows import finished_row
-
-    arguments = ["--row", group, name, str(folder)]
-    arguments += ["--rehearse"] if options.rehearse else []
-    arguments += ["--bundle", str(options.bundle)] if options.bundle else []
-    command = [sys.executable, str(Path(__file__).parent), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return finished_row(group, name, done)
+    return stand_in_environment(folder)
 
 
 def run_here(options: argparse.Namespace) -> int:
-    """Runs one row in this process and prints it as one line of JSON."""
+    """Runs rows of one group in this process, as the other process asks."""
     from context import REHEARSAL, Context, Sizes
-    from rows import run_check
+    from group_process import serve
+    from groups import GROUPS
 
-    group, name, folder = options.row
+    name, folder, pipe = options.process
+    group = next(group for group in GROUPS if group.name == name)
     context = Context(
         device="cpu" if options.rehearse else "cuda",
         sizes=REHEARSAL if options.rehearse else Sizes(),
         folder=Path(folder),
-        trained=options.bundle,
+        given=options.bundle,
+        stand_in=options.rehearse and group.rehearsed == "stand-in",
     )
-    row = run_check(group, name, all_checks()[group][name], context)
-    print(f"\n{json.dumps(row.as_json())}", flush=True)
+    serve(group, group.checks(), context, int(pipe))
     return 0
 
 

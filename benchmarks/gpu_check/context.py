@@ -1,24 +1,31 @@
-"""Provides what the checks share: the device, the sizes, and bundles that are made only once."""
+"""Provides what the checks share: the device, the sizes, and files that are made only once."""
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rows import UnavailableError, is_ours
+
+if TYPE_CHECKING:
+    from comask.bundle import Bundle
 
 LAST_LINES = 3  # shown of a failed command's output
 # By default cuDNN's convolutions use TensorFloat-32, which has the mantissa of f16.
 COMMAND = (
     "import torch; torch.backends.cudnn.allow_tf32 = False; "
     "from comask.cli.main import main; main()"
+)
+# The same commands where a stand-in takes the driver's place, for a TensorRT flavor.
+STAND_IN = (
+    "import os, sys; sys.setdlopenflags(os.RTLD_LAZY); import standin_tensorrt; "
+    "standin_tensorrt.install({module!r}); "
 )
 
 
@@ -33,6 +40,9 @@ class Sizes:
         repeats: how often a timed call is repeated.
         batch: the batch of the larger benchmark.
         preset: the preset of the network that is timed.
+        frames: the number of frames of a stream.
+        steps: the number of training steps.
+        images: the number of images on which AP is measured.
     """
 
     height: int = 800
@@ -42,76 +52,77 @@ class Sizes:
     repeats: int = 50
     batch: int = 8
     preset: str = "comask-r50"
+    frames: int = 48
+    steps: int = 60
+    images: int = 200
 
 
 REHEARSAL = Sizes(
-    height=96, width=128, channels=32, proposals=40, repeats=2, batch=2, preset="shapes-tiny"
-)
+    height=96, width=128, channels=32, proposals=40, repeats=2, batch=2, preset="shapes-tiny",
+    frames=6, steps=12, images=4,
+)  # fmt: skip
 
 
 @dataclass
 class Context:
-    """The argument of every check. Each check runs in its own process; they share files in `folder`.
+    """The argument of every check. The processes of all groups share the files in `folder`.
 
     Attributes:
-        device: `cuda`, or `cpu` in a rehearsal.
+        device: `cuda`, or `cpu` in a rehearsal; PyTorch's name.
         sizes: the sizes of the checks.
         folder: the folder for the files of the checks.
-        trained: a bundle with real accuracy; if None, one is trained.
+        given: a bundle with real accuracy; if None, one is trained.
+        stand_in: whether stand-ins take the place of driver and TensorRT in this process.
     """
 
     device: str
     sizes: Sizes
     folder: Path
-    trained: Path | None = None
+    given: Path | None = None
+    stand_in: bool = False
+    flavor: str = ""
 
-    def need_gpu(self) -> None:
-        """Raises `UnavailableError` in a rehearsal."""
-        if self.device != "cuda":
-            raise UnavailableError("needs a GPU")
+    @property
+    def rehearsal(self) -> bool:
+        """Whether there is no GPU."""
+        return self.device == "cpu"
 
-    @cached_property
-    def timed_bundle(self) -> Path:
+    @property
+    def trained(self) -> Path:
+        """The bundle of a trained network, which the row of that name provides."""
+        return self.folder / "trained-bundle"
+
+    @property
+    def timed(self) -> Path:
         """The bundle to time; its weights are random, since they do not affect the time."""
-        return self._bundle(
-            "timed", "--preset", self.sizes.preset, "--set", "train.max_steps=0",
-            "--set", "train.weights=none",
+        return self.folder / "timed-bundle"
+
+    def bundle(self) -> Bundle:
+        """Opens the trained bundle."""
+        from comask.bundle import Bundle
+
+        return Bundle.open(self.trained)
+
+    def install_stand_ins(self, flavor: str) -> None:
+        """Makes the stand-in TensorRT take the place of a flavor in this process."""
+        self.flavor = flavor
+        import standin_tensorrt
+
+        standin_tensorrt.install(module_of(flavor))
+
+    def make_bundle(self, bundle: Path, *train_options: str, score_threshold: str) -> None:
+        """Trains a network and exports it with fp32 and fp16 graphs.
+
+        Raises:
+            RuntimeError: if a command fails.
+            UnavailableError: if a package that it needs is not installed.
+        """
+        run = bundle.with_name(f"{bundle.name}-run")
+        self.command("train", "--data", "shapes", "--output", str(run), *train_options)
+        self.command(
+            "export", str(run / "checkpoint-last.pt"), "--output", str(bundle),
+            "--precision", "fp32,fp16", "--score-threshold", score_threshold,
         )  # fmt: skip
-
-    @cached_property
-    def trained_bundle(self) -> Path:
-        """A bundle of a trained network, whose accuracy is meaningful."""
-        if self.trained is not None:
-            return self.trained
-        steps = [] if self.device == "cuda" else ["--set", "train.max_steps=2"]
-        return self._bundle("trained", "--preset", "shapes-tiny", *steps)
-
-    def without_engines(self, bundle: Path, flavor: str, plugin: str) -> Path:
-        """Returns a copy for the engines of one flavor and plugin, so that no other engine can run."""
-        copy = self.folder / f"{bundle.name}-{flavor}-{plugin}"
-        if not copy.exists():
-            unfinished = copy.with_name(f".{copy.name}")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(bundle, unfinished, ignore=shutil.ignore_patterns("engines"))
-            unfinished.rename(copy)
-        return copy
-
-    def _bundle(self, name: str, *train_options: str) -> Path:
-        failed = self.folder / f"{name}-failed.txt"
-        if failed.exists():
-            raise UnavailableError(failed.read_text(encoding="utf-8"))
-        run, bundle = self.folder / f"{name}-run", self.folder / f"{name}-bundle"
-        try:
-            if not (bundle / "manifest.json").exists():
-                self.command("train", "--data", "shapes", "--output", str(run), *train_options)
-                self.command(
-                    "export", str(run / "checkpoint-last.pt"), "--output", str(bundle),
-                    "--precision", "fp32,fp16", "--score-threshold", "0" if name == "timed" else "0.05",
-                )  # fmt: skip
-        except RuntimeError as error:
-            failed.write_text(f"the {name} bundle could not be made: {error}", encoding="utf-8")
-            raise
-        return bundle
 
     def command(self, name: str, *arguments: str) -> str:
         """Runs a comask command in its own process and returns its standard output.
@@ -120,17 +131,21 @@ class Context:
             RuntimeError: if the command fails; the message contains its last lines.
             UnavailableError: if a package that it needs is not installed.
         """
+        boot = STAND_IN.format(module=module_of(self.flavor)) if self.stand_in else ""
         result = subprocess.run(
-            [sys.executable, "-c", COMMAND, name, *arguments],
+            # -P: the working directory may be the tree, whose comask/ lacks the other folders
+            [sys.executable, "-P", "-c", boot + COMMAND, name, *arguments],
             capture_output=True,
             text=True,
             check=False,
         )
+        sys.stderr.write(result.stderr)  # to the log
         if result.returncode:
             words = (result.stderr or result.stdout).strip().splitlines()[-LAST_LINES:]
             missing = re.match(r"ModuleNotFoundError: No module named '(.+)'", " ".join(words[-1:]))
             if missing and not is_ours(missing[1]):
-                raise UnavailableError(f"comask {name}: {words[-1]}")
+                need = f"module {missing[1].split('.')[0]}"
+                raise UnavailableError(f"comask {name}: {words[-1]}", need)
             raise RuntimeError(f"comask {name} exited with {result.returncode}: {'; '.join(words)}")
         return result.stdout
 
@@ -139,3 +154,16 @@ class Context:
         size = (self.sizes.height, self.sizes.width)
         noise = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
         return {"images": noise, "image_sizes": np.array([size] * batch, dtype=np.int32)}
+
+    def remember(self, name: str, value: float) -> None:
+        """Keeps a figure for later rows, which may run in other processes."""
+        (self.folder / f"{name}.figure").write_text(json.dumps(value), encoding="utf-8")
+
+    def recall(self, name: str) -> float:
+        """Returns a remembered figure."""
+        return float(json.loads((self.folder / f"{name}.figure").read_text(encoding="utf-8")))
+
+
+def module_of(flavor: str) -> str:
+    """Returns the module of a TensorRT flavor; that of `tensorrt` if the flavor is empty."""
+    return (flavor or "tensorrt").replace("-", "_")

@@ -1,11 +1,8 @@
-"""Defines a row of the table: a check, its figure, and the limit that the figure must keep."""
+"""Defines a row of the table: a check, its figure, and what became of it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -15,10 +12,20 @@ from typing import Any
 from comask.errors import BackendUnavailableError, KernelUnavailableError
 
 PASS, FAIL, UNAVAILABLE = "PASS", "FAIL", "unavailable"
+RUNS = "nothing: it must run to its end"  # what a row without a reference is compared with
 
 
 class UnavailableError(Exception):
-    """A requirement of a row is missing on this machine; the text names it."""
+    """A requirement of a row is missing on this machine; the text says why.
+
+    Args:
+        reason: the text.
+        need: the requirement by the name that other rows have in `Check.needs`, which are then skipped.
+    """
+
+    def __init__(self, reason: str, need: str = "") -> None:
+        super().__init__(reason)
+        self.need = need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,32 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """A row to be run.
+
+    Attributes:
+        name: the row's name, unique among all groups.
+        run: measures the figure; the argument is a `Context`.
+        compared: the reference of the figure.
+        fails: what makes the row fail.
+        needs: names of requirements, from `needs.py` or from `provides` of an earlier row. If one of them
+            is missing, the row is `unavailable` without being started.
+        provides: what later rows need of this one: an artefact, or proof that something works at all.
+        limit: seconds after which the row is killed and fails.
+        isolated: whether the row has a process of its own.
+    """
+
+    name: str
+    run: Callable[[Any], Figure]
+    compared: str
+    fails: str
+    needs: tuple[str, ...] = ()
+    provides: str = ""
+    limit: float = 30.0
+    isolated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A finished check; `status` is PASS, FAIL or unavailable."""
 
@@ -60,6 +93,8 @@ class Row:
     most: float | None = None
     note: str = ""
     seconds: float = 0.0
+    compared: str = ""
+    fails: str = ""
 
     @property
     def bar(self) -> str:
@@ -73,44 +108,41 @@ class Row:
         return dataclasses.asdict(self)
 
 
-Check = Callable[[Any], Figure]
+def row_of(group: str, check: Check, status: str, note: str, seconds: float = 0.0) -> Row:
+    """Returns a row without a figure."""
+    return Row(
+        group=group, name=check.name, status=status, note=one_line(note), seconds=round(seconds, 3),
+        compared=check.compared, fails=check.fails,
+    )  # fmt: skip
 
 
-def run_check(group: str, name: str, check: Check, context: Any) -> Row:
-    """Runs one check; an exception becomes part of the row, so that the next check still runs."""
+def run_check(group: str, check: Check, context: Any) -> tuple[Row, str]:
+    """Runs one check; an exception becomes part of the row, so that the next check still runs.
+
+    Returns:
+        The row, and the name of the requirement that turned out to be missing, or an empty text.
+    """
     start = time.perf_counter()
     try:
-        figure = check(context)
+        figure = check.run(context)
     except Exception as error:  # a failing row is a result and must not end the table
-        if _is_missing(error):
-            return Row(group=group, name=name, status=UNAVAILABLE, note=one_line(str(error)))
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        note = f"{type(error).__name__}: {one_line(str(error))} ({place.name}:{place.lineno})"
         seconds = time.perf_counter() - start
-        return Row(group=group, name=name, status=FAIL, note=note, seconds=round(seconds, 3))
-    return Row(
+        if _is_missing(error):
+            return row_of(group, check, UNAVAILABLE, str(error), seconds), _need(error)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        note = f"{type(error).__name__}: {error} ({place.name}:{place.lineno})"
+        traceback.print_exc()  # to the log of the group's process
+        return row_of(group, check, FAIL, note, seconds), ""
+    row = Row(
         group=group,
-        name=name,
+        name=check.name,
         status=PASS if figure.reached else FAIL,
-        value=figure.value,
-        unit=figure.unit,
-        least=figure.least,
-        most=figure.most,
-        note=figure.note,
+        **dataclasses.asdict(figure),
         seconds=round(time.perf_counter() - start, 3),
+        compared=check.compared,
+        fails=check.fails,
     )
-
-
-def finished_row(group: str, name: str, done: subprocess.CompletedProcess[str]) -> Row:
-    """Returns the row that a process printed as JSON, or a row that says how the process died."""
-    if done.returncode == 0:
-        printed = [text for text in done.stdout.splitlines() if text.startswith('{"group"')]
-        return Row(**json.loads(printed[-1]))
-    code = done.returncode
-    end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    words = (done.stderr or done.stdout).strip().splitlines()[-1:]
-    note = one_line(": ".join([f"its process died with {end}", *words]))
-    return Row(group=group, name=name, status=FAIL, note=note)
+    return row, ""
 
 
 def _is_missing(error: Exception) -> bool:
@@ -118,6 +150,12 @@ def _is_missing(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return not is_ours(error.name or "comask")
     return isinstance(error, UnavailableError | BackendUnavailableError | KernelUnavailableError)
+
+
+def _need(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"module {(error.name or '').split('.')[0]}"
+    return error.need if isinstance(error, UnavailableError) else ""
 
 
 def is_ours(module: str) -> bool:
