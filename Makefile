@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo compare ablation gpu-check test test-slow test-wheel docs api lint format types clean
+.PHONY: setup demo compare ablation gpu-check gpu-upload test test-slow test-wheel docs api lint format types clean
 
 setup: $(VENV)/ready
 
@@ -35,11 +35,19 @@ ablation: setup
 	$(BIN)/python benchmarks/ablation.py --output runs/ablation --seeds 3
 
 # Builds and runs everything that needs a GPU, with the interpreter named by PYTHON=…, else with .venv's;
-# sets nothing up and fetches nothing. docs/verified/README.md describes what JSON=… holds.
+# sets nothing up and fetches nothing. docs/verified/README.md describes what JSON=… holds, and REHEARSE=1,
+# GROUPS=name,name and MINUTES=10.
 JSON := runs/gpu-check.json
 GPU_PYTHON := $(if $(filter-out file default,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 gpu-check:
-	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)")
+	$(GPU_PYTHON) benchmarks/gpu_check --json "$(JSON)" $(if $(BUNDLE),--bundle "$(BUNDLE)") \
+	  $(if $(GROUPS),--groups "$(GROUPS)") $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
+
+# What a rented machine without a network needs for gpu-check, in build/gpu-upload; THERE=package,package
+# leaves out what it has, and PYTHON312=… compiles pycuda for it.
+gpu-upload: setup
+	$(BIN)/python benchmarks/gpu_check/upload.py $(if $(BUNDLE),--bundle "$(BUNDLE)") \
+	  $(if $(THERE),--there "$(THERE)") $(if $(PYTHON312),--interpreter "$(PYTHON312)")
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: setup $(VENV)/pycuda $(VENV)/triton $(VENV)/cpp

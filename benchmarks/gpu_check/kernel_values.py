@@ -40,7 +40,20 @@ LAYOUTS = {
     "f32": (False, False), "f32 channels last": (False, True),
     "f16": (True, False), "f16 channels last": (True, True),
 }  # fmt: skip
+TORCH = "PyTorch on the GPU"  # what other rows need
 PADDING = 8 - 3  # channels: those of a tensor in TensorRT's HWC8 layout
+
+
+def torch_gpu(context: Context) -> Figure:
+    """Adds numbers with PyTorch on the GPU, which also creates its context."""
+    import torch
+
+    if not context.rehearsal and not torch.cuda.is_available():
+        raise UnavailableError(f"torch {torch.__version__} does not see the GPU")
+    start = time.perf_counter()
+    total = float(torch.ones(1000, device=context.device).sum())
+    note = f"{time.perf_counter() - start:.1f} s with its context"
+    return Figure(value=total, least=1000, most=1000, note=note)
 
 
 def compile_all(context: Context) -> Figure:
@@ -306,9 +319,13 @@ def checks() -> list[Check]:
     contraction = "compiled code contracts, reorders or races"
     return [
         Check(
+            name="PyTorch sees the GPU", run=torch_gpu, compared="a sum of ones", provides=TORCH,
+            fails="PyTorch was built for other GPUs or a newer driver", needs=("GPU", "torch"), limit=60,
+        ),
+        Check(
             name="kernels compile and load", run=compile_all, compared="nothing: it must work",
             fails="NVRTC, nvcc or the driver rejects a source or a module",
-            needs=("GPU", "torch", "torchvision", "CUDA compiler"), provides="kernels", limit=90,
+            needs=(TORCH, "torchvision", "CUDA compiler"), provides="kernels", limit=90,
         ),
         *(
             Check(

@@ -7,6 +7,8 @@ import platform
 import subprocess
 from typing import Any
 
+from places import COMMIT, UPLOADED
+
 PACKAGES = (
     "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13",
     "pycuda", "cuda-bindings", "numpy",
@@ -21,7 +23,7 @@ def facts() -> dict[str, Any]:
     gpu, reason = find_gpu_or_reason()
     return {
         "comask": __version__,
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": _output("git", "describe", "--always", "--dirty") or _uploaded_commit(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "gpu": gpu.name if gpu else reason,
@@ -33,18 +35,9 @@ def facts() -> dict[str, Any]:
     }
 
 
-def why_no_gpu() -> str | None:
-    """Returns the reason why no row can run; None if torch sees a GPU."""
-    from comask.runtime.device import find_gpu_or_reason
-
-    gpu, reason = find_gpu_or_reason()
-    if gpu is None:
-        return reason
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return f"torch cannot be imported: {error}"
-    return None if torch.cuda.is_available() else f"torch {torch.__version__} does not see the GPU"
+def _uploaded_commit() -> str | None:
+    files = sorted(UPLOADED.glob(f"*/{COMMIT}"))
+    return files[0].read_text(encoding="utf-8").strip() if files else None
 
 
 def _version(package: str) -> str | None:

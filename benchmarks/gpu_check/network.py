@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from clock import event_seconds, wall_seconds
 from context import Context
+from kernel_values import TORCH
 from rows import RUNS, Check, Figure
 from stand_in_session import PICTURES, SIZES, drawn, prepared
 
@@ -168,7 +169,7 @@ def nms_of_nan(context: Context) -> Figure:
 
 def checks() -> list[Check]:
     """Returns the rows of the group."""
-    needs = ("GPU", "torch", "torchvision", "safetensors", "trained bundle", "C++ compiler")
+    needs = (TORCH, "torchvision", "safetensors", "trained bundle", "C++ compiler")
     return [
         Check(
             name="PyTorch on the GPU equals the CPU, fp32", run=partial(torch_outputs, half=False),
@@ -186,7 +187,7 @@ def checks() -> list[Check]:
         ),
         *(
             Check(
-                name=f"PyTorch AMP channels-last on the device, batch {batch}", needs=needs[:3],
+                name=f"PyTorch AMP channels-last on the device, batch {batch}", needs=needs[:2],
                 run=partial(forward_time, batch=batch), compared=RUNS, fails="it does not run", limit=60,
                 provides=f"PyTorch's time, batch {batch}",
             )
@@ -194,7 +195,7 @@ def checks() -> list[Check]:
         ),
         Check(
             name="torch backend, host to host", run=host_time, limit=60,
-            needs=(*needs[:4], "PyTorch's time, batch 1"), fails="it does not run",
+            needs=(*needs[:3], "PyTorch's time, batch 1"), fails="it does not run",
             compared="the pass on the device; what copies and fp32 cost",
         ),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ UPLOADED = (
     ROOT / "build" / "gpu-upload"
 )  # the parts that `make gpu-upload` collects: 1, 2 and so on
 WHEELS, BUNDLE = "wheels", "bundle"  # folders in a part
+COMMIT = "commit"  # the file in a part that names the tree's commit
 
 
 def paths(*first: Path) -> Mapping[str, str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from context import Context
+from kernel_values import TORCH
 from libraries import library
 from rows import Check, Figure
 from stand_in_session import ALIKE, PICTURES, distance, require_clean, the
@@ -113,7 +114,7 @@ def outputs(context: Context, *, name: str, interface: str) -> Figure:
 def checks() -> list[Check]:
     """Returns the rows of the group."""
     needs = ("stand-in session", "device", "kernels", "onnxruntime", "trained bundle")
-    real = {"torch": ("torch",), "cupy": ("cupy",)}
+    real = {"torch": (TORCH,), "cupy": ("cupy",)}
     rows = []
     for name, title in LIBRARIES.items():
         more = (*needs, *real[name])

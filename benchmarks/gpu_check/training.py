@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from context import Context
+from kernel_values import TORCH
 from rows import Check, Figure
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from comask.data.training_set import Target
 
 SHARE = 0.5  # of the loss that may be left of a memorised batch
-TIMED_BATCH = 4
+TIMED_BATCH = 2
 HALF_AS_FAST = 0.5
 WARM_UPS = 3
 CLASSES = 80
@@ -194,7 +195,7 @@ def truth(
 
 def checks() -> list[Check]:
     """Returns the rows of the group."""
-    needs = ("GPU", "torch", "torchvision")
+    needs = (TORCH, "torchvision")
     return [
         *(
             Check(

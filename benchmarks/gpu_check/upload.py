@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from places import BUNDLE, ROOT, TESTS, UPLOADED, WHEELS
+from places import BUNDLE, COMMIT, ROOT, TESTS, UPLOADED, WHEELS
 
 MIB = 2**20
 PYTHON = "3.12"
@@ -102,10 +102,11 @@ def write(parts: Sequence[Sequence[Item]], output: Path) -> None:
 
 
 def tree(folder: Path) -> Item:
-    """Returns the committed files as an archive."""
-    archive = folder / TREE
+    """Returns the committed files as an archive, and the name of their commit."""
+    archive, commit = folder / TREE, folder / COMMIT
     _run(["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "HEAD"])
-    return Item(".", (archive,))
+    commit.write_text(_run(["git", "-C", str(ROOT), "describe", "--always"]), encoding="utf-8")
+    return Item(".", (archive, commit))
 
 
 def bundle(folder: Path) -> Item:
@@ -195,13 +196,14 @@ def _pip(
     _run([interpreter, "-m", "pip", arguments[0], *quiet, *arguments[1:]], environment or {})
 
 
-def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
     everything = os.environ | (environment or {})
     done = subprocess.run(command, env=everything, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         words = (errors or done.stderr.splitlines() or ["no message"])[0]
         raise UploadError(f"{' '.join(command[:5])} …: {words}")
+    return done.stdout
 
 
 def main() -> None:
@@ -221,15 +223,16 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="comask-gpu-upload-") as temporary:
             folder = Path(temporary)
-            code = tree(folder)
-            items = [code, bundle(options.bundle)]
+            # where the tree itself travels with each part, as much of it is spent
+            limit = int(options.limit * MIB) - _unpacked_size()
+            items = [tree(folder), bundle(options.bundle)]
+            pack(items, limit)  # before minutes are spent on the rest
             items.append(pycuda(options.interpreter, there, folder / "pycuda"))
             for place, names in enumerate(NEEDED):
                 left = [name for name in names if name not in there]
                 if left:
                     items.append(wheels(requirements(left), there, folder / str(place)))
-            # where the tree itself travels with each part, as much of it is spent
-            write(pack(items, int(options.limit * MIB) - _unpacked_size()), options.output)
+            write(pack(items, limit), options.output)
     except UploadError as error:
         sys.exit(f"error: {error}")
 
