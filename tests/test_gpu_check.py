@@ -469,7 +469,7 @@ def engines_streamed(folder: str, patched: str) -> None:
 
     context = Context(device="cpu", sizes=REHEARSAL, folder=Path(folder), stand_in=True)
     context.install_stand_ins("")
-    building.build_engine(context, "tensorrt", "fp16")
+    building.build_engine(context, building.engine_bundle(context, "tensorrt"), "tensorrt", "fp16")
     in_a_row(folder, "engines", "streamed", patched, flavor="tensorrt")
 
 
@@ -515,9 +515,10 @@ def test_engines_that_were_not_built_here_are_an_error(
     building, context = modules("building"), modules("context")
     (tmp_path / "trained-bundle").mkdir()
     here = context.Context(device="cuda", sizes=context.REHEARSAL, folder=tmp_path)
-    copies = {building.engine_bundle(here, "tensorrt", "fp16", p) for p in ("python", "aot")}
-    copies.add(building.engine_bundle(here, "tensorrt-rtx", "fp16", "aot"))
-    assert len(copies) == 3
+    copies = {building.engine_bundle(here, "tensorrt", plugin) for plugin in ("python", "aot")}
+    copies.add(building.engine_bundle(here, "tensorrt-rtx", "aot"))
+    copies.add(building.engine_bundle(here, "tensorrt", "aot", label="int8"))
+    assert len(copies) == 4
 
     def built(*plugins: str, reason: str = "") -> Iterator[Any]:
         from contextlib import ExitStack
@@ -540,15 +541,15 @@ def test_engines_that_were_not_built_here_are_an_error(
         return stack  # type: ignore[return-value]
 
     with built("aot"):
-        assert building.build_engine(here, "tensorrt", "fp16", "aot")[0].plugin == "aot"
+        assert building.build_engine(here, tmp_path, "tensorrt", "fp16", "aot")[0].plugin == "aot"
     for plugins in (("python",), ("python", "aot"), ()):
         with built(*plugins), pytest.raises(RuntimeError, match="not tensorrt with aot"):
-            building.build_engine(here, "tensorrt", "fp16", "aot")
+            building.build_engine(here, tmp_path, "tensorrt", "fp16", "aot")
     with (
         built("aot", reason="this GPU is not supported"),
         pytest.raises(modules("rows").UnavailableError, match="cannot run here: this GPU"),
     ):
-        building.build_engine(here, "tensorrt", "fp16", "aot")
+        building.build_engine(here, tmp_path, "tensorrt", "fp16", "aot")
 
 
 # What is uploaded.

@@ -26,11 +26,18 @@ def engines_name(flavor: str, precision: str, plugin: str = "python", timed: str
 
 
 def engine_bundle(
-    context: Context, flavor: str, precision: str, plugin: str = "python", *, timed: bool = False
+    context: Context, flavor: str, plugin: str = "python", *, timed: bool = False, label: str = ""
 ) -> Path:
-    """Returns the copy of a bundle that holds, or will hold, only these engines of this precision."""
+    """Returns a copy of a bundle for the engines of one flavor and plugin, so that no other can run.
+
+    Args:
+        context: the context of the checks.
+        flavor, plugin: the properties of the engines.
+        timed: whether the bundle is the one to time; otherwise it is the trained one.
+        label: tells copies apart that are made of different states of the bundle.
+    """
     source = context.timed if timed else context.trained
-    copy = context.folder / f"{source.name}-{flavor}-{plugin}"
+    copy = context.folder / "-".join(filter(None, [source.name, flavor, plugin, label]))
     if not copy.exists():
         unfinished = copy.with_name(f".{copy.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -40,9 +47,9 @@ def engine_bundle(
 
 
 def build_engine(
-    context: Context, flavor: str, precision: str, plugin: str = "python", *, timed: bool = False
+    context: Context, bundle: Path, flavor: str, precision: str, plugin: str = "python"
 ) -> tuple[EngineInfo, str]:
-    """Runs `comask build`; existing engines are not built again.
+    """Runs `comask build` in an `engine_bundle`; existing engines are not built again.
 
     Returns:
         the engines' description, and what the command printed.
@@ -58,7 +65,7 @@ def build_engine(
     from comask.runtime.trt.engine import load_flavor
     from comask.runtime.trt.engine_folder import find_engines
 
-    bundle, printed = engine_bundle(context, flavor, precision, plugin, timed=timed), ""
+    printed = ""
     if context.stand_in:
         _write_stand_ins(bundle, flavor, precision, plugin)
     else:

@@ -22,7 +22,7 @@ MEMORY_GIB = 6.0
 def builds(context: Context, *, flavor: str, precision: str) -> Figure:
     """Builds engines of the bundle to time."""
     start = time.perf_counter()
-    build_engine(context, flavor, precision, timed=True)
+    build_engine(context, engine_bundle(context, flavor, timed=True), flavor, precision)
     return Figure(value=time.perf_counter() - start, unit="s")
 
 
@@ -120,7 +120,7 @@ def _stages(context: Context, flavor: str, precision: str) -> Any:
     from comask.bundle import Bundle
     from comask.runtime.backends import open_stages
 
-    bundle = engine_bundle(context, flavor, precision, timed=True)
+    bundle = engine_bundle(context, flavor, timed=True)
     return open_stages(Bundle.open(bundle), f"{flavor}:{precision}")
 
 

@@ -26,7 +26,9 @@ CHANGES = 60
 def builds(context: Context, *, flavor: str, precision: str, plugin: str) -> Figure:
     """Builds engines of the trained bundle; a contradiction in the inspector is a warning only."""
     start = time.perf_counter()
-    info, printed = build_engine(context, flavor, precision, plugin)
+    info, printed = build_engine(
+        context, engine_bundle(context, flavor, plugin), flavor, precision, plugin
+    )
     warnings = [line for line in printed.splitlines() if "warning" in line.lower()]
     note = "; ".join([f"{info.version}, maps {info.map_format}", *warnings])
     return Figure(value=time.perf_counter() - start, unit="s", note=note)
@@ -37,14 +39,14 @@ def outputs(context: Context, *, flavor: str, precision: str, plugin: str) -> Fi
     from comask.bundle import Bundle
     from comask.runtime.backends import open_stages
 
-    bundle = engine_bundle(context, flavor, precision, plugin)
+    bundle = engine_bundle(context, flavor, plugin)
     stages = open_stages(Bundle.open(bundle), f"{flavor}:{precision}")
     return compared(context, stages, precision, shapes=True)
 
 
 def ap(context: Context, *, flavor: str, precision: str) -> Figure:
     """Measures the larger difference of box and mask AP from PyTorch."""
-    bundle = engine_bundle(context, flavor, precision)
+    bundle = engine_bundle(context, flavor)
     worst, note = ap_difference(context, bundle, f"{flavor}:{precision}")
     most = None if context.rehearsal else AP_POINTS[precision]
     return Figure(value=worst, unit="AP points", most=most, note=note)
@@ -118,7 +120,7 @@ def lost_memory(context: Context, *, flavor: str, plugin: str) -> Figure:
 
     (folder,) = (
         engines
-        for engines in find_engines(Bundle.open(engine_bundle(context, flavor, "fp16", plugin)))
+        for engines in find_engines(Bundle.open(engine_bundle(context, flavor, plugin)))
         if engines.info.precision == "fp16"
     )
     known = leak_of(folder.info)
@@ -144,7 +146,7 @@ def scratch_told(context: Context, *, flavor: str) -> Figure:
 
 def jit_cache(context: Context, *, flavor: str) -> Figure:
     """Compares the first call after loading without a JIT cache with one that finds it."""
-    bundle, seconds = engine_bundle(context, flavor, "fp16"), []
+    bundle, seconds = engine_bundle(context, flavor), []
     for file in bundle.rglob("*.jit.cache"):
         file.unlink()
     for _ in range(2):
@@ -164,7 +166,7 @@ def jit_cache(context: Context, *, flavor: str) -> Figure:
 def _load(context: Context, flavor: str, plugin: str = "python") -> Any:
     from comask.runtime import Predictor
 
-    return Predictor.load(engine_bundle(context, flavor, "fp16", plugin), f"{flavor}:fp16")
+    return Predictor.load(engine_bundle(context, flavor, plugin), f"{flavor}:fp16")
 
 
 def checks(flavor: str) -> list[Check]:

@@ -53,5 +53,5 @@ GROUPS = (
     Group("onnxruntime", "onnxruntime_cuda", 60),
     Group("tensorrt-rtx", "engines", 150, "stand-in", flavor="tensorrt-rtx"),
     Group("tensorrt", "engines", 240, "stand-in", flavor="tensorrt"),
-    Group("int8", "int8", 400),
+    Group("int8", "int8", 240),
 )

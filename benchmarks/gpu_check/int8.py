@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from building import FLAVORS, WORKS, ap_difference, build_engine
+from building import FLAVORS, WORKS, ap_difference, build_engine, engine_bundle
 from context import Context
 from onnxruntime_cuda import AP_POINTS
 from rows import Check, Figure
 from runtimes import ANY_ENGINE
 
 PROVIDES = "int8 graphs"
+IMAGES = "60"  # on which the search measures AP, again and again
 
 
 def quantized(context: Context) -> Figure:
@@ -18,32 +19,27 @@ def quantized(context: Context) -> Figure:
     if "int8" not in context.bundle().manifest.precisions:
         context.command(
             "quantize", str(context.trained), "--calib-data", "shapes", "--data", "shapes",
-            "--limit", str(context.sizes.images), "--max-loss", str(AP_POINTS["int8"]),
+            "--limit", IMAGES, "--calib-limit", "32", "--max-loss", str(AP_POINTS["int8"]),
         )  # fmt: skip
     return Figure(value=1.0, note=", ".join(context.bundle().manifest.precisions))
 
 
 def ap(context: Context, *, flavor: str) -> Figure:
     """Measures the larger difference of box and mask AP of int8 engines from PyTorch."""
-    from building import engine_bundle
-
-    build_engine(context, flavor, "int8", "aot")
-    worst, note = ap_difference(
-        context, engine_bundle(context, flavor, "int8", "aot"), f"{flavor}:int8"
-    )
+    bundle = engine_bundle(context, flavor, label="int8")
+    build_engine(context, bundle, flavor, "int8")
+    worst, note = ap_difference(context, bundle, f"{flavor}:int8")
     return Figure(value=worst, unit="AP points", most=AP_POINTS["int8"], note=note)
 
 
 def speed(context: Context, *, flavor: str) -> Figure:
     """Returns the speed of int8 relative to fp16, as `comask build` measures it."""
-    from building import engine_bundle
-
     from comask.bundle import Bundle
 
+    bundle = engine_bundle(context, flavor, label="int8")
     for precision in ("fp16", "int8"):
-        build_engine(context, flavor, precision, "aot")
-    bundle = Bundle.open(engine_bundle(context, flavor, "int8", "aot"))
-    seconds = bundle.manifest.verification["int8"]["latency"]
+        build_engine(context, bundle, flavor, precision)
+    seconds = Bundle.open(bundle).manifest.verification["int8"]["latency"]
     note = f"{1e3 * seconds['int8']:.2f} ms per image, fp16 {1e3 * seconds['fp16']:.2f} ms"
     return Figure(value=seconds["fp16"] / seconds["int8"], unit="x", least=1.0, note=note)
 

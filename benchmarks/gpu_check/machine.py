@@ -11,7 +11,7 @@ from places import COMMIT, UPLOADED
 
 PACKAGES = (
     "torch", "torchvision", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13",
-    "pycuda", "cuda-bindings", "numpy",
+    "pycuda", "cuda-bindings", "cupy-cuda13x", "av", "numpy",
 )  # fmt: skip
 
 
