@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main() -> int:
         sys.exit(f"error: {options.bundle}: there is no bundle here; comask export writes one")
     if options.process:
         return run_here(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="comask-gpu-check-") as temporary:
         folder = Path(temporary)
         link_package(folder / "package")
