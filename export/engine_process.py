@@ -184,7 +184,7 @@ def build_plan(request: PlanRequest, emit: Emit) -> BuiltPlan:
     flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     network = builder.create_network(1 << int(flag))
     _parse(flavor, network, request.graph)
-    set_map_format(flavor, network, request.map_format)
+    _set_map_format(flavor, network, request.map_format)
     config = builder.create_builder_config()
     _apply_options(flavor, config, request.options)
     _add_profile(flavor, builder, config, request.profile)
@@ -251,7 +251,7 @@ def _parse(flavor: Flavor, network: Any, graph: str) -> None:
     )
 
 
-def set_map_format(flavor: Flavor, network: Any, name: str) -> None:
+def _set_map_format(flavor: Flavor, network: Any, name: str) -> None:
     """Requires one memory format of every feature map that enters or leaves a network."""
     sides = ((network.num_inputs, network.get_input), (network.num_outputs, network.get_output))
     for count, get in sides:

@@ -74,13 +74,13 @@ def network_layers(network: Any) -> dict[str, str]:
 
 
 def engine_layers(information: str) -> dict[str, str]:
-    """Returns the precision of each layer of a built engine, by the names of its ONNX nodes.
+    """Returns the precision of each layer of a built engine, by the name of its ONNX node.
+
+    Layers of several nodes are left out: their edges say nothing about what is inside.
 
     Args:
         information: the result of `EngineInspector.get_engine_information(LayerInformationFormat.JSON)`
             for an engine that was built with detailed profiling verbosity.
-
-    Layers of several nodes are left out: their edges say nothing about what is inside.
     """
     precisions: dict[str, str] = {}
     for layer in json.loads(information)["Layers"]:

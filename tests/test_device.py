@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from standin import counts, live, run_on_standin, skip_without_pycuda
 
 from comask.errors import BackendUnavailableError, EngineError
@@ -88,32 +89,23 @@ def order_streams() -> None:
 def use_from_threads() -> None:
     """Made in one thread, used and freed in others that end, nested and with exceptions."""
     device = open_device()
-    errors: list[BaseException] = []
 
     def use(place: int) -> None:
-        try:
-            for _ in range(20):
-                with open_device(), device:  # nested
-                    memory, stream = device.memory(64), device.stream()
-                    source = np.full(64, place, np.uint8)
-                    result = np.zeros_like(source)
-                    stream.copy_in(memory, source)
-                    stream.copy_out(result, memory)
-                    stream.synchronize()
-                    assert (result == place).all()
-                    handed_over.append((memory, stream))
-                    with pytest.raises(ZeroDivisionError), device:
-                        1 / 0  # noqa: B018
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(20):
+            with open_device(), device:  # nested
+                memory, stream = device.memory(64), device.stream()
+                source = np.full(64, place, np.uint8)
+                result = np.zeros_like(source)
+                stream.copy_in(memory, source)
+                stream.copy_out(result, memory)
+                stream.synchronize()
+                assert (result == place).all()
+                handed_over.append((memory, stream))
+                with pytest.raises(ZeroDivisionError), device:
+                    1 / 0  # noqa: B018
 
     handed_over: list[tuple] = []
-    threads = [threading.Thread(target=use, args=(place,)) for place in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert in_threads(4, use) == []
     assert counts().contexts_current == 0
     assert len(handed_over) == 80
 

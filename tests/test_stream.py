@@ -7,7 +7,6 @@ import gc
 import shutil
 import subprocess
 import sys
-import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_threads import in_threads
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, assert_equal, picture, write_engines
 
@@ -300,27 +300,18 @@ def full_queues(folder: str) -> None:
 
 def eight_threads(folder: str) -> None:
     predictor, expected = start(folder)
-    errors: list[BaseException] = []
     frames = [GpuFrame(image) for image in PICTURES]
     with predictor.stream(slots=3) as session:
 
         def work(place: int) -> None:
-            try:
-                for i in range(15):
-                    at = (place + i) % 3
-                    if i % 5 == 4:
-                        assert_equal(predictor(PICTURES[at]), expected[at])
-                    future = session.submit(frames[at])
-                    assert_equal(future.result(60), expected[at])
-            except BaseException as error:
-                errors.append(error)
+            for i in range(15):
+                at = (place + i) % 3
+                if i % 5 == 4:
+                    assert_equal(predictor(PICTURES[at]), expected[at])
+                future = session.submit(frames[at])
+                assert_equal(future.result(60), expected[at])
 
-        threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
+        assert in_threads(8, work) == []
     frames.clear()
     predictor.close()
     assert_all_freed()

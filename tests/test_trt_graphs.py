@@ -90,14 +90,18 @@ def rtx_captures_calls_itself(folder: str) -> None:
     assert counts().graph_launches == 0
 
 
+def stream_four_times(predictor: Predictor) -> None:
+    expected = predictor(PICTURE)
+    with predictor.stream(slots=1) as session:
+        for _ in range(4):
+            assert_equal(session.submit(PICTURE).result(), expected)
+
+
 def graphs_hold_specialized_kernels(folder: str) -> None:
     import standin_rtx
 
     with load(folder, "tensorrt-rtx") as predictor:
-        expected = predictor(PICTURE)
-        with predictor.stream(slots=1) as session:
-            for _ in range(4):
-                assert_equal(session.submit(PICTURE).result(), expected)
+        stream_four_times(predictor)
     assert counts().graph_launches == 3
     assert standin_rtx.captured == ["specialized", "specialized"]
 
@@ -108,10 +112,7 @@ def a_flavor_that_cannot_capture(folder: str) -> None:
     texts = messages()
     standin_rtx.capturable.append(False)
     with load(folder, "tensorrt-rtx") as predictor:
-        expected = predictor(PICTURE)
-        with predictor.stream(slots=1) as session:
-            for _ in range(4):
-                assert_equal(session.submit(PICTURE).result(), expected)
+        stream_four_times(predictor)
     assert counts().graph_launches == 0
     assert standin_rtx.captured == []
     (text,) = [text for text in texts if "CUDA graphs" in text]

@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 import sys
-import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from in_threads import in_threads
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import PROFILE, assert_equal, picture, write_engines
 
@@ -115,23 +115,14 @@ def four_threads(folder: str) -> None:
     write_engines(folder)
     with Predictor.load(folder, "onnxruntime") as predictor:
         expected = [predictor(image) for image in PICTURES]
-    errors: list[BaseException] = []
     with Predictor.load(folder, "tensorrt") as predictor:
 
         def work(place: int) -> None:
-            try:
-                for i in range(12):
-                    image = (place + i) % len(PICTURES)
-                    assert_equal(predictor(PICTURES[image]), expected[image])
-            except BaseException as error:
-                errors.append(error)
+            for i in range(12):
+                image = (place + i) % len(PICTURES)
+                assert_equal(predictor(PICTURES[image]), expected[image])
 
-        threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
+        assert in_threads(4, work) == []
         assert standin_tensorrt.alive["context"] == 4  # of two slots and two stages
         assert counts().contexts_current == 0
     assert_all_freed()

@@ -13,7 +13,6 @@ import json
 import logging
 import shutil
 import sys
-import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +22,7 @@ import av
 import numpy as np
 import pytest
 from conftest import run
+from in_threads import in_threads
 from standin import counts, live, run_on_standin, skip_without_pycuda
 from standin_engines import write_engines
 from test_video_source import server
@@ -139,22 +139,14 @@ def sources_share_the_context(clip: str) -> None:
 
 def other_threads_decode(clip: str) -> None:
     """None of which has a context of its own."""
-    expected, wrong = expected_of(clip), list[BaseException]()
+    expected = expected_of(clip)
 
-    def decode() -> None:
-        try:
-            with VideoSource(clip, decode="gpu", gpu=0) as source:
-                for frame, values in zip(source, expected, strict=True):
-                    np.testing.assert_array_equal(nv12_of(frame.picture), values)
-        except BaseException as error:
-            wrong.append(error)
+    def decode(_: int) -> None:
+        with VideoSource(clip, decode="gpu", gpu=0) as source:
+            for frame, values in zip(source, expected, strict=True):
+                np.testing.assert_array_equal(nv12_of(frame.picture), values)
 
-    threads = [threading.Thread(target=decode) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert in_threads(3, decode) == []
     assert_context_is_ours_alone()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 from context import Context
+from in_threads import in_threads
 from kernel_values import TORCH
 from rows import RUNS, Check, Figure
 
@@ -155,33 +155,27 @@ def threads_share(context: Context) -> Figure:
     """Makes, uses and hands over memory and streams in four threads; a fifth frees all of it."""
     from comask.runtime.device import open_device
 
-    errors: list[BaseException] = []
     handed_over: list[Any] = []
     device = open_device()
 
     def use(place: int) -> None:
-        try:
-            for _ in range(25):
-                with device, device:  # nested
-                    memory, stream = device.memory(4096), device.stream()
-                    source, result = np.full(4096, place, np.uint8), np.zeros(4096, np.uint8)
-                    stream.copy_in(memory, source)
-                    stream.copy_out(result, memory)
-                    stream.synchronize()
-                    if not (result == place).all():
-                        raise RuntimeError("a copy got another thread's bytes")
-                    handed_over.extend([memory, stream])
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(25):
+            with device, device:  # nested
+                memory, stream = device.memory(4096), device.stream()
+                source, result = np.full(4096, place, np.uint8), np.zeros(4096, np.uint8)
+                stream.copy_in(memory, source)
+                stream.copy_out(result, memory)
+                stream.synchronize()
+                if not (result == place).all():
+                    raise RuntimeError("a copy got another thread's bytes")
+                handed_over.extend([memory, stream])
 
-    def free() -> None:
+    def free(_: int) -> None:
         with device:
             for part in handed_over:
                 _free(part)
 
-    _join([threading.Thread(target=use, args=(place,)) for place in range(4)])
-    _join([threading.Thread(target=free)])
-    if errors:
+    if errors := in_threads(4, use) + in_threads(1, free):
         raise errors[0]
     return Figure(value=float(len(handed_over)), unit="objects", least=200)
 
@@ -321,13 +315,6 @@ def _free(part: Any) -> None:
 def _work(stream: Any, first: Any, second: Any) -> None:
     for _ in range(LONG):
         stream.copy_over(first, second.address)
-
-
-def _join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def checks() -> list[Check]:

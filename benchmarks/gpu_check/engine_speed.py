@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from building import WORKS, build_engine, engine_bundle, engines_name
 from clock import wall_seconds
 from context import Context
+from in_threads import in_threads
 from network import AMP_TIME
 from rows import Check, Figure
 
@@ -79,27 +79,18 @@ def threads(context: Context, *, flavor: str) -> Figure:
     """Compares the rate of two threads that call the engines with that of one."""
     rates, calls = [], max(4, context.sizes.repeats)
     with _stages(context, flavor, "fp16") as stages:
-        feeds, errors = context.images(1), list[BaseException]()
+        feeds = context.images(1)
+        for number in (2, 1, 2):  # the first warms up both contexts
 
-        def work(count: int) -> None:
-            try:
+            def work(_: int, count: int = calls // number) -> None:
                 for _ in range(count):
                     stages.run(**feeds)
-            except BaseException as error:
-                errors.append(error)
 
-        for number in (2, 1, 2):  # the first warms up both contexts
-            workers = [
-                threading.Thread(target=work, args=(calls // number,)) for _ in range(number)
-            ]
             start = time.perf_counter()
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+            errors = in_threads(number, work)
             rates.append(calls / (time.perf_counter() - start))
-    if errors:
-        raise errors[0]
+            if errors:
+                raise errors[0]
     note = f"{rates[2]:.1f} against {rates[1]:.1f} images/s"
     least = None if context.rehearsal else 0.9
     return Figure(value=rates[2] / rates[1], unit="times as fast", least=least, note=note)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from functools import partial
 
 import numpy as np
 from context import Context
 from device import allocations, free_memory
+from in_threads import in_threads
 from rows import Check, Figure
 from stand_in_session import (
     ALIKE,
@@ -95,26 +95,19 @@ def grown(context: Context) -> Figure:
 
 def threaded(context: Context) -> Figure:
     """Streams and calls from four threads that share a predictor and a session."""
-    parts, errors, worst = the(context), [], []
+    parts, worst = the(context), []
     expected = [parts.expected([image])[0] for image in PICTURES]
     frames = [OwnFrame(image) for image in PICTURES]
     with parts.predictor.stream(slots=SLOTS) as session:
 
         def work(place: int) -> None:
-            try:
-                for i in range(context.sizes.frames // 3):
-                    at = (place + i) % 3
-                    if i % 4 == 3:
-                        worst.append(distance(parts.run([PICTURES[at]])[0], expected[at]))
-                    worst.append(distance(session.submit(frames[at]).result(60), expected[at]))
-            except BaseException as error:
-                errors.append(error)
+            for i in range(context.sizes.frames // 3):
+                at = (place + i) % 3
+                if i % 4 == 3:
+                    worst.append(distance(parts.run([PICTURES[at]])[0], expected[at]))
+                worst.append(distance(session.submit(frames[at]).result(60), expected[at]))
 
-        threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        errors = in_threads(4, work)
     if errors:
         raise errors[0]
     return _judged(max(worst))

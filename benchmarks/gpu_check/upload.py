@@ -113,7 +113,7 @@ def bundle(folder: Path) -> Item:
     """Returns a bundle without its engines, which are for another GPU.
 
     Raises:
-        UploadError: if there is none.
+        UploadError: if the folder holds no bundle.
     """
     if not (folder / "manifest.json").is_file():
         raise UploadError(f"{folder}: there is no bundle here; `make demo` trains and exports one")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from context import Context
+from in_threads import in_threads
 from rows import Check, Figure, UnavailableError
 from stand_in_session import ALIKE, PICTURES, distance, require_clean, the
 
@@ -98,23 +98,15 @@ def decoded_by_threads(context: Context) -> Figure:
     """Decodes the clip in three threads at once, none of which has a context."""
     from comask.runtime.video import VideoSource
 
-    path, wrong, errors = clip(context), [0], []
+    path, wrong = clip(context), [0]
     expected = list(_on_cpu(path))
 
-    def decode() -> None:
-        try:
-            with VideoSource(path, decode="gpu", gpu=0) as source:
-                for frame, nv12 in zip(source, expected, strict=True):
-                    wrong[0] += int((_nv12(frame.picture) != nv12).sum())
-        except BaseException as error:
-            errors.append(error)
+    def decode(_: int) -> None:
+        with VideoSource(path, decode="gpu", gpu=0) as source:
+            for frame, nv12 in zip(source, expected, strict=True):
+                wrong[0] += int((_nv12(frame.picture) != nv12).sum())
 
-    threads = [threading.Thread(target=decode) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
+    if errors := in_threads(3, decode):
         raise errors[0]
     return Figure(value=float(wrong[0]), unit="bytes", most=0)
 

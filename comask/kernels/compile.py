@@ -56,12 +56,12 @@ def gpu_module(source: str, capability: int) -> bytes:
     compiler = _cuda_compiler()
     nearest = compiler.nearest(capability)
     if nearest == capability:
-        return cubin(source, capability)
+        return _cuda(compiler, source, f"sm_{capability}", "cubin")
     _warn_once(
         f"{compiler.name} does not know compute capability {_dotted(capability)}, so the driver compiles "
         f"the kernels from PTX for {_dotted(nearest)} at loading; a newer NVRTC or nvcc avoids that"
     )
-    return ptx(source, nearest)
+    return _ptx(compiler, source, nearest)
 
 
 def cubin(source: str, capability: int) -> bytes:
@@ -71,7 +71,7 @@ def cubin(source: str, capability: int) -> bytes:
         KernelUnavailableError: when neither NVRTC nor nvcc is installed.
         KernelError: when the compiler does not know the capability, or reports an error.
     """
-    return _cuda(source, f"sm_{capability}", "cubin")
+    return _cuda(_cuda_compiler(), source, f"sm_{capability}", "cubin")
 
 
 def ptx(source: str, capability: int) -> bytes:
@@ -84,12 +84,8 @@ def ptx(source: str, capability: int) -> bytes:
             all that the compiler supports.
         KernelError: when the compiler reports an error.
     """
-    nearest = _cuda_compiler().nearest(capability)
-    text = _cuda(source, f"compute_{nearest}", "ptx")
-    version = PTX_VERSIONS.get(nearest)
-    if version is None:
-        return text
-    return re.sub(rb"\.version \S+", f".version {version}".encode(), text, count=1)
+    compiler = _cuda_compiler()
+    return _ptx(compiler, source, compiler.nearest(capability))
 
 
 @cache
@@ -140,9 +136,17 @@ def entries(source: str) -> list[str]:
     return re.findall(r"^(?:KERNEL|ENTRY)\((\w+),", code, flags=re.MULTILINE)
 
 
-def _cuda(source: str, architecture: str, kind: str) -> bytes:
+def _ptx(compiler: _CudaCompiler, source: str, capability: int) -> bytes:
+    """Compiles a source to PTX of the oldest version that the capability allows."""
+    text = _cuda(compiler, source, f"compute_{capability}", "ptx")
+    version = PTX_VERSIONS.get(capability)
+    if version is None:
+        return text
+    return re.sub(rb"\.version \S+", f".version {version}".encode(), text, count=1)
+
+
+def _cuda(compiler: _CudaCompiler, source: str, architecture: str, kind: str) -> bytes:
     """Compiles a source to a cubin or PTX."""
-    compiler = _cuda_compiler()
 
     def build(target: Path) -> None:
         compiler.build(source, architecture, kind, target)

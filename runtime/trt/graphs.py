@@ -79,7 +79,7 @@ class RepeatedWork:
         self._graph = self._layout = None
 
     def _capture(self, queue: Callable[[], None], refusing: Callable[[], list[str]]) -> None:
-        """Captures the graph, or logs why there is none.
+        """Captures the graph, or logs why that failed.
 
         A single failure may come from memory that something else freed in this thread, so the next call
         tries once more.
@@ -105,9 +105,8 @@ class RepeatedWork:
 @contextmanager
 def _no_garbage_collected() -> Iterator[None]:
     """Keeps Python from collecting garbage: freeing a GPU's memory would make a capture invalid."""
-    with (
-        _capturing
-    ):  # several threads would otherwise enable collections during each other's captures
+    # otherwise, one thread would enable collections during another one's capture
+    with _capturing:
         enabled = gc.isenabled()
         gc.disable()
         try:

@@ -19,8 +19,6 @@ LINEAR = "LINEAR"
 # TensorRT's names of the formats of [B, C, H, W] that store [B, H, W, C], and the number that C is padded
 # to a multiple of
 CHANNELS_LAST = {"HWC": 1, "HWC8": 8}
-MAP_FORMATS = {"fp32": "HWC"}  # of the feature maps; other precisions have them in fp16
-HALF_MAPS = "HWC8"
 
 
 def map_format(precision: str, plugin: str) -> str:
@@ -30,7 +28,9 @@ def map_format(precision: str, plugin: str) -> str:
         precision: the precision of the graphs.
         plugin: how RoIAlign runs; without plugins, standard layers read the maps in their own order.
     """
-    return LINEAR if plugin == "none" else MAP_FORMATS.get(precision, HALF_MAPS)
+    if plugin == "none":
+        return LINEAR
+    return "HWC" if precision == "fp32" else "HWC8"  # int8 graphs have maps in fp16, too
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,9 +119,9 @@ def _plugin_class(flavor: Flavor) -> Any:
             trt.IPluginV3OneBuild.__init__(self)
             trt.IPluginV3OneRuntime.__init__(self)
             self.op = op
-            self.launches: dict[
-                tuple[tuple[int, ...], ...], run.BoundLaunch
-            ] = {}  # the last shapes'
+            # the last call's
+            self.shapes: tuple[tuple[int, ...], ...] = ()
+            self.launch: run.BoundLaunch | None = None
             self.plugin_name = op.name
             self.plugin_version = VERSION
             self.plugin_namespace = NAMESPACE
@@ -174,11 +174,10 @@ def _plugin_class(flavor: Flavor) -> Any:
             with _telling(flavor):
                 # A context runs a plugin of its own, so its formats and types never change.
                 shapes = tuple([tuple(desc.dims) for desc in input_desc])
-                launch = self.launches.get(shapes)
-                if launch is None:
-                    launch = run.BoundLaunch(self.op.launch([_desc(desc) for desc in input_desc]))
-                    self.launches = {shapes: launch}
-                launch.queue(inputs, outputs[0], stream)
+                if self.launch is None or shapes != self.shapes:
+                    launch = self.op.launch([_desc(desc) for desc in input_desc])
+                    self.launch, self.shapes = run.BoundLaunch(launch), shapes
+                self.launch.queue(inputs, outputs[0], stream)
 
     return Plugin
 
