@@ -89,6 +89,7 @@ class Worker:
 
 worker: Worker | None = None
 jobs: list[Job] = []
+_starting = threading.Lock()  # a second worker would unmap the memory of the first one's jobs
 
 
 class Job:
@@ -100,7 +101,8 @@ class Job:
     ) -> None:  # fmt: skip
         """Inputs and outputs are (dtype, shape, shape in memory) by name; `scratch` is in bytes."""
         global worker
-        worker = worker or Worker(driver)
+        with _starting:
+            worker = worker or Worker(driver)
         self.scratch, end = scratch, ARRAYS
         self.layout: dict[str, Layout] = {}
         for kind, tensors in {"inputs": inputs, "outputs": outputs}.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from standin import live, run_on_standin, skip_without_pycuda
 from test_stream import eight_threads, replayed_graphs_and_eager
 from test_stream_masks import bitmaps_and_rles
@@ -55,9 +56,32 @@ def errors_are_told(folder: str) -> None:
     assert live() == {}
 
 
+def threads_share_one_worker(folder: str) -> None:
+    """A second one would unmap the memory of the first one's jobs, which crashed the process."""
+    import standin_tensorrt
+    import standin_worker
+
+    graph = str(Path(folder, "stage2_roi_head.onnx"))
+    made, start = list[object](), standin_worker.Worker.__init__
+
+    def counted(self: Any, driver: Any) -> None:
+        made.append(self)
+        start(self, driver)
+
+    standin_worker.Worker.__init__ = counted  # type: ignore[method-assign]
+    device = open_device()
+
+    def make(_: int) -> None:
+        with device:
+            standin_worker.Job(standin_tensorrt.driver, graph, {}, {}, 0)
+
+    assert in_threads(8, make) == []
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(
     "function",
-    [errors_are_told, replayed_graphs_and_eager,
+    [errors_are_told, threads_share_one_worker, replayed_graphs_and_eager,
      pytest.param(eight_threads, marks=pytest.mark.slow),
      pytest.param(bitmaps_and_rles, marks=pytest.mark.slow)],
     ids=lambda function: function.__name__,
