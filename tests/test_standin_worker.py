@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def threads_share_one_worker(folder: str) -> None:
 
     def counted(self: Any, driver: Any) -> None:
         made.append(self)
+        time.sleep(0.2)  # long enough for every thread to arrive
         start(self, driver)
 
     standin_worker.Worker.__init__ = counted  # type: ignore[method-assign]
