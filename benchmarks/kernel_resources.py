@@ -1,6 +1,7 @@
 """Lists the registers, memory and occupancy of every kernel on several GPUs; needs NVRTC, but no GPU.
 
 python benchmarks/kernel_resources.py --output runs/kernel_resources.md
+python benchmarks/kernel_resources.py --expected  # times on three GPUs: computed, not measured
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import kernel_times
 
 from comask.errors import KernelError
-from comask.kernels.compile import CUDA_OPTIONS, FOLDER, HEADER
+from comask.kernels.compile import CUDA_OPTIONS, FOLDER, HEADER, entries
 from comask.kernels.launch import (
     FRAME,
     FRAME_THREADS,
+    KEEP_THREADS,
     MASK_THREADS,
     MASKS,
     MAX_THREADS,
     NMS,
     ROI_ALIGN,
     THREADS,
+    TILE,
 )
 
 WARP = 32  # threads
-# Threads per block by source; SortedNms has this many for 1000 boxes and more.
+# Threads per block by source; SortedNms has this many for 1000 boxes and more. Then those of entries that
+# differ from their source.
 BLOCK_THREADS = {
     ROI_ALIGN: THREADS, NMS: MAX_THREADS, FRAME: FRAME_THREADS, MASKS: MASK_THREADS,
 }  # fmt: skip
+ENTRY_THREADS = {"nms_overlaps": TILE, "nms_keep": KEEP_THREADS}
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,10 @@ def table(capabilities: Sequence[int]) -> str:
         + " |",
         "|---|---|---|" + "---|" * len(capabilities),
     ]
-    for source, threads in BLOCK_THREADS.items():
+    for source in BLOCK_THREADS:
         by_capability = {c: resources(source, c) for c in capabilities}
         for entry in by_capability[capabilities[0]]:
-            cells = []
+            cells, threads = [], ENTRY_THREADS.get(entry, BLOCK_THREADS[source])
             for capability, found in by_capability.items():
                 needed = found[entry]
                 share = occupancy(capability, threads, needed).share
@@ -159,6 +165,24 @@ def table(capabilities: Sequence[int]) -> str:
             shared = by_capability[capabilities[0]][entry].shared
             lines.append(f"| {entry} | {threads} | {shared} B | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def expected_table() -> str:
+    """Returns a Markdown table of the times that `kernel_times` computes; nothing is measured."""
+    found = {
+        (entry, capability): needed
+        for capability in kernel_times.GPUS
+        for source in BLOCK_THREADS
+        for entry, needed in resources(source, capability).items()
+    }
+    threads = {work: BLOCK_THREADS[s] for s in BLOCK_THREADS for work in entries(s)} | ENTRY_THREADS
+
+    def describe(entry: str, capability: int) -> str:
+        needed = found[entry, capability]
+        share = occupancy(capability, threads[entry], needed).share
+        return f"{needed.registers}, {share:.0%}"
+
+    return kernel_times.table(describe)
 
 
 def _rounded_up(value: int, unit: int) -> int:
@@ -193,9 +217,13 @@ def _assembler_report(source: str, capability: int) -> str:
     "--capability", "capabilities", multiple=True, type=click.Choice([*map(str, MULTIPROCESSORS)]),
     help="Only GPUs of this compute capability (90 for 9.0); may be repeated.",
 )  # fmt: skip
-def main(output: Path | None, capabilities: tuple[str, ...]) -> None:
+@click.option(
+    "--expected", is_flag=True, help="Print times on three GPUs instead: computed, not measured."
+)
+def main(output: Path | None, capabilities: tuple[str, ...], expected: bool) -> None:
     """Print registers per thread and occupancy of every kernel as a Markdown table."""
-    text = table([int(c) for c in capabilities] or list(MULTIPROCESSORS))
+    chosen = [int(c) for c in capabilities] or list(MULTIPROCESSORS)
+    text = expected_table() if expected else table(chosen)
     click.echo(text, nl=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,9 @@ from comask.errors import ComaskError, EngineError
 from comask.kernels import compile
 from comask.kernels.launch import (
     CHANNEL_BYTES,
-    MAX_THREADS,
+    KEEP_THREADS,
     THREADS,
+    TILE,
     Launch,
     float32_below,
     float_bits,
@@ -38,8 +39,9 @@ from comask.runtime.trt.ops import (
     NAMESPACE,
     OPS,
     VERSION,
+    NmsKeepOp,
+    NmsOverlapsOp,
     Op,
-    SortedNmsOp,
     TensorDesc,
 )
 
@@ -47,16 +49,10 @@ TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16"}  # DataType's names → autotunin
 
 
 class Arithmetic(Protocol):
-    """Operations on dimensions that have no operator; `tensorrt.plugin` implements them."""
+    """The operation on dimensions that has no operator; `tensorrt.plugin` implements it."""
 
     def cdiv(self, first: Any, second: Any, /) -> Any:
         """Returns the quotient, rounded up."""
-
-    def min(self, first: Any, second: Any, /) -> Any:
-        """Returns the lesser of two dimensions."""
-
-    def max(self, first: Any, second: Any, /) -> Any:
-        """Returns the greater of two dimensions."""
 
 
 def check_aot(flavor: Flavor) -> None:
@@ -100,7 +96,9 @@ def register_aot_plugins(flavor: Flavor, capability: int) -> None:
                 f"--plugin aot: this process has another {NAMESPACE}::{op.name} already; "
                 "build in a process of its own"
             )
-    kernels = {op.kernel: compile.ptx(op.kernel, capability) for op in OPS}
+    kernels = {
+        name: compile.ptx(name, capability) for name in dict.fromkeys(op.kernel for op in OPS)
+    }
     trtp = importlib.import_module(f"{flavor.trt.__name__}.plugin")
     for op in OPS:
         _declare(flavor, trtp, op, kernels[op.kernel])
@@ -112,18 +110,17 @@ def symbolic_launch(op: Op, inputs: Sequence[TensorDesc], arithmetic: Arithmetic
     Args:
         op: the op.
         inputs: the inputs, whose shapes hold numbers or expressions.
-        arithmetic: the operations on these dimensions.
+        arithmetic: the operation on these dimensions.
     """
-    if isinstance(op, SortedNmsOp):
+    if isinstance(op, NmsOverlapsOp):
         rows, boxes = inputs[1].shape
-        threads = arithmetic.cdiv(boxes, 32) * 32
-        return Launch(
-            source=op.kernel,
-            entry="",
-            grid=rows,
-            block=arithmetic.min(arithmetic.max(threads, THREADS), MAX_THREADS),
-            integers=(rows, boxes, float_bits(float32_below(op.iou_threshold))),
-        )
+        tiles = arithmetic.cdiv(boxes, TILE)
+        pairs = rows * arithmetic.cdiv(tiles * (tiles + 1), 2)
+        integers = (rows, boxes, float_bits(float32_below(op.iou_threshold)))
+        return Launch(op.kernel, "", pairs, TILE, integers)
+    if isinstance(op, NmsKeepOp):
+        rows, _, boxes = inputs[0].shape
+        return Launch(op.kernel, "", rows, KEEP_THREADS, (rows, boxes))
     maps, (batch, count, _) = inputs[:4], inputs[4].shape
     channels = stride = maps[0].shape[1]
     if maps[0].format == "HWC8":
@@ -148,7 +145,7 @@ def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
 
     def describe(*inputs: Any, **attributes: Any) -> Any:
         made = op.from_attributes(_numbers(attributes))
-        dims = made.output_shape([desc.shape_expr for desc in inputs], int, operator.mul)
+        dims = made.output_shape([desc.shape_expr for desc in inputs], int, operator.mul, trtp.cdiv)
         kind = made.output_type([desc.dtype.name for desc in inputs])
         return trtp.from_shape_expr(tuple(dims), getattr(trt.DataType, kind))
 

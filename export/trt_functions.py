@@ -15,7 +15,7 @@ import onnx.parser
 
 from comask.export.functions import DOMAIN, REACHED_LEVELS, sorted_nms_function
 from comask.models.roi_align import LEVEL_FACTORS, STRIDES
-from comask.runtime.trt.ops import check_fixed
+from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp, check_fixed
 
 # One GridSample samples all levels, because they are put into one image, the atlas: P2, and to its right
 # P3 above P4 above P5, which together have 7/8 of P2's height. Positions are clamped to their level
@@ -194,7 +194,8 @@ def tensorrt_functions() -> list[onnx.FunctionProto]:
 def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     """Returns a copy whose custom nodes have no function, so that TensorRT looks for their plugins.
 
-    The nodes carry `plugin_namespace` and `plugin_version`.
+    The nodes carry `plugin_namespace` and `plugin_version`. In place of a `SortedNms`, there are
+    `NmsOverlaps` and `NmsKeep`, because a plugin starts one kernel.
 
     Raises:
         EngineError: comask's kernels do not compute one of the custom nodes.
@@ -207,6 +208,7 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
     _remove_functions(stripped)
+    _split_nms(stripped.graph)
     return stripped
 
 
@@ -229,6 +231,27 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     del inlined.opset_import[:]
     inlined.opset_import.extend(kept)
     return inlined
+
+
+def _split_nms(graph: onnx.GraphProto) -> None:
+    """Replaces each `SortedNms` by the two ops of `comask.runtime.trt.ops`."""
+    nodes = []
+    for node in graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, "SortedNms"):
+            nodes.append(node)
+            continue
+        overlaps, keep = onnx.NodeProto(), onnx.NodeProto()
+        overlaps.CopyFrom(node)
+        overlaps.name, overlaps.op_type = f"{node.name}/overlaps", NmsOverlapsOp.name
+        overlaps.output[:] = [f"{node.output[0]}/overlaps"]
+        keep.CopyFrom(node)
+        keep.name, keep.op_type = f"{node.name}/keep", NmsKeepOp.name
+        keep.input[:] = overlaps.output
+        del keep.attribute[:]
+        keep.attribute.extend(a for a in node.attribute if a.name.startswith("plugin_"))
+        nodes += [overlaps, keep]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _remove_functions(model: onnx.ModelProto) -> None:

@@ -11,7 +11,9 @@ from comask.kernels import run
 from comask.kernels.launch import (
     Launch,
     MaskLaunches,
+    nms_keep_launch,
     nms_launch,
+    nms_overlaps_launch,
     nv12_to_canvas_launch,
     rgb_to_canvas_launch,
     roi_align_launch,
@@ -83,10 +85,26 @@ def nms_case(rows: int, count: int, *, grid: int | None = None, decimals: int = 
     return Case(launch, (boxes.round(decimals).astype(np.float32), groups), rows * count)
 
 
+def nms_halves(
+    rows: int, count: int, *, grid: int | None = None, decimals: int = 7
+) -> tuple[Case, Case]:
+    """The two launches that compute the same as `nms_case`."""
+    inputs = nms_case(rows, count, decimals=decimals).inputs
+    launches = nms_overlaps_launch(rows, count, 0.5), nms_keep_launch(rows, count)
+    first, second = (replace(launch, grid=grid or launch.grid) for launch in launches)
+    tiles = -(-count // 32)
+    overlaps = Case(first, inputs, 4 * rows * tiles * count)
+    words = np.frombuffer(overlaps.one_lane(), np.int32)
+    return overlaps, Case(second, (words,), rows * count)
+
+
 def nms_cases() -> Iterator[Case]:
     yield nms_case(3, 150, grid=2)
     yield nms_case(1, 33)
     yield nms_case(1, 300)
+    yield from nms_halves(3, 150, grid=2)
+    yield from nms_halves(1, 33)
+    yield nms_halves(1, 1100)[1]  # more boxes than the threads load ahead
 
 
 def frame_cases() -> Iterator[Case]:

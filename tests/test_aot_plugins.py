@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 import re
 import sys
 from collections import deque
@@ -32,11 +33,11 @@ from comask.export.build_options import BuildOptions, check_options
 from comask.kernels import compile
 from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import Flavor
-from comask.runtime.trt.ops import Op, PyramidRoiAlignOp, SortedNmsOp, TensorDesc
+from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp, Op, PyramidRoiAlignOp, TensorDesc
 
 H100 = Gpu("H100", 90, 13000, 2**36)
 ROI_ALIGN = {"output_size": 7, "sampling_ratio": 2, "canonical_size": 224.0}
-NUMBERS = SimpleNamespace(cdiv=lambda a, b: math.ceil(a / b), min=min, max=max)
+NUMBERS = SimpleNamespace(cdiv=lambda a, b: math.ceil(a / b))
 counts = st.integers(1, 1200)
 
 
@@ -50,6 +51,9 @@ class Dim:
 
     def __mul__(self, other: Dim | int) -> Dim:
         return Dim(self.value * Dim(other).value)
+
+    def __add__(self, other: Dim | int) -> Dim:
+        return Dim(self.value + Dim(other).value)
 
     def __bool__(self) -> bool:
         raise RuntimeError("a dimension has no truth")
@@ -73,7 +77,7 @@ class Declared(ModuleType):
         self.SymIntExprs = SimpleNamespace(from_tuple=tuple)
         self.AutoTuneCombination = lambda types, layouts: (types.split(", "), layouts.split(", "))
         self.from_shape_expr = lambda dims, dtype: ([Dim(d).value for d in dims], dtype)
-        self.cdiv, self.min, self.max = map(on_dims, (NUMBERS.cdiv, min, max))
+        self.cdiv = on_dims(NUMBERS.cdiv)
         self.functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -157,6 +161,13 @@ def nms_inputs(draw: st.DrawFn) -> list[TensorDesc]:
     ]
 
 
+def words_of(inputs: list[TensorDesc]) -> TensorDesc:
+    """What the first node of NMS gives to the second one."""
+    shapes = [desc.shape for desc in inputs]
+    shape = NmsOverlapsOp(0.5).output_shape(shapes, int, operator.mul, NUMBERS.cdiv)
+    return TensorDesc(tuple(shape), "INT32", "LINEAR")
+
+
 @FEW
 @given(st.integers(1, 28), st.floats(32, 512, width=32), roi_align_inputs())
 def test_roi_aligns_symbolic_launch_is_its_launch(
@@ -168,7 +179,8 @@ def test_roi_aligns_symbolic_launch_is_its_launch(
 @FEW
 @given(st.floats(0, 1), nms_inputs())
 def test_nms_symbolic_launch_is_its_launch(threshold: float, inputs: list[TensorDesc]) -> None:
-    same_launch(SortedNmsOp(threshold), inputs)
+    same_launch(NmsOverlapsOp(threshold), inputs)
+    same_launch(NmsKeepOp(), [words_of(inputs)])
 
 
 def same_launch(op: Op, inputs: list[TensorDesc]) -> None:
@@ -215,17 +227,27 @@ def test_what_tensorrt_is_told_of_nms(trt: TensorRT) -> None:
     register_aot_plugins(flavor_of(trt), 86)
     inputs = [tensor((3, 200, 4), "FLOAT"), tensor((3, 200), "INT32")]
     functions, threshold = trt.plugin.functions, arrays({"iou_threshold": 0.5})
-    assert functions["comask::SortedNms", "register"](*inputs, **threshold) == ([3, 200], "BOOL")
-    assert functions["comask::SortedNms", "autotune"](*inputs, None) == [
-        (["FP32", "INT32", "BOOL"], ["LINEAR"] * 3)
+    told = functions["comask::NmsOverlaps", "register"](*inputs, **threshold)
+    assert told == ([3, 7, 200], "INT32")
+    assert functions["comask::NmsOverlaps", "autotune"](*inputs, None) == [
+        (["FP32", "INT32", "INT32"], ["LINEAR"] * 3)
     ]
     arguments = (*inputs, *threshold.values(), None, 0)
-    entry, _, parameters, integers = functions["comask::SortedNms", "aot_impl"](*arguments)
-    assert (entry, parameters.grid_x.value, parameters.block_x.value) == ("sorted_nms", 3, 224)
+    entry, _, parameters, integers = functions["comask::NmsOverlaps", "aot_impl"](*arguments)
+    assert (entry, parameters.grid_x.value, parameters.block_x) == ("nms_overlaps", 3 * 28, 32)
     assert [number.value for number in integers] == [3, 200, 0x3F000000]
 
+    words = tensor((3, 7, 200), "INT32")
+    assert functions["comask::NmsKeep", "register"](words) == ([3, 200], "BOOL")
+    assert functions["comask::NmsKeep", "autotune"](words, None) == [
+        (["INT32", "BOOL"], ["LINEAR"] * 2)
+    ]
+    entry, _, parameters, integers = functions["comask::NmsKeep", "aot_impl"](words, None, 0)
+    assert (entry, parameters.grid_x.value, parameters.block_x) == ("nms_keep", 3, 256)
+    assert [number.value for number in integers] == [3, 200]
 
-@pytest.mark.parametrize("op", [PyramidRoiAlignOp(7, 2, 224.0), SortedNmsOp(0.5)])
+
+@pytest.mark.parametrize("op", [PyramidRoiAlignOp(7, 2, 224.0), NmsOverlapsOp(0.5), NmsKeepOp()])
 def test_the_kernels_take_what_the_launch_gives(op: Op) -> None:
     """Of each format's entry the PTX has inputs, integers and an output, in that number."""
     try:
@@ -234,7 +256,8 @@ def test_the_kernels_take_what_the_launch_gives(op: Op) -> None:
         pytest.skip(str(error))
     shapes = {
         "PyramidRoiAlign": [*((1, 8, 32 >> k, 32 >> k) for k in range(4)), (1, 9, 4)],
-        "SortedNms": [(1, 9, 4), (1, 9)],
+        "NmsOverlaps": [(1, 9, 4), (1, 9)],
+        "NmsKeep": [(1, 1, 9)],
     }[op.name]
     for formats in op.formats:
         descs = [TensorDesc(s, *f) for s, f in zip(shapes, formats[:-1], strict=True)]
@@ -260,9 +283,9 @@ def test_registered_once(trt: TensorRT) -> None:
     flavor = flavor_of(trt)
     register_aot_plugins(flavor, 86)
     register_aot_plugins(flavor, 86)
-    assert len(trt.plugin.functions) == 6
-    with pytest.raises(EngineError, match="another comask::SortedNms already"):
-        register_aot_plugins(flavor_of(TensorRT(["comask::SortedNms"])), 86)
+    assert len(trt.plugin.functions) == 9
+    with pytest.raises(EngineError, match="another comask::NmsKeep already"):
+        register_aot_plugins(flavor_of(TensorRT(["comask::NmsKeep"])), 86)
 
 
 def test_who_has_no_aot_plugins() -> None:

@@ -64,7 +64,7 @@ def error_of(asked: PlanRequest, folder: Path) -> str:
 
 
 def test_a_missing_plugin(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:
-    custom_node(stage2, "SortedNms").op_type = "SoftNms"
+    custom_node(stage2, "NmsKeep").op_type = "SoftNms"
     text = error_of(worker_request(bundle, tmp_path, stage2), tmp_path)
     assert "cannot parse the graph" in text
     assert "SoftNms" in text
@@ -82,11 +82,11 @@ def test_an_operator_with_other_strides_than_the_kernels(stage2: onnx.ModelProto
 def test_an_operator_without_an_attribute(
     bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
 ) -> None:
-    node = custom_node(stage2, "SortedNms")
+    node = custom_node(stage2, "NmsOverlaps")
     (threshold,) = [a for a in node.attribute if a.name == "iou_threshold"]
     node.attribute.remove(threshold)
     text = error_of(worker_request(bundle, tmp_path, stage2), tmp_path)
-    assert "SortedNms: has no attribute iou_threshold" in text
+    assert "NmsOverlaps: has no attribute iou_threshold" in text
 
 
 def test_a_graph_that_is_none(bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from comask.kernels.launch import float32_below
 from comask.runtime.device import Gpu
 from comask.runtime.trt.engine import load_flavor, search_path
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
-from comask.runtime.trt.ops import kernels_sha256
+from comask.runtime.trt.ops import OPS, kernels_sha256
 
 try:
     load_flavor("tensorrt-rtx")
@@ -104,8 +104,11 @@ def test_both_stages_are_built_with_our_plugins(bundle: Bundle, engines: EngineF
     info = EngineFolder.open(engines.folder).info
     assert info == engines.info
     assert engines.folder.name == f"tensorrt-rtx-{info.version}-portable-fp32-python"
-    for stage, op in (("stage1", b"SortedNms"), ("stage2", b"PyramidRoiAlign")):
-        assert op in engines.plan(stage).read_bytes()  # a plan names its plugins
+    nms = [b"NmsOverlaps", b"NmsKeep"]
+    for stage, ops in (("stage1", nms), ("stage2", [*nms, b"PyramidRoiAlign"])):
+        plan = engines.plan(stage).read_bytes()
+        assert all(op in plan for op in ops)  # a plan names its plugins
+        assert b"SortedNms" not in plan
         layers = info.layers[stage]
         assert layers.network == {"fp32": layers.of}
         assert layers.engine is None  # there is no GPU to open it on
@@ -192,8 +195,8 @@ def test_without_plugins_the_plan_has_none(bundle: Bundle) -> None:
     engines = build_engines(bundle, request(bundle, plugin="none"))
     for stage in ("stage1", "stage2"):
         plan = engines.plan(stage).read_bytes()
-        assert b"SortedNms" not in plan
-        assert b"PyramidRoiAlign" not in plan
+        for op in OPS:
+            assert op.name.encode() not in plan
     assert engines.info.plugin_sha256 is None
     assert engines.info.map_format == "LINEAR"  # standard layers gather in the maps' own order
 

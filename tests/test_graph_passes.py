@@ -48,14 +48,41 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
             yield from all_nodes(attribute.g.node)
 
 
+def joined(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes, with a `SortedNms` in place of the two nodes of NMS."""
+    result: list[onnx.NodeProto] = []
+    for node in nodes:
+        if node.op_type == "NmsKeep":
+            assert node.input == result[-1].output
+            assert {a.name for a in node.attribute} == {"plugin_namespace", "plugin_version"}
+            assert node.name != result[-1].name
+            result[-1].op_type, result[-1].name = "SortedNms", node.name.removesuffix("/keep")
+            result[-1].output[:] = node.output
+        else:
+            result.append(onnx.NodeProto())
+            result[-1].CopyFrom(node)
+    return result
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_with_plugins_only_functions_go(bundle: Bundle, stage: str) -> None:
+def test_with_plugins_functions_go_and_nms_is_two_nodes(bundle: Bundle, stage: str) -> None:
     model = onnx.load(bundle.graph(stage, "fp32"))
     assert model.functions
     stripped = with_plugins(model)
     assert model == onnx.load(bundle.graph(stage, "fp32"))  # the argument stays as it was
     assert not stripped.functions
+    nodes = joined(stripped.graph.node)
+    assert nodes == list(model.graph.node)
+    del stripped.graph.node[:]
+    stripped.graph.node.extend(nodes)
     assert stripped.graph == model.graph
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_nodes_for_plugins_say_which(bundle: Bundle, stage: str) -> None:
+    stripped = with_plugins(onnx.load(bundle.graph(stage, "fp32")))
+    names = [node.name for node in stripped.graph.node]
+    assert len({*names}) == len(names)
     for node in (node for node in stripped.graph.node if node.domain == DOMAIN):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["plugin_namespace"] == b"comask"

@@ -27,7 +27,7 @@ ENTRIES = {
         for dtype in ("f32", "f16")
         for layout in ("planes", "channels_last")
     },
-    "sorted_nms": {"sorted_nms"},
+    "sorted_nms": {"sorted_nms", "nms_overlaps", "nms_keep"},
     "frame_to_canvas": {"frame_to_canvas_rgb", "frame_to_canvas_nv12"},
     "paste_masks": {"mask_edge_counts", "mask_edges", "paste_masks"},
 }
@@ -242,14 +242,16 @@ def test_without_a_compiler_the_operators_are_torchvisions(
 def test_constants_agree() -> None:
     def constants(source: str) -> dict[str, float]:
         text = (compile.FOLDER / f"{source}.cu").read_text()
-        return {k: float(v) for k, v in re.findall(r"(\b[A-Z_0-9]{5,}) = ([\d.]+)", text)}
+        return {k: float(v) for k, v in re.findall(r"(\b[A-Z_0-9]{4,}) = ([\d.]+)", text)}
 
     kernel = constants("pyramid_roi_align")
     for name in ("MAX_SAMPLES", "CHANNEL_BYTES", "THREADS"):
         assert kernel[name] == getattr(launch, name)
     factors = [np.float32(kernel[f"LEAVES_P{level}"]) for level in (2, 3, 4)]
     assert factors == [np.float32(factor) for factor in LEVEL_FACTORS]
-    assert constants("sorted_nms")["MAX_THREADS"] == launch.MAX_THREADS
+    kernel = constants("sorted_nms")
+    for name in ("MAX_THREADS", "KEEP_THREADS", "MAX_BOXES", "TILE"):
+        assert kernel[name] == getattr(launch, name)
 
 
 def test_importing_kernels_needs_the_standard_library_alone() -> None:

@@ -15,13 +15,15 @@ from comask.kernels.launch import nms_launch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
-# Runs both kernels through the driver and directly, in a process of its own.
+# Runs the operators' kernels through the driver and directly, in a process of its own.
 SCRIPT = """
 import ctypes, threading
 import numpy as np
 from comask.errors import KernelError
 from comask.kernels import run
-from comask.kernels.launch import nms_launch, roi_align_launch
+from comask.kernels.launch import (
+    nms_keep_launch, nms_launch, nms_overlaps_launch, roi_align_launch
+)
 
 class Record(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
@@ -60,6 +62,10 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 record = both(nms, [boxes, np.zeros((3, 40), np.int32)], kept)
+words, halved = np.zeros((3, 2, 40), np.int32), np.empty_like(kept)
+both(nms_overlaps_launch(3, 40, 0.3), [boxes, np.zeros((3, 40), np.int32)], words)
+both(nms_keep_launch(3, 40), [words], halved)
+assert np.array_equal(halved, kept)
 record = both(roi_align, [*maps, rois], np.empty_like(pooled))
 run.on_gpu(nms_launch(0, 40, 0.3), [0, 0], 0, 0)  # nothing to launch
 print(record.launches, "launches of", record.loads, "modules", kept.sum() < 120)
@@ -91,7 +97,7 @@ def test_kernels_get_their_arguments_grid_and_stream(
     )
     first, *rest = out.stdout.splitlines() or [""]
     assert "no CUDA context is current" in first, out.stderr
-    assert rest == ["3 launches of 2 modules True"], out.stderr
+    assert rest == ["5 launches of 2 modules True"], out.stderr
     assert len(out.stderr.splitlines()) == warnings
     assert out.stderr.count("does not know compute capability 99.9") == warnings
 

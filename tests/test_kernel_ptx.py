@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_cases import CASES, Case, nms_case, roi_case
+from kernel_cases import CASES, Case, nms_case, nms_halves, roi_case
 from kernel_runner import Runner, make_runner
 from ptx_on_cpu import cpp_of_ptx
 
@@ -36,6 +36,8 @@ def large_cases(source: str) -> Iterator[Case]:
     if source == "sorted_nms":
         yield nms_case(20, 90, decimals=0)
         yield nms_case(2, 400, decimals=0)
+        yield from nms_halves(20, 90, decimals=0)
+        yield from nms_halves(2, 400, decimals=0)
     if source == "pyramid_roi_align":
         for size in (7, 14):
             yield roi_case(

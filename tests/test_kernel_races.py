@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from kernel_cases import CASES, frame_cases, nms_case, nms_cases
+from kernel_cases import CASES, frame_cases, nms_case, nms_cases, nms_halves
 from kernel_runner import RACE, Runner, make_runner
 
 from comask.kernels import compile
@@ -64,6 +64,10 @@ def test_without_its_barriers_nms_is_reported(sanitizer: Runner) -> None:
     assert RACE in report
     assert "suppress_row" in report
     assert output != case.one_lane()
+    for case in nms_halves(3, 150, grid=2):
+        output, report = sanitizer.run(library, case, case.launch.block)
+        assert RACE in report
+        assert ("nms_overlaps" if case.launch.entry == "nms_overlaps" else "keep_row") in report
 
 
 def test_blocks_that_write_the_same_bytes_are_reported(sanitizer: Runner) -> None:

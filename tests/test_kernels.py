@@ -20,7 +20,14 @@ from torchvision.ops.poolers import LevelMapper
 
 from comask.errors import KernelError, KernelUnavailableError
 from comask.kernels import compile, run
-from comask.kernels.launch import nms_launch, roi_align_launch
+from comask.kernels.launch import (
+    MAX_BOXES,
+    float32_below,
+    nms_keep_launch,
+    nms_launch,
+    nms_overlaps_launch,
+    roi_align_launch,
+)
 
 STRIDES = (4, 8, 16, 32)
 NAN, INF = math.nan, math.inf
@@ -263,14 +270,36 @@ def test_roi_align_refuses_what_it_cannot_do(change: dict[str, object], message:
 
 
 def keeps(boxes: np.ndarray, groups: np.ndarray, threshold: float, threads: int = 1) -> np.ndarray:
-    """`SortedNms` of [G, M, 4] and [G, M]."""
-    keep = np.full(groups.size + 64, 7, np.uint8)  # with some to spare
+    """`SortedNms` of [G, M, 4] and [G, M], in one launch and in two, which give the same."""
     boxes, groups = boxes.astype(np.float32), groups.astype(np.int32)
-    launch = nms_launch(*groups.shape, threshold)
-    run.on_host(launch, [boxes.ctypes.data, groups.ctypes.data], keep.ctypes.data, threads)
-    assert (keep[groups.size :] == 7).all()
-    assert (keep[: groups.size] <= 1).all()
-    return keep[: groups.size].reshape(groups.shape) == 1
+    inputs, (rows, count) = [boxes.ctypes.data, groups.ctypes.data], groups.shape
+    keep = np.full((2, groups.size + 64), 7, np.uint8)  # with some to spare
+    run.on_host(nms_launch(rows, count, threshold), inputs, keep[0].ctypes.data, threads)
+    words = np.full(rows * -(-count // 32) * count + 64, -7, np.int32)
+    overlaps = nms_overlaps_launch(rows, count, threshold)
+    run.on_host(overlaps, inputs, words.ctypes.data, threads)
+    run.on_host(nms_keep_launch(rows, count), [words.ctypes.data], keep[1].ctypes.data, threads)
+    assert (words[-64:] == -7).all()
+    assert (keep[:, groups.size :] == 7).all()
+    assert (keep[:, : groups.size] <= 1).all()
+    np.testing.assert_array_equal(keep[0], keep[1])
+    return keep[0, : groups.size].reshape(groups.shape) == 1
+
+
+def greedy_keeps(boxes: np.ndarray, groups: np.ndarray, threshold: float) -> np.ndarray:
+    """Box by box, by the definition; each step is rounded to f32."""
+    keep = np.ones(groups.shape, bool)
+    limit = np.float32(float32_below(threshold))
+    for row, (corners, ids) in enumerate(zip(boxes.astype(np.float32), groups, strict=True)):
+        low, high = corners[:, :2], corners[:, 2:]
+        area = (high - low).prod(1)
+        for j in range(1, len(ids)):
+            sides = np.minimum(high[:j], high[j]) - np.maximum(low[:j], low[j])
+            common = sides.prod(1)
+            iou = common / (area[:j] + area[j] - common)
+            rivals = keep[row, :j] & (ids[:j] == ids[j]) & (sides > 0).all(1)
+            keep[row, j] = not (rivals & (iou > limit)).any()
+    return keep
 
 
 def torchvision_keeps(boxes: np.ndarray, groups: np.ndarray, threshold: float) -> np.ndarray:
@@ -319,9 +348,40 @@ def test_nms_boxes_of_nan_and_infinity_leave_others_alone() -> None:
     assert keep == [True] * 6 + [True, False, True] + [True] * 6
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 1000, 1025])
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+def test_nms_is_the_greedy_definition(count: int, threshold: float) -> None:
+    """Rows of one group, of a few, of many; some boxes are equal, points, inside out or not numbers."""
+    random = np.random.default_rng(count)
+    corner = random.uniform(0, 60, (3, count, 2)).round()
+    boxes = np.concatenate((corner, corner + random.integers(0, 30, (3, count, 2))), axis=2)
+    odd = random.random((3, count, 4))
+    boxes[odd < 0.01] = NAN
+    boxes[(odd > 0.01) & (odd < 0.015)] = INF
+    boxes[(odd > 0.015) & (odd < 0.02)] = -INF
+    turned = random.random((3, count)) < 0.02
+    boxes[turned] = boxes[turned][:, [2, 3, 0, 1]]
+    groups = random.integers(0, [[1], [5], [400]], (3, count))
+    ours = keeps(boxes, groups, threshold, threads=2)
+    assert np.array_equal(ours, greedy_keeps(boxes, groups, threshold))
+    assert count < 1000 or [*ours.sum(1)] == sorted({*ours.sum(1)})  # fewer groups suppress more
+
+
 def test_nms_refuses_a_threshold_that_is_none() -> None:
-    with pytest.raises(KernelError, match=r"iou_threshold=-0.1; it must be in 0\.\.1"):
-        nms_launch(1, 1, -0.1)
+    for launch in (nms_launch, nms_overlaps_launch):
+        with pytest.raises(KernelError, match=r"iou_threshold=-0.1; it must be in 0\.\.1"):
+            launch(1, 1, -0.1)
+
+
+def test_nms_in_two_launches_refuses_rows_that_are_too_long() -> None:
+    corner = np.random.default_rng(0).uniform(0, 300, (1, MAX_BOXES, 2))
+    boxes, groups = np.concatenate((corner, corner + 20), axis=2), np.zeros((1, MAX_BOXES))
+    assert 0 < keeps(boxes, groups, 0.3).sum() < MAX_BOXES
+    with pytest.raises(KernelError, match="8193 boxes per row; NmsKeep takes at most 8192"):
+        nms_keep_launch(1, MAX_BOXES + 1)
+    with pytest.raises(KernelError, match="blocks of work"):
+        nms_overlaps_launch(2**17, MAX_BOXES, 0.3)
 
 
 def test_a_folder_that_libraries_do_not_load_from(monkeypatch: pytest.MonkeyPatch) -> None:

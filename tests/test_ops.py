@@ -291,6 +291,16 @@ def test_nms_refuses_boxes_that_do_not_fit_the_groups() -> None:
         nms._sorted_nms._init_fn(boxes, groups.to("meta"), 0.5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 33, 300])
+def test_nms_in_the_two_launches_of_a_gpu(count: int) -> None:
+    boxes = random_boxes(torch.Generator().manual_seed(7), 3 * count, 40, 40).view(3, count, 4)
+    groups = torch.arange(3 * count, dtype=torch.int32).view(3, count) % 2
+    keep = torch.full((3, count), 7, dtype=torch.uint8).view(torch.bool)
+    nms._run_halves(boxes, groups, 0.5, keep)
+    assert torch.equal(keep, sorted_nms(boxes, groups, 0.5))
+    assert count < 300 or 0 < keep.sum() < keep.numel() * 0.9
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_nms_of_boxes_that_lie_between_vectors(
     offset: int, monkeypatch: pytest.MonkeyPatch

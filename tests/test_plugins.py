@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 from comask.errors import BackendUnavailableError
 from comask.runtime.device import open_device
 from comask.runtime.trt.engine import load_flavor
-from comask.runtime.trt.ops import SortedNmsOp
+from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp
 from comask.runtime.trt.plugins import _creators
 
 
@@ -35,33 +35,41 @@ def boxes_and_groups(rows: int, boxes: int, seed: int) -> tuple[np.ndarray, np.n
 
 
 def launches_are_kept_by_shape() -> None:
+    """NMS, whose two plugins hand words to each other, in the order that TensorRT calls them."""
     flavor = load_flavor("tensorrt-rtx")
-    creator = next(c for c in _creators(flavor) if c.name == SortedNmsOp.name)
+    creators = {creator.name: creator for creator in _creators(flavor)}
     bits = SimpleNamespace(name="iou_threshold", data=np.array([0.5], np.float32))
-    plugin = creator.create_plugin("nms", [bits], None)
+    overlaps = creators[NmsOverlapsOp.name].create_plugin("overlaps", [bits], None)
+    keeps = creators[NmsKeepOp.name].create_plugin("keep", [], None)
     computed: list[Any] = []
 
-    class Counted(SortedNmsOp):
+    class Counted(NmsOverlapsOp):
         def launch(self, inputs: Any) -> Any:
             computed.append([tensor.shape for tensor in inputs])
-            return SortedNmsOp.launch(self, inputs)
+            return NmsOverlapsOp.launch(self, inputs)
 
-    plugin.op = Counted(0.5)
+    overlaps.op = Counted(0.5)
     with open_device() as device:
-        plugin = plugin.attach_to_context(None)
+        overlaps, keeps = overlaps.attach_to_context(None), keeps.attach_to_context(None)
         stream = device.stream()
         for call, (rows, boxes) in enumerate([(2, 40), (2, 40), (1, 70), (1, 70), (2, 40)]):
             found, groups = boxes_and_groups(rows, boxes, call)
-            memory = [device.memory(found.nbytes), device.memory(groups.nbytes)]
-            kept, keep = device.memory(groups.size), np.empty(groups.shape, bool)
+            words = np.empty((rows, -(-boxes // 32), boxes), np.int32)
+            keep = np.empty(groups.shape, bool)
+            memory = [device.memory(a.nbytes) for a in (found, groups, words, keep)]
             stream.copy_in(memory[0], found)
             stream.copy_in(memory[1], groups)
             stream.synchronize()
-            plugin.enqueue(
-                [desc(found, "FLOAT"), desc(groups, "INT32")], [desc(keep, "BOOL")],
-                [part.address for part in memory], [kept.address], 0, stream.handle,
+            places = [part.address for part in memory]
+            overlaps.enqueue(
+                [desc(found, "FLOAT"), desc(groups, "INT32")], [desc(words, "INT32")],
+                places[:2], places[2:3], 0, stream.handle,
             )  # fmt: skip
-            stream.copy_out(keep, kept)
+            keeps.enqueue(
+                [desc(words, "INT32")], [desc(keep, "BOOL")],
+                places[2:3], places[3:], 0, stream.handle,
+            )  # fmt: skip
+            stream.copy_out(keep, memory[3])
             stream.synchronize()
             for row in range(rows):
                 scores = torch.linspace(1, 0, boxes)
@@ -69,7 +77,7 @@ def launches_are_kept_by_shape() -> None:
                     torch.from_numpy(found[row]), scores, torch.from_numpy(groups[row]), 0.5
                 )
                 assert sorted(best.tolist()) == np.flatnonzero(keep[row]).tolist()
-            for part in (*memory, kept):
+            for part in memory:
                 part.free()
         stream.close()
     assert flavor.plugin_errors == []

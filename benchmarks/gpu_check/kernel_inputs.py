@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +86,25 @@ def boxes_with_ties(rows: int, count: int) -> tuple[Tensor, Tensor]:
     boxes = torch.cat((corner, corner + side), dim=2)
     boxes[::2] = boxes[::2].round()
     return boxes, torch.randint(0, 4, (rows, count), generator=generator, dtype=torch.int32)
+
+
+def nms_on_device(
+    context: Context, boxes: Tensor, groups: Tensor, threshold: float
+) -> tuple[Callable[[], None], Tensor]:
+    """Returns a call that queues the two launches of NMS, and the memory that it writes `keep` to."""
+    from comask.kernels.launch import TILE, nms_keep_launch, nms_overlaps_launch
+
+    rows, count = groups.shape
+    inputs = [boxes.to(context.device), groups.to(context.device)]
+    words = empty(context, (rows, -(-count // TILE), count), "int32")
+    keep = empty(context, (rows, count), "bool")
+    overlaps = nms_overlaps_launch(rows, count, threshold)
+
+    def queue() -> None:
+        run_launch(overlaps, inputs, words)
+        run_launch(nms_keep_launch(rows, count), [words], keep)
+
+    return queue, keep
 
 
 def instances(context: Context) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

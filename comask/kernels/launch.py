@@ -29,8 +29,11 @@ LEVEL_STRIDES: Mapping[str, int] = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 MAX_SAMPLES = 128  # S × sampling ratio
 CHANNEL_BYTES = 256  # one block pools this many bytes of a pixel's channels
 THREADS = 128
-# sorted_nms.cu has the same value.
+# sorted_nms.cu has the same values.
 MAX_THREADS = 1024
+KEEP_THREADS = 256
+MAX_BOXES = 8192  # M of nms_keep
+TILE = 32
 # frame_to_canvas.cu has the same values.
 FRAME_THREADS = 256
 COLOUR_SHIFT = 16
@@ -150,13 +153,28 @@ def nms_launch(rows: int, boxes: int, iou_threshold: float) -> Launch:
     """
     if not 0 <= iou_threshold <= 1:
         raise KernelError(f"SortedNms got iou_threshold={iou_threshold}; it must be in 0..1")
-    return Launch(
-        source=NMS,
-        entry=NMS,
-        grid=_grid(rows),
-        block=min(MAX_THREADS, max(THREADS, -(-boxes // 32) * 32)),
-        integers=(rows, boxes, float_bits(float32_below(iou_threshold))),
-    )
+    block = min(MAX_THREADS, max(THREADS, -(-boxes // TILE) * TILE))
+    integers = (rows, boxes, float_bits(float32_below(iou_threshold)))
+    return Launch(NMS, NMS, _grid(rows), block, integers)
+
+
+def nms_overlaps_launch(rows: int, boxes: int, iou_threshold: float) -> Launch:
+    """Returns the first half of `nms_launch`, `NmsOverlaps(boxes, group_ids) → words [G, T, M] i32`.
+
+    T is M / 32, rounded up. Bit i of words[g, t, j] says that box 32·t + i would suppress box j, which
+    comes after it. Words with 32·t > j are not written.
+    """
+    tiles = -(-boxes // TILE)
+    pairs = _grid(rows * (tiles * (tiles + 1) // 2))
+    integers = nms_launch(rows, boxes, iou_threshold).integers
+    return Launch(NMS, "nms_overlaps", pairs, TILE, integers)
+
+
+def nms_keep_launch(rows: int, boxes: int) -> Launch:
+    """Returns the second half of `nms_launch`, `NmsKeep(words [G, T, M] i32) → keep [G, M] bool`."""
+    if boxes > MAX_BOXES:
+        raise KernelError(f"NMS of {boxes} boxes per row; NmsKeep takes at most {MAX_BOXES}")
+    return Launch(NMS, "nms_keep", _grid(rows), KEEP_THREADS, (rows, boxes))
 
 
 def rgb_to_canvas_launch(

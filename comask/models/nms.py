@@ -1,8 +1,8 @@
 """Defines `SortedNms`, a custom op of the exported graphs: exact greedy NMS with a fixed-size result.
 
 TensorRT's own NMS has data-dependent shapes, and TensorRT-RTX has no NMS. A keep mask over sorted boxes
-solves both problems. The kernel is `comask/kernels/sorted_nms.cu`; `comask.export.functions` defines the
-same op as an ONNX function.
+solves both problems. The kernels are in `comask/kernels/sorted_nms.cu`; `comask.export.functions` defines
+the same op as an ONNX function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import torch
 import torchvision
 from torch import Tensor
 
-from comask.kernels.launch import NMS, float32_below, nms_launch
+from comask.kernels.launch import (
+    MAX_BOXES,
+    NMS,
+    TILE,
+    float32_below,
+    nms_keep_launch,
+    nms_launch,
+    nms_overlaps_launch,
+)
 from comask.kernels.run import available, on_tensors
 
 VECTOR_BYTES = 16  # the alignment of boxes, which the kernel reads as one vector each
@@ -65,8 +73,19 @@ def _sorted_nms(boxes: Tensor, group_ids: Tensor, iou_threshold: float) -> Tenso
     boxes = boxes.float().contiguous()
     if boxes.data_ptr() % VECTOR_BYTES:
         boxes = boxes.clone()
-    on_tensors(nms_launch(rows, count, iou_threshold), [boxes, ids], keep)
+    if boxes.is_cuda and count <= MAX_BOXES:
+        _run_halves(boxes, ids, iou_threshold, keep)
+    else:
+        on_tensors(nms_launch(rows, count, iou_threshold), [boxes, ids], keep)
     return keep
+
+
+def _run_halves(boxes: Tensor, ids: Tensor, iou_threshold: float, keep: Tensor) -> None:
+    """Runs NMS in the two launches that use all of a GPU, but take more work in all than one launch."""
+    rows, count = ids.shape
+    words = torch.empty((rows, -(-count // TILE), count), dtype=torch.int32, device=ids.device)
+    on_tensors(nms_overlaps_launch(rows, count, iou_threshold), [boxes, ids], words)
+    on_tensors(nms_keep_launch(rows, count), [words], keep)
 
 
 @_sorted_nms.register_fake

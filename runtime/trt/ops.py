@@ -1,8 +1,8 @@
-"""Describes our two custom ops to TensorRT, independently of its version.
+"""Describes our custom ops to TensorRT, independently of its version.
 
-Each class is one node of the graph: its attributes, the resulting shapes and types, the memory formats
-that its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` wrap them in TensorRT's
-interfaces.
+Each class is one node of the graph that TensorRT parses: its attributes, the resulting shapes and types,
+the memory formats that its kernel takes, and the launch. `plugins.py` and `aot_plugins.py` wrap them in
+TensorRT's interfaces.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from typing_extensions import override
 
 from comask.errors import EngineError
 from comask.kernels.compile import FOLDER, HEADER
-from comask.kernels.launch import LEVEL_STRIDES, Launch, nms_launch, roi_align_launch
+from comask.kernels.launch import (
+    LEVEL_STRIDES,
+    TILE,
+    Launch,
+    nms_keep_launch,
+    nms_overlaps_launch,
+    roi_align_launch,
+)
 from comask.runtime.trt.memory_format import LINEAR, MemoryFormat
 
 NAMESPACE = "comask"
 VERSION = "1"
 LINEAR_F32 = ("FLOAT", "LINEAR")
+LINEAR_I32 = ("INT32", "LINEAR")
 # each combination that a kernel takes: (type, format) of the inputs, then of the output
 Formats = tuple[tuple[tuple[str, str], ...], ...]
 
@@ -90,8 +98,9 @@ class CustomOp(ABC):
         inputs: Sequence[Any],
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
+        quotient: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        """Returns the output's symbolic dimensions for those of the inputs."""
+        """Returns the output's symbolic dimensions for those of the inputs; quotients are rounded up."""
 
     @abstractmethod
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
@@ -136,6 +145,7 @@ class PyramidRoiAlignOp(CustomOp):
         inputs: Sequence[Any],
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
+        quotient: Callable[[Any, Any], Any],
     ) -> list[Any]:
         rois, size = inputs[4], constant(self.output_size)
         return [product(rois[0], rois[1]), inputs[0][1], size, size]
@@ -159,8 +169,10 @@ class PyramidRoiAlignOp(CustomOp):
 
 
 @dataclass(frozen=True, slots=True)
-class SortedNmsOp(CustomOp):
-    """`SortedNms(boxes [G, M, 4], group_ids [G, M]) → keep [G, M]`.
+class NmsOverlapsOp(CustomOp):
+    """`NmsOverlaps(boxes [G, M, 4], group_ids [G, M]) → words [G, ⌈M / 32⌉, M]`.
+
+    With `NmsKeep`, it takes the place of `SortedNms`; `nms_overlaps_launch` explains the words.
 
     Attributes:
         iou_threshold: a box is dropped if its IoU with a kept one exceeds this f32.
@@ -168,12 +180,44 @@ class SortedNmsOp(CustomOp):
 
     iou_threshold: float
 
-    name: ClassVar[str] = "SortedNms"
+    name: ClassVar[str] = "NmsOverlaps"
     kernel: ClassVar[str] = "sorted_nms"
     num_inputs: ClassVar[int] = 2
     attributes: ClassVar[Mapping[str, type]] = {"iou_threshold": float}
     fixed: ClassVar[Mapping[str, Any]] = {}
-    formats: ClassVar[Formats] = ((LINEAR_F32, ("INT32", "LINEAR"), ("BOOL", "LINEAR")),)
+    formats: ClassVar[Formats] = ((LINEAR_F32, LINEAR_I32, LINEAR_I32),)
+
+    @override
+    def output_type(self, input_types: Sequence[str]) -> str:
+        return "INT32"
+
+    @override
+    def output_shape(
+        self,
+        inputs: Sequence[Any],
+        constant: Callable[[int], Any],
+        product: Callable[[Any, Any], Any],
+        quotient: Callable[[Any, Any], Any],
+    ) -> list[Any]:
+        rows, boxes = inputs[1][0], inputs[1][1]
+        return [rows, quotient(boxes, constant(TILE)), boxes]
+
+    @override
+    def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
+        rows, boxes = inputs[1].shape
+        return nms_overlaps_launch(rows, boxes, self.iou_threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class NmsKeepOp(CustomOp):
+    """`NmsKeep(words [G, ⌈M / 32⌉, M]) → keep [G, M]`, for the words of `NmsOverlaps`."""
+
+    name: ClassVar[str] = "NmsKeep"
+    kernel: ClassVar[str] = "sorted_nms"
+    num_inputs: ClassVar[int] = 1
+    attributes: ClassVar[Mapping[str, type]] = {}
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    formats: ClassVar[Formats] = ((LINEAR_I32, ("BOOL", "LINEAR")),)
 
     @override
     def output_type(self, input_types: Sequence[str]) -> str:
@@ -185,17 +229,18 @@ class SortedNmsOp(CustomOp):
         inputs: Sequence[Any],
         constant: Callable[[int], Any],
         product: Callable[[Any, Any], Any],
+        quotient: Callable[[Any, Any], Any],
     ) -> list[Any]:
-        return [inputs[1][0], inputs[1][1]]
+        return [inputs[0][0], inputs[0][2]]
 
     @override
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
-        rows, boxes = inputs[1].shape
-        return nms_launch(rows, boxes, self.iou_threshold)
+        rows, _, boxes = inputs[0].shape
+        return nms_keep_launch(rows, boxes)
 
 
-Op = PyramidRoiAlignOp | SortedNmsOp
-OPS: tuple[type[PyramidRoiAlignOp] | type[SortedNmsOp], ...] = (PyramidRoiAlignOp, SortedNmsOp)
+Op = PyramidRoiAlignOp | NmsOverlapsOp | NmsKeepOp
+OPS: tuple[type[Op], ...] = (PyramidRoiAlignOp, NmsOverlapsOp, NmsKeepOp)
 
 
 def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
@@ -216,6 +261,6 @@ def check_fixed(op_type: str, values: Mapping[str, Any]) -> None:
 def kernels_sha256() -> str:
     """Returns one hash of the sources of our plugins' kernels, which plans hold or call."""
     digest = hashlib.sha256(f"{NAMESPACE} {VERSION}".encode())
-    for name in sorted((HEADER, *(f"{op.kernel}.cu" for op in OPS))):
+    for name in sorted({HEADER, *(f"{op.kernel}.cu" for op in OPS)}):
         digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()

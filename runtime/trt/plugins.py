@@ -95,12 +95,12 @@ class OneTactic:
         """Does nothing, since the plugin has a single tactic."""
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        """Returns 0, since the kernels need no scratch memory."""
+        """Returns 0, since the kernels need no memory but that of their inputs and outputs."""
         return 0
 
 
 def _plugin_class(flavor: Flavor) -> Any:
-    """Creates the plugin class over a TensorRT's base classes; it serves both ops."""
+    """Creates the plugin class over a TensorRT's base classes; it serves all ops."""
     trt: Any = flavor.trt
 
     class Plugin(
@@ -145,7 +145,8 @@ def _plugin_class(flavor: Flavor) -> Any:
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expressions: Any
         ) -> list[Any]:
             product = functools.partial(expressions.operation, trt.DimensionOperation.PROD)
-            dims = self.op.output_shape(inputs, expressions.constant, product)
+            quotient = functools.partial(expressions.operation, trt.DimensionOperation.CEIL_DIV)
+            dims = self.op.output_shape(inputs, expressions.constant, product, quotient)
             output = trt.DimsExprs(len(dims))
             for axis, dim in enumerate(dims):
                 output[axis] = dim
