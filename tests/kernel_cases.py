@@ -114,12 +114,20 @@ def frame_cases() -> Iterator[Case]:
     pixels = rng.integers(0, 256, (3, *size), np.uint8)
     for strides in ((900, 3, 1), (300, 1, 3900)):  # packed, planar
         launch = rgb_to_canvas_launch(size, strides, resized, canvas)
-        yield Case(replace(launch, grid=5), (pixels,), output)
+        yield Case(replace(launch, grid=2), (pixels,), output)
     chroma = rng.integers(0, 256, (7, 150, 2), np.uint8)
     launch = nv12_to_canvas_launch(
         size, (7, 150), (300, 300), resized, canvas, matrix="bt709", full_range=False
     )
     yield Case(launch, (pixels[0], chroma), output)
+    odd = (7, 271)  # groups of four pixels are neither whole nor aligned
+    yield Case(
+        nv12_to_canvas_launch(
+            size, (7, 150), (300, 301), (7, 270), odd, matrix="bt709", full_range=False
+        ),
+        (pixels[0], np.concatenate((chroma.ravel(), np.zeros(7, np.uint8)))),
+        odd[0] * odd[1] * 3,
+    )
 
 
 def mask_cases() -> Iterator[Case]:
@@ -131,6 +139,7 @@ def mask_cases() -> Iterator[Case]:
     corner = rng.uniform(-10, 20, (count, 2))
     boxes = np.concatenate((corner, corner + rng.uniform(20, 280, (count, 2))), axis=1)
     boxes = boxes.astype(np.float32)
+    boxes[0] = (-10, 2, 290, 30)  # of more columns than a block has threads
     launches = MaskLaunches(count, cells, (height, width), 0.5, (1.1, 0.9))
     counting = Case(launches.edge_counts(), (probs, boxes, found), 4 * (count + count * width))
     counts = np.frombuffer(counting.one_lane(), np.int32)
@@ -146,6 +155,9 @@ def mask_cases() -> Iterator[Case]:
     for case in cases:
         yield replace(case, launch=replace(case.launch, grid=2))
     yield bitmaps
+    # odd sizes, so that most bitmaps begin inside a chunk; several strips
+    launches = MaskLaunches(count, cells, (101, 333), 0.5)
+    yield Case(launches.bitmaps(), (probs, boxes, found), count * 101 * 333)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

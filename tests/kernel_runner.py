@@ -42,8 +42,14 @@ class Runner:
         subprocess.run(["g++", *options, code, "-o", target], check=True)
         return target
 
-    def run(self, library: Path, case: Case, threads: int) -> tuple[bytes, str]:
-        """Returns the output of a launch and what the sanitizer says."""
+    def run(
+        self, library: Path, case: Case, threads: int, *, seconds: float = 120
+    ) -> tuple[bytes, str]:
+        """Returns the output of a launch and what the sanitizer says.
+
+        Raises:
+            subprocess.TimeoutExpired: if the launch takes longer; `stderr` is what was said until then.
+        """
         launch = case.launch
         data = b"".join(struct.pack("<q", x.nbytes) + x.tobytes() for x in case.inputs)
         for value in launch.integers:
@@ -51,7 +57,8 @@ class Runner:
         data += struct.pack("<q", case.output) + case.untouched()
         words = (str(library), f"{launch.entry}_host", str(launch.grid), str(threads))
         # A lane that skips a barrier leaves the others waiting.
-        done = subprocess.run([*self.command, *words], input=data, capture_output=True, timeout=120)
+        command = [*self.command, *words]
+        done = subprocess.run(command, input=data, capture_output=True, timeout=seconds)
         report = done.stderr.decode(errors="replace")
         assert done.returncode in (0, FOUND), f"exit code {done.returncode}: {report}"
         return done.stdout, report

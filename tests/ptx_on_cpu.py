@@ -164,12 +164,13 @@ def _memory(operation: str, modifiers: list[str], operands: list[str]) -> str:
 
 
 def _halves(target: str, source: str) -> str:
-    """Translates a move between a register of 32 bits and two of 16."""
+    """Translates a move between a register and two of half its size."""
     low, high = re.findall(r"%(\w+)", target if "{" in target else source)
+    whole, half = ("uint32_t", 16) if low.startswith("rs") else ("uint64_t", 32)
     if "{" in target:
-        word = _value(source, "u32")
-        return f"{{ {low} = (uint16_t){word}; {high} = {word} >> 16; }}"
-    return f"assign<uint32_t>({target[1:]}, (uint32_t){high} << 16 | {low});"
+        word = _value(source, f"u{2 * half}")
+        return f"{{ {low} = (uint{half}_t){word}; {high} = {word} >> {half}; }}"
+    return f"assign<{whole}>({target[1:]}, ({whole}){high} << {half} | {low});"
 
 
 def _result(operation: str, modifiers: list[str], sources: list[str]) -> tuple[str, str]:

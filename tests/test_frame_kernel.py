@@ -30,14 +30,16 @@ FULL_RANGE = {
 }
 
 
-def run(launch: Launch, inputs: list[int], threads: int = 1) -> np.ndarray:
-    """The canvas, which lies between bytes that must not change."""
+def run(launch: Launch, inputs: list[int], threads: int = 1, shift: int = 0) -> np.ndarray:
+    """The canvas, `shift` bytes past an aligned address, between bytes that must not change."""
     height, width = launch.integers[4:6]
-    around = np.full(height * width * 3 + 128, 7, np.uint8)
-    on_host(launch, inputs, around.ctypes.data + 64, threads)
-    assert (around[:64] == 7).all()
-    assert (around[-64:] == 7).all()
-    return around[64:-64].reshape(height, width, 3)
+    length = height * width * 3
+    memory = np.full(length + 512, 7, np.uint8)
+    begin = 192 + shift + -memory.ctypes.data % 64
+    on_host(launch, inputs, memory[begin:].ctypes.data, threads)
+    assert (memory[:begin] == 7).all()
+    assert (memory[begin + length :] == 7).all()
+    return memory[begin : begin + length].reshape(height, width, 3)
 
 
 def rgb_canvas(frame: np.ndarray, config: PreprocessConfig, **order: Any) -> np.ndarray:
@@ -197,6 +199,57 @@ def test_nv12_is_resized_as_its_rgb_would_be(
     np.testing.assert_array_equal(ours, expected)
 
 
+def converted(luma: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """u8 RGB [h, w, 3] by the launch's coefficients for BT.709, limited range."""
+    rows = np.minimum(np.arange(luma.shape[0]) // 2, chroma.shape[0] - 1)
+    columns = np.minimum(np.arange(luma.shape[1]) // 2, chroma.shape[1] - 1)
+    u, v = np.moveaxis(chroma[rows[:, None], columns].astype(int) - 128, 2, 0)
+    black, gain, red_v, green_u, green_v, blue_u = launch.colour_coefficients(
+        "bt709", full_range=False
+    )
+    y = (luma.astype(int) - black) * gain + 2 ** (launch.COLOUR_SHIFT - 1)
+    rgb = np.stack((y + red_v * v, y + green_u * u + green_v * v, y + blue_u * u), axis=2)
+    return np.clip(rgb >> launch.COLOUR_SHIFT, 0, 255).astype(np.uint8)
+
+
+@FEW
+@given(
+    size=st.tuples(LENGTHS, LENGTHS), resized=st.tuples(st.integers(1, 40), st.integers(1, 290)),
+    padding=st.tuples(st.integers(0, 40), st.integers(0, 140)), shift=st.integers(0, 15),
+    chroma_shift=st.integers(0, 3), chroma_padding=st.integers(0, 3), backwards=st.booleans(),
+    threads=st.integers(1, 3), seed=seeds,
+)  # fmt: skip
+@example((9, 11), (33, 270), (0, 1), 0, 1, 0, False, 1, 0)  # several tiles, none whole
+@example((9, 11), (32, 256), (0, 0), 0, 0, 0, False, 2, 0)  # whole tiles alone, in words
+@example((9, 11), (1, 1), (40, 140), 1, 0, 0, True, 1, 0)  # tiles of padding
+def test_canvases_of_any_width_at_any_address(
+    size: tuple[int, int], resized: tuple[int, int], padding: tuple[int, int], shift: int,
+    chroma_shift: int, chroma_padding: int, backwards: bool, threads: int, seed: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    canvas = (resized[0] + padding[0], resized[1] + padding[1])
+    pairs = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    luma = rng.integers(0, 256, size, np.uint8)
+    pitch = 2 * pairs[1] + chroma_padding  # may be odd, as may the address
+    planes = rng.integers(0, 256, chroma_shift + pairs[0] * pitch, np.uint8)[chroma_shift:]
+    chroma = np.lib.stride_tricks.as_strided(planes, (*pairs, 2), (pitch, 2, 1))
+    rgb = converted(luma, chroma)
+
+    def expected(image: np.ndarray) -> np.ndarray:
+        small = cv2.resize(image, resized[::-1], interpolation=cv2.INTER_LINEAR)
+        return np.pad(small, ((0, padding[0]), (0, padding[1]), (0, 0)))
+
+    launch = nv12_to_canvas_launch(
+        size, pairs, (size[1], pitch), resized, canvas, matrix="bt709", full_range=False
+    )
+    ours = run(launch, [luma.ctypes.data, planes.ctypes.data], threads, shift)
+    np.testing.assert_array_equal(ours, expected(rgb))
+    view = rgb[::-1, ::-1, ::-1] if backwards else rgb
+    launch = rgb_to_canvas_launch(size, view.strides, resized, canvas)  # type: ignore[arg-type]
+    ours = run(launch, [view.ctypes.data], threads, shift)
+    np.testing.assert_array_equal(ours, expected(np.ascontiguousarray(view)))
+
+
 def test_grey_is_grey_and_black_is_black() -> None:
     chroma = np.full((1, 1, 2), 128, np.uint8)
     for matrix in MATRICES:
@@ -237,4 +290,5 @@ def test_strides_past_int32_are_refused() -> None:
 def test_constants_agree() -> None:
     source = (compile.FOLDER / "frame_to_canvas.cu").read_text()
     assert f"THREADS = {launch.FRAME_THREADS};" in source
-    assert f"COLOUR_SHIFT = {launch.COLOUR_SHIFT};" in source
+    for name in ("COLOUR_SHIFT", "TILE_ROWS", "TILE_COLUMNS"):
+        assert f"{name} = {getattr(launch, name)};" in source

@@ -70,6 +70,7 @@ def test_ptx_assembles_without_spills(
     assert (
         f".version {compile.PTX_VERSIONS[capability]}\n.target sm_{capability}\n".encode() in text
     )
+    assert b"used_bytes_mask" not in text  # of PTX 8.3, written for loads that leave out a part
     if PTXAS is None:
         pytest.skip("ptxas is not installed")
     (tmp_path / "kernel.ptx").write_bytes(text)

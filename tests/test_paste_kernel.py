@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -57,6 +58,8 @@ def instances(
 @example(12, 28, 1, 1, 0.5, 0)
 @example(12, 28, 1, 70, 0.5, 0)
 @example(12, 7, 70, 1, 0.25, 0)
+@example(9, 28, 3000, 400, 0.5, 0)  # more rows than the kernels tabulate
+@example(9, 28, 3000, 9, 0.5, 0)
 def test_edges_and_bitmaps_are_numpys(
     count: int, cells: int, height: int, width: int, threshold: float, seed: int
 ) -> None:
@@ -76,18 +79,63 @@ def test_edges_and_bitmaps_are_numpys(
 
 def bitmaps(
     probs: np.ndarray, boxes: np.ndarray, size: tuple[int, int], threshold: float, threads: int = 1,
-    found: int | None = None, scale: tuple[float, float] = (1.0, 1.0),
+    found: int | None = None, scale: tuple[float, float] = (1.0, 1.0), strips: int | None = None,
+    shift: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """By the kernel, between bytes that must not change."""
+    """By the kernel, at `shift` bytes past an aligned address, between bytes that must not change."""
     count, cells = probs.shape[:2]
-    around = np.full(count * size[0] * size[1] + 128, 7, np.uint8)
+    length = count * size[0] * size[1]
+    memory = np.full(length + 512, 7, np.uint8)
+    begin = 192 + shift + -memory.ctypes.data % 64
+    bytes_, outside = memory[begin : begin + length], np.ones(len(memory), bool)
+    outside[begin : begin + length] = False
     number = np.array([count if found is None else found], np.int32)
     inputs = [probs.ctypes.data, boxes.ctypes.data, number.ctypes.data]
     launch = MaskLaunches(count, cells, size, threshold, scale).bitmaps()
-    run.on_host(launch, inputs, around.ctypes.data + 64, threads)
-    assert (around[:64] == 7).all()
-    assert (around[-64:] == 7).all()
-    return around[64:-64].reshape(count, *size)
+    if strips is not None:
+        integers = (*launch.integers[:-1], strips)
+        launch = replace(launch, grid=count * strips, integers=integers)
+    run.on_host(launch, inputs, bytes_.ctypes.data, threads)
+    assert (memory[outside] == 7).all()
+    return bytes_.reshape(count, *size)
+
+
+@FEW
+@given(
+    count=st.integers(1, 6), cells=CELLS, height=st.integers(1, 150), width=st.integers(1, 150),
+    strips=st.integers(1, 9), shift=st.integers(0, 63), threads=st.integers(1, 3), seed=seeds,
+)  # fmt: skip
+@example(6, 28, 3, 5, 9, 1, 1, 0)  # bitmaps smaller than a chunk; strips without one
+@example(6, 28, 9, 2500, 1, 3, 1, 1)  # more columns than the kernel tabulates
+@example(6, 28, 900, 40, 2, 3, 1, 2)  # more rows
+def test_bitmaps_at_any_address_in_any_number_of_strips(
+    count: int,
+    cells: int,
+    height: int,
+    width: int,
+    strips: int,
+    shift: int,
+    threads: int,
+    seed: int,
+) -> None:
+    size = (height, width)
+    probs, boxes = instances(count, cells, size, seed)
+    boxes[0] = (-0.3 * width, -0.2 * height, 1.2 * width, 1.1 * height)
+    boxes[-1] = boxes[-1, [0, 1, 0, 1]] + np.float32([0, 0, 0.7, 0.9])  # a pixel or none
+    expected = paste_masks(probs, boxes, size, 0.5)
+    ours = bitmaps(probs, boxes, size, 0.5, threads, strips=strips, shift=shift)
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_blocks_follow_the_number_and_the_size_of_the_masks() -> None:
+    grids = {
+        (masks, size): MaskLaunches(masks, 28, size, 0.5).bitmaps().grid
+        for masks in (0, 1, 100, 5000)
+        for size in ((9, 9), (1080, 1920))
+    }
+    assert [grids[0, size] for size in ((9, 9), (1080, 1920))] == [0, 0]
+    assert [grids[masks, (9, 9)] for masks in (1, 100, 5000)] == [1, 100, 5000]
+    assert [grids[masks, (1080, 1920)] for masks in (1, 100, 5000)] == [253, 1600, 5000]
 
 
 @FEW

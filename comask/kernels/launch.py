@@ -35,13 +35,14 @@ KEEP_THREADS = 256
 MAX_BOXES = 8192  # M of nms_keep
 TILE = 32
 # frame_to_canvas.cu has the same values.
-FRAME_THREADS = 256
+FRAME_THREADS, TILE_ROWS, TILE_COLUMNS = 256, 16, 128
 COLOUR_SHIFT = 16
 # paste_masks.cu has the same values.
-MASK_THREADS = 128
+MASK_THREADS = 256
 MAX_CELLS = 56  # M
 
-STRIPS = 8  # blocks per bitmap
+# A launch that pastes has about so many blocks, since masks differ; none writes fewer pixels than that.
+PASTE_BLOCKS, PASTE_PIXELS = 1600, 8192
 INT32_MAX = 2**31 - 1
 
 Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
@@ -206,8 +207,8 @@ def rgb_to_canvas_launch(
     if max(abs(row), abs(column), abs(2 * channel)) > INT32_MAX:
         raise KernelError(f"a frame has strides {list(strides)}; expected strides below 2^30")
     red, blue = (0, 2 * channel) if order == "rgb" else (2 * channel, 0)
-    integers = (*frame_size, *resized_size, *canvas_size, row, column, red, channel, blue)
-    return Launch(FRAME, f"{FRAME}_rgb", canvas_size[0], FRAME_THREADS, integers)
+    integers = (row, column, red, channel, blue)
+    return _frame_launch("rgb", frame_size, resized_size, canvas_size, integers)
 
 
 def nv12_to_canvas_launch(
@@ -254,11 +255,20 @@ def nv12_to_canvas_launch(
         )
     if matrix not in LUMA_SHARES:
         raise KernelError(f"unknown colour matrix {matrix!r}; expected {', '.join(LUMA_SHARES)}")
-    integers = (
-        *frame_size, *resized_size, *canvas_size, *pitches, *chroma_size,
-        *colour_coefficients(matrix, full_range=full_range),
-    )  # fmt: skip
-    return Launch(FRAME, f"{FRAME}_nv12", canvas_size[0], FRAME_THREADS, integers)
+    coefficients = colour_coefficients(matrix, full_range=full_range)
+    integers = (*pitches, *chroma_size, *coefficients)
+    return _frame_launch("nv12", frame_size, resized_size, canvas_size, integers)
+
+
+def _frame_launch(
+    format: str, frame: Size, resized: Size, canvas: Size, integers: tuple[int, ...]
+) -> Launch:
+    # The inverse of destination / source, as in OpenCV: source / destination may round differently.
+    scales = (1 / (to / of) for to, of in zip(resized, frame, strict=True))
+    halves = struct.unpack("<4i", struct.pack("<2d", *scales))
+    grid = _grid(-(-canvas[0] // TILE_ROWS) * -(-canvas[1] // TILE_COLUMNS))
+    integers = (*frame, *resized, *canvas, *halves, *integers)
+    return Launch(FRAME, f"{FRAME}_{format}", grid, FRAME_THREADS, integers)
 
 
 def colour_coefficients(matrix: Matrix, *, full_range: bool) -> tuple[int, ...]:
@@ -342,7 +352,9 @@ class MaskLaunches:
 
         The bitmaps are u8 [N, H, W], 1 inside the mask.
         """
-        return self._launch("paste_masks", self.masks * STRIPS, STRIPS)
+        most = self.image_size[0] * self.image_size[1] // PASTE_PIXELS
+        strips = max(1, min(most, -(-PASTE_BLOCKS // max(1, self.masks))))
+        return self._launch("paste_masks", self.masks * strips, strips)
 
     def _launch(self, entry: str, grid: int, *last: int) -> Launch:
         y_scale, x_scale = self.scale

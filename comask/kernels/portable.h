@@ -30,6 +30,7 @@
 #define BARRIER() __syncthreads()
 
 DEVICE float float_of_bits(int bits) { return __int_as_float(bits); }
+DEVICE double double_of_bits(int low, int high) { return __hiloint2double(high, low); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Halves are passed as their bits, so that NVRTC need not find cuda_fp16.h.
@@ -80,6 +81,12 @@ static thread_local std::barrier<> *current_barrier;
 
 DEVICE float float_of_bits(int bits) {
     float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+DEVICE double double_of_bits(int low, int high) {
+    const unsigned long long bits = (unsigned long long)(unsigned)high << 32 | (unsigned)low;
+    double value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
