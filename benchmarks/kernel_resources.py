@@ -1,6 +1,7 @@
 """Lists the registers, memory and occupancy of every kernel on several GPUs; needs NVRTC, but no GPU.
 
 python benchmarks/kernel_resources.py --output runs/kernel_resources.md
+python benchmarks/kernel_resources.py --expected  # times on three GPUs: computed, not measured
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import kernel_times
 
 from comask.errors import KernelError
-from comask.kernels.compile import CUDA_OPTIONS, FOLDER, HEADER
+from comask.kernels.compile import CUDA_OPTIONS, FOLDER, HEADER, entries
 from comask.kernels.launch import (
     FRAME,
     FRAME_THREADS,
@@ -165,6 +167,24 @@ def table(capabilities: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def expected_table() -> str:
+    """Returns a Markdown table of the times that `kernel_times` computes; nothing is measured."""
+    found = {
+        (entry, capability): needed
+        for capability in kernel_times.GPUS
+        for source in BLOCK_THREADS
+        for entry, needed in resources(source, capability).items()
+    }
+    threads = {work: BLOCK_THREADS[s] for s in BLOCK_THREADS for work in entries(s)} | ENTRY_THREADS
+
+    def describe(entry: str, capability: int) -> str:
+        needed = found[entry, capability]
+        share = occupancy(capability, threads[entry], needed).share
+        return f"{needed.registers}, {share:.0%}"
+
+    return kernel_times.table(describe)
+
+
 def _rounded_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -197,9 +217,13 @@ def _assembler_report(source: str, capability: int) -> str:
     "--capability", "capabilities", multiple=True, type=click.Choice([*map(str, MULTIPROCESSORS)]),
     help="Only GPUs of this compute capability (90 for 9.0); may be repeated.",
 )  # fmt: skip
-def main(output: Path | None, capabilities: tuple[str, ...]) -> None:
+@click.option(
+    "--expected", is_flag=True, help="Print times on three GPUs instead: computed, not measured."
+)
+def main(output: Path | None, capabilities: tuple[str, ...], expected: bool) -> None:
     """Print registers per thread and occupancy of every kernel as a Markdown table."""
-    text = table([int(c) for c in capabilities] or list(MULTIPROCESSORS))
+    chosen = [int(c) for c in capabilities] or list(MULTIPROCESSORS)
+    text = expected_table() if expected else table(chosen)
     click.echo(text, nl=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from comask.kernels import compile
+from comask.kernels.launch import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    MaskLaunches,
+    nv12_to_canvas_launch,
+)
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
@@ -31,15 +37,18 @@ REGISTERS = {
     "sorted_nms": (40, 40, 40, 40, 40, 40, 48, 48),
     "nms_overlaps": (48, 48, 48, 48, 48, 56, 48, 48),
     "nms_keep": (40, 32, 40, 40, 40, 40, 64, 64),
-    "frame_to_canvas_rgb": (56, 56, 56, 56, 56, 56, 56, 56),
-    "frame_to_canvas_nv12": (40, 40, 40, 40, 40, 48, 48, 48),
-    "mask_edge_counts": (64, 64, 64, 64, 64, 72, 72, 72),
-    "mask_edges": (72, 72, 72, 72, 72, 80, 88, 88),
-    "paste_masks": (64, 64, 64, 64, 64, 64, 72, 80),
+    "frame_to_canvas_rgb": (72, 72, 72, 72, 72, 80, 80, 72),
+    "frame_to_canvas_nv12": (64, 64, 64, 64, 64, 64, 64, 64),
+    "mask_edge_counts": (56, 48, 48, 48, 48, 56, 56, 56),
+    "mask_edges": (64, 56, 56, 56, 56, 56, 72, 72),
+    "paste_masks": (64, 64, 64, 64, 64, 64, 64, 64),
 }
 SHARED = {
-    "pyramid_roi_align": 4096, "sorted_nms": 32768, "frame_to_canvas": 0, "paste_masks": 14264,
-}  # fmt: skip
+    "pyramid_roi_align": 4096,
+    "sorted_nms": 32768,
+    "frame_to_canvas": 4608,
+    "paste_masks": 26008,
+}
 
 
 @pytest.fixture
@@ -83,12 +92,12 @@ def test_every_kernel_is_listed(tool: ModuleType) -> None:
 
 
 def test_a_spill_is_seen(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 16 blocks of 128 threads on a multiprocessor, 32 registers are left to a thread."""
+    """With 8 blocks of 256 threads on a multiprocessor, 32 registers are left to a thread."""
     shutil.copytree(compile.FOLDER, tmp_path / "sources")
     source = tmp_path / "sources" / "paste_masks.cu"
     source.write_text(
         source.read_text().replace(
-            "KERNEL(paste_masks, THREADS, 4)", "KERNEL(paste_masks, THREADS, 16)"
+            "KERNEL(paste_masks, THREADS, 4)", "KERNEL(paste_masks, THREADS, 8)"
         )
     )
     monkeypatch.setattr(tool, "FOLDER", tmp_path / "sources")
@@ -185,3 +194,39 @@ def test_the_command_writes_a_table(tool: ModuleType, tmp_path: Path) -> None:
     assert {line.count("|") for line in (header, rule, *rows)} == {5}
     assert any(row.startswith("| sorted_nms | 1024 | 928 B | ") and "50%" in row for row in rows)
     assert any(row.startswith("| nms_keep | 256 | 32768 B | ") and "75%" in row for row in rows)
+
+
+def test_the_model_of_times_by_hand(tool: ModuleType) -> None:
+    times = tool.kernel_times
+    gpu = times.Gpu("made up", multiprocessors=10, bandwidth=1e9, clock=1e9, doubles=2)
+    work = times.Work("k", "s", read=600, written=400, steps=((3200, 12), (320, 2)), doubles=10**5)
+    found = times.expected(work, gpu)
+    assert found.floor == pytest.approx(1e-6)
+    assert found.memory == pytest.approx(1e-6 / 0.85)
+    assert found.issue == pytest.approx((3200 * 12 + 320 * 2) / 32 / (10 * 1e9 * 4 * 0.6))
+    assert found.issue == pytest.approx(5.0833e-8, rel=1e-4)
+    assert found.double == pytest.approx(5e-6)  # 10^5 operations, 20 in a nanosecond
+    assert found.total == pytest.approx(7e-6)  # and 2 µs for the launch
+
+
+def test_the_model_has_the_launches_sizes(tool: ModuleType) -> None:
+    works = {work.entry: work for work in tool.kernel_times.WORK}
+    assert set(works) <= set(REGISTERS)
+    masks = MaskLaunches(tool.kernel_times.MASKS, 28, tool.kernel_times.IMAGE, 0.5).bitmaps()
+    assert masks.grid == tool.kernel_times.MASKS * tool.kernel_times.PASTE_STRIPS
+    assert works["paste_masks"].written == masks.integers[0] * 1080 * 1920
+    canvas = nv12_to_canvas_launch(
+        (1080, 1920), (540, 960), (1920, 1920), (750, 1333), (800, 1344), matrix="bt709",
+        full_range=False,
+    )  # fmt: skip
+    assert works["frame_to_canvas_nv12"].doubles == canvas.grid * 5 * (TILE_ROWS + TILE_COLUMNS)
+
+
+def test_expected_times_are_a_table_on_request(tool: ModuleType) -> None:
+    result = CliRunner().invoke(tool.main, ["--expected"])
+    assert result.exit_code == 0, result.output
+    header, rule, *rows = result.output.splitlines()
+    assert len(rows) == len(tool.kernel_times.WORK) * len(tool.kernel_times.GPUS)
+    assert {line.count("|") for line in (header, rule, *rows)} == {10}
+    latency = [row for row in rows if row.endswith("| none: decided by dependent steps |")]
+    assert {row.split()[1][:4] for row in latency} == {"sort", "nms_", "mask"}
