@@ -41,7 +41,7 @@ COLOUR_SHIFT = 16
 MASK_THREADS = 256
 MAX_CELLS = 56  # M
 
-# A launch that pastes has about so many blocks, since masks differ; none writes fewer pixels than that.
+# A launch that pastes has about this many blocks, since masks differ, each of at least this many pixels.
 PASTE_BLOCKS, PASTE_PIXELS = 1600, 8192
 INT32_MAX = 2**31 - 1
 
