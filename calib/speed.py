@@ -13,7 +13,7 @@ from comask.bundle import Bundle, Manifest, update_manifest, with_graphs
 from comask.errors import PrecisionError
 from comask.runtime.backends.trt import open_engines
 from comask.runtime.bench.timing import take_turns
-from comask.runtime.device import find_gpu
+from comask.runtime.gpu import find_gpu
 from comask.runtime.predictor import Predictor
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines, why_not_proved
 

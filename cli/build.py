@@ -31,8 +31,8 @@ from comask.export.build_options import (
 )
 from comask.progress import Progress
 from comask.runtime.backends import require_precision
-from comask.runtime.device import find_gpu
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.gpu import find_gpu
+from comask.runtime.trt.flavor import load_flavor
 
 if TYPE_CHECKING:
     import numpy as np

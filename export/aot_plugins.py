@@ -31,9 +31,9 @@ from comask.kernels.launch import (
     float32_below,
     float_bits,
 )
-from comask.runtime.device import Gpu
-from comask.runtime.trt.engine import Flavor
+from comask.runtime.gpu import Gpu
 from comask.runtime.trt.engine_folder import AMPERE
+from comask.runtime.trt.flavor import Flavor
 from comask.runtime.trt.memory_format import CHANNELS_LAST
 from comask.runtime.trt.ops import (
     NAMESPACE,

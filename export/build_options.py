@@ -11,8 +11,8 @@ from comask.bundle import Manifest
 from comask.errors import ConfigError, EngineError
 from comask.export.aot_plugins import check_aot
 from comask.kernels.launch import LEVEL_STRIDES
-from comask.runtime.device import Gpu
-from comask.runtime.trt.engine import Flavor
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.flavor import Flavor
 
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 PLUGINS = ("python", "aot", "none")
@@ -148,6 +148,19 @@ class Profile:
     def ranges(self) -> dict[str, Range]:
         """Returns the ranges by name."""
         return dataclasses.asdict(self)
+
+    def by_batch(self) -> tuple[Self, ...]:
+        """Returns a profile for all batches and one for a single image, if the range has more than that.
+
+        TensorRT takes the kernels that are fastest at a profile's best sizes. The first profile's best
+        batch is the range's own unless that is a single image, and then the largest. It has the whole
+        range, because other programs take a plan's first profile.
+        """
+        least, best, largest = self.batch
+        if not least == 1 < largest:
+            return (self,)
+        batch = (1, best if best > 1 else largest, largest)
+        return dataclasses.replace(self, batch=batch), dataclasses.replace(self, batch=(1, 1, 1))
 
     def shapes(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Shapes]:
         """Returns the least, best and largest shape of each input of a graph.

@@ -26,8 +26,7 @@ from comask.export.layer_precision import asked_precisions, check_precisions
 from comask.export.trt_functions import with_plugins, without_plugins
 from comask.export.verify import prove_engines
 from comask.files import locked
-from comask.runtime.device import Gpu, find_gpu
-from comask.runtime.trt.engine import Flavor, load_flavor
+from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.trt.engine_folder import (
     DESCRIPTION,
     ENGINES,
@@ -38,6 +37,7 @@ from comask.runtime.trt.engine_folder import (
     leak_of,
     why_not_proved,
 )
+from comask.runtime.trt.flavor import Flavor, load_flavor
 from comask.runtime.trt.memory_format import map_format
 from comask.runtime.trt.ops import kernels_sha256
 
@@ -253,12 +253,16 @@ def _build_stage(
     (work / "graph.onnx").write_bytes(model.SerializeToString())
     plan = finished / PLANS[stage]
     tuned_here = info.flavor == "tensorrt"  # TensorRT-RTX tunes a plan only when it is loaded.
+    profile = Profile(**info.profile)
+    # TensorRT-RTX compiles its kernels for the shapes that come, so it needs no second profile.
+    profiles = profile.by_batch() if tuned_here else (profile,)
+    inputs = bundle.manifest.graphs[stage]["inputs"]
     request = PlanRequest(
         flavor=info.flavor,
         plugin=info.plugin,
         graph=str(work / "graph.onnx"),
         plan=str(plan),
-        profile=Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"]),
+        profiles=tuple(profile.shapes(inputs) for profile in profiles),
         options=BuildOptions(**info.options),
         map_format=info.map_format,
         timing_cache=str(finished / TIMING_CACHE) if tuned_here else None,

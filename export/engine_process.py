@@ -27,8 +27,8 @@ from comask.export.aot_plugins import ptx_capability, register_aot_plugins
 from comask.export.build_options import BuildOptions, Shapes
 from comask.export.layer_precision import engine_layers, network_layers
 from comask.kernels.launch import LEVEL_STRIDES
-from comask.runtime.device import find_gpu
-from comask.runtime.trt.engine import Flavor, load_flavor, search_path
+from comask.runtime.gpu import find_gpu
+from comask.runtime.trt.flavor import Flavor, load_flavor, search_path
 from comask.runtime.trt.plugins import register_plugins
 
 LAST_WORDS = 3  # lines of a dead process's standard error that go into the message
@@ -46,7 +46,7 @@ class PlanRequest:
         plugin: `python`, `aot` or `none`.
         graph: path of the ONNX file.
         plan: path of the plan to write.
-        profile: least, best and largest shape of each input.
+        profiles: least, best and largest shape of each input, in each profile of the plan.
         options: the builder's options.
         map_format: TensorRT's name of the memory format of the feature maps.
         timing_cache: path of the cache that is read and written; None for no cache.
@@ -57,7 +57,7 @@ class PlanRequest:
     plugin: str
     graph: str
     plan: str
-    profile: dict[str, Shapes]
+    profiles: tuple[dict[str, Shapes], ...]
     options: BuildOptions
     map_format: str
     timing_cache: str | None
@@ -187,7 +187,8 @@ def build_plan(request: PlanRequest, emit: Emit) -> BuiltPlan:
     _set_map_format(flavor, network, request.map_format)
     config = builder.create_builder_config()
     _apply_options(flavor, config, request.options)
-    _add_profile(flavor, builder, config, request.profile)
+    for shapes in request.profiles:
+        _add_profile(flavor, builder, config, shapes)
     monitor = _monitor(trt, emit)
     config.progress_monitor = monitor
     cache = _load_timing_cache(config, request.timing_cache)

@@ -1,11 +1,10 @@
 """Finds the GPU (ctypes on the driver), and handles its memory, streams, events and graphs (pycuda).
 
-Finding the GPU loads no CUDA package and creates no context. Everything else happens in the device's
-primary context, which PyTorch, ONNX Runtime and the owners of foreign streams share. A context is current
-per thread, so every use of a `Device`'s objects, freeing them included, must be inside `with device:`.
-pycuda can free an object in any thread, but only if the very same Context object is current; therefore a
-process has one `Device` per GPU. Nothing is left to the garbage collector, which would free objects in an
-arbitrary thread.
+Everything happens in the device's primary context, which PyTorch, ONNX Runtime and the owners of foreign
+streams share. A context is current per thread, so every use of a `Device`'s objects, freeing them
+included, must be inside `with device:`. pycuda can free an object in any thread, but only if the very
+same Context object is current; therefore a process has one `Device` per GPU. Nothing is left to the
+garbage collector, which would free objects in an arbitrary thread.
 
 pycuda has neither graphs nor events on foreign streams; ctypes calls the driver for those.
 """
@@ -18,72 +17,23 @@ import importlib
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import BackendUnavailableError, EngineError
-from comask.kernels.run import CAPABILITY_MAJOR, CAPABILITY_MINOR
+from comask.runtime.gpu import libcuda
 
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
+BLOCKING = 1  # CU_EVENT_BLOCKING_SYNC: a thread that waits sleeps, instead of keeping a core busy
 DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING: makes recording and waiting cheaper
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
-DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 MIB = 2**20
 
 _devices: dict[int, Device] = {}
 _opening = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """The properties of a GPU that an engine depends on.
-
-    Attributes:
-        name: NVIDIA's name of the model.
-        capability: the compute capability, 90 for 9.0.
-        driver: the newest CUDA version that the driver supports, 13000 for 13.0.
-        memory: total memory in bytes.
-    """
-
-    name: str
-    capability: int
-    driver: int
-    memory: int
-
-
-def find_gpu(index: int = 0) -> Gpu | None:
-    """Returns the GPU with this index; None without a driver or such a GPU."""
-    return find_gpu_or_reason(index)[0]
-
-
-def find_gpu_or_reason(index: int = 0) -> tuple[Gpu | None, str]:
-    """Returns the GPU and an empty text, or None and the reason."""
-    try:
-        cuda = _libcuda()
-    except OSError as error:
-        return None, f"no NVIDIA driver ({error})"
-    status = cuda.cuInit(0)
-    if status:
-        return None, f"the NVIDIA driver does not start (cuInit returned {status})"
-    count, device = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-    if index >= count.value:
-        return None, f"the driver sees {count.value} GPUs, number {index} was asked for"
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGetName(name, len(name), device)
-    major, minor, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    memory = ctypes.c_size_t()
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    capability = 10 * major.value + minor.value
-    return Gpu(name.value.decode(), capability, version.value, memory.value), ""
 
 
 def open_device(index: int = 0) -> Device:
@@ -194,11 +144,13 @@ class PinnedMemory:
 
     Attributes:
         bytes: u8 [size]; neither it nor a view of it may be used after `free`.
+        address: address of the first byte.
         size: size in bytes.
     """
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
         self.bytes, self.size = array, array.size
+        self.address: int = array.ctypes.data
         self._allocation: Any = array.base
 
     def free(self) -> None:
@@ -220,6 +172,7 @@ class Stream:
         self.handle = int(self._stream.handle)
         self._event = ctypes.c_void_p()
         _call("cuEventCreate", ctypes.byref(self._event), DISABLE_TIMING)
+        self._end = Event(timed=False)
 
     def copy_in(self, memory: DeviceMemory, array: NDArray[Any], offset: int = 0) -> None:
         """Queues a copy from a contiguous host array, which must not change until the copy is done."""
@@ -242,10 +195,8 @@ class Stream:
         Raises:
             EngineError: if some of it failed; CUDA then refuses all further calls of this process.
         """
-        try:
-            self._stream.synchronize()
-        except self._driver.Error as error:
-            raise EngineError(f"work on the GPU failed, start a new process: {error}") from error
+        self._end.record(self)
+        self._end.synchronize()
 
     def wait_for(self, foreign: int) -> None:
         """Makes later work on this stream wait for the work that is now queued on another stream.
@@ -272,7 +223,7 @@ class Stream:
             queue()
         except BaseException:
             # the capture must end; an invalid one ends with an error and without a graph
-            _libcuda().cuStreamEndCapture(ctypes.c_void_p(self.handle), ctypes.byref(template))
+            libcuda().cuStreamEndCapture(ctypes.c_void_p(self.handle), ctypes.byref(template))
             if template:
                 _call("cuGraphDestroy", template)
             raise
@@ -286,6 +237,7 @@ class Stream:
         """Waits for the stream's work, then destroys the stream."""
         self.synchronize()
         _call("cuEventDestroy_v2", self._event)
+        self._end.close()
         self._stream = None  # pycuda destroys it with its last reference
 
 
@@ -294,7 +246,8 @@ class Event:
 
     def __init__(self, *, timed: bool) -> None:
         self._event = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._event), 0 if timed else DISABLE_TIMING)
+        flags = BLOCKING if timed else BLOCKING | DISABLE_TIMING
+        _call("cuEventCreate", ctypes.byref(self._event), flags)
 
     def since(self, earlier: Event) -> float:
         """Returns the seconds between two timed events by the GPU's clock; both must be past."""
@@ -320,14 +273,21 @@ class Event:
         Raises:
             EngineError: if some of it failed.
         """
-        status = _libcuda().cuEventQuery(self._event)
+        status = libcuda().cuEventQuery(self._event)
         if status not in (0, NOT_READY):
             raise EngineError(f"work on the GPU failed with {status}, start a new process")
         return bool(status == 0)
 
     def synchronize(self) -> None:
-        """Waits until the work before the event is done; other threads can run meanwhile."""
-        _call("cuEventSynchronize", self._event)
+        """Waits until the work before the event is done; other threads can run meanwhile.
+
+        Raises:
+            EngineError: if some of it failed; CUDA then refuses all further calls of this process.
+        """
+        try:
+            _call("cuEventSynchronize", self._event)
+        except EngineError as error:
+            raise EngineError(f"work on the GPU failed, start a new process: {error}") from error
 
     def close(self) -> None:
         """Destroys the event."""
@@ -356,7 +316,7 @@ class Graph:
 
 
 def _call(name: str, *arguments: object) -> None:
-    status = getattr(_libcuda(), name)(*arguments)
+    status = getattr(libcuda(), name)(*arguments)
     if status:
         raise EngineError(f"{name} failed with {status}, a CUresult of NVIDIA's cuda.h")
 
@@ -370,20 +330,3 @@ def _call_on(foreign: int, name: str, *arguments: object) -> None:
             f"CUDA stream {foreign:#x} cannot be waited for: {error}; expected the handle of a stream of "
             "this GPU's primary context that still exists"
         ) from error
-
-
-def gpu_at(address: int) -> int | None:
-    """Returns the index of the GPU that owns an address; None if the driver is missing or knows none."""
-    index = ctypes.c_int()
-    try:
-        status = _libcuda().cuPointerGetAttribute(
-            ctypes.byref(index), DEVICE_ORDINAL, ctypes.c_uint64(address)
-        )
-    except OSError:
-        return None
-    return None if status else index.value
-
-
-@functools.cache
-def _libcuda() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")

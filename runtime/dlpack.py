@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import ImageError
-from comask.runtime.device import gpu_at
+from comask.runtime.gpu import gpu_at
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
 KINDS = "iuf"  # numpy's letters of DLDataTypeCode 0..2

@@ -29,8 +29,8 @@ from comask.runtime.backends.ort_install import (
     packages,
     reinstall,
 )
-from comask.runtime.device import find_gpu, find_gpu_or_reason
-from comask.runtime.trt.engine import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
+from comask.runtime.gpu import find_gpu, find_gpu_or_reason
+from comask.runtime.trt.flavor import LIBRARY, MODULES, PACKAGES, load_flavor, wheel_library
 
 NEWEST_PYTHON = (3, 13)
 KERNELS = (ROI_ALIGN, NMS, FRAME, MASKS)

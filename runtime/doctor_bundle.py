@@ -10,9 +10,8 @@ from typing import Any
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError
 from comask.evaluate import ap_text
-from comask.runtime.device import find_gpu
 from comask.runtime.doctor import Advice, Finding, run_check
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.gpu import find_gpu
 from comask.runtime.trt.engine_folder import (
     ENGINES,
     PLANS,
@@ -20,6 +19,7 @@ from comask.runtime.trt.engine_folder import (
     rebuild_command,
     why_not_on,
 )
+from comask.runtime.trt.flavor import load_flavor
 from comask.runtime.trt.ops import kernels_sha256
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
@@ -15,6 +16,7 @@ from comask.structures import Detections
 
 Item = TypeVar("Item")
 FoundAt: TypeAlias = Mapping[str, Detections]  # by the names of `FOUND_AT`
+Outcome: TypeAlias = FoundAt | Exception  # of an image that was run
 
 # The points at which the network's detections can be read, and for each the outputs that replace stage
 # 2's own: its result, the proposals with the coarse masks, and the boxes for which all cells count alike.
@@ -77,6 +79,38 @@ class ImagePredictor(Protocol):
         """Returns each image's detections at each point of `FOUND_AT`."""
 
 
+@dataclass(slots=True)
+class _Window(Generic[Item]):
+    """Images that run together, in order.
+
+    Attributes:
+        names: the name of each image.
+        results: the result of each image, as far as it is known before the image has run.
+        prepared: the images that can run, by their places.
+        pixels: the number of all pixels.
+        outcomes: what becomes of each prepared image, once the backend was given them.
+        failure: the error with which the items ended, if they did.
+    """
+
+    names: list[str] = field(default_factory=list)
+    results: list[ImageResult[Item]] = field(default_factory=list)
+    prepared: dict[int, Prepared] = field(default_factory=dict)
+    pixels: int = 0
+    outcomes: Future[Sequence[Outcome]] = field(default_factory=Future)
+    failure: Exception | None = None
+
+    def finished(self, outcomes: Sequence[Outcome]) -> Iterator[ImageResult[Item]]:
+        """Yields the result of each image."""
+        by_place = dict(zip(self.prepared, outcomes, strict=True))
+        for place, (name, result) in enumerate(zip(self.names, self.results, strict=True)):
+            outcome = by_place.get(place)
+            if isinstance(outcome, Exception):
+                error = ImageError(f"{name}: cannot be run: {one_line(outcome)}")
+                yield replace(result, error=error)
+            else:
+                yield result if outcome is None else replace(result, stages=outcome)
+
+
 class ImageRunner:
     """Runs images; one that cannot be decoded or run is reported, and the others go on.
 
@@ -101,23 +135,62 @@ class ImageRunner:
     def run(
         self, items: Iterable[Item], decode: Callable[[Item], Pixels], *, isolate: bool = True
     ) -> Iterator[ImageResult[Item]]:
-        """Yields the result of each image, in order; see `Predictor.map`."""
-        window: list[tuple[str, ImageResult[Item]]] = []
-        waiting = 0  # pixels in the window
-        for number, item in enumerate(items):
-            # arrays and Pillow images have no name
-            name = f"image {number}" if hasattr(item, "__array_interface__") else str(item)
+        """Yields the result of each image, in order; see `Predictor.map`.
+
+        While the backend runs a window in another thread, the caller's thread prepares the next one.
+        """
+        ahead: _Window[Item] | None = None
+        with ThreadPoolExecutor(1, "comask") as backend:
+            for window in self._windows(items, decode):
+                outcomes = ahead.outcomes.result() if ahead else []
+                images = list(window.prepared.values())
+                window.outcomes = backend.submit(self._outcomes, images, isolate)
+                if ahead:
+                    yield from ahead.finished(outcomes)
+                ahead = window
+            if ahead:
+                yield from ahead.finished(ahead.outcomes.result())
+                if ahead.failure:
+                    raise ahead.failure
+
+    def _windows(
+        self, items: Iterable[Item], decode: Callable[[Item], Pixels]
+    ) -> Iterator[_Window[Item]]:
+        """Yields windows of prepared images.
+
+        If the items end with an error, the last window has it, so that the images before get results.
+        """
+        window = _Window[Item]()
+        try:
+            for number, item in enumerate(items):
+                # arrays and Pillow images have no name
+                name = f"image {number}" if hasattr(item, "__array_interface__") else str(item)
+                self._add(window, name, item, decode)
+                # the limit for one image is the limit for the whole window as well
+                if len(window.results) == self._window or window.pixels > MOST_IMAGE_PIXELS:
+                    yield window
+                    window = _Window[Item]()
+        except Exception as error:
+            window.failure = error
+        yield window
+
+    def _add(
+        self, window: _Window[Item], name: str, item: Item, decode: Callable[[Item], Pixels]
+    ) -> None:
+        """Decodes and prepares an image."""
+        place, pixels, error = len(window.results), None, None
+        try:
+            pixels = decode(item)
+        except ImageError as raised:
+            error = raised
+        if pixels is not None:
+            window.pixels += pixels.size // 3
             try:
-                result = ImageResult(item, decode(item))
-            except ImageError as error:
-                result = ImageResult(item, None, error=error)
-            window.append((name, result))
-            waiting += 0 if result.pixels is None else result.pixels.size // 3
-            # the limit for one image is the limit for the whole window as well
-            if len(window) == self._window or waiting > MOST_IMAGE_PIXELS:
-                yield from self._results(window, isolate)
-                window, waiting = [], 0
-        yield from self._results(window, isolate)
+                window.prepared[place] = self._predictor.prepare(pixels)
+            except ImageError as raised:
+                error = ImageError(f"{name}: {raised}")
+        window.names.append(name)
+        window.results.append(ImageResult(item, pixels, error=error))
 
     def check(self) -> None:
         """Runs the probe image.
@@ -127,29 +200,10 @@ class ImageRunner:
         """
         self._predictor.predict_stages([self._probe])
 
-    def _results(
-        self, window: list[tuple[str, ImageResult[Item]]], isolate: bool
-    ) -> Iterator[ImageResult[Item]]:
-        prepared: dict[int, Prepared] = {}
-        errors: dict[int, ImageError] = {}
-        for place, (name, result) in enumerate(window):
-            if result.pixels is not None:
-                try:
-                    prepared[place] = self._predictor.prepare(result.pixels)
-                except ImageError as error:
-                    errors[place] = ImageError(f"{name}: {error}")
-        images = list(prepared.values())
-        outcomes = self._isolated(images) if isolate else self._predictor.predict_stages(images)
-        by_place = dict(zip(prepared, outcomes, strict=True))
-        for place, (name, result) in enumerate(window):
-            outcome = by_place.get(place)
-            if isinstance(outcome, Exception):
-                errors[place] = ImageError(f"{name}: cannot be run: {one_line(outcome)}")
-            elif outcome is not None:
-                result = replace(result, stages=outcome)
-            yield replace(result, error=errors[place]) if place in errors else result
+    def _outcomes(self, images: Sequence[Prepared], isolate: bool) -> Sequence[Outcome]:
+        return self._isolated(images) if isolate else self._predictor.predict_stages(images)
 
-    def _isolated(self, images: Sequence[Prepared]) -> list[FoundAt | Exception]:
+    def _isolated(self, images: Sequence[Prepared]) -> list[Outcome]:
         """Returns each image's detections, or its error."""
         try:
             stages = self._predictor.predict_stages(images)

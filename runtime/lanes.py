@@ -21,6 +21,7 @@ from comask.structures import Detections, detections_from_outputs
 
 Outputs: TypeAlias = dict[str, NDArray[Any]]  # stage 2's outputs by name
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
+Computed: TypeAlias = tuple[Outputs, list[Edges] | None]  # `Batch.outputs` and `Batch.edges`
 
 
 @dataclass(eq=False)
@@ -110,7 +111,7 @@ class Lane(Protocol):
     def release_read(self) -> None:
         """Releases the caller's frames if they have been read."""
 
-    def fetch(self, batch: Batch) -> tuple[Outputs, list[Edges] | None]:
+    def fetch(self, batch: Batch) -> Computed:
         """Returns `outputs` and `edges` of the last batch, which must be done.
 
         Raises:
@@ -175,7 +176,10 @@ class HostLane:
             prepared = [prepare(frame.pixels(), batch.preprocess) for frame in batch.frames]
         finally:
             batch.release()
-        batch.kept = self._worker.submit(self._run, *stacked(prepared))
+        batch.kept = self._worker.submit(self._computed, *stacked(prepared))
+
+    def _computed(self, images: NDArray[Any], image_sizes: NDArray[Any]) -> Computed:
+        return self._run(images, image_sizes), None
 
     def wait(self, batch: Batch, seconds: float | None) -> bool:
         """Waits for the batch, at most `seconds`, and returns whether it is done."""
@@ -184,17 +188,18 @@ class HostLane:
     def release_read(self) -> None:
         """Does nothing, since `start` releases the frames."""
 
-    def fetch(self, batch: Batch) -> tuple[Outputs, None]:
-        """Returns the batch's outputs, or raises its error."""
-        return batch.kept.result(), None
+    def fetch(self, batch: Batch) -> Computed:
+        """Returns the batch's outputs and edges, or raises its error."""
+        computed: Computed = batch.kept.result()
+        return computed
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
         """Waits for the batch and returns its outputs, which stay valid."""
-        return HostMemory(batch.kept.result()).shared()
+        return HostMemory(batch.kept.result()[0]).shared()
 
     def bitmaps(self, batch: Batch, place: int) -> SharedArray:
         """Waits for the batch and returns the masks of one frame in its own pixels."""
-        outputs = batch.kept.result()
+        outputs = batch.kept.result()[0]
         detections = detections_from_outputs(
             outputs, batch.placements, mask_threshold=batch.mask_threshold
         )[place]
@@ -230,12 +235,12 @@ class HostLanes:
         if frame.device is not None:
             raise ImageError(
                 f"a frame is on GPU {frame.device}, and {self._backend} reads the host's memory: "
-                "copy the frame to the host, or take a tensorrt backend"
+                "copy the frame to the host, or take a backend on the GPU"
             )
         if stream is not None:
             raise ImageError(
                 f"a frame is written on CUDA stream {stream:#x}, and {self._backend} cannot wait for "
-                "streams: synchronise it and give no stream, or take a tensorrt backend"
+                "streams: synchronise it and give no stream, or take a backend on the GPU"
             )
         return frame
 

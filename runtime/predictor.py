@@ -237,7 +237,7 @@ class Predictor(Closing):
     ) -> StreamSession:
         """Opens a session for video frames, which a GPU reads in the caller's memory.
 
-        Backends without a GPU run the slots' batches one after the other in another thread.
+        Another thread runs the slots' batches one after the other, unless the backend is TensorRT.
 
         Args:
             cuda_stream: the stream that writes the frames, unless `submit` gets another one: a handle, an

@@ -8,7 +8,7 @@ of the same server.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class ServerSession:
         # a tensor's array is the server's memory, which is freed with the tensor
         return {tensor.name(): np.array(tensor.as_numpy()) for tensor in outputs}
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the stage and returns its outputs by name; the arrays belong to the caller."""
+    def run(self, feeds: Mapping[str, Array], keep: Collection[str] = ()) -> dict[str, Array]:
+        """Runs the stage and returns all outputs by name; the arrays belong to the caller."""
         return self.infer_on_host([pb_utils.Tensor(name, feed) for name, feed in feeds.items()])
 
     def close(self) -> None:
@@ -88,7 +88,12 @@ class ServerStages(Stages):
 
     @override
     def run(
-        self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
+        self,
+        images: Array,
+        image_sizes: Array,
+        *,
+        seconds: dict[str, float] | None = None,
+        keep: Collection[str] = (),
     ) -> dict[str, Array]:
         # `seconds` is ignored: the server measures them itself
         sizes = pb_utils.Tensor("image_sizes", image_sizes)

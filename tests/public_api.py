@@ -22,7 +22,7 @@ import click
 
 MODULES = (
     "comask", "comask.bundle", "comask.config", "comask.draw", "comask.errors", "comask.preprocess",
-    "comask.runtime", "comask.runtime.trt.engine", "comask.runtime.trt.plugins",
+    "comask.runtime", "comask.runtime.trt.flavor", "comask.runtime.trt.plugins",
     "comask.runtime.video",
 )  # fmt: skip
 

@@ -45,6 +45,7 @@ int standin_no_capture; /* no capture ends well */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of counts and lists, never held in a call */
 
 #include "standin_contexts.h"
+#include "standin_trace.h"
 
 /* Memory. Lists hold what is live; `host` is page-locked. */
 typedef struct Block {
@@ -103,9 +104,10 @@ typedef struct Task {
     void *argument;
     struct Stream *awaited; /* up to its task number `position` */
     long position;
-    void *arguments[20]; /* of a kernel, in `values` */
-    long long values[20];
+    void *arguments[24]; /* of a kernel, in `values` */
+    long long values[24];
     int kernel; /* how many */
+    char label[64]; /* for the trace */
     struct Task *next;
 } Task;
 
@@ -190,7 +192,8 @@ static int enqueue(void *handle, Task task) {
     *copy = task;
     copy->next = NULL;
     pthread_mutex_lock(&lock);
-    if (stream->captured) {
+    const int captured = stream->captured != NULL;
+    if (captured) {
         *stream->captured->last = copy;
         stream->captured->last = &copy->next;
     } else {
@@ -199,12 +202,13 @@ static int enqueue(void *handle, Task task) {
         ++stream->queued;
     }
     pthread_mutex_unlock(&lock);
+    if (!captured) note("%s\n", task.label);
     return SUCCESS;
 }
 
 /* For other stand-ins, whose work is on a stream as well. */
 int standin_enqueue(void *stream, void (*call)(void *), void *argument) {
-    return enqueue(stream, (Task){.call = call, .argument = argument});
+    return enqueue(stream, (Task){.call = call, .argument = argument, .label = "network"});
 }
 
 int cuStreamCreate(void **handle, unsigned flags) {
@@ -227,6 +231,7 @@ int cuStreamSynchronize(void *handle) {
     if (!current_context) return INVALID_CONTEXT;
     if (!stream) return INVALID_HANDLE;
     if (stream->captured) return CAPTURE_UNSUPPORTED;
+    note("synchronize stream\n");
     finish(stream, stream->queued);
     return SUCCESS;
 }
@@ -293,7 +298,9 @@ int cuGraphInstantiateWithFlags(Graph **exec, Graph *graph, unsigned long long f
 }
 
 int cuGraphLaunch(Graph *exec, void *stream) {
+    note("launch graph\n");
     for (Task *task = exec->first; task; task = task->next) {
+        note("  ");
         int status = enqueue(stream, *task);
         if (status) return status;
     }
@@ -311,19 +318,25 @@ int cuStreamDestroy_v2(void *handle) {
 
 #include "standin_events.h"
 
+static int copy(void *stream, const char *kind, void *to, const void *from, size_t bytes) {
+    Task task = {.to = to, .from = from, .bytes = bytes};
+    snprintf(task.label, sizeof task.label, "%s %zu", kind, bytes);
+    return enqueue(stream, task);
+}
+
 int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     if (!is_device(to, bytes)) return INVALID_VALUE;
-    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+    return copy(stream, "copy in", to, from, bytes);
 }
 
 int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     if (!is_device(from, bytes)) return INVALID_VALUE;
-    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+    return copy(stream, "copy out", to, from, bytes);
 }
 
 int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
     if (!is_device(from, bytes) || !is_device(to, bytes)) return INVALID_VALUE;
-    return enqueue(stream, (Task){.to = to, .from = from, .bytes = bytes});
+    return copy(stream, "copy over", to, from, bytes);
 }
 
 int standin_ordinal; /* of the GPU that all memory is said to lie on */

@@ -12,7 +12,7 @@ import numpy as np
 from comask.bundle import STAGES, Bundle, graph_file, sha256
 from comask.export.build_options import Profile
 from comask.kernels.launch import LEVEL_STRIDES
-from comask.runtime.device import find_gpu
+from comask.runtime.gpu import find_gpu
 from comask.runtime.trt.engine_folder import DESCRIPTION, ENGINES, PLANS, EngineFolder, EngineInfo
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.structures import Detections
@@ -40,7 +40,11 @@ def write_engines(
     place = bundle.folder / ENGINES / info.folder_name
     place.mkdir(parents=True, exist_ok=True)
     for stage, name in PLANS.items():
-        shapes = Profile(**info.profile).shapes(bundle.manifest.graphs[stage]["inputs"])
+        profile = Profile(**info.profile)
+        inputs = bundle.manifest.graphs[stage]["inputs"]
+        # as `comask build` does
+        profiles = profile.by_batch() if flavor == "tensorrt" else (profile,)
+        shapes = [profile.shapes(inputs) for profile in profiles]
         needed = tuple(op.name for op in OPS) if plugin == "python" else ()
         graph = bundle.graph(stage, "fp32")
         formats = dict.fromkeys(LEVEL_STRIDES, info.map_format)

@@ -33,6 +33,7 @@ int cuEventQuery(void *handle) {
 int cuEventSynchronize(void *handle) {
     Event event = *(Event *)handle;
     if (!current_context) return INVALID_CONTEXT;
+    note("synchronize event\n");
     if (event.stream) finish(event.stream, event.position);
     return SUCCESS;
 }
@@ -41,7 +42,8 @@ int cuStreamWaitEvent(void *stream, void *handle, unsigned flags) {
     Event event = *(Event *)handle;
     if (flags) return INVALID_VALUE;
     if (!event.stream) return SUCCESS; /* never recorded */
-    return enqueue(stream, (Task){.awaited = event.stream, .position = event.position});
+    return enqueue(stream, (Task){.awaited = event.stream, .position = event.position,
+                                  .label = "wait for another stream"});
 }
 
 /* The stand-in's clock: a millisecond for every task of a stream. */

@@ -14,7 +14,7 @@ static struct {
     int inputs, arguments; /* inputs and the last argument are pointers */
     void *entry;
 } waiting_kernels[] = {
-    {"frame_to_canvas_rgb", 1, 13, NULL}, {"frame_to_canvas_nv12", 2, 19, NULL},
+    {"frame_to_canvas_rgb", 1, 17, NULL}, {"frame_to_canvas_nv12", 2, 23, NULL},
     {"mask_edge_counts", 3, 11, NULL}, {"mask_edges", 3, 12, NULL}, {"paste_masks", 3, 12, NULL},
 };
 enum { WAITING_KERNELS = sizeof waiting_kernels / sizeof *waiting_kernels };
@@ -49,12 +49,14 @@ int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned gr
     for (int i = 0; i < WAITING_KERNELS; ++i)
         if (function == waiting_kernels[i].entry && find_stream(stream)) {
             Task task = {.argument = function, .kernel = waiting_kernels[i].arguments};
+            snprintf(task.label, sizeof task.label, "launch %s", waiting_kernels[i].name);
             for (int j = 0; j < task.kernel; ++j) {
                 const int is_pointer = j < waiting_kernels[i].inputs || j == task.kernel - 1;
                 memcpy(&task.values[j], arguments[j], is_pointer ? 8 : 4);
             }
             return enqueue(stream, task);
         }
+    note("launch another kernel\n");
     if (find_stream(stream)) cuStreamSynchronize(stream); /* what the kernel reads comes first */
     ((Entry)function)((int)(grid_x * grid_y * grid_z), 1, arguments);
     return SUCCESS;

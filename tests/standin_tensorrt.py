@@ -51,7 +51,7 @@ def install(flavor: str = "tensorrt") -> None:
 def write_plan(
     path: Path,
     graph: Path,
-    profile: dict[str, Any],
+    profiles: list[dict[str, Any]],
     plugins: tuple[str, ...],
     *,
     code: bool = False,
@@ -62,13 +62,13 @@ def write_plan(
     Args:
         path: to write.
         graph: ONNX file.
-        profile: least, best and largest shape of each input.
+        profiles: least, best and largest shape of each input, in each profile.
         plugins: names of those that it needs registered.
         code: whether it holds a lean runtime, which a runtime must be allowed to load.
         formats: TensorFormat's names for the tensors that are not linear.
     """
     values = {
-        "profile": profile, "plugins": plugins, "code": code, "graph": str(graph),
+        "profiles": profiles, "plugins": plugins, "code": code, "graph": str(graph),
         "formats": formats or {},
     }  # fmt: skip
     path.write_text(f"{MAGIC}\n{json.dumps(values)}")
@@ -191,19 +191,20 @@ class Runtime(Lifetime):
         if parts["code"] and not self.engine_host_code_allowed:
             self.log.log(Severity.ERROR, "host code is not allowed")
             return None
-        return Engine(self.log, Path(parts["graph"]), parts["profile"], parts["formats"])
+        return Engine(self.log, Path(parts["graph"]), parts["profiles"], parts["formats"])
 
 
 class Engine(Lifetime):
     kind, children = "engine", "context"
 
     def __init__(
-        self, log: Any, graph: Path, profile: dict[str, Any], formats: dict[str, str]
+        self, log: Any, graph: Path, profiles: list[dict[str, Any]], formats: dict[str, str]
     ) -> None:
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.log, self.profile, self.profile_taken = log, profile, False
+        self.log, self.profiles, self.profile_taken = log, profiles, False
+        self.num_optimization_profiles = len(profiles)
         self.formats = {name: TensorFormat[kind] for name, kind in formats.items()}
         self.graph = str(graph)
         self.session = onnxruntime.InferenceSession(
@@ -242,8 +243,7 @@ class Engine(Lifetime):
         return np.dtype(nptype(self.get_tensor_dtype(name)))
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-        assert index == 0
-        return [tuple(shape) for shape in self.profile[name]]
+        return [tuple(shape) for shape in self.profiles[index][name]]
 
     def run(self, shapes: Any, addresses: Any, scratch: tuple[int, int] | None) -> None:
         if scratch is not None:
@@ -266,11 +266,11 @@ class Engine(Lifetime):
 
     @property
     def device_memory_size_v2(self) -> int:
-        return self.get_device_memory_size_for_profile_v2(0)
+        return max(map(self.get_device_memory_size_for_profile_v2, range(len(self.profiles))))
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        assert index == 0
-        return SCRATCH_A_PIXEL * max(math.prod(largest) for _, _, largest in self.profile.values())
+        shapes = self.profiles[index].values()
+        return SCRATCH_A_PIXEL * max(math.prod(largest) for _, _, largest in shapes)
 
     def create_execution_context(
         self, strategy: Any = ExecutionContextAllocationStrategy.STATIC
@@ -298,6 +298,7 @@ class IExecutionContext(Lifetime):
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream, "a profile is set on a stream"
+        self.shapes, self.scratch = {}, None
         self.active_optimization_profile = index
         return True
 
@@ -307,8 +308,9 @@ class IExecutionContext(Lifetime):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         calls.append("set_input_shape")
-        assert self.active_optimization_profile == 0, "a shape before a profile"
-        least, _, largest = self.engine.profile[name]
+        profile = self.active_optimization_profile
+        assert profile >= 0, "a shape before a profile"
+        least, _, largest = self.engine.profiles[profile][name]
         inside = len(shape) == len(least) and all(
             a <= n <= b for a, n, b in zip(least, shape, largest, strict=True)
         )

@@ -31,8 +31,8 @@ from comask.export.aot_plugins import (
 )
 from comask.export.build_options import BuildOptions, check_options
 from comask.kernels import compile
-from comask.runtime.device import Gpu
-from comask.runtime.trt.engine import Flavor
+from comask.runtime.gpu import Gpu
+from comask.runtime.trt.flavor import Flavor
 from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp, Op, PyramidRoiAlignOp, TensorDesc
 
 H100 = Gpu("H100", 90, 13000, 2**36)

@@ -43,7 +43,7 @@ from comask.runtime.bench.timing import (
     timed,
     warm_up,
 )
-from comask.runtime.device import Gpu
+from comask.runtime.gpu import Gpu
 from comask.runtime.stream import SLOTS
 
 SMALL = PreprocessConfig(short_side=64, max_side=96)

@@ -27,7 +27,7 @@ class Fixed:
     def __init__(self, outputs: dict[str, Array]) -> None:
         self._outputs = outputs
 
-    def run(self, feeds: object) -> dict[str, Array]:
+    def run(self, feeds: object, keep: object = ()) -> dict[str, Array]:
         return {name: array.copy() for name, array in self._outputs.items()}
 
     def close(self) -> None: ...

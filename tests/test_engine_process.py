@@ -14,7 +14,7 @@ from comask.export import engine_process
 from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine_process import PlanRequest, _apply_options, build_in_process
 from comask.export.trt_functions import with_plugins
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.flavor import load_flavor
 
 try:
     load_flavor("tensorrt-rtx")
@@ -36,8 +36,8 @@ def worker_request(bundle: Bundle, folder: Path, model: onnx.ModelProto) -> Plan
         plugin="python",
         graph=str(folder / "graph.onnx"),
         plan=str(folder / "stage2.plan"),
-        profile=Profile.of(bundle.manifest, SMALL).shapes(
-            bundle.manifest.graphs["stage2"]["inputs"]
+        profiles=(
+            Profile.of(bundle.manifest, SMALL).shapes(bundle.manifest.graphs["stage2"]["inputs"]),
         ),
         options=BuildOptions(),
         map_format="HWC",
@@ -99,8 +99,40 @@ def test_a_profile_that_misses_an_input(
     bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
 ) -> None:
     asked = worker_request(bundle, tmp_path, stage2)
-    del asked.profile["proposals"]
+    del asked.profiles[0]["proposals"]
     assert "proposals" in error_of(asked, tmp_path)
+
+
+def test_a_profile_for_one_image_and_one_for_more(
+    bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path
+) -> None:
+    sizes = [text for text in SMALL if not text.startswith("batch")]
+    by_batch = Profile.of(bundle.manifest, [*sizes, "batch=1:1:4"]).by_batch()
+    inputs = bundle.manifest.graphs["stage2"]["inputs"]
+    asked = dataclasses.replace(
+        worker_request(bundle, tmp_path, stage2),
+        profiles=tuple(profile.shapes(inputs) for profile in by_batch),
+    )
+    build_in_process(asked, tmp_path, lambda phase, share: None)
+    assert Path(asked.plan).stat().st_size > 0
+    del asked.profiles[1]["proposals"]
+    assert "proposals" in error_of(asked, tmp_path)  # so both profiles reach the builder
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ("1:1:8", [(1, 8, 8), (1, 1, 1)]), ("1:4:8", [(1, 4, 8), (1, 1, 1)]),
+        ("1:2:2", [(1, 2, 2), (1, 1, 1)]), ("1", [(1, 1, 1)]), ("2:2:8", [(2, 2, 8)]),
+    ],
+)  # fmt: skip
+def test_profiles_by_batch(
+    bundle: Bundle, batch: str, expected: list[tuple[int, int, int]]
+) -> None:
+    profile = Profile.of(bundle.manifest, [f"batch={batch}"])
+    found = profile.by_batch()
+    assert [part.batch for part in found] == expected
+    assert {dataclasses.replace(part, batch=profile.batch) for part in found} == {profile}
 
 
 def test_plans_leave_their_memory_to_the_caller() -> None:
@@ -130,7 +162,7 @@ def test_a_native_abort_is_an_error_message(
     bundle: Bundle, stage2: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the wheel's missing link TensorRT-RTX calls std::terminate at the first plugin."""
-    from comask.runtime.trt.engine import wheel_library
+    from comask.runtime.trt.flavor import wheel_library
 
     if wheel_library() is None:
         pytest.skip("this wheel of TensorRT-RTX has its link, so nothing aborts")

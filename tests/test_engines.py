@@ -22,9 +22,9 @@ from comask.errors import BackendUnavailableError, BundleError, EngineError
 from comask.export.build_options import BuildOptions, Profile, check_options
 from comask.export.engine import EngineRequest, build_engines
 from comask.kernels.launch import float32_below
-from comask.runtime.device import Gpu
-from comask.runtime.trt.engine import load_flavor, search_path
+from comask.runtime.gpu import Gpu
 from comask.runtime.trt.engine_folder import ENGINES, EngineFolder, find_engines, why_not_on
+from comask.runtime.trt.flavor import load_flavor, search_path
 from comask.runtime.trt.ops import OPS, kernels_sha256
 
 try:
@@ -47,7 +47,7 @@ PARSE = """
 import json, sys
 import onnx
 from comask.export.trt_functions import with_plugins
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.flavor import load_flavor
 from comask.runtime.trt.plugins import register_plugins
 
 flavor = load_flavor("tensorrt-rtx")

@@ -26,7 +26,7 @@ from install_wheel import ROOT, build, install, make_venv, site_packages
 from packaging.requirements import Requirement
 from video_clips import make_clip, pictures
 
-from comask.runtime.trt.engine import PACKAGES
+from comask.runtime.trt.flavor import PACKAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS: dict[str, tuple[str, ...]] = {  # and what lies below

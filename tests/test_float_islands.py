@@ -31,7 +31,7 @@ from comask.export.onnx_export import in_precision
 from comask.models.comask import CoMask, folded
 from comask.models.precision import FLOAT_OUTPUTS
 from comask.runtime.backends.pytorch import torch_stages
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.flavor import load_flavor
 
 LOUD = 2.0**24  # a power of 2, so that undoing it is exact
 

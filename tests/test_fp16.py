@@ -33,7 +33,7 @@ from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession
 from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.compare import TOLERANCES, Comparison
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.flavor import load_flavor
 
 
 def pictures() -> np.ndarray:

@@ -534,7 +534,7 @@ def test_engines_that_were_not_built_here_are_an_error(
         for target, value in {
             "comask.runtime.trt.engine_folder.find_engines": [mock.Mock(info=i) for i in infos],
             "comask.bundle.Bundle.open": None,
-            "comask.runtime.trt.engine.load_flavor": None,
+            "comask.runtime.trt.flavor.load_flavor": None,
             "comask.export.build_options.check_options": None,
         }.items():
             stack.enter_context(mock.patch(target, return_value=value))

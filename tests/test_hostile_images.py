@@ -237,7 +237,7 @@ def poisoned(stages: Stages, name: str, stage: str) -> Stages:
         def __init__(self) -> None:
             self.inner = getattr(stages, stage)
 
-        def run(self, feeds: object) -> dict[str, np.ndarray]:
+        def run(self, feeds: object, keep: object = ()) -> dict[str, np.ndarray]:
             outputs = self.inner.run(feeds)
             return outputs | {name: np.full_like(outputs[name], np.nan)}
 

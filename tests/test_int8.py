@@ -25,8 +25,8 @@ from comask.export.layer_precision import asked_precisions
 from comask.export.verify import INT8_TOLERANCE, verification_batches, verify
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession, ort_stages
-from comask.runtime.trt.engine import load_flavor
 from comask.runtime.trt.engine_folder import find_engines
+from comask.runtime.trt.flavor import load_flavor
 
 INT8 = {graph_file(stage, "int8") for stage in STAGES}
 RANGES = CalibrationReport(data="own", images=3, seed=0, method="minmax")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,16 @@ def test_no_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(f"no {name}")))
     with pytest.raises(KernelError, match=r"no libcuda\.so\.1; install NVIDIA's driver"):
         run.on_gpu(nms_launch(1, 4, 0.5), [0, 0], 0, 0)
+
+
+def test_the_stand_in_knows_the_arguments_of_the_kernels_that_wait() -> None:
+    """A wrong number would let the stand-in read past a launch's arguments."""
+    text = Path(__file__).with_name("standin_launch.h").read_text()
+    known = re.findall(r'\{"(\w+)", (\d+), (\d+), NULL\}', text)
+    assert len(known) > 3
+    sources = "".join(path.read_text() for path in compile.FOLDER.glob("*.cu"))
+    for entry, inputs, arguments in known:
+        (signature,) = re.findall(rf"^KERNEL\({entry},.*?\)\(([^)]*)\)", sources, re.M | re.S)
+        pointers = ["*" in argument for argument in signature.split(",")]
+        count = int(inputs)
+        assert pointers == [True] * count + [False] * (int(arguments) - count - 1) + [True]

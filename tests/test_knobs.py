@@ -170,7 +170,7 @@ def test_few_proposals_on_the_stand_in(micro_bundle: Path, tmp_path: Path) -> No
 )
 def test_too_little_memory_is_said(words: str) -> None:
     class Full:
-        def run(self, feeds: Any) -> Any:
+        def run(self, feeds: Any, keep: Any = ()) -> Any:
             raise RuntimeError(words)
 
     stages = Stages("torch", Full(), Full())  # type: ignore[arg-type]

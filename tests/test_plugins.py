@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from comask.errors import BackendUnavailableError
 from comask.runtime.device import open_device
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.trt.flavor import load_flavor
 from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp
 from comask.runtime.trt.plugins import _creators
 

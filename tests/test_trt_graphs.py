@@ -22,9 +22,9 @@ from comask.export.engine import _proved
 from comask.preprocess import stacked
 from comask.runtime import Predictor
 from comask.runtime.backends.trt import open_engines
-from comask.runtime.device import find_gpu
-from comask.runtime.trt.engine import load_flavor
+from comask.runtime.gpu import find_gpu
 from comask.runtime.trt.engine_folder import EngineFolder
+from comask.runtime.trt.flavor import load_flavor
 
 PICTURE = picture(90, 120)
 

@@ -26,7 +26,7 @@ from comask.errors import BackendUnavailableError, EngineError, ParityError
 from comask.export.verify import prove_engines
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
-from comask.runtime.device import find_gpu
+from comask.runtime.gpu import find_gpu
 from comask.runtime.trt import engine_folder as rebuild_module
 from comask.runtime.trt.engine_folder import DESCRIPTION, PLANS
 
@@ -74,6 +74,36 @@ def results_and_allocations(folder: str) -> None:
     predictor.close()
     with pytest.raises(RuntimeError, match="closed"):
         predictor(PICTURES[0])
+    assert_all_freed()
+
+
+def each_batch_has_its_profile(folder: str) -> None:
+    import standin_tensorrt
+
+    standin_tensorrt.install()
+    write_engines(folder)
+    taken: list[int] = []
+    set_profile = standin_tensorrt.IExecutionContext.set_optimization_profile_async
+
+    def noted(self: Any, index: int, stream: int) -> bool:
+        taken.append(index)
+        return set_profile(self, index, stream)
+
+    standin_tensorrt.IExecutionContext.set_optimization_profile_async = noted  # type: ignore[method-assign]
+    same = [PICTURES[0], PICTURES[2], PICTURES[0]]
+    with Predictor.load(folder, "onnxruntime") as predictor:
+        expected = [predictor(same[:count]) for count in (1, 3, 2)]
+    with Predictor.load(folder, "tensorrt") as predictor:
+        for _ in range(2):
+            taken.clear()
+            for wanted in expected:
+                for found, one in zip(predictor(same[: len(wanted)]), wanted, strict=True):
+                    assert_equal(found, one)
+        assert taken == [1, 1, 0, 0]  # of both stages; the batches of 3 and 2 share one
+        with pytest.raises(EngineError, match=r"images is 4x96x128x3.*takes 1x32x32x3 to 3x128"):
+            predictor.stages.stage1.run(
+                {"images": np.zeros((4, 96, 128, 3)), "image_sizes": np.ones((4, 2))}
+            )
     assert_all_freed()
 
 
@@ -332,7 +362,8 @@ def proofs(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [results_and_allocations, one_stage_at_a_time, four_threads, sizes_outside_the_profile,
+    [results_and_allocations, each_batch_has_its_profile, one_stage_at_a_time, four_threads,
+     sizes_outside_the_profile,
      plans_that_do_not_open, choices, jit_cache, proofs],
     ids=lambda function: function.__name__,
 )  # fmt: skip

@@ -33,9 +33,9 @@ from video_gpu import decoded_like, noise, write_pictures
 
 from comask.errors import BackendUnavailableError, VideoError
 from comask.runtime import Predictor
-from comask.runtime.device import Gpu, find_gpu
 from comask.runtime.dlpack import borrow
 from comask.runtime.frames import Coding, borrow_frame
+from comask.runtime.gpu import Gpu, find_gpu
 from comask.runtime.video import (
     JsonLines,
     OverlayWriter,

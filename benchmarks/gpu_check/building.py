@@ -61,9 +61,9 @@ def build_engine(
     from comask.bundle import Bundle
     from comask.errors import EngineError
     from comask.export.build_options import BuildOptions, check_options
-    from comask.runtime.device import find_gpu
-    from comask.runtime.trt.engine import load_flavor
+    from comask.runtime.gpu import find_gpu
     from comask.runtime.trt.engine_folder import find_engines
+    from comask.runtime.trt.flavor import load_flavor
 
     printed = ""
     if context.stand_in:

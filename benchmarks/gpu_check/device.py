@@ -197,7 +197,8 @@ def memory_returns(context: Context) -> Figure:
 def full_memory(context: Context) -> Figure:
     """Asks for more memory than the GPU has; the error must be ours, and the GPU usable afterwards."""
     from comask.errors import EngineError
-    from comask.runtime.device import find_gpu, open_device
+    from comask.runtime.device import open_device
+    from comask.runtime.gpu import find_gpu
 
     gpu = find_gpu()
     assert gpu is not None

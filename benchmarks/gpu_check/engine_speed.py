@@ -116,7 +116,7 @@ def _stages(context: Context, flavor: str, precision: str) -> Any:
 
 
 def _gpu() -> str:
-    from comask.runtime.device import find_gpu
+    from comask.runtime.gpu import find_gpu
 
     gpu = find_gpu()
     return gpu.name if gpu else ""

@@ -304,7 +304,7 @@ def _difference(launch: Launch, inputs: list[Tensor], output: Tensor) -> float:
 
 def _capability() -> int:
     from comask.kernels.compile import ARCHITECTURES
-    from comask.runtime.device import find_gpu
+    from comask.runtime.gpu import find_gpu
 
     gpu = find_gpu()
     return gpu.capability if gpu else ARCHITECTURES[0]

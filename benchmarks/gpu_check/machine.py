@@ -18,7 +18,7 @@ PACKAGES = (
 def facts() -> dict[str, Any]:
     """Returns operating system, Python, GPU, driver and versions, in the order of the table's head."""
     from comask import __version__
-    from comask.runtime.device import find_gpu_or_reason
+    from comask.runtime.gpu import find_gpu_or_reason
 
     gpu, reason = find_gpu_or_reason()
     return {

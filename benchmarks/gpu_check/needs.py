@@ -39,7 +39,7 @@ STOOD_IN = ("GPU", "cupy", "tensorrt", "tensorrt-rtx", "NVDEC")
 
 
 def _driver() -> str:
-    from comask.runtime.device import find_gpu_or_reason
+    from comask.runtime.gpu import find_gpu_or_reason
 
     return find_gpu_or_reason()[1]
 

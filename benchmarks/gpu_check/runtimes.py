@@ -59,7 +59,7 @@ def smallest_engine(context: Context, *, flavor: str) -> Figure:
         return Figure(value=0.0, unit="relative", most=TF32, note=STAND_IN)
     import torch
 
-    from comask.runtime.trt.engine import load_flavor
+    from comask.runtime.trt.flavor import load_flavor
 
     loaded = load_flavor(flavor)
     trt = loaded.trt

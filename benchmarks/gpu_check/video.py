@@ -113,7 +113,7 @@ def decoded_by_threads(context: Context) -> Figure:
 
 def encoded(context: Context) -> Figure:
     """Encodes frames with NVENC and decodes them on the CPU."""
-    from comask.runtime.device import find_gpu
+    from comask.runtime.gpu import find_gpu
     from comask.runtime.video.hardware import choose_encoder
 
     gpu, images = find_gpu(), frames()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which most streams wait for
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,15 @@ def prepare(source: str) -> None:
     context = _current_context()
     for entry in compile.entries(source):
         _function(context, source, entry)
+
+
+def prepare_on(source: str, gpu: int | None) -> None:
+    """Compiles and loads a kernel for a GPU, given by its index, or for the CPU; see `prepare`."""
+    if gpu is None:
+        compile.host_library(source)
+        return
+    use_primary_context(gpu)
+    prepare(source)
 
 
 def on_gpu(launch: Launch, inputs: Sequence[int], output: int, stream: int) -> None:
@@ -97,6 +107,15 @@ class BoundLaunch:
             "cuLaunchKernel", self._function, launch.grid, 1, 1, launch.block, 1, 1, 0,
             ctypes.c_void_p(stream), self._arguments, None,
         )  # fmt: skip
+
+
+def synchronize(stream: int) -> None:
+    """Waits for the work that is now queued on a stream of the current context.
+
+    Raises:
+        KernelError: when some of it failed, or the driver rejects the handle.
+    """
+    _call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
 
 def use_primary_context(device: int) -> None:
@@ -166,16 +185,19 @@ def on_tensors(launch: Launch, inputs: Sequence[Tensor], output: Tensor) -> None
     Raises:
         KernelError: when `on_gpu` or `on_host` raises one.
     """
+    on_device(launch, [t.data_ptr() for t in inputs], output.data_ptr(), output.device)
+
+
+def on_device(launch: Launch, inputs: Sequence[int], output: int, device: torch.device) -> None:
+    """Does the same as `on_tensors` for memory on one of PyTorch's devices, given by addresses."""
     import torch
 
-    addresses = [tensor.data_ptr() for tensor in inputs]
-    if output.device.type == "cpu":
-        on_host(launch, addresses, output.data_ptr(), torch.get_num_threads())
+    if device.type == "cpu":
+        on_host(launch, inputs, output, torch.get_num_threads())
         return
-    with torch.cuda.device(output.device):
-        use_primary_context(output.device.index)
-        stream = torch.cuda.current_stream().cuda_stream
-        on_gpu(launch, addresses, output.data_ptr(), stream)
+    with torch.cuda.device(device):
+        use_primary_context(torch.cuda.current_device())
+        on_gpu(launch, inputs, output, torch.cuda.current_stream().cuda_stream)
 
 
 def _context() -> int | None:

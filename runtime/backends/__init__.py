@@ -20,7 +20,7 @@ from comask.errors import (
     KernelError,
 )
 from comask.runtime.backends.base import Stages
-from comask.runtime.device import find_gpu
+from comask.runtime.gpu import find_gpu
 
 # The module of each backend and the extra that installs it, fastest first. A module's function
 # `open_backend(bundle, name, precision, options)` returns `Stages`; `precision` None stands for the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -13,8 +13,10 @@ from typing_extensions import override
 
 from comask.config import PreprocessConfig
 from comask.errors import EngineError, is_out_of_memory
+from comask.kernels.launch import LEVEL_STRIDES
 from comask.preprocess import Placement
 from comask.runtime.lanes import HostLanes, Lanes
+from comask.runtime.resident import Memory, ResidentLanes
 from comask.structures import Detections, require_finite
 
 Array = NDArray[Any]
@@ -48,8 +50,17 @@ class Stage(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The tensors that `run` returns."""
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the stage and returns its outputs by name; the arrays belong to the caller."""
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Runs the stage.
+
+        Args:
+            feeds: the inputs by name: arrays, or what a stage of the same backend kept on the device.
+            keep: names of the outputs that may stay on the backend's device.
+
+        Returns:
+            the outputs by name. Those in `keep` may be the backend's own objects, which only its stages
+            and its `Memory` take; all others are arrays that belong to the caller.
+        """
 
     def close(self) -> None:
         """Frees the stage's resources; it cannot run afterwards."""
@@ -82,6 +93,7 @@ class Stages(Closing):
         largest_batch: the number of images that may run together; None for any number.
         proposals: the number of an image's best proposals that stage 2 takes; None for all.
         device: the device that runs them: `cpu`, or `cuda:0` for the first GPU.
+        memory: the backend's memory on that GPU; None on a CPU, or without kernels for frames and masks.
     """
 
     backend: str
@@ -90,19 +102,26 @@ class Stages(Closing):
     largest_batch: int | None = None
     proposals: int | None = None
     device: str = "cpu"
+    memory: Memory | None = None
 
     def run(
-        self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
-    ) -> dict[str, Array]:
-        """Runs stage 1, then stage 2 on stage 1's outputs.
+        self,
+        images: Any,
+        image_sizes: Array,
+        *,
+        seconds: dict[str, float] | None = None,
+        keep: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Runs stage 1, then stage 2 on stage 1's outputs; the pyramid stays on the device between them.
 
         Args:
-            images: u8 [B, H, W, 3] in RGB.
+            images: u8 [B, H, W, 3] in RGB; an array, or an object of the backend's `Memory`.
             image_sizes: i32 [B, 2], (h, w) of each image on the canvas.
             seconds: receives the seconds that `stage1` and `stage2` took, if given.
+            keep: see `Stage.run`.
 
         Returns:
-            stage 2's outputs by name; the arrays belong to the caller.
+            stage 2's outputs by name.
 
         Raises:
             EngineError: if memory runs out.
@@ -110,18 +129,20 @@ class Stages(Closing):
         """
         started = time.perf_counter()
         try:
-            features = self.stage1.run({"images": images, "image_sizes": image_sizes})
+            inputs = {"images": images, "image_sizes": image_sizes}
+            features = self.stage1.run(inputs, keep=LEVEL_STRIDES)
             between = time.perf_counter()
             # sorted by falling score
             best = {name: features[name][:, : self.proposals] for name in PROPOSALS}
             for name, values in best.items():
                 # an error here names the stage; stage 2 would only report its own scores
                 require_finite(f"{self.backend}: stage 1's {name}", values)
-            outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes})
+            outputs = self.stage2.run({**features, **best, "image_sizes": image_sizes}, keep=keep)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            batch, height, width, _ = images.shape
+            shape = images.shape() if callable(images.shape) else images.shape
+            batch, height, width, _ = shape
             raise EngineError(
                 f"{self.backend}: there is no memory for {batch} of {height}x{width} pixels on "
                 f"{self.device}: take a smaller batch or short side"
@@ -133,7 +154,7 @@ class Stages(Closing):
     @property
     def gpu(self) -> int | None:
         """Index of the GPU in whose memory frames may lie; None if they must be in the host's memory."""
-        return None
+        return self.memory.gpu if self.memory else None
 
     def lanes(self, count: int, *, graphs: bool) -> Lanes:
         """Creates the lanes that run a `StreamSession`'s batches; these call `run`, batch after batch.
@@ -142,6 +163,8 @@ class Stages(Closing):
             count: the number of batches that may be in progress at once.
             graphs: whether to capture and replay CUDA graphs, if the backend can.
         """
+        if self.memory is not None:
+            return ResidentLanes(self.backend, self.run, self.memory, count)
         return HostLanes(self.backend, self.run, count)
 
     @override

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
+from comask.kernels import run
+from comask.kernels.launch import Launch
 from comask.runtime.backends import Device, LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 from comask.runtime.backends.ort_install import (
@@ -24,6 +27,7 @@ from comask.runtime.backends.ort_install import (
     reinstall,
     why_cuda_fails,
 )
+from comask.runtime.resident import with_kernels
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -53,6 +57,7 @@ class OrtSession:
 
     Attributes:
         provider: the provider that runs it, `CUDAExecutionProvider` or `CPUExecutionProvider`.
+        gpu: index of the GPU that runs it; None for the CPU.
 
     Raises:
         BackendUnavailableError: if onnxruntime is not installed, or cannot use the requested GPU.
@@ -86,6 +91,8 @@ class OrtSession:
             raise BundleError(f"{name}: ONNX Runtime cannot load it: {error}") from error
         self._session: onnxruntime.InferenceSession | None = session
         self.provider: str = session.get_providers()[0]
+        on_gpu = self.provider == CUDA_PROVIDER
+        self.gpu = (device if isinstance(device, int) else 0) if on_gpu else None
         if isinstance(device, int) and self.provider != CUDA_PROVIDER:
             without = f"ONNX Runtime {ort.__version__} is built without it: {reinstall('gpu')}"
             raise BackendUnavailableError(
@@ -101,20 +108,90 @@ class OrtSession:
         self.outputs = tuple(_spec(entry) for entry in self._session.get_outputs())
         self._dtypes = {spec.name: spec.dtype for spec in self.inputs}
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the graph and returns its outputs by name; the arrays belong to the caller."""
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Runs the graph; the outputs in `keep` are OrtValues on its device, the others arrays."""
         if self._session is None:
             raise RuntimeError("this session is closed")
         names = [spec.name for spec in self.outputs]
-        cast = {
-            name: np.ascontiguousarray(feeds[name], dtype=dtype)
-            for name, dtype in self._dtypes.items()
-        }
-        return dict(zip(names, self._session.run(names, cast), strict=True))
+        given: dict[str, Any] = {}
+        for name, dtype in self._dtypes.items():
+            value = feeds[name]
+            is_array = isinstance(value, np.ndarray)
+            given[name] = np.ascontiguousarray(value, dtype=dtype) if is_array else value
+        if not set(keep) & set(names) and all(isinstance(v, np.ndarray) for v in given.values()):
+            return dict(zip(names, self._session.run(names, given), strict=True))
+        binding = self._session.io_binding()
+        for name, value in given.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in names:
+            on_gpu = name in keep and self.gpu is not None
+            binding.bind_output(name, "cuda" if on_gpu else "cpu", self.gpu if on_gpu else 0)
+        self._session.run_with_iobinding(binding)
+        values = zip(names, binding.get_outputs(), strict=True)
+        return {name: value if name in keep else value.numpy() for name, value in values}
 
     def close(self) -> None:
         """Frees the session; it cannot run afterwards."""
         self._session = None
+
+
+class OrtMemory:
+    """Allocates OrtValues on a session's device; see `comask.runtime.resident.Memory`.
+
+    ONNX Runtime runs a graph on a stream of its own, and waits for it. Kernels run on the default stream
+    and are waited for as well, so that both see each other's results.
+
+    Args:
+        gpu: index of the GPU; None for the host.
+    """
+
+    def __init__(self, gpu: int | None) -> None:
+        self.gpu = gpu
+        self._place = ("cpu", 0) if gpu is None else ("cuda", gpu)
+        self._value: Any = import_onnxruntime().OrtValue
+
+    def prepare(self, source: str) -> None:
+        """Compiles and loads a kernel."""
+        run.prepare_on(source, self.gpu)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Allocates an OrtValue."""
+        return self._value.ortvalue_from_shape_and_type(shape, np.dtype(dtype).type, *self._place)
+
+    def from_host(self, array: Array) -> Any:
+        """Copies an array to the device."""
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), *self._place)
+
+    def to_host(self, value: Any) -> Array:
+        """Copies an OrtValue to the host."""
+        return np.array(value.numpy())
+
+    def address(self, value: Any) -> int:
+        """Returns the address of an OrtValue's first byte."""
+        return int(value.data_ptr())
+
+    def launch(self, launch: Launch, inputs: Sequence[int], output: int) -> None:
+        """Runs a kernel and waits for it."""
+        if self.gpu is None:
+            run.on_host(launch, inputs, output)
+            return
+        run.use_primary_context(self.gpu)
+        run.on_gpu(launch, inputs, output, run.LEGACY_STREAM)
+        run.synchronize(run.LEGACY_STREAM)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the default stream."""
+        return run.LEGACY_STREAM
+
+    def synchronize(self, stream: int) -> None:
+        """Waits for the work that is now queued on a stream."""
+        if self.gpu is not None:
+            run.use_primary_context(self.gpu)
+            run.synchronize(stream)
 
 
 def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
@@ -128,8 +205,12 @@ def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
         OrtSession(bundle.graph(stage, precision), device, optimized=precision != "int8")
         for stage in STAGES
     )
-    place = "cpu" if stage2.provider == CPU_PROVIDER else f"cuda:{device or 0}"
-    return Stages(f"onnxruntime:{precision}", stage1, stage2, device=place)
+    gpus = {stage.gpu for stage in (stage1, stage2)}
+    gpu = gpus.pop() if len(gpus) == 1 else None
+    place = "cpu" if stage2.gpu is None else f"cuda:{stage2.gpu}"
+    name = f"onnxruntime:{precision}"
+    memory = None if gpu is None else with_kernels(OrtMemory(gpu), name)
+    return Stages(name, stage1, stage2, device=place, memory=memory)
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from comask.bundle import WEIGHTS, Bundle
 from comask.errors import BackendUnavailableError, BundleError, ComaskError
-from comask.kernels.launch import LEVEL_STRIDES
+from comask.kernels import run
+from comask.kernels.launch import LEVEL_STRIDES, Launch
 from comask.models.comask import (
     STAGE1_INPUTS,
     STAGE1_OUTPUTS,
@@ -24,6 +27,7 @@ from comask.models.comask import (
 )
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
+from comask.runtime.resident import with_kernels
 
 # the names of each stage's inputs and outputs
 TENSORS = {"stage1": (STAGE1_INPUTS, STAGE1_OUTPUTS), "stage2": (STAGE2_INPUTS, STAGE2_OUTPUTS)}
@@ -48,21 +52,73 @@ class TorchStage:
             tuple(graph_spec(name, model) for name in names) for names in TENSORS[stage]
         )
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the stage and returns its outputs by name, on the host."""
-        device = self.model.mean.device
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Runs the stage; the outputs in `keep` are tensors on its device, the others arrays."""
         with torch.inference_mode():
-            tensors = {
-                spec.name: torch.from_numpy(feeds[spec.name].astype(spec.dtype, copy=False)).to(
-                    device
-                )
-                for spec in self.inputs
-            }
-            outputs = self._run(**tensors)
-        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+            outputs = self._run(**{s.name: self._tensor(feeds[s.name], s) for s in self.inputs})
+        return {
+            name: tensor if name in keep else tensor.cpu().numpy()
+            for name, tensor in outputs.items()
+        }
+
+    def _tensor(self, value: Array | torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value
+        return torch.from_numpy(value.astype(spec.dtype, copy=False)).to(self.model.mean.device)
 
     def close(self) -> None:
         """Does nothing, since the model belongs to its creator."""
+
+
+class TorchMemory:
+    """Allocates tensors on a model's device; see `comask.runtime.resident.Memory`.
+
+    Args:
+        device: the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.gpu = device.index if device.type == "cuda" else None
+
+    def prepare(self, source: str) -> None:
+        """Compiles and loads a kernel."""
+        run.prepare_on(source, self.gpu)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> torch.Tensor:
+        """Allocates a tensor."""
+        return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=self._device)
+
+    def from_host(self, array: Array) -> torch.Tensor:
+        """Copies an array to the device."""
+        return torch.from_numpy(array).to(self._device)
+
+    def to_host(self, value: torch.Tensor) -> Array:
+        """Copies a tensor to the host, once the work that was queued before is done."""
+        host: Array = value.cpu().numpy()
+        return host
+
+    def address(self, value: torch.Tensor) -> int:
+        """Returns the address of a tensor's first byte."""
+        return value.data_ptr()
+
+    def launch(self, launch: Launch, inputs: Sequence[int], output: int) -> None:
+        """Runs a kernel in the current stream."""
+        run.on_device(launch, inputs, output, self._device)
+
+    @property
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        if self.gpu is None:
+            return run.LEGACY_STREAM
+        return torch.cuda.current_stream(self._device).cuda_stream or run.LEGACY_STREAM
+
+    def synchronize(self, stream: int) -> None:
+        """Waits for the work that is now queued on a stream."""
+        if self.gpu is not None:
+            with torch.cuda.device(self._device):
+                run.use_primary_context(self.gpu)
+                run.synchronize(stream)
 
 
 def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
@@ -130,4 +186,8 @@ def open_backend(bundle: Bundle, name: str, precision: str | None, options: Load
             f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
         )
     place = device if device == "cpu" else f"cuda:{device}"
-    return torch_stages(model_from_bundle(bundle).to(place))
+    stages = torch_stages(model_from_bundle(bundle).to(place))
+    if device == "cpu":
+        return stages
+    memory = with_kernels(TorchMemory(torch.device(place)), stages.backend)
+    return dataclasses.replace(stages, memory=memory)

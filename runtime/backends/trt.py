@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -13,9 +13,10 @@ from comask.errors import BackendUnavailableError, EngineError
 from comask.kernels import run
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages
-from comask.runtime.device import Gpu, find_gpu_or_reason, open_device
+from comask.runtime.device import open_device
+from comask.runtime.gpu import Gpu, find_gpu_or_reason
 from comask.runtime.trt.context_pool import ContextPool
-from comask.runtime.trt.engine import Engine, Flavor, load_flavor
+from comask.runtime.trt.engine import Engine
 from comask.runtime.trt.engine_folder import (
     PLANS,
     EngineFolder,
@@ -24,6 +25,7 @@ from comask.runtime.trt.engine_folder import (
     rebuild,
     rebuild_command,
 )
+from comask.runtime.trt.flavor import Flavor, load_flavor
 from comask.runtime.trt.lane import TrtLanes
 from comask.runtime.trt.ops import OPS, kernels_sha256
 from comask.runtime.trt.plugins import register_plugins
@@ -49,8 +51,8 @@ class TrtStage:
         self._stage = engine.stage
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the stage on the GPU and returns its outputs by name, on the host."""
+    def run(self, feeds: Mapping[str, Array], keep: Collection[str] = ()) -> dict[str, Array]:
+        """Runs the stage on the GPU and returns all outputs by name, on the host."""
         wanted = {spec.name: feeds[spec.name] for spec in self.inputs}
         with self._pool.contexts() as contexts:
             return contexts.run((self._stage,), wanted)
@@ -71,7 +73,12 @@ class TrtStages(Stages):
 
     @override
     def run(
-        self, images: Array, image_sizes: Array, *, seconds: dict[str, float] | None = None
+        self,
+        images: Array,
+        image_sizes: Array,
+        *,
+        seconds: dict[str, float] | None = None,
+        keep: Collection[str] = (),
     ) -> dict[str, Array]:
         with self.pool.contexts() as contexts:
             feeds = {"images": images, "image_sizes": image_sizes}

@@ -18,7 +18,7 @@ from typing import Any
 from comask import __version__
 from comask.errors import ComaskError
 from comask.runtime.backends import Device, gpu_index
-from comask.runtime.device import find_gpu
+from comask.runtime.gpu import find_gpu
 
 PACKAGES = (
     "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "pycuda",

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from comask.runtime.device import Device
 from comask.runtime.trt.contexts import Contexts
-from comask.runtime.trt.engine import Engine, Flavor
+from comask.runtime.trt.engine import Engine
+from comask.runtime.trt.flavor import Flavor
 
 Lent = TypeVar("Lent")
 

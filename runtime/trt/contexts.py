@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from comask.errors import EngineError
 from comask.runtime.backends.base import PROPOSALS, Array
 from comask.runtime.device import Device, DeviceMemory, Event, PinnedMemory, Stream
-from comask.runtime.trt.engine import PROFILE, Engine, Flavor, Shape, manages_memory
+from comask.runtime.trt.engine import Engine, Shape, manages_memory
+from comask.runtime.trt.flavor import Flavor
 from comask.runtime.trt.graphs import Graphs, RepeatedWork, graphs_of_calls
 from comask.runtime.trt.memory_format import MemoryFormat
 
@@ -98,14 +99,6 @@ class Contexts:
         self._contexts = {stage: engine.new_context(graphs) for stage, engine in engines.items()}
         self.stream = device.stream()
         self._repeated = RepeatedWork(self.stream, enabled=graphs == "captured")
-        for stage in engines:
-            # TensorRT gives an engine's first context the only profile by itself
-            if self._contexts[stage].active_optimization_profile != PROFILE:
-                taken = self._contexts[stage].set_optimization_profile_async(
-                    PROFILE, self.stream.handle
-                )
-                self._must(taken, f"{stage}: its profile for another context")
-        self.stream.synchronize()
 
     def run(
         self,
@@ -126,7 +119,6 @@ class Contexts:
         Raises:
             EngineError: if a shape is outside the profile, memory runs out, or the GPU fails.
         """
-        wanted = self.output_names(stages)
         shapes = self.reserve(stages, {name: a.shape for name, a in feeds.items()}, feeds)
         marks = [] if seconds is None else [self._device.event(timed=True) for _ in (0, *stages)]
         with ExitStack() as ends:
@@ -134,9 +126,8 @@ class Contexts:
                 ends.callback(mark.close)
             try:
                 for name, array in feeds.items():
-                    self.copy_in(name, array)
-                self.queue(stages, marks)
-                self.copy_out(wanted, shapes)
+                    self.stage_in(name, array)
+                self.queue(stages, feeds, shapes, marks=marks)
             finally:
                 # after an error, too: no memory may be freed while work on it is queued
                 self.stream.synchronize()
@@ -144,29 +135,23 @@ class Contexts:
             for stage, before, behind in zip(stages, marks, marks[1:], strict=False):
                 assert seconds is not None
                 seconds[stage] = behind.since(before)
-        return self.copied_out(wanted, shapes)
+        return self.copied_out(self.output_names(stages), shapes)
 
     def save_compiled(self) -> None:
         """Saves what a flavor compiled for new shapes; the calls with these shapes must be done."""
         while self._new_shapes:
             self._engines[self._new_shapes.pop()].save_compiled()
 
-    def copy_in(self, name: str, values: Array) -> None:
-        """Queues the copy of an input to the GPU, in the engine's type."""
+    def stage_in(self, name: str, values: Array) -> None:
+        """Puts an input into page-locked memory, in the engine's type; `queue` copies it to the GPU."""
         staged = self._staged(name, values.shape)
         view = self.host_view(name, values.shape)
         if view.nbytes != staged.nbytes:
             staged[...] = 0  # the padding
         view[...] = values
-        self.stream.copy_in(self.buffers[name], staged)
-
-    def copy_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> None:
-        """Queues the copies of tensors to page-locked memory."""
-        for name in names:
-            self.stream.copy_out(self._staged(name, shapes[name]), self.buffers[name])
 
     def copied_out(self, names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Array]:
-        """Returns what `copy_out` copied, once that is done, in arrays that belong to the caller."""
+        """Returns what `queue` copied, once that is done, in arrays that belong to the caller."""
         return {name: self.host_view(name, shapes[name]).copy("C") for name in names}
 
     def output_names(self, stages: Sequence[str]) -> list[str]:
@@ -208,33 +193,52 @@ class Contexts:
             self._set_addresses(stage)
         return shapes
 
-    def queue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
-        """Queues the stages that `reserve` prepared, as a CUDA graph if the last call was alike.
+    def queue(
+        self,
+        stages: Sequence[str],
+        staged: Iterable[str],
+        shapes: Mapping[str, Shape],
+        *,
+        marks: Sequence[Event] = (),
+        then: Callable[[], None] | None = None,
+        depends: object = None,
+    ) -> None:
+        """Queues stages and copies that `reserve` prepared, as a CUDA graph if the last call was alike.
+
+        The last stage's outputs are copied to page-locked memory, so that a caller waits only once.
 
         Args:
             stages: the stages that were given to `reserve`.
-            marks: events to record before the first stage and after each one, if given; the stages then
-                run without a graph.
+            staged: names of the inputs to copy to the GPU first, from page-locked memory.
+            shapes: the shapes that `reserve` returned.
+            marks: events to record before the first stage and after each one, if given; the work then
+                runs without a graph.
+            then: queues further work behind the stages, if given.
+            depends: all that this further work depends on.
 
         Raises:
             EngineError: if TensorRT does not start a stage.
         """
-        if marks:
+        inputs, outputs = tuple(staged), self.output_names(stages)
+
+        def work() -> None:
+            for name in inputs:
+                self.stream.copy_in(self.buffers[name], self._staged(name, shapes[name]))
             self.enqueue(stages, marks)
+            if then is not None:
+                then()
+            for name in outputs:
+                self.stream.copy_out(self._staged(name, shapes[name]), self.buffers[name])
+
+        if marks:
+            work()
             return
-        self._repeated.run(
-            self._layout(stages),
-            lambda: self.enqueue(stages),
-            lambda: self._refusing_capture(stages),
-        )
+        host = [(name, self._staging[name].address) for name in (*inputs, *outputs)]
+        layout = self._layout(stages), host, depends
+        self._repeated.run(layout, work, lambda: self._refusing_capture(stages))
 
     def enqueue(self, stages: Sequence[str], marks: Sequence[Event] = ()) -> None:
-        """Queues the stages that `reserve` prepared, one after the other.
-
-        Args:
-            stages: the stages that were given to `reserve`.
-            marks: events to record before the first stage and after each one, if given.
-        """
+        """Queues the stages that `reserve` prepared, one after the other; `queue` explains `marks`."""
         for place, stage in enumerate(stages):
             if marks:
                 marks[place].record(self.stream)
@@ -263,7 +267,7 @@ class Contexts:
                 self.stream.copy_over(self.buffers[BEST[name]], source, image * part, part)
 
     def _layout(self, stages: Sequence[str]) -> object:
-        """Returns all shapes and addresses; a captured graph is valid as long as these stay equal."""
+        """Returns all shapes and addresses on the GPU, which a captured graph depends on."""
         return [(stage, self._shapes[stage], self._addresses[stage]) for stage in stages]
 
     def _refusing_capture(self, stages: Sequence[str]) -> list[str]:
@@ -283,9 +287,15 @@ class Contexts:
         inputs: dict[str, Shape] = {spec.name: known[spec.name] for spec in engine.inputs}
         if inputs.items() <= self._shapes.get(stage, {}).items():
             return
-        engine.check(inputs)
+        profile = engine.profile_for(inputs)
         self._addresses.pop(stage, None)
         self._flavor.clear()
+        if self._contexts[stage].active_optimization_profile != profile:
+            taken = self._contexts[stage].set_optimization_profile_async(
+                profile, self.stream.handle
+            )
+            self._must(taken, f"{stage}: profile {profile}")
+            self.stream.synchronize()
         for name, shape in inputs.items():
             taken = self._contexts[stage].set_input_shape(name, shape)
             self._must(taken, f"{stage}: {name} {shape}")
@@ -302,7 +312,7 @@ class Contexts:
             self._make_room(name, self._size(name, shape))
         if manages_memory(self._flavor.trt):
             size = int(self._contexts[stage].update_device_memory_size_for_shapes())
-            self._make_room(SCRATCH, size or engine.largest_scratch)
+            self._make_room(SCRATCH, size or engine.largest_scratch(profile))
         self._shapes[stage] = shapes
         self._new_shapes.add(stage)
 

@@ -1,168 +1,33 @@
-"""TensorRT engines: imports either flavor of the library, and loads plans with it."""
+"""TensorRT engines: loads plans, and says which shapes they take."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib
-import importlib.util
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from comask.errors import BackendUnavailableError, EngineError, UnsupportedGpuError
+from comask.errors import EngineError, UnsupportedGpuError
 from comask.kernels.launch import LEVEL_STRIDES
 from comask.runtime.backends.base import TensorSpec
 from comask.runtime.trt.engine_folder import EngineFolder, widening_command
+from comask.runtime.trt.flavor import Flavor
 from comask.runtime.trt.graphs import Graphs
 from comask.runtime.trt.memory_format import MemoryFormat
 
-LIBRARY = "libtensorrt_rtx.so"
-
-__all__ = ["load_flavor"]
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavor → module
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
-OLDEST = 10  # the first version with IPluginV3 and strong typing
-KEPT_LINES = 50  # of TensorRT's log, for error messages
 # reasons of `EngineInvalidityDiagnostics` that lie in the machine and not in the plan
 MACHINE_REASONS = (
     "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
 )  # fmt: skip
-NO_DRIVER = "CUDA driver version is insufficient"
+JIT_CACHE = "{stage}.jit.cache"  # file in the engine's folder
 
 logger = logging.getLogger(__name__)
 
-PROFILE = 0  # engines are built with a single profile
-JIT_CACHE = "{stage}.jit.cache"  # file in the engine's folder
-
 Shape = tuple[int, ...]
-
-
-def wheel_library() -> Path | None:
-    """Returns the wheel's library if its unversioned name is missing; None if nothing is missing."""
-    spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    if spec is None or spec.origin is None:
-        return None  # TensorRT-RTX did not come as a wheel; the system's linker finds its library
-    folder = Path(spec.origin).parent
-    if (folder / LIBRARY).exists():  # the parser searches its own folder
-        return None
-    versioned = sorted(folder.glob(f"{LIBRARY}.*"))
-    if not versioned or _loads(LIBRARY):
-        return None
-    return versioned[-1]
-
-
-def search_path(folder: Path) -> str | None:
-    """Returns the LD_LIBRARY_PATH that a new process needs to parse plugins; None if it needs none.
-
-    Args:
-        folder: an existing folder, in which the missing link is created.
-    """
-    library = wheel_library()
-    if library is None:
-        return None
-    link = folder / LIBRARY
-    if not link.is_symlink():
-        link.symlink_to(library)
-    rest = os.environ.get("LD_LIBRARY_PATH")
-    return f"{folder}:{rest}" if rest else str(folder)
-
-
-def _loads(name: str) -> bool:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Flavor:
-    """One imported TensorRT.
-
-    Attributes:
-        name: `tensorrt` or `tensorrt-rtx`.
-        trt: the module.
-        version: the module's version.
-        log: TensorRT's `ILogger`; a process can have only one, so everything must use this one.
-        lines: the latest warnings and errors, oldest first, each with whether it is an error.
-        plugin_errors: errors that our plugins raised inside TensorRT, which drops them.
-    """
-
-    name: str
-    trt: Any
-    version: str
-    log: Any
-    lines: deque[tuple[bool, str]]
-    plugin_errors: list[str]
-
-    def errors(self) -> str:
-        """Returns, in one line, what failed since `clear`: our plugins' errors, TensorRT's, or warnings.
-
-        If several threads run engines, the line may contain errors of another thread.
-        """
-        lines = self.lines.copy()  # other threads log meanwhile
-        errors = list(self.plugin_errors) or [text for is_error, text in lines if is_error]
-        told = list(dict.fromkeys(errors or [text for _, text in lines]))
-        # without a GPU every failing call logs this line as well
-        told = [text for text in told if NO_DRIVER not in text] or told
-        return "; ".join(told) or "it logged nothing"
-
-    def clear(self) -> None:
-        """Drops all logged lines and errors."""
-        self.lines.clear()
-        self.plugin_errors.clear()
-
-
-@functools.cache
-def load_flavor(name: str) -> Flavor:
-    """Imports a flavor.
-
-    Args:
-        name: `tensorrt` or `tensorrt-rtx`.
-
-    Raises:
-        BackendUnavailableError: if it cannot be imported, or is older than 10.
-    """
-    # find_spec proves nothing: some installations have the bindings without the library
-    try:
-        trt: Any = importlib.import_module(MODULES[name])
-        version = str(trt.__version__)
-    except (ImportError, OSError, AttributeError) as error:
-        raise BackendUnavailableError(
-            f"{name} cannot be imported ({' '.join(str(error).split())}): "
-            f"pip install {PACKAGES[name]}"
-        ) from error
-    if name == "tensorrt" and int(version.partition(".")[0]) < OLDEST:
-        raise BackendUnavailableError(
-            f"tensorrt {version} is too old: comask needs {OLDEST} or newer; "
-            f"pip install --upgrade {PACKAGES[name]}"
-        )
-    lines: deque[tuple[bool, str]] = deque(maxlen=KEPT_LINES)
-    return Flavor(name, trt, version, _new_log(trt, lines), lines, [])
-
-
-def _new_log(trt: Any, lines: deque[tuple[bool, str]]) -> Any:
-    severity = trt.ILogger.Severity
-    errors = (severity.INTERNAL_ERROR, severity.ERROR)
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps warnings and errors for our own messages."""
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity in (*errors, trt.ILogger.Severity.WARNING):
-                lines.append((severity in errors, " ".join(text.split())))
-            logger.debug("%s", text)  # our exceptions repeat what matters
-
-    return Log()
 
 
 class Engine:
@@ -210,10 +75,7 @@ class Engine:
                     f"{path}: has {name} in TensorRT's format {self.formats[name].name}, expected "
                     f"{folder.info.map_format}; build it again with comask build --rebuild"
                 )
-        self._limits: dict[str, tuple[Shape, Shape]] = {}
-        for spec in self.inputs:
-            least, _, largest = engine.get_tensor_profile_shape(spec.name, PROFILE)
-            self._limits[spec.name] = (tuple(least), tuple(largest))
+        self._profiles = [self._limits(i) for i in range(engine.num_optimization_profiles)]
         self._jit = JitCache(flavor, engine, folder.folder / JIT_CACHE.format(stage=stage))
 
     def _spec(self, name: str) -> TensorSpec:
@@ -221,37 +83,57 @@ class Engine:
         shape = self._engine.get_tensor_shape(name)
         return TensorSpec(name, dtype, tuple("dynamic" if n < 0 else int(n) for n in shape))
 
+    def _limits(self, profile: int) -> dict[str, tuple[Shape, Shape]]:
+        """Returns the least and the largest shape of each input in a profile."""
+        limits = {}
+        for spec in self.inputs:
+            least, _, largest = self._engine.get_tensor_profile_shape(spec.name, profile)
+            limits[spec.name] = tuple(least), tuple(largest)
+        return limits
+
     @property
     def largest_batch(self) -> int:
         """The largest number of images that may run together."""
-        return self._limits["image_sizes"][1][0]
+        return max(map(self._largest_batch, range(len(self._profiles))))
 
-    def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Compares the shapes of all inputs with the profile.
+    def profile_for(self, shapes: Mapping[str, Shape]) -> int:
+        """Returns the index of the profile for the smallest batches that has the shapes of all inputs.
+
+        If each shape is in some profile, but no profile has all of them, it is 0, whose shapes TensorRT
+        checks itself.
 
         Raises:
             EngineError: if one is outside; the text names the tensor and the command for a wider engine.
         """
-        for name, (least, largest) in self._limits.items():
-            shape = shapes[name]
-            if len(shape) != len(least) or not all(
-                low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
-            ):
+        for name, shape in shapes.items():
+            limits = [profile[name] for profile in self._profiles]
+            if not any(_within(shape, *limit) for limit in limits):
+                least = np.min([least for least, _ in limits], axis=0)
+                largest = np.max([largest for _, largest in limits], axis=0)
                 raise EngineError(
                     f"{self.stage}: {name} is {_text(shape)}, the engine in {self._folder.folder} "
                     f"takes {_text(least)} to {_text(largest)}; for other sizes: "
                     f"{widening_command(self._folder, name, shape)}"
                 )
+        fitting = (
+            index
+            for index, profile in enumerate(self._profiles)
+            if all(_within(shapes[name], *limit) for name, limit in profile.items())
+        )
+        return min(fitting, key=self._largest_batch, default=0)
 
-    @property
-    def largest_scratch(self) -> int:
-        """The bytes of scratch memory that a context needs for the largest shapes.
+    def _largest_batch(self, profile: int) -> int:
+        _, (batch, *_) = self._profiles[profile]["image_sizes"]
+        return batch
+
+    def largest_scratch(self, profile: int) -> int:
+        """Returns the bytes of scratch memory that a context needs for a profile's largest shapes.
 
         A context that cannot tell the size for its shapes says 0, so this size is used instead.
         """
         if not self._engine.device_memory_size_v2:
             return 0
-        return int(self._engine.get_device_memory_size_for_profile_v2(PROFILE))
+        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
     def new_context(self, graphs: Graphs = "none") -> Any:
         """Creates an execution context, which is freed with its last reference.
@@ -383,5 +265,11 @@ def manages_memory(trt: Any) -> bool:
     return all(hasattr(trt.IExecutionContext, name) for name in names)
 
 
-def _text(shape: Shape) -> str:
+def _within(shape: Shape, least: Shape, largest: Shape) -> bool:
+    return len(shape) == len(least) and all(
+        low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
+    )
+
+
+def _text(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))

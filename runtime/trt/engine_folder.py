@@ -37,7 +37,7 @@ from comask.config_reading import from_dict
 from comask.errors import ConfigError, EngineError
 from comask.files import parse_json
 from comask.kernels.launch import LEVEL_STRIDES
-from comask.runtime.device import Gpu
+from comask.runtime.gpu import Gpu
 from comask.runtime.trt.memory_format import LINEAR
 
 ENGINES = "engines"  # a folder in the bundle

@@ -70,22 +70,22 @@ class TrtLane(Contexts):
         on_host = any(frame.device is None for frame in batch.frames)
         with self._changing, self._device:
             self.check_open()
-            self._batch, self._tensors, self._bitmaps = batch, {}, {}
+            pasted, self._bitmaps = self._bitmaps, {}
+            self._batch, self._tensors = batch, {}
             try:
-                self._done.synchronize()  # bitmaps may have been queued since the batch was done
+                if pasted:  # since the last batch was done
+                    self._done.synchronize()
                 while self._readers:
                     self.stream.wait_for(self._readers.pop())
                 self._tensors = self.reserve(STAGES, fed, fed if on_host else ("image_sizes",))
                 self.stream.wait_for(self._intake.handle)
                 sizes = [placement.size for placement in batch.placements]
-                self.copy_in("image_sizes", np.array(sizes, np.int32))
+                self.stage_in("image_sizes", np.array(sizes, np.int32))
                 for place in range(count):
                     self._make_canvas(batch, place)
                 self._read.record(self.stream)
                 self._reading = batch
-                self.queue(STAGES)
-                if batch.rle:
-                    self._masks.find_edges(batch, self._tensors["masks"])
+                self._queue_network(batch)
                 self._done.record(self.stream)
             except BaseException:
                 self.stream.synchronize()  # no memory may be freed while work on it is queued
@@ -96,6 +96,16 @@ class TrtLane(Contexts):
                 name: (self.buffers[name].address, self._tensors[name], self._specs[name].dtype)
                 for name in self.output_names(STAGES)
             }
+
+    def _queue_network(self, batch: Batch) -> None:
+        """Queues both stages, the search for edges if wanted, and the copies to the host."""
+        sizes, masks = ("image_sizes",), self._tensors["masks"]
+        if not batch.rle:
+            self.queue(STAGES, sizes, self._tensors)
+            return
+        depends = self._masks.prepare_edges(batch, masks)
+        then = partial(self._masks.queue_edges, masks)
+        self.queue(STAGES, sizes, self._tensors, then=then, depends=depends)
 
     def _make_canvas(self, batch: Batch, place: int) -> None:
         frame, images = batch.frames[place], self.buffers["images"]
@@ -137,15 +147,12 @@ class TrtLane(Contexts):
                 self._reading = None
 
     def fetch(self, batch: Batch) -> tuple[Outputs, list[Edges] | None]:
-        """Copies a complete batch's outputs and edges to the host."""
-        names = self.output_names(STAGES)
+        """Returns a complete batch's outputs and edges, which were copied to the host with it."""
         with self._changing, self._device:
             self.check_open()
-            self.copy_out(names, self._tensors)
-            self.stream.synchronize()
             self.save_compiled()
             edges = self._masks.fetch_edges(batch, self._tensors["masks"]) if batch.rle else None
-            return self.copied_out(names, self._tensors), edges
+            return self.copied_out(self.output_names(STAGES), self._tensors), edges
 
     def outputs(self, batch: Batch) -> dict[str, SharedArray]:
         """Returns the batch's outputs by name, borrowed until the lane starts the next batch."""

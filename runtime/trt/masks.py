@@ -16,7 +16,9 @@ from comask.runtime.trt.contexts import grow
 from comask.runtime.trt.engine import Shape
 
 INPUTS = ("masks", "boxes", "num_detections")  # the kernels' inputs by stage 2's names
-EDGES_A_COLUMN = 2  # initial room per mask and column, which is enough for compact masks
+EDGES = (
+    1 << 14
+)  # initial room per frame: two per column of 80 compact masks that are 100 pixels wide
 INT = np.dtype(np.int32).itemsize
 
 
@@ -33,7 +35,8 @@ class LaneMasks:
         self._device, self._stream, self._outputs = device, stream, outputs
         self._buffers: dict[tuple[str, int], DeviceMemory] = {}  # by content and the frame's place
         self._staging: dict[str, PinnedMemory] = {}
-        self._capacity = 0  # the number of edges for which each frame has room
+        self._capacity = EDGES  # the number of edges for which each frame has room
+        self._searches: list[MaskLaunches] = []  # of each frame of the last batch
 
     def paste(self, batch: Batch, place: int, masks: Shape) -> tuple[int, Shape]:
         """Queues the bitmaps of one frame.
@@ -56,40 +59,70 @@ class LaneMasks:
         self._launch(_launches(batch, place, masks).bitmaps(), self._inputs(place, masks), memory)
         return memory.address, shape
 
-    def find_edges(self, batch: Batch, masks: Shape) -> None:
-        """Queues the search for the edges of all frames; `paste` explains arguments and errors."""
-        count, widths = masks[1], [place.original_size[1] for place in batch.placements]
-        self._capacity = max(self._capacity, EDGES_A_COLUMN * count * max(widths))
-        for place, width in enumerate(widths):
-            launches = _launches(batch, place, masks)
-            counts = self._room("counts", place, INT * count * (1 + width))
-            edges = self._room("edges", place, INT * self._capacity)
-            probs, boxes, found = self._inputs(place, masks)
-            self._launch(launches.edge_counts(), [probs, boxes, found], counts)
-            self._launch(launches.edges(self._capacity), [probs, boxes, counts.address], edges)
-        needed = INT * len(widths) * (count + self._capacity)
-        grow(self._staging, "edges", needed, self._device.pinned, self._stream)
+    def prepare_edges(self, batch: Batch, masks: Shape) -> object:
+        """Makes room for the edges that `queue_edges` will find; `paste` explains the arguments.
+
+        Returns:
+            all that `queue_edges` depends on.
+
+        Raises:
+            EngineError: if memory runs out.
+            KernelError: if the kernels do not support these sizes.
+        """
+        count, frames = masks[1], range(len(batch.frames))
+        self._searches = [_launches(batch, place, masks) for place in frames]
+        rooms = [
+            (
+                self._room(
+                    "counts", place, INT * count * (1 + self._searches[place].image_size[1])
+                ),
+                self._room("edges", place, INT * self._capacity),
+            )
+            for place in frames
+        ]
+        needed = INT * len(frames) * (count + self._capacity)
+        staged = grow(self._staging, "edges", needed, self._device.pinned, self._stream)
+        addresses = [memory.address for room in rooms for memory in room]
+        return self._searches, masks, self._capacity, addresses, staged.address
+
+    def queue_edges(self, masks: Shape) -> None:
+        """Queues the search for all edges, and their copies to the host; nothing is allocated.
+
+        As many edges are copied as there is room for, so that no one has to wait for their number.
+        """
+        counts, edges = self._staged_edges(masks)
+        for place, search in enumerate(self._searches):
+            found, places = self._buffers["counts", place], self._buffers["edges", place]
+            probs, boxes, number = self._inputs(place, masks)
+            self._launch(search.edge_counts(), [probs, boxes, number], found)
+            self._launch(search.edges(self._capacity), [probs, boxes, found.address], places)
+            self._stream.copy_out(counts[place], found)
+            self._stream.copy_out(edges[place], places)
 
     def fetch_edges(self, batch: Batch, masks: Shape) -> list[Edges]:
-        """Waits for `find_edges` and returns its edges in arrays that belong to the caller."""
-        frames, count = len(batch.frames), masks[1]
-        staged = self._staging["edges"].bytes.view(np.int32)
-        counts = staged[: frames * count].reshape(frames, count)
-        self._copy_out("counts", list(counts))
+        """Returns the edges that `queue_edges` found, once that is done; the arrays belong to the caller.
+
+        If there were more than there is room for, room is made and they are searched again.
+        """
+        counts, edges = self._staged_edges(masks)
         totals = counts.sum(axis=1).tolist()
         if max(totals) > self._capacity:
-            self._capacity = max(totals)
-            self.find_edges(batch, masks)
+            self._capacity = (
+                1 << (max(totals) - 1).bit_length()
+            )  # few sizes, since each needs a graph
+            self.prepare_edges(batch, masks)
+            self.queue_edges(masks)
+            self._stream.synchronize()
             return self.fetch_edges(batch, masks)
-        edges = np.split(staged[counts.size :], np.cumsum(totals))[:frames]
-        self._copy_out("edges", edges)
-        return [(c.copy(), e.copy()) for c, e in zip(counts, edges, strict=True)]
+        return [(c.copy(), e[:n].copy()) for c, e, n in zip(counts, edges, totals, strict=True)]
 
-    def _copy_out(self, content: str, arrays: Sequence[NDArray[np.int32]]) -> None:
-        for place, array in enumerate(arrays):
-            if array.size:
-                self._stream.copy_out(array, self._buffers[content, place])
-        self._stream.synchronize()
+    def _staged_edges(self, masks: Shape) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Returns views of page-locked memory: each frame's edges per mask, and its edges."""
+        frames, count = len(self._searches), masks[1]
+        values = self._staging["edges"].bytes.view(np.int32)
+        counts = values[: frames * count].reshape(frames, count)
+        edges = values[counts.size :][: frames * self._capacity].reshape(frames, self._capacity)
+        return counts, edges
 
     def _inputs(self, place: int, masks: Shape) -> list[int]:
         """Returns the addresses of one frame's outputs."""

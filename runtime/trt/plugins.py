@@ -20,7 +20,7 @@ import numpy as np
 
 from comask.errors import ComaskError, EngineError
 from comask.kernels import run
-from comask.runtime.trt.engine import Flavor
+from comask.runtime.trt.flavor import Flavor
 from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
 
 __all__ = ["register_plugins"]

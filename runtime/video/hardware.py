@@ -16,7 +16,8 @@ import numpy as np
 
 from comask.errors import BackendUnavailableError
 from comask.preprocess import Pixels
-from comask.runtime.device import Device, find_gpu_or_reason, open_device
+from comask.runtime.device import Device, open_device
+from comask.runtime.gpu import find_gpu_or_reason
 from comask.runtime.video.container import UPRIGHT, Orientation, import_av, reason
 
 if TYPE_CHECKING:
