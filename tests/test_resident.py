@@ -39,6 +39,8 @@ def predictors(request: pytest.FixtureRequest, micro_bundle: Path) -> Iterator[l
     with Predictor.load(micro_bundle, request.param, device="cpu") as host:
         resident = Predictor.load(micro_bundle, request.param, device="cpu")
         resident.stages = dataclasses.replace(resident.stages, memory=MEMORIES[request.param]())
+        for stage in (resident.stages.stage1, resident.stages.stage2):
+            stage.keeps = True  # type: ignore[attr-defined]  # as on a GPU
         with resident:
             yield [resident, host]
 
