@@ -16,7 +16,7 @@
 enum {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, PRIMARY_CONTEXT_ACTIVE = 708,
-    NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900
+    NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURED_EVENT = 907
 };
 
 typedef void (*Entry)(int blocks, int threads, void **arguments);
@@ -127,6 +127,7 @@ typedef struct {
     Stream *stream;
     long position;
     int timed;
+    int captured; /* recorded while its stream captured, so that nobody can wait for it */
 } Event;
 
 static Stream *streams;

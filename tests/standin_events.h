@@ -16,6 +16,7 @@ int cuEventRecord(void *event, void *handle) {
     if (!stream) return INVALID_HANDLE;
     ((Event *)event)->stream = stream;
     ((Event *)event)->position = stream->queued;
+    ((Event *)event)->captured = stream->captured != NULL;
     return SUCCESS;
 }
 
@@ -33,6 +34,7 @@ int cuEventQuery(void *handle) {
 int cuEventSynchronize(void *handle) {
     Event event = *(Event *)handle;
     if (!current_context) return INVALID_CONTEXT;
+    if (event.captured) return CAPTURED_EVENT;
     note("synchronize event\n");
     if (event.stream) finish(event.stream, event.position);
     return SUCCESS;

@@ -114,7 +114,7 @@ def test_a_second_signal_does_not_wait(
     count = itertools.count(1)
 
     def interrupted(path: Path) -> Any:
-        if next(count) == 4:  # of the second window
+        if next(count) == 5:  # of the third window, when the first one's results were taken
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return decode(path)

@@ -56,14 +56,14 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], N
     rounds are short, as what is tested is not the network."""
     original, given = OrtSession.run, dict[Any, Any]()
 
-    def again(self: OrtSession, feeds: Any) -> Any:
+    def again(self: OrtSession, feeds: Any, keep: Any = ()) -> Any:
         key = id(self), feeds.get("images", feeds["image_sizes"]).tobytes()
         if key not in given:
             given[key] = original(self, feeds)
         return given[key]
 
     def planted(before: Callable[[], object]) -> None:
-        def leaking(self: OrtSession, feeds: Any) -> Any:
+        def leaking(self: OrtSession, feeds: Any, keep: Any = ()) -> Any:
             before()
             return again(self, feeds)
 
