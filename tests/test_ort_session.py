@@ -14,6 +14,7 @@ import miniature_ort
 import onnxruntime
 import pytest
 
+from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError
 from comask.runtime.backends import ort_install
 from comask.runtime.backends.ort import CUDA_PROVIDER, OrtSession
@@ -197,3 +198,11 @@ def test_an_empty_module_is_no_onnxruntime(
         BackendUnavailableError, match=r"module is empty.*: pip uninstall --yes onnx"
     ):
         OrtSession(micro_bundle / "stage2_roi_head.onnx")
+
+
+def test_threads_without_work_do_not_spin(micro_bundle: Path) -> None:
+    session = OrtSession(Bundle.open(micro_bundle).graph("stage1", "fp32"), "cpu")
+    assert session._session is not None
+    options = session._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

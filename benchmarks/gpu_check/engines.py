@@ -136,7 +136,10 @@ def scratch_told(context: Context, *, flavor: str) -> Figure:
                 stage: int(context.update_device_memory_size_for_shapes())
                 for stage, context in contexts._contexts.items()
             }
-            largest = {stage: e.largest_scratch for stage, e in contexts._engines.items()}
+            largest = {
+                stage: contexts._engines[stage].largest_scratch(context.active_optimization_profile)
+                for stage, context in contexts._contexts.items()
+            }
     wrong = sum(told[stage] == 0 < largest[stage] for stage in told)
     note = ", ".join(
         f"{stage} {told[stage] / MIB:.1f} of {largest[stage] / MIB:.1f} MiB" for stage in told

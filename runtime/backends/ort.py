@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
+# Threads that have nothing to do keep a core busy in case work comes. After a run, that takes time from
+# the other stage's threads, and in a run from other programs.
+QUIET_THREADS = {"session.force_spinning_stop": "1", "session.intra_op.allow_spinning": "0"}
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -78,6 +81,8 @@ class OrtSession:
         model = str(graph) if isinstance(graph, Path) else graph
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only, which are raised as well
+        for entry, value in QUIET_THREADS.items():
+            options.add_session_config_entry(entry, value)
         # PyTorch obeys this variable, too; Ray sets it for its actors
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdecimal():
@@ -96,6 +101,7 @@ class OrtSession:
         on_gpu = self.provider == CUDA_PROVIDER
         self.gpu = (device if isinstance(device, int) else 0) if on_gpu else None
         self.keeps = on_gpu
+        self._kept_type: Any = ort.OrtValue
         if isinstance(device, int) and self.provider != CUDA_PROVIDER:
             without = f"ONNX Runtime {ort.__version__} is built without it: {reinstall('gpu')}"
             raise BackendUnavailableError(
@@ -120,16 +126,16 @@ class OrtSession:
         given: dict[str, Any] = {}
         for name, dtype in self._dtypes.items():
             value = feeds[name]
-            is_array = isinstance(value, np.ndarray)
-            given[name] = np.ascontiguousarray(value, dtype=dtype) if is_array else value
-        if not kept and all(isinstance(v, np.ndarray) for v in given.values()):
+            is_kept = isinstance(value, self._kept_type)
+            given[name] = value if is_kept else np.ascontiguousarray(value, dtype=dtype)
+        if not kept and not any(isinstance(v, self._kept_type) for v in given.values()):
             return dict(zip(names, self._session.run(names, given), strict=True))
         binding = self._session.io_binding()
         for name, value in given.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, value)
-            else:
+            if isinstance(value, self._kept_type):
                 binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, value)
         for name in names:
             on_gpu = name in kept and self.gpu is not None
             binding.bind_output(name, "cuda" if on_gpu else "cpu", self.gpu if on_gpu else 0)
