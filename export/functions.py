@@ -165,6 +165,39 @@ PYRAMID_ROI_ALIGN_TAIL = """
 """
 
 
+# The rows that were found in some image of the batch, at least one.
+CUT_ROWS = """
+<domain: "comask", opset_import: ["": 20]>
+CutRows (values, found) => (rows)
+{
+    start = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    most = ReduceMax <keepdims = 1> (found)
+    most_int = Cast <to = 7> (most)
+    count = Max (most_int, one)
+    rows = Slice (values, start, count, one)
+}
+"""
+PAD_ROWS = """
+<domain: "comask", opset_import: ["": 20]>
+PadRows <detections> (rows) => (values)
+{
+    start = Constant <value_ints = [0]> ()
+    axis = Constant <value_ints = [1]> ()
+    detections = Constant <value_int: int = @detections> ()
+    count = Shape <start = 1, end = 2> (rows)
+    missing = Sub (detections, count)
+    pads = Concat <axis = 0> (start, missing)
+    values = Pad (rows, pads, , axis)
+}
+"""
+
+
+def row_functions() -> list[onnx.FunctionProto]:
+    """Returns `CutRows(values [B, D, …], found [B]) → [B, n, …]` and its inverse, `PadRows`."""
+    return [onnx.parser.parse_function(text) for text in (CUT_ROWS, PAD_ROWS)]
+
+
 def sorted_nms_function(
     count_type: onnx.TensorProto.DataType = onnx.TensorProto.FLOAT,
 ) -> onnx.FunctionProto:
@@ -194,7 +227,7 @@ def pyramid_roi_align_function() -> onnx.FunctionProto:
 def add_functions(model: onnx.ModelProto) -> None:
     """Appends the bodies of the custom ops that `model` uses."""
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
-    for function in (pyramid_roi_align_function(), sorted_nms_function()):
+    for function in (pyramid_roi_align_function(), sorted_nms_function(), *row_functions()):
         if function.name in used:
             model.functions.append(function)
     if used and not any(entry.domain == DOMAIN for entry in model.opset_import):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import graphlib
 import io
 import logging
 import warnings
@@ -28,7 +29,8 @@ from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
 
 # The traced example. All sizes differ, so that no two dynamic dimensions can be confused.
-BATCH, HEIGHT, WIDTH, PROPOSALS = 2, 192, 320, 24
+BATCH, HEIGHT, WIDTH, PROPOSALS, FOUND = 2, 192, 320, 24, 7
+ROWS = "rows"  # name of stage 2's input that exists while it is traced; see `FoundRows`
 
 
 class Stage1Graph(nn.Module):
@@ -62,26 +64,27 @@ class Stage2Graph(nn.Module):
         proposals: Tensor,
         proposal_scores: Tensor,
         image_sizes: Tensor,
+        rows: Tensor,
     ) -> tuple[Tensor, ...]:
         """Returns the outputs of `CoMask.stage2` as a tuple."""
         outputs = self.model.stage2(
-            p2, p3, p4, p5, proposals, proposal_scores, image_sizes, diagnostics=self.diagnostics
-        )
+            p2, p3, p4, p5, proposals, proposal_scores, image_sizes,
+            diagnostics=self.diagnostics, rows=rows,
+        )  # fmt: skip
         return tuple(outputs[name] for name in self.output_names)
 
 
 def in_precision(model: CoMask, precision: str, islands: Collection[str] = ()) -> CoMask:
-    """Returns the network to export in `precision`: `model` itself for fp32, a converted copy for fp16.
+    """Returns the network to export in `precision`, a copy in the form of `folded`.
 
     Args:
         model: the f32 model in evaluation mode.
         precision: `fp32` or `fp16`.
         islands: the paths of the modules that stay f32 in fp16, see `comask.export.fp16`.
     """
-    if precision == "fp32":
-        return model
     copy = folded(model)
-    half_around(copy, islands)
+    if precision != "fp32":
+        half_around(copy, islands)
     return copy
 
 
@@ -104,6 +107,7 @@ def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
     scores = torch.zeros(BATCH, PROPOSALS)
     sizes = torch.tensor([[HEIGHT, WIDTH]] * BATCH, dtype=torch.int32)
     batch, rows, columns, count = _dims("batch", "rows", "columns", "proposals")
+    found = torch.export.Dim("found", min=1, max=model.config.detections)
     shapes = (
         {0: batch, 2: 8 * rows, 3: 8 * columns},
         {0: batch, 2: 4 * rows, 3: 4 * columns},
@@ -112,10 +116,41 @@ def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
         {0: batch, 1: count},
         {0: batch, 1: count},
         {0: batch},
+        {0: found},
     )
     graph = Stage2Graph(model, diagnostics=diagnostics)
-    inputs = (*pyramid, proposals, scores, sizes)
-    _export(graph, inputs, shapes, STAGE2_INPUTS, graph.output_names, path)
+    inputs = (*pyramid, proposals, scores, sizes, torch.zeros(min(FOUND, model.config.detections)))
+    _export(graph, inputs, shapes, (*STAGE2_INPUTS, ROWS), graph.output_names, path)
+
+
+def _count_rows(model: onnx.ModelProto) -> None:
+    """Replaces the length of the input `rows`, which is removed, by that of the first cut tensor."""
+    graph = model.graph
+    (rows,) = [entry for entry in graph.input if entry.name == ROWS]
+    graph.input.remove(rows)
+    cut = next(node.output[0] for node in graph.node if node.op_type == "CutRows")
+    for node in graph.node:
+        if ROWS in node.input:
+            assert node.op_type == "Shape", node
+            node.input[0] = cut
+            del node.attribute[:]
+            node.attribute.extend(
+                (onnx.helper.make_attribute("start", 1), onnx.helper.make_attribute("end", 2))
+            )
+    _sort(graph)
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Puts each node behind those whose outputs it reads; nodes keep their order otherwise."""
+    places = {name: place for place, node in enumerate(graph.node) for name in node.output}
+    waiting = {
+        place: {places[name] for name in node.input if name in places}
+        for place, node in enumerate(graph.node)
+    }
+    order = list(graphlib.TopologicalSorter(waiting).static_order())
+    nodes = [graph.node[place] for place in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _dims(*names: str) -> tuple[Any, ...]:
@@ -144,6 +179,8 @@ def _export(
         )
     assert program is not None
     model = program.model_proto
+    if ROWS in input_names:
+        _count_rows(model)
     add_functions(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

@@ -207,6 +207,7 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
             check_fixed(node.op_type, lists_as_tuples)
     stripped = onnx.ModelProto()
     stripped.CopyFrom(model)
+    _keep_all_rows(stripped.graph)
     _remove_functions(stripped)
     _split_nms(stripped.graph)
     return stripped
@@ -220,6 +221,7 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     replaced = onnx.ModelProto()
     replaced.CopyFrom(model)
+    _keep_all_rows(replaced.graph)
     _remove_functions(replaced)
     functions = tensorrt_functions()
     replaced.functions.extend(functions)
@@ -231,6 +233,14 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     del inlined.opset_import[:]
     inlined.opset_import.extend(kept)
     return inlined
+
+
+def _keep_all_rows(graph: onnx.GraphProto) -> None:
+    """Makes `CutRows` and `PadRows` the identity, since an engine has fixed shapes."""
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type in ("CutRows", "PadRows"):
+            node.domain, node.op_type = "", "Identity"
+            del node.input[1:], node.attribute[:]
 
 
 def _split_nms(graph: onnx.GraphProto) -> None:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
+from paper_form import class_masks
 from strategies import FEW, arrays, boxes, parameter_count, seeds
 from torch import Tensor
 
 from comask.config import ModelConfig
 from comask.models.box_refinement import (
+    ClassConv2d,
     CollaborativeHead,
     average_box,
     cell_confidence,
     cell_weights,
     decode_cells,
-    select_class,
 )
 
 
-def head(channels: int = 16, convs: int = 2) -> CollaborativeHead:
+def head(channels: int = 16, convs: int = 2, **others: Any) -> CollaborativeHead:
     torch.manual_seed(1)
     config = ModelConfig(
-        num_classes=8, channels=channels, head_channels=channels, head_convs=convs, norm_groups=4
-    )
+        num_classes=8, channels=channels, head_channels=channels, head_convs=convs, norm_groups=4,
+        **others,
+    )  # fmt: skip
     return CollaborativeHead(config)
 
 
@@ -60,31 +64,56 @@ def test_parameter_count_is_that_of_the_design() -> None:
 
 @pytest.mark.parametrize("count", [3, 0])
 def test_output_shapes(count: int) -> None:
-    masks, offsets = head()(torch.randn(count, 16, 14, 14))
-    assert masks.shape == (count, 9, 28, 28)
+    labels = torch.zeros(count, dtype=torch.long)
+    masks, offsets = head()(torch.randn(count, 16, 14, 14), labels)
+    assert masks.shape == (count, 28, 28)
     assert offsets.shape == (count, 4, 7, 7)
 
 
 def test_offsets_start_at_the_roi_and_are_never_negative() -> None:
     module, x = head(), torch.randn(4, 16, 14, 14)
-    _, offsets = module(x)
+    _, offsets = module(x, torch.zeros(len(x), dtype=torch.long))
     rois = torch.tensor([[10.0, 20, 80, 60]]).expand(4, 4)
     start = decode_cells(offsets, rois)
     assert (start - rois[:, None, None]).abs().max() < 70 * 0.1
     torch.nn.init.zeros_(module.offsets.weight)
-    exact = decode_cells(module(x)[1], rois)
+    exact = decode_cells(module(x, torch.zeros(len(x), dtype=torch.long))[1], rois)
     torch.testing.assert_close(exact, rois[:, None, None].expand(4, 7, 7, 4))
     torch.nn.init.normal_(module.offsets.weight, std=1.0)
-    _, offsets = module(x)
+    _, offsets = module(x, torch.zeros(len(x), dtype=torch.long))
     assert (offsets == 0).any()
     assert (offsets >= 0).all()
 
 
-def test_select_class_skips_the_background_channel() -> None:
-    logits = torch.arange(9.0)[None, :, None, None].expand(3, 9, 28, 28)
-    chosen = select_class(logits, torch.tensor([0, 7, 3]))
-    assert chosen.shape == (3, 28, 28)
-    assert chosen[:, 0, 0].tolist() == [1, 8, 4]
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.no_grad()
+def test_a_head_computes_the_mask_of_the_class_alone(kernel: int) -> None:
+    """The mask equals that of the paper's head, which computes those of all classes."""
+    torch.manual_seed(1)
+    module = head(mask_kernel=kernel)
+    torch.nn.init.normal_(module.mask.bias)
+    pooled, labels = torch.randn(5, 16, 14, 14), torch.tensor([0, 7, 3, 3, 1])
+    expected = class_masks(module, pooled)[torch.arange(5), labels + 1]
+    masks, _ = module(pooled, labels)
+    assert masks.shape == (5, 28, 28)
+    assert masks.dtype == torch.float32
+    torch.testing.assert_close(masks, expected, atol=2e-6 * float(expected.abs().max()), rtol=0)
+    assert torch.equal(module.masks(pooled, labels), masks)
+
+
+def test_gradients_of_the_class_mask_are_those_of_the_convolution() -> None:
+    torch.manual_seed(2)
+    ours = ClassConv2d(6, 4, 3, padding=1).double()
+    x = torch.randn(5, 6, 7, 9, dtype=torch.float64, requires_grad=True)
+    channels = torch.tensor([1, 3, 3, 0, 2])
+    weights = torch.randn(5, 7, 9, dtype=torch.float64)
+    whole = torch.nn.functional.conv2d(x, ours.weight, ours.bias, padding=1)
+    expected = torch.autograd.grad(
+        (whole[torch.arange(5), channels] * weights).sum(), (x, ours.weight, ours.bias)
+    )
+    found = torch.autograd.grad((ours(x, channels) * weights).sum(), (x, ours.weight, ours.bias))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_cells_decode_as_their_formula_reads() -> None:

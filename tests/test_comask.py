@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from paper_form import class_masks
 from strategies import noise_images, parameter_count, tiny_model
 from torch import Tensor
 
@@ -158,7 +159,7 @@ def test_boxes_and_masks_come_from_two_passes_of_one_head(collaboration: str) ->
     first, second = run(model, noise_images(2, HEIGHT, WIDTH), SIZES, diagnostics=True)
     pyramid = [first[name] for name in ("p2", "p3", "p4", "p5")]
     start, labels = second["first_boxes"], second["labels"].flatten().long()
-    _, offsets = model.head(model.pool(pyramid, start, POOL_SIZE))
+    _, offsets = model.head(model.pool(pyramid, start, POOL_SIZE), labels)
     cells = decode_cells(offsets, start.reshape(-1, 4))
     if collaboration == "uniform":
         mean = cells.mean(dim=(1, 2)).reshape(start.shape)
@@ -172,7 +173,7 @@ def test_boxes_and_masks_come_from_two_passes_of_one_head(collaboration: str) ->
     refined = clip_boxes(mean, SIZES)
     torch.testing.assert_close(second["boxes"][found], refined[found], atol=1e-3, rtol=0)
     assert (refined - start)[found].abs().max() > 1
-    logits, _ = model.head(model.pool(pyramid, second["boxes"], POOL_SIZE))
+    logits = class_masks(model.head, model.pool(pyramid, second["boxes"], POOL_SIZE))
     masks = logits[torch.arange(len(labels)), labels + 1].sigmoid().reshape(2, -1, 28, 28)
     torch.testing.assert_close(second["masks"][found], masks[found], atol=1e-4, rtol=0)
     assert (second["masks"] - second["coarse_masks"])[found].abs().max() > 0.01

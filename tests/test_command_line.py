@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -103,3 +106,20 @@ def test_help_fits_and_options_are_known(command: str) -> None:
         if option.startswith("--")
     }
     assert options - {"verbose", "version"} == OPTIONS[command]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+     ({"GOMP_SPINCOUNT": "7"}, "7 None")],
+)  # fmt: skip
+def test_waiting_threads_leave_the_cores_unless_the_user_chose(
+    given: dict[str, str], expected: str
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    code = f"import os, comask.cli.main; print(*map(os.environ.get, {names}))"
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=rest | given, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == expected, done.stderr

@@ -72,6 +72,10 @@ def test_with_plugins_functions_go_and_nms_is_two_nodes(bundle: Bundle, stage: s
     assert model == onnx.load(bundle.graph(stage, "fp32"))  # the argument stays as it was
     assert not stripped.functions
     nodes = joined(stripped.graph.node)
+    for node in model.graph.node:
+        if node.op_type in ("CutRows", "PadRows"):  # an engine has all rows
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:], node.attribute[:]
     assert nodes == list(model.graph.node)
     del stripped.graph.node[:]
     stripped.graph.node.extend(nodes)

@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from paper_form import fuse, multi_scale
 from strategies import parameter_count
 from torch import Tensor, nn
 from torch.nn import functional
@@ -81,7 +85,7 @@ def test_equation_1(mode: str) -> None:
         expected.append(
             functional.interpolate(current, (13, 10), mode="bilinear", align_corners=True)
         )
-    actual = module.multi_scale(x)
+    actual = multi_scale(module, x)
     assert len(actual) == 4
     for ours, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, wanted)
@@ -90,9 +94,9 @@ def test_equation_1(mode: str) -> None:
 @pytest.mark.parametrize(("mode", "changed"), [("independent", 1), ("chain", 3), ("tied", 3)])
 def test_first_convolution_reaches_the_scales_that_share_it(mode: str, changed: int) -> None:
     module, x = msfem(mode), torch.randn(1, 16, 16, 16)
-    before = module.multi_scale(x)
+    before = multi_scale(module, x)
     nn.init.normal_(module.branches[0][0][0].weight)
-    after = module.multi_scale(x)
+    after = multi_scale(module, x)
     differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert differs == [False] + [True] * changed + [False] * (3 - changed)
 
@@ -108,7 +112,7 @@ def test_receptive_fields_are_3_7_and_15_pixels(mode: str) -> None:
             nn.init.constant_(block[0].weight, 0.01)
     for i, expected in ((1, 3), (2, 7), (3, 15)):
         x = torch.ones(1, 16, 65, 65, requires_grad=True)
-        scale = module.multi_scale(x)[i]
+        scale = multi_scale(module, x)[i]
         # The image's centre is a pixel of the coarse maps too, so resizing reads this pixel alone.
         (gradient,) = torch.autograd.grad(scale[0, :, 32, 32].sum(), x)
         rows = gradient.abs().sum(dim=(0, 1, 3)).nonzero()[:, 0]
@@ -132,10 +136,30 @@ def test_attention_follows_equations_4_to_6() -> None:
     assert ((ratio > 0) & (ratio < 1)).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@given(seed=st.integers(0, 2**16), height=st.integers(1, 40), width=st.integers(1, 40))
+@hypothesis_settings(max_examples=20, deadline=None)
+def test_reducing_each_scale_equals_reducing_their_concatenation(
+    mode: str, seed: int, height: int, width: int
+) -> None:
+    torch.manual_seed(seed)
+    module, x = msfem(mode), torch.randn(2, 16, height, width)
+    assert isinstance(module.reduce, nn.Conv2d)
+    nn.init.normal_(module.reduce.weight)  # a new module passes the first scale alone
+    nn.init.normal_(module.reduce.bias)
+    expected = fuse(module, x)
+    found = module.fuse(x)
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, atol=2e-6 * largest, rtol=0)
+    module.split_reduce()
+    assert torch.equal(module.fuse(x), found)
+
+
 @pytest.mark.parametrize("branches", [1, 2, 4])
 def test_output_follows_equations_2_to_7(branches: int) -> None:
     module, x = msfem(branches=branches), torch.randn(2, 16, 6, 9)
-    fused = torch.cat(module.multi_scale(x), dim=1)
+    assert isinstance(module.reduce, nn.Conv2d)
+    fused = torch.cat(multi_scale(module, x), dim=1)
     fused = torch.einsum("oc,bchw->bohw", module.reduce.weight[:, :, 0, 0], fused)
     fused = module.attention(fused + module.reduce.bias[:, None, None])
     expected = functional.conv2d(fused, module.smooth.weight, module.smooth.bias, padding=1)
@@ -211,7 +235,7 @@ def test_residual_attention_is_the_authors() -> None:
     config = settings(16, "independent", 2, norm_groups=4, residual_attention=True)
     module = MSFEM(config)
     x = torch.randn(2, 16, 9, 7)
-    attended = module.attention(module.reduce(torch.cat(module.multi_scale(x), dim=1)))
+    attended = module.attention(fuse(module, x))
     assert module.norm is not None
     expected = (attended + module.norm(module.smooth(attended))).clamp(min=0)
     torch.testing.assert_close(module(x), expected)

@@ -334,7 +334,7 @@ def test_a_sound_bundle_passes_and_the_page_stands_alone(
     assert trace["first"] is None
     assert trace["differences"][0]["tensor"] == "backbone.conv1 input"
     layers = {entry["layer"] for entry in trace["differences"]}
-    assert {"backbone.layer4.1.conv2", "rpn.deltas", "classifier.fc1", "head.mask"} <= layers
+    assert {"backbone.layer4.1.conv2", "rpn.deltas", "classifier.fc1", "head.refine.0"} <= layers
     assert all(entry["relative"] <= 1e-4 for entry in trace["differences"])
     for values in report["backends"].values():
         assert values["first"]["segm"].keys() == values["segm"].keys()

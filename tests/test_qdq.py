@@ -92,7 +92,7 @@ def test_readings_of_exported_graphs(micro_fp16: Path, stage: str) -> None:
         assert "rpn.conv:4" in names["fp16"][0]  # the fifth level
         assert not any("attention" in name for name in names["fp16"][1])
     else:
-        assert {"classifier.fc1", "head.mask", "head.mask:1"} <= {*names["fp16"][0]}
+        assert {"classifier.fc1", "head.refine.0", "head.refine.0:1"} <= {*names["fp16"][0]}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -20,6 +20,30 @@ CELLS = 7
 MASK_SIZE = 28
 
 
+class ClassConv2d(nn.Conv2d):
+    """A convolution of stride 1 that computes one output channel for each of its inputs.
+
+    Of the masks of all classes, only that of a RoI's own class is read. The channel's kernel is applied
+    as a matrix product over the input channels, [k·k, C] × [C, H·W], whose k·k rows are then shifted to
+    their places and added.
+    """
+
+    def forward(self, x: Tensor, channels: Tensor) -> Tensor:  # type: ignore[override]
+        """Maps [R, C, H, W] and channels [R] i64 to [R, H, W] f32, channel `channels[i]` of input i."""
+        height, width = x.shape[2:]
+        size, padding = int(self.kernel_size[0]), int(self.padding[0])
+        kernels = self.weight.permute(0, 2, 3, 1).flatten(1, 2)[channels]
+        # in f32, since in f16 the sum of the products would be rounded once for each place of the kernel
+        products = (kernels @ x.flatten(2)).float().unflatten(1, (size, size))
+        products = F.pad(products.unflatten(3, (height, width)), (padding,) * 4)
+        assert self.bias is not None
+        out = self.bias.float()[channels][:, None, None]
+        for row in range(size):
+            for column in range(size):
+                out = out + products[:, row, column, row : row + height, column : column + width]
+        return out
+
+
 class CollaborativeHead(FloatTensors):
     """The head that predicts class masks at 28×28 and box offsets at 7×7 from 14×14 RoI features.
 
@@ -44,7 +68,7 @@ class CollaborativeHead(FloatTensors):
             deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
             layers += with_norm(deconv, config.norm_groups)
         self.upsample = nn.Sequential(*layers)
-        self.mask = nn.Conv2d(channels, config.num_classes + 1, kernel, padding=kernel // 2)
+        self.mask = ClassConv2d(channels, config.num_classes + 1, kernel, padding=kernel // 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -62,13 +86,18 @@ class CollaborativeHead(FloatTensors):
             start = roi_offsets()
             self.offset_bias = nn.Parameter(start.log() if self.activation == "exp" else start)
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps RoI features [R, C, 14, 14] to mask logits [R, K + 1, 28, 28] and offsets [R, 4, 7, 7].
+    def masks(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Maps RoI features [R, C, 14, 14] and labels [R] i64, from 0, to f32 mask logits [R, 28, 28]."""
+        logits: Tensor = self.mask(self.upsample(self.refine(pooled)), labels + 1)
+        return logits
+
+    def forward(self, pooled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mask logits, as `masks` does, and the offsets [R, 4, 7, 7].
 
         A head for masks alone returns the offsets of the RoI itself.
         """
         hidden = self.refine(pooled)
-        masks = self.mask(self.upsample(hidden))
+        masks = self.mask(self.upsample(hidden), labels + 1)
         if not self.regress:
             return masks, roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
         # The bias is most of an offset; in f16 its rounding would shift boxes by up to 1/4096 of the RoI.
@@ -85,12 +114,6 @@ def roi_offsets() -> Tensor:
     place = (torch.arange(CELLS) + 0.5) / CELLS
     x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
     return torch.stack((x, 1 - x, y, 1 - y))
-
-
-def select_class(mask_logits: Tensor, labels: Tensor) -> Tensor:
-    """Selects each RoI's mask by its class: [R, K + 1, 28, 28] and [R] i64 → logits [R, 28, 28]."""
-    channel = (labels + 1)[:, None, None, None].expand(-1, 1, MASK_SIZE, MASK_SIZE)
-    return mask_logits.gather(1, channel)[:, 0]
 
 
 def decode_cells(offsets: Tensor, rois: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ from comask.models.box_refinement import (
     cell_confidence,
     cell_weights,
     decode_cells,
-    select_class,
 )
 from comask.models.boxes import clip_boxes, decode_boxes
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.classifier import Classifier, choose_detections, scores_are_numbers
-from comask.models.neck import MFPN
+from comask.models.found_rows import FoundRows, zeros_unless
+from comask.models.neck import MFPN, MSFEM
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
 from comask.models.roi_align import pyramid_roi_align
@@ -133,6 +133,7 @@ class CoMask(FloatTensors):
         image_sizes: Tensor,
         *,
         diagnostics: bool = False,
+        rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Classifies proposals, selects the best D by threshold and NMS, and refines them (section 3.2).
 
@@ -142,6 +143,7 @@ class CoMask(FloatTensors):
             image_sizes: i32 [B, 2], (h, w).
             diagnostics: also return tensors that show the effect of the second pass and of the cells'
                 weights.
+            rows: see `FoundRows`; only the exporter passes it.
 
         Returns:
             `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
@@ -163,33 +165,34 @@ class CoMask(FloatTensors):
             nms_iou=config.nms_iou,
             num_detections=config.detections,
         )
-        labels = chosen.labels.flatten()
+        # Most images have few objects, so that most of the D rows are padding, which needs no head.
+        found = FoundRows(chosen.found, config.detections, rows)
+        rois, labels = found.cut(chosen.boxes), found.cut(chosen.labels).flatten()
         if deltas is None:
-            refined, coarse, weights, cells = self.refine(pyramid, chosen.boxes, labels)
+            refined, coarse, weights, cells = self.refine(pyramid, rois, labels)
         else:
-            rows = chosen.rows[..., None].expand(-1, -1, 4)
-            refined = decode_boxes(deltas.reshape(*per_image, 4).gather(1, rows), chosen.boxes)
+            places = found.cut(chosen.rows)[..., None].expand(-1, -1, 4)
+            refined = decode_boxes(deltas.reshape(*per_image, 4).gather(1, places), rois)
             if diagnostics:
-                _, coarse, weights, cells = self.refine(pyramid, chosen.boxes, labels)
+                _, coarse, weights, cells = self.refine(pyramid, rois, labels)
         boxes = clip_boxes(refined, image_sizes)
-        fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL))
-        masks = torch.sigmoid(select_class(fine, labels).float()).unflatten(0, boxes.shape[:2])
+        pooled = self.pool(pyramid, boxes, HEAD_POOL)
+        masks = torch.sigmoid((self.fine_head or self.head).masks(pooled, labels))
 
-        valid = chosen.scores > 0
+        by_row = {"boxes": boxes, "masks": masks.unflatten(0, boxes.shape[:2])}
+        if diagnostics:
+            by_row["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
+            by_row["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
+            plain = cells.mean(dim=(1, 2)).unflatten(0, boxes.shape[:2])
+            by_row["plain_boxes"] = clip_boxes(plain, image_sizes)
+        valid = found.cut(chosen.scores) > 0
         outputs = {
-            "boxes": torch.where(valid[..., None], boxes, 0.0),
+            "first_boxes": chosen.boxes,
             "scores": chosen.scores,
             "labels": chosen.labels.to(torch.int32),
-            "masks": torch.where(valid[..., None, None], masks, 0.0),
-        }
-        if diagnostics:
-            outputs["first_boxes"] = chosen.boxes
-            outputs["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
-            outputs["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
-            plain = cells.mean(dim=(1, 2)).unflatten(0, boxes.shape[:2])
-            outputs["plain_boxes"] = torch.where(
-                valid[..., None], clip_boxes(plain, image_sizes), 0.0
-            )
+        } | {name: found.pad(zeros_unless(valid, values)) for name, values in by_row.items()}
+        names = STAGE2_OUTPUTS + (DIAGNOSTIC_OUTPUTS if diagnostics else ())
+        outputs = {name: outputs[name] for name in names[1:]}
         if config.refined_nms_iou:
             outputs = drop_duplicates(outputs, config.refined_nms_iou)
         count = (outputs["scores"] > 0).sum(1, dtype=torch.int32)
@@ -210,8 +213,7 @@ class CoMask(FloatTensors):
             Boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7];
             the cells' boxes [B·D, 7, 7, 4].
         """
-        mask_logits, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL))
-        coarse = select_class(mask_logits, labels).float()
+        coarse, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL), labels)
         flat = rois.reshape(-1, 4)
         cell_boxes = decode_cells(offsets, flat)
         weights = self.weigh_cells(coarse)
@@ -266,7 +268,14 @@ def load_weights(model: CoMask, weights: dict[str, Tensor]) -> None:
 
 
 def folded(model: CoMask) -> CoMask:
-    """Returns a copy with each BatchNorm folded into its convolution; `model` is in evaluation mode."""
+    """Returns a copy in the form of the exported graphs, whose layers have one weight each.
+
+    Each BatchNorm is folded into its convolution, and the MFPN's reductions are split by scale. `model`
+    is in evaluation mode.
+    """
     copy = deepcopy(model)
     fold_batch_norms(copy.backbone)
+    for module in copy.mfpn.modules():
+        if isinstance(module, MSFEM):
+            module.split_reduce()
     return copy

@@ -99,7 +99,7 @@ class MSFEM(nn.Module):
             for depth in depths
         )
         self.num_branches = branches
-        self.reduce = nn.Conv2d(channels * branches, channels, 1)
+        self.reduce: nn.Conv2d | nn.ModuleList = nn.Conv2d(channels * branches, channels, 1)
         self.attention = ChannelAttention(channels, config.attention_reduction)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm = GroupNorm(config.norm_groups, channels) if config.residual_attention else None
@@ -116,25 +116,56 @@ class MSFEM(nn.Module):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
-    def multi_scale(self, x: Tensor) -> list[Tensor]:
-        """Returns F_i = C₂^i(F), with F₀ = F (equation 1), each resized to the input's size."""
+    def scales(self, x: Tensor) -> list[Tensor]:
+        """Returns F_i = C₂^i(F), with F₀ = F (equation 1), each at its own resolution."""
         scales = [x]
-        current = x
         for i in range(1, self.num_branches):
             if self.mode == "independent":
-                current = self.branches[i - 1](x)
+                scales.append(self.branches[i - 1](x))
             else:
-                current = self.branches[0 if self.mode == "tied" else i - 1](current)
-            scales.append(
-                F.interpolate(current, size=x.shape[-2:], mode="bilinear", align_corners=True)
-            )
+                scales.append(self.branches[0 if self.mode == "tied" else i - 1](scales[-1]))
         return scales
+
+    def fuse(self, x: Tensor) -> Tensor:
+        """Returns F_f = Conv(cat(F₀, F₁, F₂, F₃)), the scales resized to F₀'s size (equations 2 and 3).
+
+        A 1×1 convolution of a concatenation is the sum of 1×1 convolutions of its parts. It commutes
+        with the resize, since both are linear. Each scale is therefore reduced at its own resolution,
+        and the concatenation with its 4·C channels never exists.
+        """
+        first, *others = self.scales(x)
+        fused: Tensor = self._reduced(first, 0)
+        for place, scale in enumerate(others, 1):
+            reduced = self._reduced(scale, place)
+            fused = fused + F.interpolate(
+                reduced, size=x.shape[-2:], mode="bilinear", align_corners=True
+            )
+        return fused
+
+    def _reduced(self, scale: Tensor, place: int) -> Tensor:
+        """Applies the part of `reduce` that reads one scale."""
+        if isinstance(self.reduce, nn.ModuleList):
+            reduced: Tensor = self.reduce[place](scale)
+            return reduced
+        channels = scale.shape[1]
+        weight = self.reduce.weight[:, place * channels : (place + 1) * channels]
+        return F.conv2d(scale, weight, None if place else self.reduce.bias)
+
+    def split_reduce(self) -> None:
+        """Gives each scale a convolution of its own, in place, so that a graph has a layer for each."""
+        assert isinstance(self.reduce, nn.Conv2d)
+        whole, parts = self.reduce, nn.ModuleList()
+        for place, weight in enumerate(whole.weight.split(whole.out_channels, dim=1)):
+            conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=place == 0)
+            conv.weight = nn.Parameter(weight.detach().clone())
+            if place == 0:
+                conv.bias = whole.bias
+            parts.append(conv)
+        self.reduce = parts
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps one FPN level [B, C, H, W] to the same shape."""
-        fused = torch.cat(self.multi_scale(x), dim=1)  # equation 2: F_F = cat(F₀, F₁, F₂, F₃)
-        fused = self.reduce(fused)  # equation 3: F_f = Conv(F_F)
-        attended = self.attention(fused)  # equations 4-6
+        attended = self.attention(self.fuse(x))  # equations 4-6
         out: Tensor = self.smooth(attended)  # equation 7: F_O = C₁(F̂_f)
         return F.relu(attended + self.norm(out)) if self.norm else out
 

@@ -26,7 +26,6 @@ from comask.models.box_refinement import (
     POOL_SIZE,
     average_box,
     decode_cells,
-    select_class,
 )
 from comask.models.boxes import clip_boxes, encode_boxes, paired_giou, paired_iou
 from comask.models.classifier import DELTA_SCALE
@@ -231,8 +230,7 @@ def head_losses(
         masks.append(mask_targets(target, box, matched[keep], MASK_SIZE))
     label, mask_target = torch.cat(labels), torch.cat(masks)
 
-    mask_logits, offsets = model.head(pool_by_image(model, pyramid, boxes, POOL_SIZE))
-    mask_logits = select_class(mask_logits, label).float()
+    mask_logits, offsets = model.head(pool_by_image(model, pyramid, boxes, POOL_SIZE), label)
     mask_loss = _mask_loss(mask_logits, mask_target)
 
     flat = torch.cat(boxes)
@@ -249,8 +247,8 @@ def head_losses(
             [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, chosen, strict=True)]
         )
         fine_head = model.fine_head or model.head
-        fine, _ = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE))
-        fine_loss = _mask_loss(select_class(fine, label).float(), fine_target)
+        fine = fine_head.masks(pool_by_image(model, pyramid, refined, POOL_SIZE), label)
+        fine_loss = _mask_loss(fine, fine_target)
         mask_loss = (mask_loss + fine_loss) / 2  # A sum would double the mask's weight.
     count = mask_loss.new_tensor(float(len(label)))
     box_loss = dense_box_loss(cell_boxes, torch.cat(objects), weights, config.box_loss)

@@ -238,6 +238,8 @@ def _start(
     """Starts a session; returns it, and why it is not on CUDA if that is in the build and wanted."""
 
     def on(*providers: tuple[str, dict[str, int]]) -> onnxruntime.InferenceSession:
+        # Plans of the memory of past shapes take a quarter of a CPU's peak, and no time without them.
+        options.enable_mem_pattern = len(providers) > 1
         # its own fallback prints to standard output, where a command may write JSON
         return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0)
 
