@@ -16,9 +16,8 @@ from comask.runtime.trt.contexts import grow
 from comask.runtime.trt.engine import Shape
 
 INPUTS = ("masks", "boxes", "num_detections")  # the kernels' inputs by stage 2's names
-EDGES = (
-    1 << 14
-)  # initial room per frame: two per column of 80 compact masks that are 100 pixels wide
+# Initial room per frame: two edges per column of 80 compact masks that are 100 pixels wide.
+EDGES = 1 << 14
 INT = np.dtype(np.int32).itemsize
 
 
@@ -107,9 +106,8 @@ class LaneMasks:
         counts, edges = self._staged_edges(masks)
         totals = counts.sum(axis=1).tolist()
         if max(totals) > self._capacity:
-            self._capacity = (
-                1 << (max(totals) - 1).bit_length()
-            )  # few sizes, since each needs a graph
+            # A power of two, so that there are few sizes, since each needs a graph of its own.
+            self._capacity = 1 << (max(totals) - 1).bit_length()
             self.prepare_edges(batch, masks)
             self.queue_edges(masks)
             self._stream.synchronize()
