@@ -1,0 +1,111 @@
+"""Compares the times of two bundles of one network in ONNX Runtime, such as before and after a change.
+
+Both bundles need a score threshold of 0, as `vs_peers.py` exports them with random weights. For fewer
+detections, the threshold in the graphs becomes a score between two detections of the first bundle.
+ONNX Runtime's own thread options are used for the first bundle, comask's for the second.
+
+    python benchmarks/bundles.py OLD NEW --sizes 800x1344,480x800 --detections 100,10
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+
+from comask.bundle import Bundle
+from comask.runtime.backends.ort import QUIET_THREADS
+
+
+class Graphs:
+    """Both stages of a bundle, with a score threshold of one's own.
+
+    Args:
+        bundle: the bundle.
+        threshold: the score that a detection must exceed.
+        quiet: whether idle threads leave their cores.
+    """
+
+    def __init__(self, bundle: Bundle, threshold: float, *, quiet: bool) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if quiet:
+            options.enable_mem_pattern = False
+            for entry, value in QUIET_THREADS.items():
+                options.add_session_config_entry(entry, value)
+        stage1 = onnx.load(bundle.graph("stage1", "fp32"))
+        stage2 = with_threshold(onnx.load(bundle.graph("stage2", "fp32")), threshold)
+        self._sessions = [
+            onnxruntime.InferenceSession(
+                graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            for graph in (stage1, stage2)
+        ]
+
+    def run(self, image: np.ndarray) -> tuple[dict[str, Any], list[float]]:
+        """Returns stage 2's outputs and the seconds of both stages."""
+        values: dict[str, Any] = {
+            "images": image, "image_sizes": np.array([image.shape[1:3]], np.int32)
+        }  # fmt: skip
+        seconds = []
+        for session in self._sessions:
+            feeds = {entry.name: values[entry.name] for entry in session.get_inputs()}
+            names = [entry.name for entry in session.get_outputs()]
+            start = time.perf_counter()
+            outputs = session.run(names, feeds)
+            seconds.append(time.perf_counter() - start)
+            values |= dict(zip(names, outputs, strict=True))
+        return values, seconds
+
+
+def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:
+    """Returns stage 2's graph with another threshold for the scores, which come from its Softmax."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        scores = producers.get(node.input[0]) if node.op_type == "Greater" else None
+        if scores is not None and producers[scores.input[0]].op_type == "Softmax":
+            value = numpy_helper.from_array(np.array(threshold, np.float32), "threshold")
+            model.graph.initializer.append(value)
+            node.input[1] = value.name
+            return model
+    raise click.ClickException("stage 2 compares no score with a threshold")
+
+
+@click.command()
+@click.argument("bundles", nargs=2, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--sizes", default="800x1344,480x800", show_default=True, metavar="HxW,…")
+@click.option("--detections", default="100,10", show_default=True, metavar="N,…")
+@click.option("--runs", default=4, show_default=True, type=click.IntRange(2))
+def main(bundles: tuple[Path, Path], sizes: str, detections: str, runs: int) -> None:
+    """Time two bundles in turns and print their ratio as a Markdown table."""
+    opened = [Bundle.open(path) for path in bundles]
+    click.echo("| canvas | detections | first: stages, ms | second: stages, ms | ratio |")
+    click.echo("|---|---|---|---|---|")
+    for size in sizes.split(","):
+        height, width = map(int, size.split("x"))
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+        scores = Graphs(opened[0], 0.0, quiet=False).run(image)[0]["scores"][0]
+        for count in map(int, detections.split(",")):
+            threshold = 0.0 if count >= len(scores) else float(scores[count - 1 : count + 1].mean())
+            both = [Graphs(b, threshold, quiet=place > 0) for place, b in enumerate(opened)]
+            found = [int(graphs.run(image)[0]["num_detections"][0]) for graphs in both]
+            if found != [count, count]:
+                raise click.ClickException(f"the bundles found {found} objects, not {count}")
+            times = np.array([[graphs.run(image)[1] for graphs in both] for _ in range(runs)])
+            first, second = 1000 * np.median(times, axis=0)
+            sums = np.median(times.sum(axis=2), axis=0)
+            click.echo(
+                f"| {size} | {count} | {first[0]:.0f} + {first[1]:.0f} | "
+                f"{second[0]:.0f} + {second[1]:.0f} | {sums[0] / sums[1]:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
