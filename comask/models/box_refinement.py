@@ -86,15 +86,13 @@ class CollaborativeHead(FloatTensors):
             start = roi_offsets()
             self.offset_bias = nn.Parameter(start.log() if self.activation == "exp" else start)
 
-    def masks(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Maps RoI features [R, C, 14, 14] and labels [R] i64, from 0, to f32 mask logits [R, 28, 28]."""
-        logits: Tensor = self.mask(self.upsample(self.refine(pooled)), labels + 1)
-        return logits
-
     def forward(self, pooled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mask logits, as `masks` does, and the offsets [R, 4, 7, 7].
+        """Maps RoI features [R, C, 14, 14] and labels [R] i64, from 0, to masks and offsets.
 
         A head for masks alone returns the offsets of the RoI itself.
+
+        Returns:
+            the mask logits of each RoI's class [R, 28, 28] f32, and the offsets [R, 4, 7, 7].
         """
         hidden = self.refine(pooled)
         masks = self.mask(self.upsample(hidden), labels + 1)

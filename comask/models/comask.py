@@ -176,10 +176,9 @@ class CoMask(FloatTensors):
             if diagnostics:
                 _, coarse, weights, cells = self.refine(pyramid, rois, labels)
         boxes = clip_boxes(refined, image_sizes)
-        pooled = self.pool(pyramid, boxes, HEAD_POOL)
-        masks = torch.sigmoid((self.fine_head or self.head).masks(pooled, labels))
+        fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL), labels)
 
-        by_row = {"boxes": boxes, "masks": masks.unflatten(0, boxes.shape[:2])}
+        by_row = {"boxes": boxes, "masks": torch.sigmoid(fine).unflatten(0, boxes.shape[:2])}
         if diagnostics:
             by_row["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
             by_row["cell_weights"] = weights.unflatten(0, boxes.shape[:2])

@@ -63,7 +63,7 @@ def half_around(model: nn.Module, islands: Collection[str]) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Casts a tensor, or the tensors of nested lists and tuples."""
+    """Casts a tensor of numbers, or those of nested lists and tuples; indices stay as they are."""
     if isinstance(value, Tensor):
-        return value.to(dtype)
+        return value.to(dtype) if value.is_floating_point() else value
     return type(value)(_cast(part, dtype) for part in value)

@@ -247,7 +247,7 @@ def head_losses(
             [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, chosen, strict=True)]
         )
         fine_head = model.fine_head or model.head
-        fine = fine_head.masks(pool_by_image(model, pyramid, refined, POOL_SIZE), label)
+        fine, _ = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE), label)
         fine_loss = _mask_loss(fine, fine_target)
         mask_loss = (mask_loss + fine_loss) / 2  # A sum would double the mask's weight.
     count = mask_loss.new_tensor(float(len(label)))
