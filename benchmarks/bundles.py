@@ -2,7 +2,7 @@
 
 Both bundles need a score threshold of 0, as `vs_peers.py` exports them with random weights. For fewer
 detections, the threshold in the graphs becomes a score between two detections of the first bundle.
-ONNX Runtime's own thread options are used for the first bundle, comask's for the second.
+ONNX Runtime's own options for threads and memory are used for the first bundle, comask's for the second.
 
     python benchmarks/bundles.py OLD NEW --sizes 800x1344,480x800 --detections 100,10
 """
@@ -10,6 +10,7 @@ ONNX Runtime's own thread options are used for the first bundle, comask's for th
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from comask.bundle import Bundle
-from comask.runtime.backends.ort import QUIET_THREADS
+from comask.runtime.backends.ort import OrtSession
 
 
 class Graphs:
@@ -29,24 +30,14 @@ class Graphs:
     Args:
         bundle: the bundle.
         threshold: the score that a detection must exceed.
-        quiet: whether idle threads leave their cores.
+        plain: whether ONNX Runtime's own options are used, and not comask's.
     """
 
-    def __init__(self, bundle: Bundle, threshold: float, *, quiet: bool) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if quiet:
-            options.enable_mem_pattern = False
-            for entry, value in QUIET_THREADS.items():
-                options.add_session_config_entry(entry, value)
+    def __init__(self, bundle: Bundle, threshold: float, *, plain: bool) -> None:
         stage1 = onnx.load(bundle.graph("stage1", "fp32"))
         stage2 = with_threshold(onnx.load(bundle.graph("stage2", "fp32")), threshold)
-        self._sessions = [
-            onnxruntime.InferenceSession(
-                graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            for graph in (stage1, stage2)
-        ]
+        opened = PlainSession if plain else partial(OrtSession, device="cpu")
+        self._sessions = [opened(graph.SerializeToString()) for graph in (stage1, stage2)]
 
     def run(self, image: np.ndarray) -> tuple[dict[str, Any], list[float]]:
         """Returns stage 2's outputs and the seconds of both stages."""
@@ -55,13 +46,27 @@ class Graphs:
         }  # fmt: skip
         seconds = []
         for session in self._sessions:
-            feeds = {entry.name: values[entry.name] for entry in session.get_inputs()}
-            names = [entry.name for entry in session.get_outputs()]
             start = time.perf_counter()
-            outputs = session.run(names, feeds)
+            outputs = session.run(values)
             seconds.append(time.perf_counter() - start)
-            values |= dict(zip(names, outputs, strict=True))
+            values |= outputs
         return values, seconds
+
+
+class PlainSession:
+    """A graph with ONNX Runtime's own options for threads and memory."""
+
+    def __init__(self, graph: bytes) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Returns the outputs by name; further feeds are ignored."""
+        names = [entry.name for entry in self._session.get_outputs()]
+        given = {entry.name: feeds[entry.name] for entry in self._session.get_inputs()}
+        return dict(zip(names, self._session.run(names, given), strict=True))
 
 
 def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:
@@ -91,10 +96,10 @@ def main(bundles: tuple[Path, Path], sizes: str, detections: str, runs: int) -> 
         height, width = map(int, size.split("x"))
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-        scores = Graphs(opened[0], 0.0, quiet=False).run(image)[0]["scores"][0]
+        scores = Graphs(opened[0], 0.0, plain=True).run(image)[0]["scores"][0]
         for count in map(int, detections.split(",")):
             threshold = 0.0 if count >= len(scores) else float(scores[count - 1 : count + 1].mean())
-            both = [Graphs(b, threshold, quiet=place > 0) for place, b in enumerate(opened)]
+            both = [Graphs(b, threshold, plain=place == 0) for place, b in enumerate(opened)]
             found = [int(graphs.run(image)[0]["num_detections"][0]) for graphs in both]
             if found != [count, count]:
                 raise click.ClickException(f"the bundles found {found} objects, not {count}")

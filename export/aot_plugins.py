@@ -39,6 +39,7 @@ from comask.runtime.trt.ops import (
     NAMESPACE,
     OPS,
     VERSION,
+    DimensionMath,
     NmsKeepOp,
     NmsOverlapsOp,
     Op,
@@ -145,7 +146,8 @@ def _declare(flavor: Flavor, trtp: Any, op: type[Op], ptx: bytes) -> None:
 
     def describe(*inputs: Any, **attributes: Any) -> Any:
         made = op.from_attributes(_numbers(attributes))
-        dims = made.output_shape([desc.shape_expr for desc in inputs], int, operator.mul, trtp.cdiv)
+        math = DimensionMath(int, operator.mul, trtp.cdiv)
+        dims = made.output_shape([desc.shape_expr for desc in inputs], math)
         kind = made.output_type([desc.dtype.name for desc in inputs])
         return trtp.from_shape_expr(tuple(dims), getattr(trt.DataType, kind))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import graphlib
 import io
 import logging
 import warnings
@@ -116,41 +115,27 @@ def export_stage2(model: CoMask, path: Path, *, diagnostics: bool) -> None:
         {0: batch, 1: count},
         {0: batch, 1: count},
         {0: batch},
-        {0: found},
+        {1: found},
     )
     graph = Stage2Graph(model, diagnostics=diagnostics)
-    inputs = (*pyramid, proposals, scores, sizes, torch.zeros(min(FOUND, model.config.detections)))
+    inputs = (
+        *pyramid,
+        proposals,
+        scores,
+        sizes,
+        torch.zeros(1, min(FOUND, model.config.detections)),
+    )
     _export(graph, inputs, shapes, (*STAGE2_INPUTS, ROWS), graph.output_names, path)
 
 
-def _count_rows(model: onnx.ModelProto) -> None:
-    """Replaces the length of the input `rows`, which is removed, by that of the first cut tensor."""
-    graph = model.graph
-    (rows,) = [entry for entry in graph.input if entry.name == ROWS]
-    graph.input.remove(rows)
-    cut = next(node.output[0] for node in graph.node if node.op_type == "CutRows")
-    for node in graph.node:
-        if ROWS in node.input:
-            assert node.op_type == "Shape", node
-            node.input[0] = cut
-            del node.attribute[:]
-            node.attribute.extend(
-                (onnx.helper.make_attribute("start", 1), onnx.helper.make_attribute("end", 2))
-            )
-    _sort(graph)
-
-
-def _sort(graph: onnx.GraphProto) -> None:
-    """Puts each node behind those whose outputs it reads; nodes keep their order otherwise."""
-    places = {name: place for place, node in enumerate(graph.node) for name in node.output}
-    waiting = {
-        place: {places[name] for name in node.input if name in places}
-        for place, node in enumerate(graph.node)
-    }
-    order = list(graphlib.TopologicalSorter(waiting).static_order())
-    nodes = [graph.node[place] for place in order]
-    del graph.node[:]
-    graph.node.extend(nodes)
+def _count_rows(graph: Any) -> None:
+    """Replaces the input `rows`, of which only the shape is read, by the first tensor that is cut."""
+    (rows,) = [value for value in graph.inputs if value.name == ROWS]
+    assert {node.op_type for node, _ in rows.uses()} == {"Shape"}
+    cut = next(node.outputs[0] for node in graph if node.op_type == "CutRows")
+    rows.replace_all_uses_with(cut)
+    graph.inputs.remove(rows)
+    graph.sort()  # the shape was known from the beginning
 
 
 def _dims(*names: str) -> tuple[Any, ...]:
@@ -178,9 +163,9 @@ def _export(
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
     if ROWS in input_names:
-        _count_rows(model)
+        _count_rows(program.model.graph)
+    model = program.model_proto
     add_functions(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

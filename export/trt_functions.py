@@ -205,10 +205,7 @@ def with_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
             values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             check_fixed(node.op_type, lists_as_tuples)
-    stripped = onnx.ModelProto()
-    stripped.CopyFrom(model)
-    _keep_all_rows(stripped.graph)
-    _remove_functions(stripped)
+    stripped = _without_functions(model)
     _split_nms(stripped.graph)
     return stripped
 
@@ -219,10 +216,7 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     It has no NonZero, NonMaxSuppression or RoiAlign. NMS counts by an f16 product, since TensorRT-RTX
     has no fp32 GEMM for Turing (SM75); for the same reason it builds only fp16 graphs there.
     """
-    replaced = onnx.ModelProto()
-    replaced.CopyFrom(model)
-    _keep_all_rows(replaced.graph)
-    _remove_functions(replaced)
+    replaced = _without_functions(model)
     functions = tensorrt_functions()
     replaced.functions.extend(functions)
     inlined = onnx.inliner.inline_selected_functions(
@@ -233,6 +227,15 @@ def without_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     del inlined.opset_import[:]
     inlined.opset_import.extend(kept)
     return inlined
+
+
+def _without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a copy without the functions of the custom ops, whose head computes all rows."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    _keep_all_rows(copy.graph)
+    _remove_functions(copy)
+    return copy
 
 
 def _keep_all_rows(graph: onnx.GraphProto) -> None:

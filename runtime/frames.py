@@ -154,6 +154,18 @@ class Frame:
         channels = (y + red_v * v, y + green_u * u + green_v * v, y + blue_u * u)
         return np.stack([np.clip(c >> COLOUR_SHIFT, 0, 255) for c in channels], 2).astype(np.uint8)
 
+    def require_on(self, gpu: int | None) -> None:
+        """Checks that the frame is on the host or on a predictor's GPU, given by its index.
+
+        Raises:
+            ImageError: if it is on another GPU.
+        """
+        if self.device not in (None, gpu):
+            raise ImageError(
+                f"a frame is on GPU {self.device}, this predictor on GPU {gpu}; "
+                f"load one with device={self.device}"
+            )
+
     def release(self) -> None:
         """Releases the caller's memory."""
         for plane in self.planes:

@@ -88,7 +88,6 @@ class _Window(Generic[Item]):
         results: the result of each image, as far as it is known before the image has run.
         prepared: the images that can run, by their places.
         pixels: the number of all pixels.
-        outcomes: what becomes of each prepared image, once the backend was given them.
         failure: the error with which the items ended, if they did.
     """
 
@@ -96,7 +95,6 @@ class _Window(Generic[Item]):
     results: list[ImageResult[Item]] = field(default_factory=list)
     prepared: dict[int, Prepared] = field(default_factory=dict)
     pixels: int = 0
-    outcomes: Future[Sequence[Outcome]] = field(default_factory=Future)
     failure: Exception | None = None
 
     def finished(self, outcomes: Sequence[Outcome]) -> Iterator[ImageResult[Item]]:
@@ -139,19 +137,17 @@ class ImageRunner:
 
         While the backend runs a window in another thread, the caller's thread prepares the next one.
         """
-        ahead: _Window[Item] | None = None
+        before, running = _Window[Item](), Future[Sequence[Outcome]]()
+        running.set_result([])
         with ThreadPoolExecutor(1, "comask") as backend:
             for window in self._windows(items, decode):
-                outcomes = ahead.outcomes.result() if ahead else []
-                images = list(window.prepared.values())
-                window.outcomes = backend.submit(self._outcomes, images, isolate)
-                if ahead:
-                    yield from ahead.finished(outcomes)
-                ahead = window
-            if ahead:
-                yield from ahead.finished(ahead.outcomes.result())
-                if ahead.failure:
-                    raise ahead.failure
+                outcomes, images = running.result(), list(window.prepared.values())
+                running = backend.submit(self._outcomes, images, isolate)
+                yield from before.finished(outcomes)
+                before = window
+            yield from before.finished(running.result())
+            if before.failure:
+                raise before.failure
 
     def _windows(
         self, items: Iterable[Item], decode: Callable[[Item], Pixels]

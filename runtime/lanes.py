@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError
-from comask.kernels.launch import Size
+from comask.kernels.launch import MaskLaunches, Size
 from comask.preprocess import Placement, padded_shape, prepare, resized_shape, stacked
 from comask.runtime.dlpack import UNORDERED, HostMemory, SharedArray
 from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.segmentation import Integers, rles_from_edges
 from comask.structures import Detections, detections_from_outputs
 
+PASTED = ("masks", "boxes", "num_detections")  # inputs of the masks' kernels, by stage 2's names
 Outputs: TypeAlias = dict[str, NDArray[Any]]  # stage 2's outputs by name
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
 Computed: TypeAlias = tuple[Outputs, list[Edges] | None]  # `Batch.outputs` and `Batch.edges`
@@ -75,6 +76,21 @@ class Batch:
         """Whether the batch has ended: its outputs are on the host, or it failed."""
         return self.outputs is not None or self.error is not None
 
+    def mask_launches(self, place: int, masks: tuple[int, ...]) -> MaskLaunches:
+        """Returns the launches that paste the masks of one frame, given by its place in the batch.
+
+        Args:
+            place: the frame's place.
+            masks: shape of stage 2's output, [B, D, M, M].
+
+        Raises:
+            KernelError: if the kernels do not support these sizes.
+        """
+        image = self.placements[place]
+        return MaskLaunches(
+            masks[1], masks[2], image.original_size, self.mask_threshold, image.scale
+        )
+
     def release(self) -> None:
         """Releases the caller's memory."""
         for frame in self.frames:
@@ -90,6 +106,16 @@ class Batch:
                 for detections, (counts, edges) in zip(results, self.edges, strict=True)
             ]
         return [d.with_rles(r) for d, r in zip(results, rles, strict=True)]
+
+
+def mask_inputs(outputs: Sequence[int], place: int, masks: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns the addresses of one frame's part of the outputs `PASTED`; see `Batch.mask_launches`."""
+    count, cells = masks[1:3]
+    steps = count * cells * cells, 4 * count, 1  # numbers of 4 bytes per frame
+    probs, boxes, found = (
+        start + 4 * place * step for start, step in zip(outputs, steps, strict=True)
+    )
+    return probs, boxes, found
 
 
 class Lane(Protocol):

@@ -15,16 +15,21 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import override
 
-from comask.errors import ImageError, KernelUnavailableError
+from comask.errors import KernelUnavailableError
 from comask.kernels.launch import FRAME, MASKS, Launch, MaskLaunches, rgb_to_canvas_launch
-from comask.preprocess import Placement
 from comask.runtime.dlpack import UNORDERED
 from comask.runtime.frames import Coding, Frame, borrow_frame
-from comask.runtime.lanes import Batch, Computed, Edges, HostLane, HostLanes
+from comask.runtime.lanes import (
+    PASTED,
+    Batch,
+    Computed,
+    Edges,
+    HostLane,
+    HostLanes,
+    mask_inputs,
+)
 
 SOURCES = (FRAME, MASKS)  # the kernels that the lanes need
-PASTED = ("masks", "boxes", "num_detections")  # inputs of the masks' kernels, by stage 2's names
-NUMBER = 4  # bytes of an f32 and of an i32
 
 logger = logging.getLogger(__name__)
 
@@ -111,50 +116,45 @@ class ResidentLane(HostLane):
         """Writes the frames onto their canvases and waits until they were read."""
         shape = (len(batch.frames), *batch.canvas, 3)
         canvases = self._memory.empty(shape, np.uint8)
+        start, step = self._memory.address(canvases), int(np.prod(shape[1:]))
+        copied = []  # frames of the host, kept until the kernels have read them
         for place, (frame, image) in enumerate(zip(batch.frames, batch.placements, strict=True)):
-            held = None  # keeps a copied frame until the kernel has read it
             if frame.device is None:
                 pixels = frame.pixels()
-                held, rows = self._memory.from_host(pixels), (3 * pixels.shape[1], 3, 1)
-                inputs = [self._memory.address(held)]
+                copied.append(self._memory.from_host(pixels))
+                inputs = [self._memory.address(copied[-1])]
+                rows = 3 * pixels.shape[1], 3, 1
                 launch = rgb_to_canvas_launch(frame.size, rows, image.size, batch.canvas)
             else:
                 launch, inputs = frame.launch(image.size, batch.canvas)
-            offset = place * int(np.prod(shape[1:]))
-            self._memory.launch(launch, inputs, self._memory.address(canvases) + offset)
-            self._memory.synchronize(self._memory.stream)
-            del held
+            self._memory.launch(launch, inputs, start + place * step)
+        self._memory.synchronize(self._memory.stream)
         return canvases
 
     def _found(self, canvases: Any, sizes: NDArray[Any], batch: Batch) -> Computed:
         outputs = self._run(canvases, sizes, keep=PASTED if batch.rle else ())
         if not batch.rle:
             return outputs, None
-        masks = outputs | {name: self._memory.to_host(outputs[name]) for name in PASTED}
-        count, cells = masks["masks"].shape[1:3]
-        steps = count * cells * cells, 4 * count, 1  # numbers per frame
-        edges = []
-        for place, image in enumerate(batch.placements):
-            addresses = [
-                self._memory.address(outputs[name]) + NUMBER * place * step
-                for name, step in zip(PASTED, steps, strict=True)
-            ]
-            pasting = MaskLaunches(
-                count, cells, image.original_size, batch.mask_threshold, image.scale
-            )
-            edges.append(self._edges(pasting, addresses, image))
-        return masks, edges
+        addresses = [self._memory.address(outputs[name]) for name in PASTED]
+        copied = outputs | {name: self._memory.to_host(outputs[name]) for name in PASTED}
+        shape = copied["masks"].shape
+        edges = [
+            self._edges(batch.mask_launches(place, shape), mask_inputs(addresses, place, shape))
+            for place in range(len(batch.frames))
+        ]
+        return copied, edges
 
-    def _edges(self, pasting: MaskLaunches, addresses: list[int], image: Placement) -> Edges:
-        probs, boxes, found = addresses
+    def _edges(self, pasting: MaskLaunches, inputs: tuple[int, int, int]) -> Edges:
+        """Waits for the edges of one frame's masks."""
+        probs, boxes, found = inputs
         memory, count = self._memory, pasting.masks
-        counts = memory.empty((count * (1 + image.original_size[1]),), np.int32)
+        counts = memory.empty((count * (1 + pasting.image_size[1]),), np.int32)
         memory.launch(pasting.edge_counts(), [probs, boxes, found], memory.address(counts))
         per_mask = memory.to_host(counts)[:count]
         total = int(per_mask.sum())
         places = memory.empty((max(total, 1),), np.int32)
-        inputs = [probs, boxes, memory.address(counts)]
-        memory.launch(pasting.edges(total), inputs, memory.address(places))
+        searched = [probs, boxes, memory.address(counts)]
+        memory.launch(pasting.edges(total), searched, memory.address(places))
         return per_mask, memory.to_host(places)[:total]
 
 
@@ -181,11 +181,7 @@ class ResidentLanes(HostLanes):
         if stream is not None:
             self._memory.synchronize(stream)
         frame = borrow_frame(source, self._memory.stream if stream is None else UNORDERED, coding)
-        if frame.device not in (None, self._memory.gpu):
-            raise ImageError(
-                f"a frame is on GPU {frame.device}, this predictor on GPU {self._memory.gpu}; "
-                f"load one with device={frame.device}"
-            )
+        frame.require_on(self._memory.gpu)
         for plane in frame.planes if stream is None else ():
             if plane.stream is not None:
                 self._memory.synchronize(plane.stream)

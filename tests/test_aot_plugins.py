@@ -33,7 +33,14 @@ from comask.export.build_options import BuildOptions, check_options
 from comask.kernels import compile
 from comask.runtime.gpu import Gpu
 from comask.runtime.trt.flavor import Flavor
-from comask.runtime.trt.ops import NmsKeepOp, NmsOverlapsOp, Op, PyramidRoiAlignOp, TensorDesc
+from comask.runtime.trt.ops import (
+    DimensionMath,
+    NmsKeepOp,
+    NmsOverlapsOp,
+    Op,
+    PyramidRoiAlignOp,
+    TensorDesc,
+)
 
 H100 = Gpu("H100", 90, 13000, 2**36)
 ROI_ALIGN = {"output_size": 7, "sampling_ratio": 2, "canonical_size": 224.0}
@@ -164,7 +171,8 @@ def nms_inputs(draw: st.DrawFn) -> list[TensorDesc]:
 def words_of(inputs: list[TensorDesc]) -> TensorDesc:
     """What the first node of NMS gives to the second one."""
     shapes = [desc.shape for desc in inputs]
-    shape = NmsOverlapsOp(0.5).output_shape(shapes, int, operator.mul, NUMBERS.cdiv)
+    math = DimensionMath(int, operator.mul, NUMBERS.cdiv)
+    shape = NmsOverlapsOp(0.5).output_shape(shapes, math)
     return TensorDesc(tuple(shape), "INT32", "LINEAR")
 
 

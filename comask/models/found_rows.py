@@ -20,14 +20,14 @@ class FoundRows:
     Args:
         found: [B] i32, the number of detections of each image.
         detections: D, the number of rows of a graph's outputs.
-        rows: [n], a tensor whose length stands for the number of rows while the exporter traces the
-            network, since that number is not known then; else None.
+        rows: [1, n], a tensor whose shape stands for that of rows while the exporter traces the network,
+            since their number is not known then; else None.
     """
 
     def __init__(self, found: Tensor, detections: int, rows: Tensor | None) -> None:
         self._found, self._detections = found, detections
         if rows is not None:
-            self._count = rows.shape[0]
+            self._count = rows.shape[1]
         else:
             self._count = max(1, int(found.max()))  # one row at least, since some operators need it
 

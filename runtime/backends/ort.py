@@ -123,22 +123,21 @@ class OrtSession:
             raise RuntimeError("this session is closed")
         names = [spec.name for spec in self.outputs]
         kept = set(keep) & set(names) if self.keeps else set()
-        given: dict[str, Any] = {}
-        for name, dtype in self._dtypes.items():
-            value = feeds[name]
-            is_kept = isinstance(value, self._kept_type)
-            given[name] = value if is_kept else np.ascontiguousarray(value, dtype=dtype)
-        if not kept and not any(isinstance(v, self._kept_type) for v in given.values()):
-            return dict(zip(names, self._session.run(names, given), strict=True))
+        resident = {n: feeds[n] for n in self._dtypes if isinstance(feeds[n], self._kept_type)}
+        arrays = {
+            name: np.ascontiguousarray(feeds[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
+            if name not in resident
+        }
+        if not kept and not resident:
+            return dict(zip(names, self._session.run(names, arrays), strict=True))
         binding = self._session.io_binding()
-        for name, value in given.items():
-            if isinstance(value, self._kept_type):
-                binding.bind_ortvalue_input(name, value)
-            else:
-                binding.bind_cpu_input(name, value)
+        for name, value in resident.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
         for name in names:
-            on_gpu = name in kept and self.gpu is not None
-            binding.bind_output(name, "cuda" if on_gpu else "cpu", self.gpu if on_gpu else 0)
+            binding.bind_output(name, *_place(self.gpu if name in kept else None))
         self._session.run_with_iobinding(binding)
         values = zip(names, binding.get_outputs(), strict=True)
         return {name: value if name in kept else value.numpy() for name, value in values}
@@ -160,7 +159,7 @@ class OrtMemory:
 
     def __init__(self, gpu: int | None) -> None:
         self.gpu = gpu
-        self._place = ("cpu", 0) if gpu is None else ("cuda", gpu)
+        self._place = _place(gpu)
         self._value: Any = import_onnxruntime().OrtValue
 
     def prepare(self, source: str) -> None:
@@ -226,6 +225,11 @@ def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
     """Opens the bundle's graphs; see `comask.runtime.backends.MODULES`, and `ort_stages` for errors."""
     return ort_stages(bundle, precision or "fp32", options.device)
+
+
+def _place(gpu: int | None) -> tuple[str, int]:
+    """Returns a GPU, given by its index, or the host, as ONNX Runtime names devices."""
+    return ("cpu", 0) if gpu is None else ("cuda", gpu)
 
 
 def _spec(entry: onnxruntime.NodeArg) -> TensorSpec:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 from typing_extensions import override
 
-from comask.errors import ImageError
 from comask.kernels import run
 from comask.kernels.launch import FRAME, MASKS
 from comask.preprocess import prepare
@@ -336,11 +335,7 @@ class TrtLanes:
         with self._device:
             consumer = self._intake.handle if stream is None else UNORDERED
             frame = borrow_frame(source, consumer, coding)
-            if frame.device not in (None, self._device.index):
-                raise ImageError(
-                    f"a frame is on GPU {frame.device}, this predictor on GPU {self._device.index}; "
-                    f"load one with device={frame.device}"
-                )
+            frame.require_on(self._device.index)
             if stream is None:
                 for plane in frame.planes:
                     if plane.stream is not None:

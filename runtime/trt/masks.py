@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from comask.kernels import run
 from comask.kernels.launch import Launch, MaskLaunches
 from comask.runtime.device import Device, DeviceMemory, PinnedMemory, Stream
-from comask.runtime.lanes import Batch, Edges
+from comask.runtime.lanes import PASTED, Batch, Edges, mask_inputs
 from comask.runtime.trt.contexts import grow
 from comask.runtime.trt.engine import Shape
 
-INPUTS = ("masks", "boxes", "num_detections")  # the kernels' inputs by stage 2's names
 # Initial room per frame: two edges per column of 80 compact masks that are 100 pixels wide.
 EDGES = 1 << 14
 INT = np.dtype(np.int32).itemsize
@@ -55,7 +54,9 @@ class LaneMasks:
         image = batch.placements[place]
         shape = (masks[1], *image.original_size)
         memory = self._room("bitmaps", place, math.prod(shape))
-        self._launch(_launches(batch, place, masks).bitmaps(), self._inputs(place, masks), memory)
+        self._launch(
+            batch.mask_launches(place, masks).bitmaps(), self._inputs(place, masks), memory
+        )
         return memory.address, shape
 
     def prepare_edges(self, batch: Batch, masks: Shape) -> object:
@@ -69,7 +70,7 @@ class LaneMasks:
             KernelError: if the kernels do not support these sizes.
         """
         count, frames = masks[1], range(len(batch.frames))
-        self._searches = [_launches(batch, place, masks) for place in frames]
+        self._searches = [batch.mask_launches(place, masks) for place in frames]
         rooms = [
             (
                 self._room(
@@ -122,14 +123,8 @@ class LaneMasks:
         edges = values[counts.size :][: frames * self._capacity].reshape(frames, self._capacity)
         return counts, edges
 
-    def _inputs(self, place: int, masks: Shape) -> list[int]:
-        """Returns the addresses of one frame's outputs."""
-        count, cells = masks[1:3]
-        steps = (count * cells * cells, 4 * count, 1)  # elements per frame, of 4 bytes each
-        return [
-            self._outputs[name].address + 4 * place * step
-            for name, step in zip(INPUTS, steps, strict=True)
-        ]
+    def _inputs(self, place: int, masks: Shape) -> tuple[int, int, int]:
+        return mask_inputs([self._outputs[name].address for name in PASTED], place, masks)
 
     def _launch(self, launch: Launch, inputs: Sequence[int], output: DeviceMemory) -> None:
         run.on_gpu(launch, inputs, output.address, self._stream.handle)
@@ -144,8 +139,3 @@ class LaneMasks:
         for staged in self._staging.values():
             staged.free()
         self._buffers, self._staging = {}, {}
-
-
-def _launches(batch: Batch, place: int, masks: Shape) -> MaskLaunches:
-    image = batch.placements[place]
-    return MaskLaunches(masks[1], masks[2], image.original_size, batch.mask_threshold, image.scale)

@@ -50,6 +50,21 @@ class TensorDesc:
     format: str
 
 
+@dataclass(frozen=True, slots=True)
+class DimensionMath:
+    """Arithmetic with symbolic dimensions, which each kind of plugin has in a form of its own.
+
+    Attributes:
+        constant: returns a number as a dimension.
+        product: multiplies two dimensions.
+        quotient: divides two dimensions and rounds up.
+    """
+
+    constant: Callable[[int], Any]
+    product: Callable[[Any, Any], Any]
+    quotient: Callable[[Any, Any], Any]
+
+
 class CustomOp(ABC):
     """A node of one of our ops, whose fields are the node's attributes."""
 
@@ -93,13 +108,7 @@ class CustomOp(ABC):
         """Returns the name of the output's type for the names of the inputs' types."""
 
     @abstractmethod
-    def output_shape(
-        self,
-        inputs: Sequence[Any],
-        constant: Callable[[int], Any],
-        product: Callable[[Any, Any], Any],
-        quotient: Callable[[Any, Any], Any],
-    ) -> list[Any]:
+    def output_shape(self, inputs: Sequence[Any], math: DimensionMath) -> list[Any]:
         """Returns the output's symbolic dimensions for those of the inputs; quotients are rounded up."""
 
     @abstractmethod
@@ -140,15 +149,9 @@ class PyramidRoiAlignOp(CustomOp):
         return input_types[0]
 
     @override
-    def output_shape(
-        self,
-        inputs: Sequence[Any],
-        constant: Callable[[int], Any],
-        product: Callable[[Any, Any], Any],
-        quotient: Callable[[Any, Any], Any],
-    ) -> list[Any]:
-        rois, size = inputs[4], constant(self.output_size)
-        return [product(rois[0], rois[1]), inputs[0][1], size, size]
+    def output_shape(self, inputs: Sequence[Any], math: DimensionMath) -> list[Any]:
+        rois, size = inputs[4], math.constant(self.output_size)
+        return [math.product(rois[0], rois[1]), inputs[0][1], size, size]
 
     @override
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
@@ -192,15 +195,9 @@ class NmsOverlapsOp(CustomOp):
         return "INT32"
 
     @override
-    def output_shape(
-        self,
-        inputs: Sequence[Any],
-        constant: Callable[[int], Any],
-        product: Callable[[Any, Any], Any],
-        quotient: Callable[[Any, Any], Any],
-    ) -> list[Any]:
+    def output_shape(self, inputs: Sequence[Any], math: DimensionMath) -> list[Any]:
         rows, boxes = inputs[1][0], inputs[1][1]
-        return [rows, quotient(boxes, constant(TILE)), boxes]
+        return [rows, math.quotient(boxes, math.constant(TILE)), boxes]
 
     @override
     def launch(self, inputs: Sequence[TensorDesc]) -> Launch:
@@ -224,13 +221,7 @@ class NmsKeepOp(CustomOp):
         return "BOOL"
 
     @override
-    def output_shape(
-        self,
-        inputs: Sequence[Any],
-        constant: Callable[[int], Any],
-        product: Callable[[Any, Any], Any],
-        quotient: Callable[[Any, Any], Any],
-    ) -> list[Any]:
+    def output_shape(self, inputs: Sequence[Any], math: DimensionMath) -> list[Any]:
         return [inputs[0][0], inputs[0][2]]
 
     @override

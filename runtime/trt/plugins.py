@@ -21,7 +21,7 @@ import numpy as np
 from comask.errors import ComaskError, EngineError
 from comask.kernels import run
 from comask.runtime.trt.flavor import Flavor
-from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, Op, TensorDesc
+from comask.runtime.trt.ops import NAMESPACE, OPS, VERSION, DimensionMath, Op, TensorDesc
 
 __all__ = ["register_plugins"]
 
@@ -144,9 +144,12 @@ def _plugin_class(flavor: Flavor) -> Any:
         def get_output_shapes(
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expressions: Any
         ) -> list[Any]:
-            product = functools.partial(expressions.operation, trt.DimensionOperation.PROD)
-            quotient = functools.partial(expressions.operation, trt.DimensionOperation.CEIL_DIV)
-            dims = self.op.output_shape(inputs, expressions.constant, product, quotient)
+            math = DimensionMath(
+                expressions.constant,
+                functools.partial(expressions.operation, trt.DimensionOperation.PROD),
+                functools.partial(expressions.operation, trt.DimensionOperation.CEIL_DIV),
+            )
+            dims = self.op.output_shape(inputs, math)
             output = trt.DimsExprs(len(dims))
             for axis, dim in enumerate(dims):
                 output[axis] = dim
