@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import kernel_times
+import expected_times
 
 from comask.errors import KernelError
 from comask.kernels.compile import CUDA_OPTIONS, FOLDER, HEADER, entries
@@ -168,10 +168,10 @@ def table(capabilities: Sequence[int]) -> str:
 
 
 def expected_table() -> str:
-    """Returns a Markdown table of the times that `kernel_times` computes; nothing is measured."""
+    """Returns a Markdown table of the times that `expected_times` computes; nothing is measured."""
     found = {
         (entry, capability): needed
-        for capability in kernel_times.GPUS
+        for capability in expected_times.GPUS
         for source in BLOCK_THREADS
         for entry, needed in resources(source, capability).items()
     }
@@ -182,7 +182,7 @@ def expected_table() -> str:
         share = occupancy(capability, threads[entry], needed).share
         return f"{needed.registers}, {share:.0%}"
 
-    return kernel_times.table(describe)
+    return expected_times.table(describe)
 
 
 def _rounded_up(value: int, unit: int) -> int:

@@ -197,7 +197,7 @@ def test_the_command_writes_a_table(tool: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_model_of_times_by_hand(tool: ModuleType) -> None:
-    times = tool.kernel_times
+    times = tool.expected_times
     gpu = times.Gpu("made up", multiprocessors=10, bandwidth=1e9, clock=1e9, doubles=2)
     work = times.Work("k", "s", read=600, written=400, steps=((3200, 12), (320, 2)), doubles=10**5)
     found = times.expected(work, gpu)
@@ -210,10 +210,10 @@ def test_the_model_of_times_by_hand(tool: ModuleType) -> None:
 
 
 def test_the_model_has_the_launches_sizes(tool: ModuleType) -> None:
-    works = {work.entry: work for work in tool.kernel_times.WORK}
+    works = {work.entry: work for work in tool.expected_times.WORK}
     assert set(works) <= set(REGISTERS)
-    masks = MaskLaunches(tool.kernel_times.MASKS, 28, tool.kernel_times.IMAGE, 0.5).bitmaps()
-    assert masks.grid == tool.kernel_times.MASKS * tool.kernel_times.PASTE_STRIPS
+    masks = MaskLaunches(tool.expected_times.MASKS, 28, tool.expected_times.IMAGE, 0.5).bitmaps()
+    assert masks.grid == tool.expected_times.MASKS * tool.expected_times.PASTE_STRIPS
     assert works["paste_masks"].written == masks.integers[0] * 1080 * 1920
     canvas = nv12_to_canvas_launch(
         (1080, 1920), (540, 960), (1920, 1920), (750, 1333), (800, 1344), matrix="bt709",
@@ -226,7 +226,7 @@ def test_expected_times_are_a_table_on_request(tool: ModuleType) -> None:
     result = CliRunner().invoke(tool.main, ["--expected"])
     assert result.exit_code == 0, result.output
     header, rule, *rows = result.output.splitlines()
-    assert len(rows) == len(tool.kernel_times.WORK) * len(tool.kernel_times.GPUS)
+    assert len(rows) == len(tool.expected_times.WORK) * len(tool.expected_times.GPUS)
     assert {line.count("|") for line in (header, rule, *rows)} == {10}
     latency = [row for row in rows if row.endswith("| none: decided by dependent steps |")]
     assert {row.split()[1][:4] for row in latency} == {"sort", "nms_", "mask"}
