@@ -40,9 +40,10 @@ from torchvision_network import CLASSES, export_network
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ComaskError
+from comask.parallel import cores
 from comask.preprocess import Prepared
 from comask.progress import Progress
-from comask.runtime.bench.machine import cores, describe_machine
+from comask.runtime.bench.machine import describe_machine
 from comask.runtime.bench.plots import check_plot
 
 REFERENCE = "torchvision eager"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from comask.bundle import MANIFEST
 from comask.cli.command import command, option
+from comask.cli.infer_images import IMAGE_KINDS, QUALITY, ImageResults, OverlayFiles, OverlayFormat
 from comask.cli.infer_video import WHERE, VideoOptions, run_video, split_inputs
 from comask.cli.options import (
     Interruption,
@@ -24,20 +21,14 @@ from comask.cli.options import (
     predictor_options,
     write_json,
 )
-from comask.errors import ComaskError, ImageError, VideoError, one_line
-from comask.files import is_folder_fault, whole_file, write_whole
+from comask.errors import VideoError, one_line
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions, gpu_index
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from comask.runtime.images import ImageResult
     from comask.runtime.video import Where
-    from comask.structures import Detections
 
 VIDEOS = "Videos"  # heading of options
-KINDS = ("overlay", "masks", "coco", "labels")
 
 
 @command(moved=dict.fromkeys(("--runner", "--shard", "--format", "--actors"), "comask job"))
@@ -45,9 +36,13 @@ KINDS = ("overlay", "masks", "coco", "labels")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @option("--output", required=True, metavar="DIR", help="Folder of the results.")
 @option("--save", default="overlay,coco", metavar="KINDS",
-        help=f"Any of {','.join(KINDS)}. [overlay,coco]")  # fmt: skip
+        help=f"Any of {','.join(IMAGE_KINDS)}. [overlay,coco]")  # fmt: skip
 @option("--threshold", type=click.FloatRange(0, 1), default=0.5, metavar="P",
         help="Lowest score drawn in overlays. [0.5]")  # fmt: skip
+@option("--overlay-format", type=click.Choice(("auto", "jpeg", "png")), default="auto", metavar="AS",
+        help="auto (JPEG for a JPEG, else PNG), jpeg, png. [auto]")  # fmt: skip
+@option("--quality", type=click.IntRange(1, 100), metavar="N",
+        help=f"Of JPEG overlays, 1 to 100. [{QUALITY}]")  # fmt: skip
 @json_option
 @backend_option
 @predictor_options(batch=8)
@@ -65,6 +60,8 @@ def main(
     backend: str,
     save: str,
     threshold: float,
+    overlay_format: OverlayFormat,
+    quality: int | None,
     how: LoadOptions,
     every: int,
     track: bool,
@@ -74,11 +71,10 @@ def main(
 ) -> None:
     """Run a bundle on images, folders, patterns, videos, camera:0 and streams (rtsp://…).
 
-    A folder stands for the files directly in it; 'DIR/**/*.jpg' includes subfolders.
-
-    Each result keeps the name of its input: photo.jpg.overlay.png, clip.mp4.overlay.mp4, clip.mp4.jsonl
-    (one line per frame); detections.json holds the COCO results of all images, and images.json their
-    ids. Inputs that cannot be read are skipped; the exit code is then 1.
+    A folder stands for the files directly in it; 'DIR/**/*.jpg' includes subfolders. Each result keeps
+    the name of its input: photo.jpg.overlay.jpg, clip.mp4.overlay.mp4, clip.mp4.jsonl (one line per
+    frame); detections.json holds the COCO results of all images, and images.json their ids. Inputs that
+    cannot be read are skipped; the exit code is then 1.
 
     \b
     comask infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
@@ -94,7 +90,9 @@ def main(
         folder, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
     )
     options.check(videos)
-    results = Results(folder, kinds, threshold)
+    overlays = OverlayFiles(overlay_format, quality)
+    overlays.check(kinds, images)
+    results = ImageResults(folder, kinds, threshold, overlays)
     failures = Failures()
     stop = Interruption()
     seconds, reports = 0.0, list[dict[str, Any]]()
@@ -167,7 +165,7 @@ class Failures:
 def _run_images(
     predictor: Predictor,
     files: list[Path],
-    results: Results,
+    results: ImageResults,
     failures: Failures,
     stop: Interruption,
 ) -> float:
@@ -177,11 +175,10 @@ def _run_images(
     started = time.perf_counter()
     try:
         with stop.on_signal(), Progress("inferring", len(files), unit="images") as progress:
-            for result in predictor.map(itertools.takewhile(lambda _: not stop.signal, files)):
-                try:
-                    results.add(result)
-                except ImageError as error:
-                    failures.add("skipped", str(result.item), str(error))
+            found = predictor.map(itertools.takewhile(lambda _: not stop.signal, files))
+            for path, error in results.write(found):
+                if error:
+                    failures.add("skipped", str(path), str(error))
                 progress.advance()
     finally:
         results.finish()  # also after an error
@@ -191,7 +188,7 @@ def _run_images(
 def _run_videos(
     predictor: Predictor,
     videos: list[str],
-    results: Results,
+    results: ImageResults,
     failures: Failures,
     options: VideoOptions,
     stop: Interruption,
@@ -236,127 +233,8 @@ def _video_line(report: dict[str, Any]) -> str:
 
 def _kinds(save: str) -> set[str]:
     kinds = {kind.strip() for kind in save.split(",") if kind.strip()}
-    if unknown := kinds - set(KINDS):
+    if unknown := kinds - set(IMAGE_KINDS):
         raise click.UsageError(
-            f"--save {', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}"
+            f"--save {', '.join(sorted(unknown))}: choose from {', '.join(IMAGE_KINDS)}"
         )
     return kinds
-
-
-class Results:
-    """Writes the results of images that `--save` asks for.
-
-    Args:
-        folder: the folder of the results, created if it does not exist.
-        kinds: names from `KINDS`.
-        threshold: the lowest score that is drawn.
-
-    Raises:
-        ComaskError: when nothing can be written there, as on a full disk, or the folder holds a job.
-    """
-
-    def __init__(self, folder: Path, kinds: set[str], threshold: float) -> None:
-        self._folder, self._kinds, self._threshold = folder, kinds, threshold
-        self._coco: list[dict[str, Any]] = []
-        self._images: list[dict[str, Any]] = []
-        self._taken: set[str] = set()
-        self.detections = 0
-        if folder.is_file():
-            raise ComaskError(f"--output {folder}: is a file; --output is a folder")
-        if (folder / MANIFEST).exists():
-            raise ComaskError(f"--output {folder}: holds a bundle; give another folder")
-        if (folder / "job.json").exists():
-            raise ComaskError(f"--output {folder}: holds a job; give another folder")
-        for name in ("detections.json", "images.json"):  # before an hour's work, not after
-            if (folder / name).is_dir():
-                raise ComaskError(f"--output {folder}: {name} in it is a folder; remove it")
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, result: ImageResult[Path]) -> None:
-        """Writes the results of one image.
-
-        Raises:
-            ImageError: when the image has no results, or they cannot be written.
-        """
-        from comask.draw import draw_overlay
-
-        path, pixels, found = result.item, result.pixels, result.detections
-        assert pixels is not None
-        name = self.unique(path.name)
-        with self._writing(path):
-            if "overlay" in self._kinds:
-                drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
-                self._write_png(f"{name}.overlay.png", drawn)
-            if "masks" in self._kinds:
-                self._write_png(f"{name}.mask.png", _instance_map(found))
-            if "labels" in self._kinds:
-                lines = _label_lines(found).encode()
-                write_whole(self._folder / f"{name}.labels.txt", lines, durable=False)
-        image_id = len(self._images) + 1
-        entries = found.to_coco(image_id) if "coco" in self._kinds else []
-        height, width = found.image_size
-        # last, so that an interruption never leaves an image in only one of the two files
-        self._coco += entries
-        self._images.append(
-            {"id": image_id, "file_name": str(path), "width": width, "height": height}
-        )
-        self.detections += len(found)
-
-    @property
-    def images(self) -> int:
-        """The number of images with results."""
-        return len(self._images)
-
-    def finish(self) -> None:
-        """Writes the files that cover all images."""
-        if "coco" in self._kinds:
-            with self._writing(self._folder):
-                for file, content in (("detections", self._coco), ("images", self._images)):
-                    write_whole(self._folder / f"{file}.json", json.dumps(content).encode())
-
-    def unique(self, name: str) -> str:
-        """Returns `name`, or a numbered name if a file of another folder has it already."""
-        unique, number = name, 2
-        while unique in self._taken:
-            unique, number = f"{name}.{number}", number + 1
-        self._taken.add(unique)
-        return unique
-
-    def _write_png(self, name: str, pixels: NDArray[Any]) -> None:
-        from PIL import Image
-
-        # not durable: waiting for the disk takes as long as a GPU needs for the image
-        with whole_file(self._folder / name, durable=False) as file:
-            Image.fromarray(pixels).save(file, format="PNG")
-
-    @contextlib.contextmanager
-    def _writing(self, source: Path) -> Iterator[None]:
-        """Turns an OSError into an error that names the folder, or the one source it concerns."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or str(error)
-            if is_folder_fault(error) or source == self._folder:
-                raise ComaskError(f"{self._folder}: results cannot be written: {reason}") from error
-            where = f"{error.filename or self._folder}: {reason}"
-            raise ImageError(f"{source}: its results cannot be written: {where}") from error
-
-
-def _instance_map(found: Detections) -> Any:
-    """Returns u16 [H, W]: 0 for background, else the number (from 1) of the best detection there."""
-    import numpy as np
-
-    instances = np.zeros(found.image_size, dtype=np.uint16)
-    for number in range(len(found), 0, -1):
-        x, y, crop = found.crop(number - 1)
-        instances[y : y + crop.shape[0], x : x + crop.shape[1]][crop] = number
-    return instances
-
-
-def _label_lines(found: Detections) -> str:
-    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True)
-    return "".join(
-        f"{found.name(label)}\t{score:.4f}\t" + "\t".join(f"{edge:.2f}" for edge in box) + "\n"
-        for label, score, box in rows
-    )

@@ -12,8 +12,9 @@ from typing import Literal, get_args
 
 from comask.errors import ComaskError, one_line
 
-IMAGE_SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib",
+JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"})
+IMAGE_SUFFIXES = JPEG_SUFFIXES | frozenset({
+    ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib",
     ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".avif", ".heic", ".heif",
 })  # fmt: skip
 VIDEO_SUFFIXES = frozenset({
@@ -36,7 +37,7 @@ _VIDEO_CONTENT = re.compile(
     rb"|\x30\x26\xb2\x75|OggS|(.{4})?\x47.{187}(.{4})?\x47",
     re.DOTALL,
 )
-# The files that `comask infer` writes: photo.jpg.overlay.png, photo.jpg.2.mask.png, …
+# The files that `comask infer` writes: photo.jpg.overlay.jpg, photo.jpg.2.mask.png, …
 _RESULT = re.compile(
     r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt|jsonl)|.+\.(\w{2,5}|\d+)\.mask\.png"
     r"|(detections|images)\.json"

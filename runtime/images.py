@@ -11,6 +11,7 @@ import numpy as np
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError, one_line
+from comask.parallel import ordered_map
 from comask.preprocess import MOST_IMAGE_PIXELS, Pixels, Prepared
 from comask.structures import Detections
 
@@ -79,6 +80,15 @@ class ImagePredictor(Protocol):
         """Returns each image's detections at each point of `FOUND_AT`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Decoded(Generic[Item]):
+    """An image before it runs: its name, its result so far and, if it can run, its canvas."""
+
+    name: str
+    result: ImageResult[Item]
+    prepared: Prepared | None = None
+
+
 @dataclass(slots=True)
 class _Window(Generic[Item]):
     """Images that run together, in order.
@@ -96,6 +106,15 @@ class _Window(Generic[Item]):
     prepared: dict[int, Prepared] = field(default_factory=dict)
     pixels: int = 0
     failure: Exception | None = None
+
+    def add(self, image: _Decoded[Item]) -> None:
+        """Adds an image, which runs if it is prepared."""
+        if image.prepared is not None:
+            self.prepared[len(self.results)] = image.prepared
+        if image.result.pixels is not None:
+            self.pixels += image.result.pixels.size // 3
+        self.names.append(image.name)
+        self.results.append(image.result)
 
     def finished(self, outcomes: Sequence[Outcome]) -> Iterator[ImageResult[Item]]:
         """Yields the result of each image."""
@@ -135,7 +154,7 @@ class ImageRunner:
     ) -> Iterator[ImageResult[Item]]:
         """Yields the result of each image, in order; see `Predictor.map`.
 
-        While the backend runs a window in another thread, the caller's thread prepares the next one.
+        While one thread runs a window on the backend, others decode and prepare the next one.
         """
         before, running = _Window[Item](), Future[Sequence[Outcome]]()
         running.set_result([])
@@ -156,12 +175,17 @@ class ImageRunner:
 
         If the items end with an error, the last window has it, so that the images before get results.
         """
+
+        def named(numbered: tuple[int, Item]) -> _Decoded[Item]:
+            number, item = numbered
+            # arrays and Pillow images have no name
+            name = f"image {number}" if hasattr(item, "__array_interface__") else str(item)
+            return self._decoded(name, item, decode)
+
         window = _Window[Item]()
         try:
-            for number, item in enumerate(items):
-                # arrays and Pillow images have no name
-                name = f"image {number}" if hasattr(item, "__array_interface__") else str(item)
-                self._add(window, name, item, decode)
+            for _, decoded in ordered_map(named, enumerate(items)):
+                window.add(decoded.result())
                 # the limit for one image is the limit for the whole window as well
                 if len(window.results) == self._window or window.pixels > MOST_IMAGE_PIXELS:
                     yield window
@@ -170,23 +194,17 @@ class ImageRunner:
             window.failure = error
         yield window
 
-    def _add(
-        self, window: _Window[Item], name: str, item: Item, decode: Callable[[Item], Pixels]
-    ) -> None:
+    def _decoded(self, name: str, item: Item, decode: Callable[[Item], Pixels]) -> _Decoded[Item]:
         """Decodes and prepares an image."""
-        place, pixels, error = len(window.results), None, None
         try:
             pixels = decode(item)
-        except ImageError as raised:
-            error = raised
-        if pixels is not None:
-            window.pixels += pixels.size // 3
-            try:
-                window.prepared[place] = self._predictor.prepare(pixels)
-            except ImageError as raised:
-                error = ImageError(f"{name}: {raised}")
-        window.names.append(name)
-        window.results.append(ImageResult(item, pixels, error=error))
+        except ImageError as error:
+            return _Decoded(name, ImageResult(item, None, error=error))
+        try:
+            return _Decoded(name, ImageResult(item, pixels), self._predictor.prepare(pixels))
+        except ImageError as error:
+            named = ImageError(f"{name}: {error}")
+            return _Decoded(name, ImageResult(item, pixels, error=named))
 
     def check(self) -> None:
         """Runs the probe image.

@@ -148,7 +148,8 @@ class Predictor(Closing):
 
         Args:
             items: the images, see `__call__`, or the arguments of `load`.
-            load: returns an item's image; its ImageErrors name the image.
+            load: returns an item's image; its ImageErrors name the image. Several threads call it at
+                once.
             isolate: whether an image on which the backend fails gets an `error` in its result while the
                 others run, as an image does that cannot be decoded; if False, the error is raised.
 

@@ -32,7 +32,8 @@ OPTIONS = {
     },
     "serve": {"output", "backend", "engines", "model-name", "batch", "json"},
     "infer": {
-        "output", "backend", "save", "threshold", *RUNS, "every", "track", "decode", "encode", "json",
+        "output", "backend", "save", "threshold", "overlay-format", "quality", *RUNS, "every", "track",
+        "decode", "encode", "json",
     },
     "job": {"output", "backend", "runner", "format", "shard", "actors", *RUNS, "json"},
     "eval": {

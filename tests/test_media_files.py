@@ -115,7 +115,7 @@ def test_results_are_no_inputs_and_what_is_passed_over_is_counted(
                 f"{folder}: passed over 1 files that are neither images nor videos: notes.txt"
                 in (result.output)
             )
-    result = run("infer", micro_bundle, folder / "*.overlay.png", "--output", folder)
+    result = run("infer", micro_bundle, folder / "*.overlay.*", "--output", folder)
     assert result.exit_code == 1
     assert "the inputs are results of comask itself; rename one to run it" in result.output
 
@@ -196,7 +196,7 @@ def test_results_of_one_image_that_cannot_be_written_are_its_own_problem(
     long = f"{'n' * 246}.jpg"
     for name in ("a.jpg", "b.jpg", long):
         save(folder / name, "JPEG")
-    (output / "a.jpg.overlay.png").mkdir(parents=True)
+    (output / "a.jpg.overlay.jpg").mkdir(parents=True)
     result = run("infer", micro_bundle, folder, "--output", output)
     assert result.exit_code == 1
     assert "1 of 3 images" in result.output

@@ -17,6 +17,7 @@ from typing import Any
 
 from comask import __version__
 from comask.errors import ComaskError
+from comask.parallel import cores
 from comask.runtime.backends import Device, gpu_index
 from comask.runtime.gpu import find_gpu
 
@@ -94,13 +95,6 @@ def describe_machine(device: Device) -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         versions={"comask": __version__, "python": platform.python_version(), **_versions()},
     )
-
-
-def cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -93,7 +93,8 @@ class Worker:
             try:
                 data = image.content.result()
             except ImageError as error:  # A storage that reports a missing image works.
-                fetched |= isinstance(error.__cause__, FileNotFoundError)
+                if isinstance(error.__cause__, FileNotFoundError):
+                    fetched = True
                 raise
             fetched = True
             return decode_image(image.address if data is None else data, name=image.address)
