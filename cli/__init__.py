@@ -7,4 +7,4 @@ import os
 # enough for that, and long enough for the next operator of a network. It must be set before PyTorch is
 # imported. Who has chosen how threads wait keeps that.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
