@@ -23,7 +23,8 @@ demo: setup
 	$(BIN)/comask shapes $(DEMO)/shapes --count 12 --seed 42
 	$(BIN)/comask infer $(DEMO)/bundle $(DEMO)/shapes/images --output $(DEMO)/pictures
 	$(BIN)/python examples/contact_sheet.py $(DEMO)/bundle $(DEMO)/contact_sheet.png
-	$(BIN)/comask eval $(DEMO)/bundle --data shapes --tolerance 0.02
+	$(BIN)/comask eval $(DEMO)/bundle --data shapes --tolerance 0.02 \
+	  --backend torch --backend onnxruntime --backend openvino
 	@echo "pictures: $(DEMO)/contact_sheet.png $(DEMO)/pictures/*.overlay.png"
 	@echo "report:   $(DEMO)/run/report.html"
 

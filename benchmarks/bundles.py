@@ -18,7 +18,7 @@ import click
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import numpy_helper
+from thresholds import with_threshold
 
 from comask.bundle import Bundle
 from comask.runtime.backends.ort import OrtSession
@@ -67,19 +67,6 @@ class PlainSession:
         names = [entry.name for entry in self._session.get_outputs()]
         given = {entry.name: feeds[entry.name] for entry in self._session.get_inputs()}
         return dict(zip(names, self._session.run(names, given), strict=True))
-
-
-def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:
-    """Returns stage 2's graph with another threshold for the scores, which come from its Softmax."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    for node in model.graph.node:
-        scores = producers.get(node.input[0]) if node.op_type == "Greater" else None
-        if scores is not None and producers[scores.input[0]].op_type == "Softmax":
-            value = numpy_helper.from_array(np.array(threshold, np.float32), "threshold")
-            model.graph.initializer.append(value)
-            node.input[1] = value.name
-            return model
-    raise click.ClickException("stage 2 compares no score with a threshold")
 
 
 @click.command()

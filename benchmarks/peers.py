@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from thresholds import bundle_with_threshold
 from typing_extensions import override
 
 from comask.bundle import WEIGHTS, Bundle
@@ -31,6 +33,7 @@ from comask.errors import BackendUnavailableError, ComaskError
 from comask.masks import rles_from_mask_probs
 from comask.preprocess import Pixels, Prepared, prepare
 from comask.runtime import Predictor
+from comask.runtime.backends import graph_precision, parse_backend
 from comask.runtime.backends.ort import OrtSession
 from comask.runtime.bench.machine import peak_resident
 
@@ -104,36 +107,74 @@ class Contestant(Protocol):
         """Encodes masks over boxes as COCO's RLE of an image of the given size."""
 
 
+def threshold_for(scores: Floats, count: int) -> float:
+    """Returns the threshold that `count` of these falling scores exceed; more if some are equal there.
+
+    In bf16, several scores may be the same. Their detections are computed as well, and left out.
+    """
+    after = float(scores[count])
+    if scores[count - 1] > after:
+        return (float(scores[count - 1]) + after) / 2
+    return float(np.nextafter(np.float32(after), np.float32(0)))
+
+
 class CoMask:
     """CoMask's bundle on one of its backends.
 
-    Its graphs have fixed shapes: they do the same work for 10 detections as for the maximum, and
-    detections with too low a score become rows of zeros. Therefore the first `count` detections are kept.
+    Attributes:
+        predictor: the bundle, or a copy of it for the current case, see `begin`.
     """
 
     encode = staticmethod(rles_from_mask_probs)
 
     def __init__(self, work: Work, backend: str) -> None:
-        self.predictor = Predictor.load(
-            work.bundle, backend, device=work.index, proposals=work.proposals, max_batch=1
-        )
-        self._proposals = work.proposals  # padding is pooled and classified as well
+        self._work, self._backend = work, backend
+        self.predictor = self._open(Path(work.bundle))
         self.files = sum(file.stat().st_size for file in _files(Path(work.bundle), backend))
 
+    def _open(self, bundle: Path) -> Predictor:
+        work = self._work
+        return Predictor.load(
+            bundle, self._backend, device=work.index, proposals=work.proposals, max_batch=1
+        )
+
+    def begin(self, prepared: Prepared, count: int) -> None:
+        """Opens a copy of the bundle with the threshold that leaves `count` detections of this canvas.
+
+        The threshold is between the scores of this backend, since precisions differ in them. TensorRT's
+        plans cannot be copied so; they do the same work for any number.
+        """
+        self.predictor.close()
+        if count == self._work.detections or self._backend.startswith("tensorrt"):
+            self.predictor = self._open(Path(self._work.bundle))
+            return
+        with self._open(Path(self._work.bundle)) as predictor:
+            scores = predictor.stages.run(*_inputs(prepared))["scores"][0]
+        threshold = threshold_for(scores, count)
+        with tempfile.TemporaryDirectory(dir=Path(self._work.bundle).parent) as folder:
+            bundle_with_threshold(Path(self._work.bundle), Path(folder) / "bundle", threshold)
+            self.predictor = self._open(Path(folder) / "bundle")
+
     def network(self, prepared: Prepared, count: int) -> Found:
-        """Runs both stages on a canvas and keeps the first `count` detections."""
-        sizes = np.array([prepared.size], np.int32)
-        outputs = self.predictor.stages.run(prepared.canvas[None], sizes)
+        """Runs both stages on a canvas; keeps the first `count` detections."""
+        outputs = self.predictor.stages.run(*_inputs(prepared))
         found = min(int(outputs["num_detections"][0]), count)
-        return Found(outputs["boxes"][0, :found], outputs["masks"][0, :found], self._proposals)
+        # padding is pooled and classified as well
+        return Found(outputs["boxes"][0, :found], outputs["masks"][0, :found], self._work.proposals)
+
+
+def _inputs(prepared: Prepared) -> tuple[Pixels, NDArray[np.int32]]:
+    return prepared.canvas[None], np.array([prepared.size], np.int32)
 
 
 def _files(bundle: Path, backend: str) -> list[Path]:
     """Returns the files that a backend reads in addition to the manifest."""
-    if backend == "torch":
+    name, precision = parse_backend(backend)
+    if name == "torch":
         return [bundle / WEIGHTS]
-    if backend == "onnxruntime":
-        return [Bundle.open(bundle).graph(stage, "fp32") for stage in ("stage1", "stage2")]
+    if name in ("onnxruntime", "openvino"):
+        graphs = graph_precision(name, precision)
+        return [Bundle.open(bundle).graph(stage, graphs) for stage in ("stage1", "stage2")]
     return list(bundle.glob(f"engines/{backend.partition(':')[0]}-[0-9]*-fp16-*/*.plan"))
 
 
@@ -157,7 +198,7 @@ class Thresholded:
     def network(self, prepared: Prepared, count: int) -> Found:
         """Runs the network on a canvas with the threshold that leaves `count` detections."""
         found = self.run(prepared, self.thresholds[prepared.canvas.shape, count])
-        return Found(found["boxes"], found["masks"], len(found["proposals"]))
+        return Found(found["boxes"][:count], found["masks"][:count], len(found["proposals"]))
 
     def encode(
         self, masks: Floats, boxes: Floats, size: tuple[int, int], threshold: float
@@ -181,23 +222,24 @@ class Torchvision(Thresholded):
         module: the network that `torchvision_network` returns.
     """
 
-    def __init__(self, work: Work, version: str, *, half: bool = False) -> None:
+    def __init__(self, work: Work, version: str, *, autocast: str | None = None) -> None:
         import torch
         from torchvision_network import torchvision_network
 
         super().__init__()
-        if half and work.device != "cuda":
+        if autocast == "float16" and work.device != "cuda":
             raise BackendUnavailableError(
                 "autocast to fp16 needs a GPU, and this machine has no GPU"
             )
-        self._torch, self.device, self._half = torch, work.device, half
+        self._torch, self.device = torch, work.device
+        self._type = getattr(torch, autocast) if autocast else None
         self.module = torchvision_network(version, work.proposals, work.detections).to(work.device)
         self.files = sum(x.numel() * x.element_size() for x in self.module.state_dict().values())
 
     @override
     def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
         torch = self._torch
-        cast: Any = torch.autocast("cuda", torch.float16) if self._half else nullcontext()
+        cast: Any = torch.autocast(self.device, self._type) if self._type else nullcontext()
         with torch.inference_mode(), cast:
             canvas = torch.from_numpy(prepared.canvas).to(self.device)
             outputs = self.module(canvas, torch.tensor(threshold, device=self.device))
@@ -219,9 +261,8 @@ class Torchvision(Thresholded):
         most = float(pairs[CANDIDATES - 1 : CANDIDATES + 1].mean())
         scores = self.run(prepared, most)["scores"]
         for count in counts:
-            between = float(scores[count - 1 : count + 1].mean())
             self.thresholds[prepared.canvas.shape, count] = (
-                most if count == len(scores) else between
+                most if count == len(scores) else threshold_for(scores, count)
             )
 
 
@@ -236,6 +277,23 @@ class TorchvisionOnnx(Thresholded):
     @override
     def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
         return self._session.run({"canvas": prepared.canvas, "threshold": np.float32(threshold)})
+
+
+class TorchvisionOpenVino(Thresholded):
+    """The same ONNX file in OpenVINO, with the settings that CoMask's graphs use."""
+
+    def __init__(self, work: Work, precision: str) -> None:
+        from comask.runtime.backends.openvino import OpenVinoStage, settings_for
+
+        super().__init__()
+        if work.device != "cpu":
+            raise BackendUnavailableError("it runs on the processor, and the others on a GPU")
+        self._stage = OpenVinoStage(Path(work.graph), "CPU", settings_for("CPU", precision))
+        self.files = Path(work.graph).stat().st_size
+
+    @override
+    def run(self, prepared: Prepared, threshold: float) -> dict[str, Any]:
+        return self._stage.run({"canvas": prepared.canvas, "threshold": np.float32(threshold)})
 
 
 def _tensorrt(work: Work, flavor: str) -> CoMask:
@@ -256,11 +314,18 @@ def _tensorrt(work: Work, flavor: str) -> CoMask:
 
 CONTESTANTS: dict[str, Callable[[Work], Contestant]] = {
     "torchvision eager": partial(Torchvision, version="v1"),
+    "torchvision eager bf16": partial(Torchvision, version="v1", autocast="bfloat16"),
     "torchvision onnxruntime": TorchvisionOnnx,
+    "torchvision openvino": partial(TorchvisionOpenVino, precision="fp32"),
+    "torchvision openvino:bf16": partial(TorchvisionOpenVino, precision="bf16"),
     "torchvision v2 eager": partial(Torchvision, version="v2"),
     "comask torch": partial(CoMask, backend="torch"),
+    "comask torch:bf16": partial(CoMask, backend="torch:bf16"),
     "comask onnxruntime": partial(CoMask, backend="onnxruntime"),
-    "torchvision eager fp16": partial(Torchvision, version="v1", half=True),
+    "comask openvino": partial(CoMask, backend="openvino"),
+    "comask openvino:bf16": partial(CoMask, backend="openvino:bf16"),
+    "comask openvino:int8": partial(CoMask, backend="openvino:int8"),
+    "torchvision eager fp16": partial(Torchvision, version="v1", autocast="float16"),
     "comask tensorrt:fp16": partial(_tensorrt, flavor="tensorrt"),
     "comask tensorrt-rtx:fp16": partial(_tensorrt, flavor="tensorrt-rtx"),
 }

@@ -14,6 +14,7 @@ from comask.runtime.bench.machine import Machine
 PARTS = ("prepare", "network", "masks")
 COLORS = ("#9ecae1", "#3182bd", "#e6550d")
 BEGIN, END = "<!-- peers table -->", "<!-- end of peers table -->"
+ROUNDING = ("bf16", "fp16", "int8")
 RESAMPLES = 4000
 MIB = 2**20
 
@@ -53,6 +54,7 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(_line(name, f"{model['parameters'] / 1e6:.1f} M", *figures))
     heads = (
         "canvas", "detections", "model", "network ms", "ratio", "masks ms", "end to end ms", "ratio",
+        "AP of boxes, masks",
     )  # fmt: skip
     lines += ["", _line(*heads), _line(*["---"] * len(heads))]
     for case in report["cases"]:
@@ -67,6 +69,7 @@ def tables(report: dict[str, Any]) -> str:
                     f"{found['masks']:.1f}",
                     f"{found['sum']:.0f}",
                     _interval(found["ratio"]),
+                    accuracy(name, report["accuracy"]),
                 )
             )
     lines += ["", _line("model", "files MiB", "peak memory MiB"), _line(*["---"] * 3)]
@@ -77,14 +80,29 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def accuracy(name: str, measured: dict[str, Any] | None) -> str:
+    """Returns the AP points by which a contestant differs from fp32, as `comask eval` measured them."""
+    model, _, backend = name.partition(" ")
+    if not any(backend.endswith(precision) for precision in ROUNDING):
+        return "as trained"
+    compared = measured["comparisons"].get(backend) if measured and model == "comask" else None
+    if compared is None:
+        return "not measured"
+    return ", ".join(f"{compared['deltas'][task]['AP']:+.2f}" for task in ("bbox", "segm"))
+
+
 def footnote(report: dict[str, Any]) -> str:
     """Returns when and where it was measured, and which contestants were not measured."""
     machine = report["machine"]
-    packages = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "onnxruntime"))
+    versions = machine["versions"]
+    shown = [name for name in ("torch", "onnxruntime", "openvino") if name in versions]
+    packages = ", ".join(f"{name} {versions[name]}" for name in shown)
     text = (
         f"{report['when'][:10]}, {Machine(**machine)}, {packages}; PyTorch with "
         f"{report['threads']} threads, ONNX Runtime with its default; medians of {report['runs']} turns."
     )
+    if measured := report["accuracy"]:
+        text += f" AP: PyTorch's, on {measured['images']} images of {measured['data']}."
     for name, reason in report["unavailable"].items():
         text += f" Not measured: {name} ({reason})."
     return text

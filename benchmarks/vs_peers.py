@@ -14,11 +14,13 @@ import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import onnx
 import peers_report
 import torch
 from paste_and_rle import instances
@@ -38,7 +40,16 @@ from pycocotools import mask as coco
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision_network import CLASSES, export_network
 
-from comask.bundle import Bundle
+from comask.bundle import (
+    INT8_BASE,
+    STAGES,
+    Bundle,
+    extend,
+    graph_file,
+    scratch_folder,
+    sha256,
+    with_graphs,
+)
 from comask.errors import BackendUnavailableError, ComaskError
 from comask.parallel import cores
 from comask.preprocess import Prepared
@@ -47,11 +58,16 @@ from comask.runtime.bench.machine import describe_machine
 from comask.runtime.bench.plots import check_plot
 
 REFERENCE = "torchvision eager"
+FILE = ("torchvision onnxruntime", "torchvision openvino")  # those that run torchvision's ONNX file
 MASK_THRESHOLD = 0.5
 NEAR = 0.01  # allowed relative difference of the outputs of torchvision's ONNX file
 ALIKE = 0.9  # least IoU of pasted masks; torchvision rounds boxes to whole pixels
 
 Contestants = dict[str, Contestant]
+
+
+class DifferentError(ComaskError):
+    """A contestant does not compute what its original does, so its time says nothing."""
 
 
 @click.command()
@@ -63,6 +79,8 @@ Contestants = dict[str, Contestant]
 @click.option("--runs", type=click.IntRange(2), help="Number of turns. [5]")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTESTANTS)),
               help=f"Measure only these; {REFERENCE} always runs.")  # fmt: skip
+@click.option("--accuracy", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="JSON of comask eval on a trained bundle, for the column of AP.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Run quickly: --sizes 320 --runs 3.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot: .png, .svg or .pdf.")
@@ -70,7 +88,8 @@ Contestants = dict[str, Contestant]
               help="Replace the tables between the markers of this page.")  # fmt: skip
 def main(
     bundle: Path | None, sizes: str | None, detections: str, proposals: int, runs: int | None,
-    only: tuple[str, ...], quick: bool, json_file: Path | None, plot: Path | None, docs: Path | None,
+    only: tuple[str, ...], accuracy: Path | None, quick: bool, json_file: Path | None,
+    plot: Path | None, docs: Path | None,
 ) -> None:  # fmt: skip
     """Compare CoMask with other networks. On a GPU, fp16 engines are added to a bundle without them."""
     sides = numbers(sizes or ("320" if quick else "800,480"))
@@ -94,6 +113,7 @@ def main(
                 make_bundle(Path(work.bundle))
             names = [name for name in CONTESTANTS if not only or name in (REFERENCE, *only)]
             report = measure(work, names, sides, counts, runs)
+            report["accuracy"] = json.loads(accuracy.read_text()) if accuracy else None
     except ComaskError as error:
         raise click.ClickException(str(error)) from error
     click.echo(peers_report.tables(report))
@@ -133,6 +153,8 @@ def measure(
         for count in counts:
             title = f"{height}x{width}, {count} detections"
             for name, one in contestants.items():
+                if isinstance(one, CoMask):
+                    one.begin(prepared, count)
                 gflop = check(name, one, prepared, count, work.proposals)
                 if name in models and count == max(counts):
                     models[name]["gflop"][f"{height}x{width}"] = gflop
@@ -182,7 +204,33 @@ def make_bundle(folder: Path) -> None:
     file = folder.with_suffix(".pt")
     save_checkpoint(file, checkpoint)
     images = [ShapesSource(num_images=1, seed=0).image(0)]
-    export_bundle(checkpoint, file, folder, images, score_threshold=0.0)
+    export_bundle(
+        checkpoint, file, folder, images, precisions=("fp32", "fp16"), score_threshold=0.0
+    )
+    add_int8(folder, images)
+
+
+def add_int8(folder: Path, images: list[Any]) -> None:
+    """Adds int8 graphs for timing alone: every layer in int8, AP unknown, since weights are random."""
+    from comask.calib.qdq import graph_layers, quantize_graph
+    from comask.calib.ranges import collect_ranges
+    from comask.calib.sampling import CalibrationImage
+
+    bundle = Bundle.open(folder)
+    chosen = [
+        CalibrationImage(str(place), str(place), partial(np.asarray, image))
+        for place, image in enumerate(images)
+    ]
+    ranges = collect_ranges(bundle, chosen, cache=None, report=click.echo)
+    largest = ranges.ranges("minmax")
+    with scratch_folder(folder, folder) as made:
+        for stage in STAGES:
+            graph = onnx.load(bundle.graph(stage, INT8_BASE))
+            layers = {layer.name for layer in graph_layers(graph)}
+            quantized = quantize_graph(graph, largest, layers)
+            onnx.save(quantized, made / graph_file(stage, "int8"))
+        files = {path.name: sha256(path) for path in made.iterdir()}
+        extend(bundle, made, lambda now: with_graphs(now, files, {"int8": {"timing_only": True}}))
 
 
 def open_all(
@@ -200,12 +248,9 @@ def open_all(
     with Progress("opening", len(names), unit="contestants") as progress:
         for name in names:
             try:
-                if name == "torchvision onnxruntime":
+                if name.startswith(FILE) and not Path(work.graph).exists():
                     export(found[REFERENCE], canvases, Path(work.graph))
                 one = CONTESTANTS[name](work)
-            except BackendUnavailableError as error:
-                unavailable[name] = str(error)
-            else:
                 if isinstance(one, Torchvision):
                     for prepared in canvases.values():
                         one.calibrate(prepared, counts)
@@ -213,6 +258,9 @@ def open_all(
                     one.thresholds = found[REFERENCE].thresholds
                     smallest = min(canvases.values(), key=lambda prepared: prepared.canvas.size)
                     compare(found[REFERENCE], one, smallest, max(counts))
+            except (BackendUnavailableError, DifferentError) as error:
+                unavailable[name] = str(error)
+            else:
                 found[name] = one
             progress.advance()
     return found, unavailable
@@ -261,16 +309,14 @@ def check_encoding(contestants: Contestants, count: int) -> None:
 
 
 def compare(eager: Thresholded, onnx: Thresholded, prepared: Prepared, count: int) -> None:
-    """Raises ComaskError if the exported file does not compute what eager PyTorch does."""
+    """Raises DifferentError if the exported file does not compute what eager PyTorch does."""
     threshold = eager.thresholds[prepared.canvas.shape, count]
     expected, found = (one.run(prepared, threshold) for one in (eager, onnx))
     for name in ("scores", "boxes", "masks"):
         # the median, because rows with nearly equal scores may be exchanged
         error = np.median(np.abs(found[name] - expected[name])) / np.abs(expected[name]).max()
         if not error <= NEAR:
-            raise ComaskError(
-                f"torchvision's ONNX file: {name} differ by {error:.2g} from PyTorch's"
-            )
+            raise DifferentError(f"its {name} differ by {error:.2g} from PyTorch's")
 
 
 def made(count: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int], float]:
@@ -305,7 +351,7 @@ def parameters(one: Contestant) -> int | None:
     """Returns the number of parameters of a PyTorch network, without batch statistics; else None."""
     if isinstance(one, Torchvision):
         network = one.module
-    elif isinstance(one, CoMask) and one.predictor.stages.backend == "torch":
+    elif isinstance(one, CoMask) and one.predictor.stages.backend.startswith("torch"):
         network = one.predictor.stages.stage1.model
     else:
         return None

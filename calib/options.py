@@ -20,6 +20,7 @@ class QuantizeOptions:
         calib_seed: the seed by which calibration images are chosen.
         limit: the largest number of images that AP is measured on.
         max_loss: the AP points that boxes or masks may lose to PyTorch in fp32.
+        skip_cpu: whether int8 is not timed on this processor, and may be slower than other precisions.
     """
 
     calib_data: str
@@ -28,3 +29,4 @@ class QuantizeOptions:
     calib_seed: int = 0
     limit: int = 500
     max_loss: float = 0.3
+    skip_cpu: bool = False

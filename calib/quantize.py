@@ -27,6 +27,7 @@ from comask.calib.precision_search import Feeds, Search, costs, disturbances
 from comask.calib.qdq import graph_layers, quantize_graph, readings
 from comask.calib.ranges import collect_ranges
 from comask.calib.sampling import choose_images
+from comask.calib.speed import measure_on_cpu, require_faster
 from comask.calib.validation import ENOUGH, Measured, Scorer, Validation
 from comask.data.open_data import open_source
 from comask.data.source import InstanceSource
@@ -36,6 +37,7 @@ from comask.progress import Progress
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession, ort_stages
 from comask.runtime.backends.ort_install import import_onnxruntime
+from comask.runtime.bench.machine import describe_machine
 
 Report = Callable[[str], None]
 
@@ -111,6 +113,8 @@ class Int8Report:
         trials: all evaluations, in their order.
         bytes: the size of both graphs, by precision.
         latency: seconds per image, by precision; None until engines of both were timed on a GPU.
+        cpu_latency: seconds per image on OpenVINO, by precision; None if that was not measured.
+        processor: the processor's name, with `cpu_latency`.
     """
 
     calibration: CalibrationReport
@@ -126,6 +130,8 @@ class Int8Report:
     trials: list[TrialReport]
     bytes: dict[str, int]
     latency: dict[str, float] | None = None
+    cpu_latency: dict[str, float] | None = None
+    processor: str | None = None
 
 
 def quantize(
@@ -175,6 +181,7 @@ def quantize(
             seed=seed,
             method=options.calib_method,
         ),
+        on_cpu=not options.skip_cpu,
         report=report,
     )
 
@@ -186,6 +193,7 @@ def add_int8(
     scorer: Scorer,
     *,
     calibration: CalibrationReport,
+    on_cpu: bool = False,
     report: Report = lambda line: None,
 ) -> tuple[Bundle, Int8Report]:
     """Adds int8 graphs within the AP budget to a bundle; without success, the bundle stays unchanged.
@@ -196,14 +204,19 @@ def add_int8(
         images: a few calibration images, u8 [h, w, 3] RGB, on which each layer is quantised alone.
         scorer: measures AP, and knows the budget.
         calibration: the origin of `largest`, for the manifest.
+        on_cpu: whether int8 must be faster than other precisions on this processor, if OpenVINO is
+            installed.
         report: called with a line before each step.
 
     Raises:
-        PrecisionError: the budget cannot be met, or the int8 graphs are not smaller.
+        PrecisionError: the budget cannot be met, or the int8 graphs are not smaller, or not faster.
     """
     validation = scorer.validation
     with scratch_folder(bundle.folder, bundle.folder) as folder:
         candidate = _Candidate(bundle, folder, largest, images, scorer, report)
+        if on_cpu:  # before the search, since more float layers only take longer
+            candidate.write(frozenset())
+            candidate.time_on_cpu()
         search = Search(candidate.loss, validation.budget)
         float_layers, reasons = frozenset[str](), list[FloatLayer]()
         if not search.try_all_int8():
@@ -214,6 +227,7 @@ def add_int8(
         reasons += candidate.without_range
         candidate.write(float_layers)
         files = {graph_file(stage, "int8"): folder / graph_file(stage, "int8") for stage in STAGES}
+        seconds = candidate.time_on_cpu() if on_cpu else None
         sizes = {p: candidate.size(p) for p in ("fp32", INT8_BASE, "int8")}
         if sizes["int8"] >= sizes[INT8_BASE]:
             raise PrecisionError(
@@ -236,6 +250,8 @@ def add_int8(
                 for tried, (loss, error) in candidate.losses.items()
             ],
             bytes=sizes,
+            cpu_latency=seconds,
+            processor=describe_machine("cpu").cpu if seconds else None,
         )
         digests = {name: sha256(path) for name, path in files.items()}
         verification = {"int8": dataclasses.asdict(made)}
@@ -330,6 +346,23 @@ class _Candidate:
                 sizes = np.array([image.size], np.int32)
                 first: Feeds = {"images": image.canvas[None], "image_sizes": sizes}
                 yield first, {**stages.stage1.run(first), "image_sizes": sizes}
+
+    def time_on_cpu(self) -> dict[str, float] | None:
+        """Times the graphs that were written last, see `measure_on_cpu`.
+
+        Raises:
+            PrecisionError: int8 is not faster than another precision.
+        """
+        graphs = {stage: self._folder / graph_file(stage, "int8") for stage in STAGES}
+        seconds = measure_on_cpu(self._bundle, graphs, self._images)
+        if seconds is None:
+            self._report("int8 is not timed on this processor: pip install 'comask[openvino]'")
+            return None
+        times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in sorted(seconds.items()))
+        self._report(f"per image on OpenVINO: {times}")
+        remedy = "no int8 graphs were added; --skip-cpu adds them for a GPU"
+        require_faster(seconds, "this processor", remedy)
+        return seconds
 
     def size(self, precision: str) -> int:
         """Returns the size of both graphs in bytes."""

@@ -109,7 +109,7 @@ def main(
     opened = Bundle.open(bundle)
     check_flavor(building)  # before minutes are spent on graphs
     if "int8" in precisions:
-        require_precision(opened, "int8")
+        require_precision(opened, "tensorrt", "int8")
     images = verification_images(data, limit)
     exported = add_missing(opened, precisions, images, quiet=True)
     print_exported(exported, to_stderr=to_stderr)

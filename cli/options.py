@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -31,20 +31,22 @@ VERIFY_SEED = 2_000_000  # other images than training and validation see
 RUNS = "Where it runs"  # heading of options
 
 
-class DeviceType(click.ParamType[int | Literal["cpu"]]):
-    """The index of a GPU, or `cpu`."""
+class DeviceType(click.ParamType[int | Literal["cpu", "gpu", "npu"]]):
+    """The index of a GPU, or `cpu`, `gpu` or `npu`."""
 
-    name = "INDEX|cpu"
+    name = "INDEX|cpu|gpu|npu"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["cpu"]:
-        """Returns the index as an integer, or `cpu`."""
-        if value == "cpu":
-            return "cpu"
+    ) -> int | Literal["cpu", "gpu", "npu"]:
+        """Returns the index as an integer, or the word."""
+        if value in ("cpu", "gpu", "npu"):
+            return cast("Literal['cpu', 'gpu', 'npu']", value)
         if not str(value).isdecimal():
             self.fail(
-                f"{value!r}: expected the index of a GPU, 0 for the first, or cpu", param, ctx
+                f"{value!r}: expected the index of a GPU, 0 for the first, or cpu, gpu or npu",
+                param,
+                ctx,
             )
         return int(value)
 
@@ -71,7 +73,7 @@ def backends_option(default: str) -> Callable[[Any], Any]:
 
 backend_option = option(
     "--backend", default="auto", metavar="NAME[:PRECISION]", group=RUNS,
-    help="tensorrt, tensorrt-rtx, onnxruntime or torch, as in tensorrt:fp16. [auto]",
+    help="tensorrt, tensorrt-rtx, onnxruntime, openvino, torch. [auto]",
 )  # fmt: skip
 json_option = option("--json", "json_file", metavar="FILE", help="Write the result as JSON.")
 plot_option = option(
@@ -79,8 +81,8 @@ plot_option = option(
     help="Draw the result: .png, .svg or .pdf.",
 )  # fmt: skip
 device_option = option(
-    "--device", type=DeviceType(), metavar="INDEX|cpu", group=RUNS,
-    help="GPU to run on, or cpu. [the first GPU, else cpu]",
+    "--device", type=DeviceType(), metavar="INDEX|cpu|…", group=RUNS,
+    help="GPU, cpu, or openvino's gpu or npu. [GPU 0, else cpu]",
 )  # fmt: skip
 
 

@@ -159,6 +159,17 @@ def _onnxruntime() -> str:
     return f"{libraries} load"
 
 
+def _openvino() -> str:
+    install = "'comask[openvino]'"
+    module = _module("openvino", install, f"--force-reinstall {install}")
+    core = module.Core()
+    devices = [
+        f"{name} ({', '.join(core.get_property(name, 'OPTIMIZATION_CAPABILITIES'))})"
+        for name in core.available_devices
+    ]
+    return f"{module.__version__.partition('-')[0]}: {'; '.join(devices) or 'no device'}"
+
+
 def _imported_onnxruntime(extra: str) -> str:
     """Returns version and providers of the ONNX Runtime that Python imports."""
     package = next(iter(packages()), f"'comask[{extra}]'")
@@ -245,6 +256,7 @@ CHECKS: Mapping[str, Callable[[], str]] = {
     "torch": _torch,
     "torchvision": _torchvision,
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
     "tensorrt": partial(_flavor, "tensorrt"),
     "tensorrt-rtx": partial(_flavor, "tensorrt-rtx"),
     "tensorrt-rtx plugins": _rtx_wheel,

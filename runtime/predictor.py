@@ -15,7 +15,7 @@ from typing_extensions import override
 from comask.bundle import Bundle, Manifest
 from comask.config import PreprocessConfig, require_count
 from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare, stacked
-from comask.runtime.backends import LoadOptions, open_stages
+from comask.runtime.backends import Device, LoadOptions, open_stages
 from comask.runtime.backends.base import Array, Closing, Stages
 from comask.runtime.images import FOUND_AT, ImageResult, ImageRunner, batches
 from comask.runtime.stream import SLOTS, StreamSession, WhenFull
@@ -66,7 +66,7 @@ class Predictor(Closing):
         bundle: str | Path,
         backend: str = "auto",
         *,
-        device: int | Literal["cpu"] | None = None,
+        device: Device = None,
         on_mismatch: Literal["error", "rebuild"] = "error",
         max_batch: int = 8,
         proposals: int | None = None,
@@ -76,9 +76,9 @@ class Predictor(Closing):
 
         Args:
             bundle: folder that `comask export` wrote.
-            backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime` or `torch`, with a precision after a colon
-                unless it is fp32; or `auto` for the fastest that runs here.
-            device: index of the GPU, or `cpu`; None for the first GPU if the backend can use one.
+            backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, `openvino` or `torch`, with a precision
+                after a colon unless it is fp32; or `auto` for the fastest that runs here.
+            device: see `LoadOptions`.
             on_mismatch: `rebuild` builds TensorRT engines that do not fit this machine or bundle again,
                 which takes minutes and needs the packages of `comask[export]`.
             max_batch: the number of images of one canvas that run together.

@@ -114,7 +114,8 @@ def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def int8_arguments(bundle: Path, data: Path, *more: object) -> tuple[object, ...]:
     return (
-        "quantize", bundle, "--calib-data", data, "--calib-limit", 3, "--data", data, *more,
+        "quantize", bundle, "--calib-data", data, "--calib-limit", 3, "--data", data, "--skip-cpu",
+        *more,
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def int8_bundle(
     shutil.copytree(micro_fp16, folder)
     result = run(*int8_arguments(folder, own_truth, "--max-loss", 100))
     assert result.exit_code == 0, result.output
-    assert "whether int8 is faster than fp16 was not measured" in result.output
+    assert "whether int8 is faster was not measured" in result.output
     return folder
 
 

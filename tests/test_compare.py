@@ -119,6 +119,23 @@ def test_a_lost_proposal_needs_a_near_tie() -> None:
     assert len(compare(first, rival).failures) == 2
 
 
+def test_an_overlap_at_the_threshold_of_nms_may_fall_on_either_side() -> None:
+    """A box of a far higher score overlaps the lost one by exactly the threshold, or by a little more."""
+    scores = np.linspace(0.9, 0.1, 500)
+    threshold = ModelConfig(num_classes=8).rpn_nms_iou
+    shift = 20 * (1 - threshold) / (1 + threshold)  # of two boxes whose sides are 20 pixels
+    for further, excused in ((0.0, True), (-0.05, False), (0.05, False)):
+        first, lost = outputs(scores.tolist()), outputs(scores.tolist())
+        for stage1 in (first[0], lost[0]):  # place 10 would suppress place 250, or not
+            stage1["proposals"][0, 250] = stage1["proposals"][0, 10]
+            stage1["proposals"][0, 250, [0, 2]] += np.float32(shift + further)
+        for name in ("proposals", "proposal_scores"):
+            kept = np.delete(lost[0][name], 250, axis=1)
+            lost[0][name] = np.concatenate((kept, np.zeros_like(kept[:, :1])), axis=1)
+        found = compare(first, lost)
+        assert (not found.failures, found.contested_proposals) == (excused, int(excused))
+
+
 def test_ties_do_not_excuse_every_detection() -> None:
     """All scores alike, all boxes moved: each finds a rival of its score beside it."""
     scores = [0.5] * 30

@@ -137,9 +137,54 @@ def test_refusals(micro_fp16: Path, own_truth: Path, tmp_path: Path) -> None:
 
 
 def test_int8_that_is_not_faster_is_refused() -> None:
-    require_faster({"fp16": 2e-3, "int8": 1.9e-3})
-    with pytest.raises(PrecisionError, match=r"2\.00 ms per image, fp16 takes 2\.00 ms"):
-        require_faster({"fp16": 2e-3, "int8": 2e-3})
+    require_faster({"fp16": 2e-3, "int8": 1.9e-3}, "this GPU", "use fp16")
+    with pytest.raises(PrecisionError, match=r"2\.00 ms per image, bf16 takes 2\.00 ms; use it"):
+        require_faster({"fp32": 3e-3, "bf16": 2e-3, "int8": 2e-3}, "this processor", "use it")
+
+
+@pytest.mark.parametrize("bf16", [2e-3, 4e-3])
+def test_int8_must_be_faster_on_this_processor(
+    micro_fp16: Path, own_truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: float
+) -> None:
+    measured = []
+
+    def seconds(bundle: Bundle, int8: dict[str, Path], images: object) -> dict[str, float]:
+        measured.append({stage: asked_precisions(onnx.load(path)) for stage, path in int8.items()})
+        return {"fp32": 5e-3, "bf16": bf16, "int8": 3e-3}
+
+    monkeypatch.setattr("comask.calib.quantize.measure_on_cpu", seconds)
+    folder = Path(shutil.copytree(micro_fp16, tmp_path / "bundle"))
+    arguments = [
+        a for a in int8_arguments(folder, own_truth, "--max-loss", 100) if a != "--skip-cpu"
+    ]
+    done = run(*arguments)
+    manifest = Bundle.open(folder).manifest
+    if bf16 < 3e-3:
+        assert done.exit_code == 1
+        assert "int8 is not faster than bf16 on this processor" in done.output
+        assert "--skip-cpu adds them for a GPU" in done.output
+        assert manifest.precisions == ("fp32", "fp16")
+        assert len(measured) == 1  # before the search
+        return
+    assert done.exit_code == 0, done.output
+    proof = manifest.verification["int8"]
+    assert proof["cpu_latency"] == {"fp32": 5e-3, "bf16": bf16, "int8": 3e-3}
+    assert proof["processor"]
+    assert "int8" in measured[-1]["stage1"].values()
+    assert "not measured" not in done.output
+
+
+def test_openvino_is_timed_in_each_precision(int8_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="pip install 'comask[openvino]'")
+    from comask.calib.speed import measure_on_cpu
+    from comask.runtime.backends.openvino import precisions_on
+
+    bundle = Bundle.open(int8_bundle)
+    graphs = {stage: bundle.graph(stage, "int8") for stage in STAGES}
+    found = measure_on_cpu(bundle, graphs, [ShapesSource(num_images=1, seed=0).image(0)])
+    assert found is not None
+    assert set(found) == {"fp32", "bf16", "int8"} & set(precisions_on("cpu"))
+    assert min(found.values()) > 0
 
 
 @pytest.mark.parametrize("plugin", ["python", "none"])

@@ -120,7 +120,7 @@ def write_repository(bundle: Bundle, output: Path, request: ServeRequest) -> Ser
     manifest.require_int64_ids("Triton's category_ids: train and export with such ids")
     library, precision = _parse_served(request.backend)
     backend = f"{library}:{precision}"
-    require_precision(bundle, precision)
+    require_precision(bundle, library, precision)
     if library == "tensorrt":
         files = _plans(bundle, precision, request.engines)
     elif request.engines:
@@ -214,6 +214,7 @@ def _parse_served(backend: str) -> tuple[str, str]:
     if library not in SERVED:
         why = {
             "tensorrt-rtx": "Triton's TensorRT backend does not load TensorRT-RTX's plans",
+            "openvino": "comask makes no models for Triton's OpenVINO backend",
             "torch": "comask's network is not TorchScript",
         }[library]
         raise ConfigError(f"backend {library}: {why}; use {' or '.join(SERVED)}")

@@ -6,10 +6,11 @@ import dataclasses
 import importlib
 import logging
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from comask.bundle import PRECISIONS, Bundle
+from comask.bundle import Bundle
 from comask.config import require_count
 from comask.errors import (
     BackendUnavailableError,
@@ -22,20 +23,41 @@ from comask.errors import (
 from comask.runtime.backends.base import Stages
 from comask.runtime.gpu import find_gpu
 
-# The module of each backend and the extra that installs it, fastest first. A module's function
-# `open_backend(bundle, name, precision, options)` returns `Stages`; `precision` None stands for the
-# fastest precision that it has engines of, else for fp32. To add a backend, copy `ort.py` and add a line
-# here.
-MODULES = {
-    "tensorrt": ("comask.runtime.backends.trt", "gpu"),
-    "tensorrt-rtx": ("comask.runtime.backends.trt", "gpu"),
-    "onnxruntime": ("comask.runtime.backends.ort", "ort"),
-    "torch": ("comask.runtime.backends.pytorch", "train"),
+_SAME = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A backend.
+
+    Attributes:
+        module: its module, whose `open_backend(bundle, name, precision, options)` returns `Stages`;
+            `precision` None stands for the fastest precision that it has engines of, else for fp32.
+        extra: the extra of comask that installs it.
+        graphs: for each precision in which it computes, that of the bundle's graphs that it reads.
+    """
+
+    module: str
+    extra: str
+    graphs: Mapping[str, str] = field(default_factory=lambda: _SAME)
+
+
+# To add a backend, copy `ort.py` and add a line here.
+BACKENDS = {
+    "tensorrt": Backend("comask.runtime.backends.trt", "gpu"),
+    "tensorrt-rtx": Backend("comask.runtime.backends.trt", "gpu"),
+    "onnxruntime": Backend("comask.runtime.backends.ort", "ort"),
+    "openvino": Backend(
+        "comask.runtime.backends.openvino",
+        "openvino",
+        {"fp32": "fp32", "bf16": "fp32", "fp16": "fp32", "int8": "int8"},
+    ),
+    "torch": Backend("comask.runtime.backends.pytorch", "train", {"fp32": "fp32", "bf16": "fp32"}),
 }
-BACKENDS = tuple(MODULES)
 
 OnMismatch = Literal["error", "rebuild"]
-Device = int | Literal["cpu"] | None
+Device = int | Literal["cpu", "gpu", "npu"] | None
+NvidiaDevice = int | Literal["cpu"] | None
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +67,8 @@ class LoadOptions:
     """The options with which a bundle is loaded.
 
     Attributes:
-        device: index of the GPU, or `cpu`; None for the first GPU if the backend can use one.
+        device: index of the GPU, `gpu` for the first, `cpu`, or `npu` for OpenVINO; None for the first
+            GPU if the backend can use NVIDIA's, else for the processor.
         on_mismatch: the reaction to TensorRT engines that do not fit this machine or bundle: `error`, or
             `rebuild`, which builds them again first.
         max_batch: the number of images of one canvas that run together.
@@ -61,8 +84,21 @@ class LoadOptions:
 
 
 def gpu_index(device: Device) -> int | None:
-    """Returns the index of the GPU that a backend may use; None for the processor alone."""
-    return None if device == "cpu" else device or 0
+    """Returns the index of NVIDIA's GPU that a backend may use; None if it may use none."""
+    if device in ("cpu", "npu"):
+        return None
+    return device if isinstance(device, int) else 0
+
+
+def nvidia_device(name: str, device: Device) -> NvidiaDevice:
+    """Returns the device for a backend that knows NVIDIA's GPUs alone.
+
+    Raises:
+        BackendUnavailableError: if an NPU was asked for.
+    """
+    if device == "npu":
+        raise BackendUnavailableError(f"{name} does not run on an NPU; the openvino backend does")
+    return 0 if device == "gpu" else device
 
 
 def parse_backend(text: str) -> tuple[str, str]:
@@ -74,27 +110,41 @@ def parse_backend(text: str) -> tuple[str, str]:
     name, _, precision = text.partition(":")
     if name not in BACKENDS:
         raise ComaskError(
-            f"unknown backend {name}: expected one of {', '.join(BACKENDS)}, and after a colon one of "
-            f"the bundle's precisions if it has several (onnxruntime:fp32)"
+            f"unknown backend {name}: expected one of {', '.join(BACKENDS)}, and after a colon a "
+            f"precision unless it is fp32 (onnxruntime:fp16)"
         )
     return name, precision or "fp32"
 
 
-def require_precision(bundle: Bundle, precision: str) -> None:
-    """Checks that a bundle has the graphs of a precision.
+def graph_precision(name: str, precision: str) -> str:
+    """Returns the precision of the bundle's graphs that a backend reads to compute in a precision.
 
     Raises:
-        BundleError: if it does not have them; the text says how to add them.
+        BundleError: if the backend does not compute in it.
     """
-    existing = bundle.manifest.precisions
-    if precision not in existing:
-        folder, fix = shlex.quote(str(bundle.folder)), ""
-        if precision == "int8":
-            fix = f"; comask quantize {folder} --calib-data DIR adds them"
-        elif precision in PRECISIONS:
-            fix = f"; comask export {folder} --precision {precision} adds them"
+    graphs = BACKENDS[name].graphs
+    if precision not in graphs:
         raise BundleError(
-            f"{bundle.folder}: holds no {precision} graphs, only {', '.join(existing)}{fix}"
+            f"the {name} backend computes in {', '.join(graphs)}; {precision} was asked for"
+        )
+    return graphs[precision]
+
+
+def require_precision(bundle: Bundle, name: str, precision: str) -> None:
+    """Checks that a bundle has the graphs that a backend reads to compute in a precision.
+
+    Raises:
+        BundleError: if it does not have them, and the text says how to add them; or if the backend does
+            not compute in that precision.
+    """
+    existing, needed = bundle.manifest.precisions, graph_precision(name, precision)
+    if needed not in existing:
+        folder = shlex.quote(str(bundle.folder))
+        fix = f"comask export {folder} --precision {needed} adds them"
+        if needed == "int8":
+            fix = f"comask quantize {folder} --calib-data DIR adds them"
+        raise BundleError(
+            f"{bundle.folder}: holds no {needed} graphs, only {', '.join(existing)}; {fix}"
         )
 
 
@@ -103,8 +153,8 @@ def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None
 
     Args:
         bundle: the bundle to run.
-        backend: see `parse_backend`; `auto` takes the fastest that runs here and logs why. It takes
-            TensorRT in the lowest precision of the bundle's engines, the others in fp32.
+        backend: see `parse_backend`; `auto` takes the fastest that runs here and logs why, see
+            `comask.runtime.backends.choice`.
         options: the load options; None for the defaults.
 
     Raises:
@@ -116,37 +166,41 @@ def open_stages(bundle: Bundle, backend: str, options: LoadOptions | None = None
     options = options or LoadOptions()
     device, proposals = options.device, options.proposals
     index = isinstance(device, int) and not isinstance(device, bool) and device >= 0
-    if device not in (None, "cpu") and not index:
+    if device not in (None, "cpu", "gpu", "npu") and not index:
         raise ConfigError(
-            f"device: expected the index of a GPU, 0 for the first, or cpu, got {device!r}"
+            f"device: expected the index of a GPU, 0 for the first, or cpu, gpu or npu, got {device!r}"
         )
     if proposals is not None:
         require_count("proposals", proposals, bundle.manifest.model.proposals)
     if backend == "auto":
         return _open_best(bundle, options)
     name, precision = parse_backend(backend)
-    require_precision(bundle, precision)
+    require_precision(bundle, name, precision)
     return _open(bundle, name, precision, options)
 
 
 def _open(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
     """Opens one backend; `precision` None takes the fastest if the backend has several, else fp32."""
-    module, extra = MODULES[name]
+    backend = BACKENDS[name]
     try:
-        opener = importlib.import_module(module)
+        opener = importlib.import_module(backend.module)
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(
-            f"the {name} backend cannot be imported ({error}): pip install 'comask[{extra}]'"
+            f"the {name} backend cannot be imported ({error}): pip install 'comask[{backend.extra}]'"
         ) from error
     stages: Stages = opener.open_backend(bundle, name, precision, options)
     return dataclasses.replace(stages, proposals=options.proposals)
 
 
 def _open_best(bundle: Bundle, options: LoadOptions) -> Stages:
+    from comask.runtime.backends.choice import candidates  # late, since it imports this module
+
     reasons = []
-    for name in BACKENDS:
+    for candidate in candidates(bundle, options.device):
+        name, precision = parse_backend(candidate)
+        given = precision if ":" in candidate else None
         try:
-            stages = _open(bundle, name, None, options)
+            stages = _open(bundle, name, given, options)
         except BackendUnavailableError as error:
             logger.info("backend auto: not %s: %s", name, error)
             reasons.append(f"{name}: {error}")

@@ -1,7 +1,7 @@
 """The ONNX Runtime backend: runs the bundle's graphs unchanged, the custom ops by their function bodies.
 
 It is the simplest backend and a good template for another one: a stage with `inputs`, `outputs`, `run`
-and `close`, and `open_backend`, which `comask.runtime.backends.MODULES` names.
+and `close`, and `open_backend`, which `comask.runtime.backends.BACKENDS` names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
 from comask.kernels import run
 from comask.kernels.launch import Launch
-from comask.runtime.backends import Device, LoadOptions
+from comask.runtime.backends import LoadOptions, NvidiaDevice, nvidia_device
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 from comask.runtime.backends.ort_install import (
     import_onnxruntime,
@@ -74,7 +74,7 @@ class OrtSession:
     def __init__(
         self,
         graph: Path | bytes,
-        device: Device = None,
+        device: NvidiaDevice = None,
         *,
         optimized: bool = True,
     ) -> None:
@@ -206,7 +206,7 @@ class OrtMemory:
             run.synchronize(stream)
 
 
-def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
+def ort_stages(bundle: Bundle, precision: str, device: NvidiaDevice = None) -> Stages:
     """Opens both graphs of a bundle; `OrtSession` explains `device`.
 
     Raises:
@@ -226,8 +226,8 @@ def ort_stages(bundle: Bundle, precision: str, device: Device = None) -> Stages:
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the bundle's graphs; see `comask.runtime.backends.MODULES`, and `ort_stages` for errors."""
-    return ort_stages(bundle, precision or "fp32", options.device)
+    """Opens the bundle's graphs; see `comask.runtime.backends.BACKENDS`, and `ort_stages` for errors."""
+    return ort_stages(bundle, precision or "fp32", nvidia_device(name, options.device))
 
 
 def _place(gpu: int | None) -> tuple[str, int]:
@@ -246,7 +246,7 @@ def _return_freed_memory() -> None:
 
 
 def _start(
-    ort: Any, model: str | bytes, options: Any, device: Device
+    ort: Any, model: str | bytes, options: Any, device: NvidiaDevice
 ) -> tuple[onnxruntime.InferenceSession, str]:
     """Starts a session; returns it, and why it is not on CUDA if that is in the build and wanted."""
 

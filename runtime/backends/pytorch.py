@@ -25,7 +25,7 @@ from comask.models.comask import (
     CoMask,
     load_weights,
 )
-from comask.runtime.backends import LoadOptions
+from comask.runtime.backends import LoadOptions, nvidia_device
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 from comask.runtime.resident import with_kernels
 
@@ -39,14 +39,23 @@ class TorchStage:
     Args:
         model: the network, in evaluation mode.
         stage: the stage to run.
+        bf16: whether convolutions and matrix products are computed in bf16, by autocast.
         options: keyword arguments of the network's method.
 
     Attributes:
         model: the network.
+        bf16: as above.
     """
 
-    def __init__(self, model: CoMask, stage: Literal["stage1", "stage2"], **options: bool) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: CoMask,
+        stage: Literal["stage1", "stage2"],
+        *,
+        bf16: bool = False,
+        **options: bool,
+    ) -> None:
+        self.model, self.bf16 = model, bf16
         self._run = partial(getattr(model, stage), **options)
         self.inputs, self.outputs = (
             tuple(graph_spec(name, model) for name in names) for names in TENSORS[stage]
@@ -54,8 +63,11 @@ class TorchStage:
 
     def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
         """Runs the stage; the outputs in `keep` are tensors on its device, the others arrays."""
-        with torch.inference_mode():
+        kind = self.model.mean.device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
             outputs = self._run(**{s.name: self._tensor(feeds[s.name], s) for s in self.inputs})
+        if self.bf16:  # which neither NumPy nor RoIAlign's kernel knows
+            outputs = {name: _without_bf16(tensor) for name, tensor in outputs.items()}
         return {
             name: tensor if name in keep else tensor.cpu().numpy()
             for name, tensor in outputs.items()
@@ -121,12 +133,21 @@ class TorchMemory:
                 run.synchronize(stream)
 
 
-def torch_stages(model: CoMask, *, diagnostics: bool = False) -> Stages:
-    """Returns both stages of a model in evaluation mode; `CoMask.stage2` explains `diagnostics`."""
+def _without_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def torch_stages(model: CoMask, *, bf16: bool = False, diagnostics: bool = False) -> Stages:
+    """Returns both stages of a model in evaluation mode.
+
+    `TorchStage` explains `bf16`, and `CoMask.stage2` explains `diagnostics`.
+    """
+    precision = "fp32" if model.dtype == torch.float32 else "fp16"
+    name = "torch:bf16" if bf16 else {"fp32": "torch", "fp16": "torch:fp16"}[precision]
     return Stages(
-        "torch" if model.dtype == torch.float32 else "torch:fp16",
-        TorchStage(model, "stage1"),
-        TorchStage(model, "stage2", diagnostics=diagnostics),
+        name,
+        TorchStage(model, "stage1", bf16=bf16),
+        TorchStage(model, "stage2", bf16=bf16, diagnostics=diagnostics),
         device=str(model.mean.device),
     )
 
@@ -169,16 +190,14 @@ def model_from_bundle(bundle: Bundle) -> CoMask:
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the network, whose weights are fp32 only; see `comask.runtime.backends.MODULES`.
+    """Opens the network; see `comask.runtime.backends.BACKENDS`.
 
     Raises:
-        BackendUnavailableError: if PyTorch does not see the requested GPU.
-        BundleError: if another precision is requested; see also `model_from_bundle`.
+        BackendUnavailableError: if PyTorch does not see the requested GPU, or the device has no bf16.
+        BundleError: see `model_from_bundle`.
     """
-    if precision not in (None, "fp32"):
-        raise BundleError(f"the torch backend runs fp32 weights only, {precision} was asked for")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = options.device
+    device = nvidia_device(name, options.device)
     if device is None:
         device = 0 if there else "cpu"
     if device != "cpu" and device >= there:
@@ -186,8 +205,22 @@ def open_backend(bundle: Bundle, name: str, precision: str | None, options: Load
             f"the torch backend: PyTorch sees {there} GPUs, number {device} was asked for"
         )
     place = device if device == "cpu" else f"cuda:{device}"
-    stages = torch_stages(model_from_bundle(bundle).to(place))
+    if precision == "bf16":
+        _require_bf16(place)
+    stages = torch_stages(model_from_bundle(bundle).to(place), bf16=precision == "bf16")
     if device == "cpu":
         return stages
     memory = with_kernels(TorchMemory(torch.device(place)), stages.backend)
     return dataclasses.replace(stages, memory=memory)
+
+
+def _require_bf16(place: str) -> None:
+    """Raises BackendUnavailableError if a device would only imitate bf16, which is slower than fp32."""
+    if place == "cpu":
+        has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        has = torch.cuda.get_device_capability(place) >= (8, 0)
+    if not has:
+        raise BackendUnavailableError(
+            f"torch:bf16: {place} here has no bf16 arithmetic: take torch in fp32"
+        )

@@ -11,7 +11,7 @@ from typing_extensions import override
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
 from comask.kernels import run
-from comask.runtime.backends import LoadOptions
+from comask.runtime.backends import LoadOptions, nvidia_device
 from comask.runtime.backends.base import Array, Stages
 from comask.runtime.device import open_device
 from comask.runtime.gpu import Gpu, find_gpu_or_reason
@@ -100,18 +100,19 @@ class TrtStages(Stages):
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the fastest engines that fit this machine; see `comask.runtime.backends.MODULES`.
+    """Opens the fastest engines that fit this machine; see `comask.runtime.backends.BACKENDS`.
 
     Raises:
         BackendUnavailableError: if the bundle has no such engines, or the GPU, pycuda or the flavor is
             missing.
         EngineError: if no engines fit and `on_mismatch` is `error`, or they cannot be opened.
     """
-    if options.device == "cpu":
+    device = nvidia_device(name, options.device)
+    if device == "cpu":
         raise BackendUnavailableError(
             f"{name} runs on a GPU, and device cpu was asked for; onnxruntime and torch run on the CPU"
         )
-    device = options.device or 0
+    device = device or 0
     folders = _engines(bundle, name, precision)
     gpu, reason = find_gpu_or_reason(device)
     if gpu is None:

@@ -34,6 +34,7 @@ from comask.runtime.bench.timing import (
     measure_stream,
     take_turns,
 )
+from comask.runtime.parity.open_backends import openvino_backends
 from comask.runtime.predictor import Predictor
 from comask.runtime.trt.engine_folder import find_engines
 
@@ -158,7 +159,7 @@ def _held_backends(bundle: Bundle) -> list[str]:
     """Returns all backends and precisions that the bundle has graphs or engines for, PyTorch first."""
     engines = {f"{engine.info.flavor}:{engine.info.precision}" for engine in find_engines(bundle)}
     graphs = [f"onnxruntime:{precision}" for precision in bundle.manifest.precisions]
-    return ["torch", *graphs, *sorted(engines)]
+    return ["torch", *graphs, *openvino_backends(bundle), *sorted(engines)]
 
 
 def measure_latency(

@@ -22,7 +22,8 @@ from comask.runtime.backends import Device, gpu_index
 from comask.runtime.gpu import find_gpu
 
 PACKAGES = (
-    "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "pycuda",
+    "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13",
+    "pycuda",
 )  # fmt: skip
 CPU_FACTS = Path("/proc/cpuinfo")
 STATUS, TASKS, FILES = Path("/proc/self/status"), Path("/proc/self/task"), Path("/proc/self/fd")

@@ -16,7 +16,7 @@ from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
 from comask.errors import JobError, one_line
 from comask.files import parse_json
-from comask.runtime.backends import parse_backend
+from comask.runtime.backends import graph_precision, parse_backend
 from comask.runtime.jobs.folder import Folder
 from comask.runtime.jobs.listing import Listing
 
@@ -154,7 +154,7 @@ def bundle_digest(bundle: Path, backend: str) -> str:
         BundleError: the folder holds no bundle.
     """
     manifest = Bundle.open(bundle).manifest
-    precision = parse_backend(backend)[1]
+    precision = graph_precision(*parse_backend(backend))
     names = {WEIGHTS, *(graph_file(stage, precision) for stage in STAGES)}
     same = {
         "model": dataclasses.asdict(manifest.model),

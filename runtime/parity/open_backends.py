@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from comask.bundle import PRECISIONS, Bundle
+from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ComaskError, EngineError, KernelError
+from comask.runtime.backends import BACKENDS
 from comask.runtime.predictor import Predictor
 from comask.runtime.trt.engine_folder import find_engines
 
+ROUNDING = ("fp32", "fp16", "bf16", "int8")  # from the least to the most
+
 
 def default_backends(bundle: Bundle) -> tuple[list[str], list[str]]:
-    """Returns the backends that must run, PyTorch and ONNX Runtime in every precision, and the engines.
+    """Returns the backends that must run, PyTorch and ONNX Runtime in every precision, and the others.
 
-    The first backend is the reference. Engines that do not run here are left out.
+    The first backend is the reference. Of the others, OpenVINO's and the engines, those that do not run
+    here are left out.
     """
     graphs = [_name("onnxruntime", precision) for precision in bundle.manifest.precisions]
     infos = [engines.info for engines in find_engines(bundle)]
     engines = [_name(info.flavor, info.precision) for info in infos]
-    return ["torch", *graphs], list(dict.fromkeys(engines))
+    return ["torch", *graphs], list(dict.fromkeys([*openvino_backends(bundle), *engines]))
+
+
+def openvino_backends(bundle: Bundle) -> list[str]:
+    """Returns OpenVINO's backends for which the bundle has graphs; none where it is not installed."""
+    if importlib.util.find_spec("openvino") is None:
+        return []
+    graphs = BACKENDS["openvino"].graphs
+    return [
+        _name("openvino", precision)
+        for precision, needed in graphs.items()
+        if needed in bundle.manifest.precisions
+    ]
 
 
 def open_backends(
@@ -65,10 +82,10 @@ def precision_of(name: str) -> str:
 
 def looser(a: str, b: str) -> str:
     """Returns the precision of two whose tolerance their comparison takes."""
-    known = [PRECISIONS.index(precision) for precision in (a, b) if precision in PRECISIONS]
+    known = [ROUNDING.index(precision) for precision in (a, b) if precision in ROUNDING]
     if len(known) < 2:
-        raise ComaskError(f"precisions {a} and {b}: expected two of {', '.join(PRECISIONS)}")
-    return PRECISIONS[max(known)]
+        raise ComaskError(f"precisions {a} and {b}: expected two of {', '.join(ROUNDING)}")
+    return ROUNDING[max(known)]
 
 
 def _name(backend: str, precision: str) -> str:
@@ -84,5 +101,5 @@ def _make_reference(predictor: Predictor) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     stage1 = predictor.stages.stage1
     assert isinstance(stage1, TorchStage)
-    stage2 = TorchStage(stage1.model, "stage2", diagnostics=True)
+    stage2 = TorchStage(stage1.model, "stage2", bf16=stage1.bf16, diagnostics=True)
     predictor.stages = dataclasses.replace(predictor.stages, stage2=stage2)

@@ -20,9 +20,9 @@ from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
 # pipeline. Only AP is judged if a contestant rounds, because others of the twelve numbers depend on few
 # objects or on one IoU threshold and scatter more. Rounding may also raise AP; anything else that raises
 # it is another network.
-AP_TOLERANCES = {"fp32": 0.1, "fp16": 0.1, "int8": 0.3, "results": 0.1}
-JUDGED = {"fp32": METRICS, "fp16": ("AP",), "int8": ("AP",), "results": ("AP",)}
-MAY_GAIN = ("fp16", "int8")
+AP_TOLERANCES = {"fp32": 0.1, "fp16": 0.1, "bf16": 0.3, "int8": 0.3, "results": 0.1}
+JUDGED = {kind: METRICS if kind == "fp32" else ("AP",) for kind in AP_TOLERANCES}
+MAY_GAIN = ("fp16", "bf16", "int8")
 LEAST_AGREEMENT = 0.8  # for a user's own pipeline, whose tensors are unknown
 WORST = 3  # number of images listed on which a contestant agrees least
 
@@ -186,9 +186,9 @@ def compare_backends(
 ) -> StageComparison:
     """Compares two backends stage by stage, one image at a time.
 
-    int8 is not judged by this: on a trained network, a cell's confidence that rounds across its threshold
-    changes a mask's pixel by 0.7. Boxes then find their partners with the tolerance of fp16, and
-    `failures` is empty.
+    bf16 and int8 are not judged by this: on a trained network, a cell's confidence that rounds across its
+    threshold changes a mask's pixel by 0.7. Boxes then find their partners with the tolerance of fp16,
+    and `failures` is empty.
 
     Args:
         reference: the reference backend, usually PyTorch.
