@@ -33,7 +33,7 @@ from comask.errors import BackendUnavailableError, ComaskError
 from comask.masks import rles_from_mask_probs
 from comask.preprocess import Pixels, Prepared, prepare
 from comask.runtime import Predictor
-from comask.runtime.backends import graph_precision, parse_backend
+from comask.runtime.backends.names import graph_precision, parse_backend
 from comask.runtime.backends.ort import OrtSession
 from comask.runtime.bench.machine import peak_resident
 
@@ -261,9 +261,11 @@ class Torchvision(Thresholded):
         most = float(pairs[CANDIDATES - 1 : CANDIDATES + 1].mean())
         scores = self.run(prepared, most)["scores"]
         for count in counts:
-            self.thresholds[prepared.canvas.shape, count] = (
-                most if count == len(scores) else threshold_for(scores, count)
-            )
+            threshold = threshold_for(scores, count) if count < len(scores) else most
+            if self._type and count < len(scores):
+                # torchvision rounds the threshold as well: one step lower, or it meets the score itself
+                threshold = float(scores[count]) * (1 - 2**-7)
+            self.thresholds[prepared.canvas.shape, count] = threshold
 
 
 class TorchvisionOnnx(Thresholded):

@@ -23,7 +23,8 @@ from comask.cli.options import (
 )
 from comask.errors import VideoError, one_line
 from comask.runtime import Predictor
-from comask.runtime.backends import LoadOptions, gpu_index
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.names import gpu_index
 
 if TYPE_CHECKING:
     from comask.runtime.video import Where

@@ -22,7 +22,8 @@ from comask.cli.options import (
 from comask.cli.tables import console, number, table
 from comask.data.source import not_decoded_text
 from comask.errors import ConfigError
-from comask.runtime.backends import Device, LoadOptions
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.names import Device
 from comask.runtime.bench.grid import Grid
 from comask.runtime.bench.latency import runnable
 from comask.runtime.bench.plots import draw_sweep

@@ -15,8 +15,9 @@ from typing_extensions import override
 from comask.bundle import Bundle, Manifest
 from comask.config import PreprocessConfig, require_count
 from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare, stacked
-from comask.runtime.backends import Device, LoadOptions, open_stages
+from comask.runtime.backends import LoadOptions, open_stages
 from comask.runtime.backends.base import Array, Closing, Stages
+from comask.runtime.backends.names import Device
 from comask.runtime.images import FOUND_AT, ImageResult, ImageRunner, batches
 from comask.runtime.stream import SLOTS, StreamSession, WhenFull
 from comask.structures import Detections, detections_from_outputs

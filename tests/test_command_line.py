@@ -23,7 +23,8 @@ OPTIONS = {
         "output", "precision", "score-threshold", "diagnostics", "data", "limit", "json",
     },
     "quantize": {
-        "calib-data", "calib-limit", "calib-method", "calib-seed", "data", "limit", "max-loss", "json",
+        "calib-data", "calib-limit", "calib-method", "calib-seed", "data", "limit", "max-loss",
+        "skip-cpu", "json",
     },
     "build": {
         "engine", "precision", "plugin", "profile", "rebuild", "data", "limit", "workspace",
@@ -111,7 +112,7 @@ def test_help_fits_and_options_are_known(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "10000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+    [({}, "2000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
      ({"GOMP_SPINCOUNT": "7"}, "7 None")],
 )  # fmt: skip
 def test_waiting_threads_leave_the_cores_unless_the_user_chose(

@@ -15,7 +15,8 @@ from comask.bundle import MANIFEST, STAGES, WEIGHTS, Bundle, graph_file, scratch
 from comask.config import require_count
 from comask.errors import BundleError, ConfigError, EngineError
 from comask.export.triton.model_config import client_config, stage_config, to_pbtxt
-from comask.runtime.backends import parse_backend, require_precision
+from comask.runtime.backends import require_precision
+from comask.runtime.backends.names import parse_backend
 from comask.runtime.triton_tensors import stage_name
 from comask.runtime.trt.engine_folder import EngineFolder, find_engines, rebuild_command
 from comask.runtime.trt.memory_format import LINEAR

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from comask.bundle import Bundle, Manifest
-from comask.runtime.backends import Device, gpu_index, graph_precision, parse_backend
+from comask.runtime.backends.names import Device, gpu_index, graph_precision, parse_backend
 from comask.runtime.gpu import find_gpu
 
 # Without measurements, the fastest first. TensorRT takes the lowest precision of the bundle's engines,

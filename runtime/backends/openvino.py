@@ -20,8 +20,9 @@ import openvino as ov
 
 from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
-from comask.runtime.backends import Device, LoadOptions, graph_precision
+from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Stages, TensorSpec
+from comask.runtime.backends.names import Device, graph_precision
 from comask.runtime.trt.engine_folder import ENGINES
 
 # what OpenVINO calls the arithmetic of each precision, and the capability of a device that has it
@@ -82,7 +83,7 @@ class OpenVinoStage:
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the bundle's graphs; see `comask.runtime.backends.BACKENDS`.
+    """Opens the bundle's graphs; see `comask.runtime.backends.names.BACKENDS`.
 
     Raises:
         BackendUnavailableError: if the device is missing, or has no arithmetic of the precision.

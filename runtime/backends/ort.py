@@ -1,7 +1,7 @@
 """The ONNX Runtime backend: runs the bundle's graphs unchanged, the custom ops by their function bodies.
 
 It is the simplest backend and a good template for another one: a stage with `inputs`, `outputs`, `run`
-and `close`, and `open_backend`, which `comask.runtime.backends.BACKENDS` names.
+and `close`, and `open_backend`, which `comask.runtime.backends.names.BACKENDS` names.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from comask.bundle import STAGES, Bundle
 from comask.errors import BackendUnavailableError, BundleError, EngineError, is_out_of_memory
 from comask.kernels import run
 from comask.kernels.launch import Launch
-from comask.runtime.backends import LoadOptions, NvidiaDevice, nvidia_device
+from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
+from comask.runtime.backends.names import NvidiaDevice, nvidia_device
 from comask.runtime.backends.ort_install import (
     import_onnxruntime,
     load_cuda_libraries,
@@ -226,7 +227,7 @@ def ort_stages(bundle: Bundle, precision: str, device: NvidiaDevice = None) -> S
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the bundle's graphs; see `comask.runtime.backends.BACKENDS`, and `ort_stages` for errors."""
+    """Opens the bundle's graphs; see `names.BACKENDS`, and `ort_stages` for errors."""
     return ort_stages(bundle, precision or "fp32", nvidia_device(name, options.device))
 
 

@@ -25,8 +25,9 @@ from comask.models.comask import (
     CoMask,
     load_weights,
 )
-from comask.runtime.backends import LoadOptions, nvidia_device
+from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
+from comask.runtime.backends.names import nvidia_device
 from comask.runtime.resident import with_kernels
 
 # the names of each stage's inputs and outputs
@@ -190,7 +191,7 @@ def model_from_bundle(bundle: Bundle) -> CoMask:
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the network; see `comask.runtime.backends.BACKENDS`.
+    """Opens the network; see `comask.runtime.backends.names.BACKENDS`.
 
     Raises:
         BackendUnavailableError: if PyTorch does not see the requested GPU, or the device has no bf16.

@@ -11,8 +11,9 @@ from typing_extensions import override
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, EngineError
 from comask.kernels import run
-from comask.runtime.backends import LoadOptions, nvidia_device
+from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages
+from comask.runtime.backends.names import nvidia_device
 from comask.runtime.device import open_device
 from comask.runtime.gpu import Gpu, find_gpu_or_reason
 from comask.runtime.trt.context_pool import ContextPool
@@ -100,7 +101,7 @@ class TrtStages(Stages):
 
 
 def open_backend(bundle: Bundle, name: str, precision: str | None, options: LoadOptions) -> Stages:
-    """Opens the fastest engines that fit this machine; see `comask.runtime.backends.BACKENDS`.
+    """Opens the fastest engines that fit this machine; see `comask.runtime.backends.names.BACKENDS`.
 
     Raises:
         BackendUnavailableError: if the bundle has no such engines, or the GPU, pycuda or the flavor is

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from comask.bundle import Manifest
 from comask.config import require_count
-from comask.runtime.backends import Device, LoadOptions
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.names import Device
 
 PROPOSALS = (1.0, 1 / 2, 1 / 4, 1 / 8)  # fractions of the bundle's number
 SHORT_SIDES = (0.8, 0.6)  # fractions of the bundle's short side, which itself comes first

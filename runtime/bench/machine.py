@@ -18,7 +18,7 @@ from typing import Any
 from comask import __version__
 from comask.errors import ComaskError
 from comask.parallel import cores
-from comask.runtime.backends import Device, gpu_index
+from comask.runtime.backends.names import Device, gpu_index
 from comask.runtime.gpu import find_gpu
 
 PACKAGES = (

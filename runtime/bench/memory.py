@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from comask.runtime.backends import LoadOptions, gpu_index
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.names import gpu_index
 from comask.runtime.bench.machine import peak_resident, used_gpu_memory
 from comask.runtime.bench.timing import CAPTURED, fill_slots
 from comask.runtime.predictor import Predictor

@@ -14,7 +14,8 @@ from comask.errors import ComaskError, ConfigError, DataError, EngineError, one_
 from comask.evaluate import CocoMetrics, Truth
 from comask.preprocess import Pixels
 from comask.progress import Progress
-from comask.runtime.backends import Device, LoadOptions
+from comask.runtime.backends import LoadOptions
+from comask.runtime.backends.names import Device
 from comask.runtime.bench import timing
 from comask.runtime.bench.grid import Grid, Setting, own_setting
 from comask.runtime.bench.machine import Report, describe_machine

@@ -16,7 +16,7 @@ from comask import __version__
 from comask.bundle import STAGES, WEIGHTS, Bundle, graph_file
 from comask.errors import JobError, one_line
 from comask.files import parse_json
-from comask.runtime.backends import graph_precision, parse_backend
+from comask.runtime.backends.names import graph_precision, parse_backend
 from comask.runtime.jobs.folder import Folder
 from comask.runtime.jobs.listing import Listing
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from comask.bundle import Bundle
 from comask.errors import BackendUnavailableError, ComaskError, EngineError, KernelError
-from comask.runtime.backends import BACKENDS
+from comask.runtime.backends.names import BACKENDS
 from comask.runtime.predictor import Predictor
 from comask.runtime.trt.engine_folder import find_engines
 
