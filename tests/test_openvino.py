@@ -248,6 +248,19 @@ def test_the_fastest_on_this_processor_comes_first() -> None:
     assert choice.recorded_seconds(made(), "this") == {}
 
 
+@pytest.mark.parametrize("gpu", [None, "a GPU"])
+def test_the_order_of_auto(
+    micro_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu: str | None
+) -> None:
+    monkeypatch.setattr(choice, "find_gpu", lambda index: gpu)
+    monkeypatch.setattr(choice, "recorded_seconds", lambda *_: {"torch": 1.0, "onnxruntime": 2.0})
+    bundle = Bundle.open(micro_bundle)
+    on_cpu = ["tensorrt", "tensorrt-rtx", "torch", "onnxruntime", "openvino"]
+    assert choice.candidates(bundle, "cpu") == on_cpu
+    on_gpu = ["tensorrt", "tensorrt-rtx", "onnxruntime", "torch", "openvino"]
+    assert choice.candidates(bundle, None) == (on_gpu if gpu else on_cpu)
+
+
 def test_auto_takes_what_was_proved(micro_bundle: Path, tmp_path: Path) -> None:
     from comask.bundle import update_manifest
 

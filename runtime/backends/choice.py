@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from comask.bundle import Bundle, Manifest
 from comask.runtime.backends.names import Device, gpu_index, graph_precision, parse_backend
 from comask.runtime.gpu import find_gpu
@@ -16,8 +14,8 @@ ON_CPU = (
 )  # fmt: skip
 
 
-def candidates(bundle: Bundle, device: Device) -> Iterator[str]:
-    """Yields names of backends, the fastest first.
+def candidates(bundle: Bundle, device: Device) -> list[str]:
+    """Returns names of backends, the fastest first.
 
     A backend that rounds is left out unless `comask eval` has recorded that it loses no more AP than the
     bundle tolerates. If `comask bench` has timed backends on this machine, its fastest comes first.
@@ -25,19 +23,14 @@ def candidates(bundle: Bundle, device: Device) -> Iterator[str]:
     # imported late, because they import this package
     from comask.runtime.bench.machine import describe_machine
 
-    index = gpu_index(device)
-    yield from ON_GPU[:2]
-    if index is not None and find_gpu(index) is not None:
-        yield from ON_GPU[2:]
-    manifest = bundle.manifest
+    index, manifest = gpu_index(device), bundle.manifest
+    there = index is not None and find_gpu(index) is not None
+    first = ON_GPU if there else ON_GPU[:2]  # TensorRT's says why it does not run
     allowed = [name for name in ON_CPU if is_proved(manifest, name)]
     seconds = recorded_seconds(manifest, describe_machine("cpu").cpu)
     timed = {name: seconds[name] for name in allowed if name in seconds}
-    if len(timed) > 1:
-        best = min(timed, key=lambda name: timed[name])
-        yield best
-        allowed.remove(best)
-    yield from allowed
+    fastest = [min(timed, key=lambda name: timed[name])] if len(timed) > 1 else []
+    return list(dict.fromkeys([*first, *fastest, *allowed]))
 
 
 def is_proved(manifest: Manifest, name: str) -> bool:
