@@ -55,6 +55,13 @@ def settings(*assignments: str) -> list[str]:
     return [part for assignment in assignments for part in ("--set", assignment)]
 
 
+@pytest.fixture(autouse=True)
+def without_openvino_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands compare what they did before it was installed; tests/test_openvino.py tests the rest."""
+    for module in ("parity.open_backends", "bench.latency"):
+        monkeypatch.setattr(f"comask.runtime.{module}.openvino_backends", lambda bundle: [])
+
+
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two optimiser steps."""

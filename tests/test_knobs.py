@@ -76,7 +76,7 @@ def test_resolution_keeps_the_ratio_of_its_limits(micro_bundle: Path) -> None:
         ),
         ({"short_side": 10**5}, ConfigError, "short_side: expected a canvas of at most 134 megap"),
         ({"device": -1}, ConfigError, "device: expected the index of a GPU.*, got -1"),
-        ({"device": "gpu"}, ConfigError, "device: expected the index of a GPU.*, got 'gpu'"),
+        ({"device": "tpu"}, ConfigError, "device: expected the index of a GPU.*, got 'tpu'"),
         ({"device": "cpu", "backend": "tensorrt"}, BackendUnavailableError, "runs on a GPU, and"),
         ({"device": 7}, BackendUnavailableError, "GPU 7 was asked for"),
         ({"device": 7, "backend": "torch"}, BackendUnavailableError, "number 7 was asked for"),

@@ -23,10 +23,29 @@ from comask.runtime import Predictor  # noqa: E402
 from comask.runtime.backends import LoadOptions, choice, openvino  # noqa: E402
 from comask.runtime.backends.base import Stages  # noqa: E402
 from comask.runtime.compare import TOLERANCES, Comparison, compare_stages  # noqa: E402
+from comask.runtime.parity.open_backends import openvino_backends  # noqa: E402
 
 LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 arithmetic")
+
+
+@pytest.fixture(autouse=True)
+def without_a_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the bundles of other tests as they are."""
+    if "kept_beside" not in request.node.name:
+        monkeypatch.setattr(openvino, "_cache", lambda bundle: {})
+
+
+def test_it_is_compared_by_default_where_it_is_installed(
+    micro_bundle: Path, int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    names = openvino_backends(Bundle.open(micro_bundle))
+    assert names == ["openvino", "openvino:bf16", "openvino:fp16"]
+    assert "openvino:int8" in openvino_backends(Bundle.open(int8_bundle))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert openvino_backends(Bundle.open(micro_bundle)) == []
 
 
 def stages_of(bundle: Path, name: str, **options: Any) -> Stages:
@@ -145,7 +164,8 @@ def test_fp16_that_cannot_hold_the_values_is_refused(micro_bundle: Path) -> None
     bundle = Bundle.open(micro_bundle)
     proof = {"fp16": {"float_layers": [{"module": "mfpn.lateral"}]}}
     scanned = dataclasses.replace(bundle.manifest, verification=proof)
-    with pytest.raises(BundleError, match=r"1 modules do not fit fp16, such as mfpn\.lateral's"):
+    refused = pytest.raises(BackendUnavailableError, match=r"1 modules .* such as mfpn\.lateral's")
+    with refused:
         openvino.open_backend(Bundle(bundle.folder, scanned), "openvino", "fp16", LoadOptions())
 
 

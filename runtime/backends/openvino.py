@@ -86,14 +86,15 @@ def open_backend(bundle: Bundle, name: str, precision: str | None, options: Load
     """Opens the bundle's graphs; see `comask.runtime.backends.names.BACKENDS`.
 
     Raises:
-        BackendUnavailableError: if the device is missing, or has no arithmetic of the precision.
-        BundleError: if a graph is missing, altered or broken, or fp16 cannot hold the network's values.
+        BackendUnavailableError: if the device is missing or has no arithmetic of the precision, or fp16
+            cannot hold the network's values.
+        BundleError: if a graph is missing, altered or broken.
         EngineError: if memory runs out.
     """
     precision = precision or "fp32"
     islands = bundle.manifest.verification.get("fp16", {}).get("float_layers")
     if precision == "fp16" and islands:
-        raise BundleError(
+        raise BackendUnavailableError(
             f"{bundle.folder}: values of {len(islands)} modules do not fit fp16, such as "
             f"{islands[0]['module']}'s, and openvino:fp16 would compute them in it: take openvino:bf16"
         )
