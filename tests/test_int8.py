@@ -174,19 +174,6 @@ def test_int8_must_be_faster_on_this_processor(
     assert "not measured" not in done.output
 
 
-def test_openvino_is_timed_in_each_precision(int8_bundle: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'comask[openvino]'")
-    from comask.calib.speed import measure_on_cpu
-    from comask.runtime.backends.openvino import precisions_on
-
-    bundle = Bundle.open(int8_bundle)
-    graphs = {stage: bundle.graph(stage, "int8") for stage in STAGES}
-    found = measure_on_cpu(bundle, graphs, [ShapesSource(num_images=1, seed=0).image(0)])
-    assert found is not None
-    assert set(found) == {"fp32", "bf16", "int8"} & set(precisions_on("cpu"))
-    assert min(found.values()) > 0
-
-
 @pytest.mark.parametrize("plugin", ["python", "none"])
 def test_tensorrt_rtx_builds_it(int8_bundle: Path, tmp_path: Path, plugin: str) -> None:
     try:

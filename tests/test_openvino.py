@@ -293,3 +293,14 @@ def test_auto_takes_what_was_proved(micro_bundle: Path, tmp_path: Path) -> None:
     update_manifest(folder, lambda now: dataclasses.replace(now, parity=[record]))
     with Predictor.load(folder, "auto", device="cpu") as predictor:
         assert predictor.stages.backend == "openvino:bf16"
+
+
+def test_openvino_is_timed_in_each_precision(int8_bundle: Path) -> None:
+    from comask.calib.speed import measure_on_cpu
+
+    bundle = Bundle.open(int8_bundle)
+    graphs = {stage: bundle.graph(stage, "int8") for stage in STAGES}
+    found = measure_on_cpu(bundle, graphs, [ShapesSource(num_images=1, seed=0).image(0)])
+    assert found is not None
+    assert set(found) == {"fp32", "bf16", "int8"} & set(openvino.precisions_on("cpu"))
+    assert min(found.values()) > 0
