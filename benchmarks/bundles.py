@@ -18,7 +18,7 @@ import click
 import numpy as np
 import onnx
 import onnxruntime
-from thresholds import with_threshold
+from thresholds import threshold_for, with_threshold
 
 from comask.bundle import Bundle
 from comask.runtime.backends.ort import OrtSession
@@ -85,7 +85,7 @@ def main(bundles: tuple[Path, Path], sizes: str, detections: str, runs: int) -> 
         image = rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
         scores = Graphs(opened[0], 0.0, plain=True).run(image)[0]["scores"][0]
         for count in map(int, detections.split(",")):
-            threshold = 0.0 if count >= len(scores) else float(scores[count - 1 : count + 1].mean())
+            threshold = 0.0 if count >= len(scores) else threshold_for(scores, count)
             both = [Graphs(b, threshold, plain=place == 0) for place, b in enumerate(opened)]
             found = [int(graphs.run(image)[0]["num_detections"][0]) for graphs in both]
             if found != [count, count]:

@@ -7,7 +7,6 @@ The command cannot be faster than its slowest part, nor than its CPU seconds sha
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import resource
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from PIL import Image
 
+from comask.cli.infer_images import OverlayFiles, OverlayFormat
 from comask.draw import draw_overlay
 from comask.media_files import IMAGE_SUFFIXES
 from comask.parallel import cores
@@ -38,14 +36,7 @@ def timed(work: Callable[[], list[Any]]) -> tuple[list[Any], float]:
     return work(), time.perf_counter() - start
 
 
-def encode(overlay: np.ndarray, format: str) -> int:
-    file = io.BytesIO()
-    options = {"quality": 90, "subsampling": 0} if format == "jpeg" else {"compress_level": 1}
-    Image.fromarray(overlay).save(file, format=format, **options)
-    return file.tell()
-
-
-def parts(bundle: str, backend: str, photos: list[Path], format: str) -> dict[str, float]:
+def parts(bundle: str, backend: str, photos: list[Path], format: OverlayFormat) -> dict[str, float]:
     """Returns the seconds of each part alone, in one thread but for the network's own."""
     with Predictor.load(bundle, backend) as predictor:
         decoded, decoding = timed(lambda: [pixels_of(photo) for photo in photos])
@@ -57,7 +48,14 @@ def parts(bundle: str, backend: str, photos: list[Path], format: str) -> dict[st
         )
     shown = [each[each.scores >= 0.5] for each in found]
     drawn, drawing = timed(lambda: list(map(draw_overlay, decoded, shown)))
-    _, encoding = timed(lambda: [encode(overlay, format) for overlay in drawn])
+    files = OverlayFiles(format, None)
+    with tempfile.TemporaryDirectory() as folder:
+        _, encoding = timed(
+            lambda: [
+                files.write(Path(folder) / photo.name, overlay, photo)
+                for photo, overlay in zip(photos, drawn, strict=True)
+            ]
+        )
     return {
         "decode": decoding, "prepare": preparing, "network": network, "draw": drawing,
         f"encode {format}": encoding,
@@ -65,7 +63,7 @@ def parts(bundle: str, backend: str, photos: list[Path], format: str) -> dict[st
 
 
 def command(
-    bundle: str, backend: str, photos: list[Path], format: str
+    bundle: str, backend: str, photos: list[Path], format: OverlayFormat
 ) -> tuple[float, float, float]:
     """Returns the command's seconds: of the images, of the whole process, and of the CPUs."""
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from thresholds import bundle_with_threshold
+from thresholds import bundle_with_threshold, threshold_for
 from typing_extensions import override
 
 from comask.bundle import WEIGHTS, Bundle
@@ -106,17 +106,6 @@ class Contestant(Protocol):
         self, masks: Floats, boxes: Floats, size: tuple[int, int], threshold: float
     ) -> list[dict[str, Any]]:
         """Encodes masks over boxes as COCO's RLE of an image of the given size."""
-
-
-def threshold_for(scores: Floats, count: int) -> float:
-    """Returns the threshold that `count` of these falling scores exceed; more if some are equal there.
-
-    In bf16, several scores may be the same. Their detections are computed as well, and left out.
-    """
-    after = float(scores[count])
-    if scores[count - 1] > after:
-        return (float(scores[count - 1]) + after) / 2
-    return float(np.nextafter(np.float32(after), np.float32(0)))
 
 
 class CoMask:

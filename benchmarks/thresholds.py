@@ -9,9 +9,21 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from comask.bundle import MANIFEST, Bundle, graph_file, sha256, write_manifest
+
+
+def threshold_for(scores: NDArray[np.float32], count: int) -> float:
+    """Returns the threshold that `count` of these falling scores exceed; more if some are equal there.
+
+    In bf16, several scores may be the same. Their detections are computed as well, and left out.
+    """
+    after = float(scores[count])
+    if scores[count - 1] > after:
+        return (float(scores[count - 1]) + after) / 2
+    return float(np.nextafter(np.float32(after), np.float32(0)))
 
 
 def with_threshold(model: onnx.ModelProto, threshold: float) -> onnx.ModelProto:

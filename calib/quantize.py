@@ -37,7 +37,7 @@ from comask.progress import Progress
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession, ort_stages
 from comask.runtime.backends.ort_install import import_onnxruntime
-from comask.runtime.bench.machine import describe_machine
+from comask.runtime.bench.machine import processor
 
 Report = Callable[[str], None]
 
@@ -214,9 +214,10 @@ def add_int8(
     validation = scorer.validation
     with scratch_folder(bundle.folder, bundle.folder) as folder:
         candidate = _Candidate(bundle, folder, largest, images, scorer, report)
+        seconds = None
         if on_cpu:  # before the search, since more float layers only take longer
             candidate.write(frozenset())
-            candidate.time_on_cpu()
+            seconds = candidate.time_on_cpu()
         search = Search(candidate.loss, validation.budget)
         float_layers, reasons = frozenset[str](), list[FloatLayer]()
         if not search.try_all_int8():
@@ -227,7 +228,8 @@ def add_int8(
         reasons += candidate.without_range
         candidate.write(float_layers)
         files = {graph_file(stage, "int8"): folder / graph_file(stage, "int8") for stage in STAGES}
-        seconds = candidate.time_on_cpu() if on_cpu else None
+        if on_cpu and float_layers:
+            seconds = candidate.time_on_cpu()
         sizes = {p: candidate.size(p) for p in ("fp32", INT8_BASE, "int8")}
         if sizes["int8"] >= sizes[INT8_BASE]:
             raise PrecisionError(
@@ -251,7 +253,7 @@ def add_int8(
             ],
             bytes=sizes,
             cpu_latency=seconds,
-            processor=describe_machine("cpu").cpu if seconds else None,
+            processor=processor() if seconds else None,
         )
         digests = {name: sha256(path) for name, path in files.items()}
         verification = {"int8": dataclasses.asdict(made)}

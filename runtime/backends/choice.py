@@ -20,14 +20,14 @@ def candidates(bundle: Bundle, device: Device) -> list[str]:
     A backend that rounds is left out unless `comask eval` has recorded that it loses no more AP than the
     bundle tolerates. If `comask bench` has timed backends on this machine, its fastest comes first.
     """
-    # imported late, because they import this package
-    from comask.runtime.bench.machine import describe_machine
+    # imported late, since it imports this package
+    from comask.runtime.bench.machine import processor
 
     index, manifest = gpu_index(device), bundle.manifest
     there = index is not None and find_gpu(index) is not None
     first = ON_GPU if there else ON_GPU[:2]  # TensorRT's says why it does not run
     allowed = [name for name in ON_CPU if is_proved(manifest, name)]
-    seconds = recorded_seconds(manifest, describe_machine("cpu").cpu)
+    seconds = recorded_seconds(manifest, processor())
     timed = {name: seconds[name] for name in allowed if name in seconds}
     fastest = [min(timed, key=lambda name: timed[name])] if len(timed) > 1 else []
     return list(dict.fromkeys([*first, *fastest, *allowed]))

@@ -88,7 +88,7 @@ def describe_machine(device: Device) -> Machine:
     index = gpu_index(device)
     gpu = None if index is None else find_gpu(index)
     return Machine(
-        cpu=_cpu(),
+        cpu=processor(),
         cores=cores(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
@@ -98,7 +98,8 @@ def describe_machine(device: Device) -> Machine:
     )
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Returns the name of this machine's processor."""
     return next(iter(_facts(CPU_FACTS, "model name")), "") or (
         platform.processor() or platform.machine()
     )
