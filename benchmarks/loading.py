@@ -44,7 +44,7 @@ def main(data: str, name: str, workers: str, seconds: float) -> None:
         source,
         list(range(len(source))),
         config.preprocess,
-        flip_probability=config.data.flip_probability,
+        config=config.data,
         seed=0,
     )
     click.echo("workers  images/s")

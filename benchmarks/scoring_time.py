@@ -72,9 +72,9 @@ def make(folder: Path, images: int, detections: int) -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Returns this version's seconds for the first, a later and the last evaluation of a run."""
     import comask.evaluate as evaluation
-    from comask.data.coco import CocoSource
+    from comask.data.coco import read_coco
 
-    source = CocoSource(folder, folder / "truth.json")
+    source = read_coco(folder / "truth.json", folder)
     indices = list(range(len(source)))
     results = json.loads((folder / "results.json").read_text())
     seconds: dict[str, float] = {}

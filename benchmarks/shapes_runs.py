@@ -103,7 +103,7 @@ def train_and_score(
         ShapesSource(num_images=images, seed=config.train.seed),
         list(range(images)),
         config.preprocess,
-        flip_probability=config.data.flip_probability,
+        config=config.data,
         seed=config.train.seed,
     )
     title = f"{name}, lr {config.train.learning_rate:g}, seed {config.train.seed}"

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from comask.data.coco import LAYOUTS
-from comask.data.open_data import open_folder
+from comask.data.layouts import EXPECTED, find_parts, is_data_set
+from comask.data.open_data import open_files
 from comask.data.source import InstanceSource
 from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
@@ -118,9 +118,11 @@ def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
 
 
 def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
-    for split, layouts in LAYOUTS.items():
-        if any((folder / annotation_file).is_file() for _, annotation_file in layouts):
-            return _of_source(open_folder(folder, split, report=report))
+    if is_data_set(folder):
+        split = (
+            "val" if "train" not in (parts := find_parts(folder)) and "val" in parts else "train"
+        )
+        return _of_source(open_files([str(folder)], split, report=report))
     return _of_files(folder, report)
 
 
@@ -142,11 +144,9 @@ def _of_files(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
     except OSError as error:
         raise CalibrationError(f"{folder}: cannot be listed: {error.strerror}") from error
     if not files:
-        layouts = dict.fromkeys(layout for split in LAYOUTS.values() for layout in split)
-        expected = " or ".join(f"{i}/ with {a}" for i, a in layouts)
         raise CalibrationError(
             f"{folder}: no images to calibrate with; expected files of a known format "
-            f"({', '.join(FORMATS)}) or a data set ({expected})"
+            f"({', '.join(FORMATS)}) or a data set: {EXPECTED}"
         )
     return [Candidate(p.name, _file_strata(p), partial(decode_image, p)) for p in files]
 

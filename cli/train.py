@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +14,7 @@ from click.core import ParameterSource
 from comask.bundle import BEST
 from comask.cli.command import command, option
 from comask.cli.options import Interruption
-from comask.errors import ConfigError, TrainingError
-from comask.files import locked
+from comask.errors import ConfigError
 from comask.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from comask.training.validation import Validation
 
 OWN_SETTINGS = "--eval-only takes the settings of the checkpoint"
-LOCK_SECONDS = 20.0  # loading processes of a killed run hold its lock for up to five
 
 
 def _assignments(
@@ -42,30 +38,39 @@ def _assignments(
 
 
 @command
-@option("--data", metavar="DIR|shapes", help="COCO-format folder, or shapes for synthetic images.")
-@option("--val", metavar="DIR", help="Validation data. [a share of --data]")
+@option("--data", multiple=True, metavar="DATA|shapes",
+        help="Folder or file in COCO's, Roboflow's, CVAT's, YOLO's, VOC's or LabelMe's format, or shapes "
+             "for synthetic images; several are joined by class name.")  # fmt: skip
+@option("--val", multiple=True, metavar="DATA",
+        help="Validation data. [--data's part for it, or a share of --data]")  # fmt: skip
 @option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
         metavar="NAME", help=f"One of {', '.join(PRESETS)}. [comask-r50]")  # fmt: skip
+@option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE", help="Settings over the preset's: YAML, or a run's config.json.")  # fmt: skip
 @option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the run.")
 @option("--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_assignments,
         help="Change a setting; --print-config lists all.")  # fmt: skip
+@option("--track", multiple=True, type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+        help="Send losses and AP there as well.")  # fmt: skip
 @option("--seeds", type=click.IntRange(2), metavar="N",
         help="Train with N seeds, and show how far AP scatters.")  # fmt: skip
 @option("--resume", is_flag=True, help="Continue from the run's last checkpoint.")
 @option("--eval-only", is_flag=True, help="Score the run's best checkpoint on --val.")
 @option("--print-config", is_flag=True, help="Print all settings as JSON, and stop.")
 def main(
-    data: str | None,
-    val: str | None,
+    data: tuple[str, ...],
+    val: tuple[str, ...],
     preset_name: str,
+    config_file: Path | None,
     output: Path | None,
     settings: tuple[str, ...],
+    track: tuple[str, ...],
     seeds: int | None,
     resume: bool,
     eval_only: bool,
     print_config: bool,
 ) -> None:
-    """Train CoMask on a COCO-format data set.
+    """Train CoMask on a data set.
 
     The run's folder gets checkpoint-last.pt, checkpoint-best.pt (by mask AP), report.html with its
     pictures, config.json, metrics.csv and eval.csv. Several processes train together by torchrun.
@@ -77,19 +82,20 @@ def main(
     comask train --data mine --output runs/mine --set train.weights=runs/r50/checkpoint-best.pt
     torchrun --nproc-per-node 4 -m comask.cli.train --data /data/coco --val /data/coco --output r50
     """
-    from comask.config_reading import override
+    from comask.config_reading import override, read_config
 
-    config = override(preset(preset_name), settings)
+    config = preset(preset_name)
+    config = override(read_config(config_file, config) if config_file else config, settings)
     if print_config:
         click.echo(json.dumps(dataclasses.asdict(config), indent=2))
         return
-    missing = [name for name, value in (("--data", data), ("--output", output)) if value is None]
-    if data is None or output is None:
+    missing = [name for name, value in (("--data", data), ("--output", output)) if not value]
+    if not data or output is None:
         raise click.UsageError(f"missing option {' and '.join(missing)}")
     for name, given in (("--resume", resume), ("--seeds", seeds)):
         if given and eval_only:
             raise click.UsageError(f"{name} trains and --eval-only does not: give one of them")
-    if seeds and val is None and data != "shapes":
+    if seeds and not val and data != ("shapes",):
         raise click.UsageError(
             "--seeds needs --val: the share that is set aside depends on the seed"
         )
@@ -101,55 +107,31 @@ def main(
             context = click.get_current_context()
             if context.get_parameter_source("preset_name") is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"{OWN_SETTINGS}: no --preset")
-            if settings:
-                raise ConfigError(f"--set {settings[0]}: {OWN_SETTINGS}")
+            if settings or config_file:
+                given = f"--set {settings[0]}" if settings else "--config"
+                raise ConfigError(f"{given}: {OWN_SETTINGS}")
             _evaluate(data, val, output, ranks)
             return
-        with _folder(output), _lock(output) if ranks.first else nullcontext():
-            _train(config, data, val, output, ranks, seeds, settings, resume=resume)
+        from comask.training.api import run_folder
 
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """Creates a folder and its parents; removes those that are still empty at the end."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a folder that is not empty stays
-            for folder in made:
-                folder.rmdir()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in the run's folder.
-
-    Raises:
-        TrainingError: when another process trains there.
-    """
-    try:
-        with locked(folder, patience=LOCK_SECONDS):
-            yield
-    except BlockingIOError as error:
-        raise TrainingError(
-            f"{folder}: another process trains there; wait for it, end it, or give another --output"
-        ) from error
+        with run_folder(output, lock=ranks.first):
+            _train(config, data, val, output, ranks, seeds, settings, track, resume=resume)
 
 
 def _train(
     config: Config,
-    data: str,
-    val: str | None,
+    data: tuple[str, ...],
+    val: tuple[str, ...],
     output: Path,
     ranks: Ranks,
     seeds: int | None,
     settings: tuple[str, ...],
+    track: tuple[str, ...],
     *,
     resume: bool,
 ) -> None:
     """Trains once, or once per seed, each in its own folder; then shows how far AP scatters."""
+    from comask.training.callbacks import open_trackers
     from comask.training.distributed import share_from_first
     from comask.training.record import show_seeds
     from comask.training.run import train_run
@@ -167,7 +149,7 @@ def _train(
         with stop.on_signal():
             trainer = train_run(
                 seeded, data, val, folder, ranks, settings=settings, resume=resume, say=click.echo,
-                signal=lambda: stop.signal,
+                callbacks=open_trackers(track) if ranks.first else (), signal=lambda: stop.signal,
             )  # fmt: skip
         _end(trainer, folder, ranks)
     if seeds and ranks.first:
@@ -195,7 +177,7 @@ def _end(trainer: Trainer, output: Path, ranks: Ranks) -> None:
     click.echo("wrote " + ", ".join(str(output / name) for name in (BEST, LAST, "report.html")))
 
 
-def _evaluate(data: str, val: str | None, output: Path, ranks: Ranks) -> None:
+def _evaluate(data: tuple[str, ...], val: tuple[str, ...], output: Path, ranks: Ranks) -> None:
     """Scores a finished run with the settings of its checkpoint."""
     from comask.training.run import evaluate_run
 

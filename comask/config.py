@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +59,14 @@ def _between(least: int, most: int) -> Rule:
     return f"{least} to {most}", lambda value: least <= value <= most
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 def _require_each(part: str, config: object, rule: Rule, *names: str) -> None:
     """Checks the fields of these names in `config` by one rule."""
     expected, holds = rule
@@ -73,8 +82,11 @@ class ModelConfig:
     num_classes: int = 80
 
     # Backbone. BatchNorm keeps ImageNet's statistics, as in every COCO recipe with small batches.
-    backbone: Literal["resnet18-slim", "resnet18", "resnet50", "resnet101"] = "resnet50"
-    # "batch" and "group" are for training from scratch; "group" works with any batch size.
+    backbone: Literal["resnet18-slim", "resnet18", "resnet50", "resnet101", "convnext_tiny"] = (
+        "resnet50"
+    )
+    # "batch" and "group" are for training from scratch; "group" works with any batch size. ConvNeXt has
+    # LayerNorm instead, for any value.
     backbone_norm: Literal["frozen", "batch", "group"] = "frozen"
     frozen_stages: int = 2  # 2: the stem and the first stage; 0 trains everything
 
@@ -222,8 +234,22 @@ class PreprocessConfig:
 class DataConfig:
     """How images are selected, loaded and augmented."""
 
-    flip_probability: float = 0.5
+    flip_probability: float = 0.5  # left and right are exchanged
+    vertical_flip_probability: float = 0.0
+    turn_probability: float = 0.0  # of a turn by 90, 180 or 270 degrees
+    short_sides: tuple[
+        int, ...
+    ] = ()  # preprocess.short_side in training, one at random; (): that one
+    # Large-scale jitter: the factor of an image's size. Above 1, a random part of the usual size is cut.
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    copy_paste_probability: float = 0.0  # of pasting objects of another image
+    colour: float = 0.0  # strength of changes in brightness, contrast, saturation and hue
+    # Images of classes that fewer than this share of the images has are repeated, as in LVIS's recipe
+    # (Gupta et al., CVPR 2019), which takes 0.001; 0: no repetition.
+    repeat_threshold: float = 0.0
     val_fraction: float = 0.1  # share of images for validation without --val; the seed selects them
+    # A regular expression. Images whose file names agree in its first group are never parted.
+    val_group: str = ""
     boxes: Literal["annotated", "mask"] = "annotated"  # "mask": the bounds of each mask
     workers: int = 2
     shapes_train: int = 4000  # images that --data shapes makes for training
@@ -231,8 +257,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check = partial(_require_each, "data", self)
-        check(_between(0, 1), "flip_probability")
+        check(
+            _between(0, 1), "flip_probability", "vertical_flip_probability", "turn_probability",
+            "copy_paste_probability",
+        )  # fmt: skip
+        check(FRACTION, "colour", "repeat_threshold")
+        check(("sides of at least 1", lambda v: not v or min(v) >= 1), "short_sides")
+        check(("[least, most] above 0", lambda v: 0 < v[0] <= v[1]), "scale_range")
         check(("0 < value < 1", lambda v: 0 < v < 1), "val_fraction")
+        check(("a regular expression", _is_pattern), "val_group")
         check(NOT_NEGATIVE, "workers")
         check(AT_LEAST_1, "shapes_train", "shapes_val")
 
@@ -245,12 +278,16 @@ class TrainConfig:
     that of `reference_batch` images; it is scaled linearly to `batch_size`.
     """
 
-    weights: str = "imagenet"  # "none", "imagenet" (torchvision's hub), or a file to start from
+    # "none", torchvision's weights "imagenet" or the newer "imagenet-v2", or a file to start from
+    weights: str = "imagenet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["step", "one_cycle"] = "step"
     learning_rate: float = 0.01
+    # The backbone's stages have smaller rates: the last one's is multiplied by this factor once, the one
+    # before twice, the stem's five times.
+    layer_decay: float = 1.0
     reference_batch: int = 8
-    batch_size: int = 8
+    batch_size: int = 8  # 0, or "auto" on the command line: as large as the GPU's memory allows
     micro_batch: int = 0  # images per pass, with accumulated gradients; 0: a process's whole share
     momentum: float = 0.9  # for sgd
     adamw_beta2: float = 0.999
@@ -265,6 +302,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # decay of the averaged weights to evaluate; 0: no averaging
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast's; fp16 needs a GPU
     channels_last: bool = False
+    checkpoint_activations: bool = False  # computes backbone and MFPN twice, which saves memory
     compile: bool = False  # compiles backbone, MFPN and heads with torch.compile
     checkpoint_every: int = 1000  # in steps
     evaluate_every: int = 1  # in epochs; training also ends with an evaluation; 0: no evaluation
@@ -274,13 +312,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check = partial(_require_each, "train", self)
-        check(AT_LEAST_1, "batch_size", "epochs", "checkpoint_every", "reference_batch")
+        check(AT_LEAST_1, "epochs", "checkpoint_every", "reference_batch")
         check(
-            NOT_NEGATIVE, "micro_batch", "warmup_steps", "evaluate_every", "patience", "clip_norm",
-            "seed", "weight_decay",
+            NOT_NEGATIVE, "batch_size", "micro_batch", "warmup_steps", "evaluate_every", "patience",
+            "clip_norm", "seed", "weight_decay",
         )  # fmt: skip
         check(("-1 or more", lambda v: v >= -1), "max_steps")
         check(POSITIVE, "learning_rate")
+        check(("0 < value ≤ 1", lambda v: 0 < v <= 1), "layer_decay")
         check(FRACTION, "ema_decay", "momentum", "adamw_beta2")
         if not self.evaluate_every:
             check(("0 unless train.evaluate_every is above 0", operator.not_), "patience")
@@ -294,3 +333,11 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        most = self.preprocess.max_side
+        fitting = (
+            f"sides of at most preprocess.max_side = {most}",
+            lambda v: not v or max(v) <= most,
+        )
+        _require_each("data", self.data, fitting, "short_sides")

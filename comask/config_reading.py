@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from comask.config import Config, require
-from comask.errors import ConfigError
+from comask.errors import ConfigError, one_line
 from comask.files import parse_json
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def override(config: Config, assignments: tuple[str, ...]) -> Config:
         ConfigError: for a malformed assignment, an unknown key or a value that does not fit.
     """
     values = dataclasses.asdict(config)
-    known = [f"{part}.{name}" for part, names in values.items() for name in names]
+    known = _known(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -58,7 +59,48 @@ def override(config: Config, assignments: tuple[str, ...]) -> Config:
             values[part][name] = parse_json(text)
         except ValueError:
             values[part][name] = {"True": True, "False": False}.get(text, text)
-    return from_dict(Config, values)
+    return from_dict(Config, _with_auto(values))
+
+
+def read_config(file: Path, base: Config) -> Config:
+    """Returns `base` with the settings of a file: a run's `config.json`, or YAML of the same form.
+
+    Raises:
+        ConfigError: when the file cannot be read, for an unknown setting or a value that does not fit.
+    """
+    import yaml  # reads JSON as well
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: cannot be read: {one_line(error)}") from error
+    values = dataclasses.asdict(base)
+    known = _known(values)
+    if not isinstance(content, dict) or not all(isinstance(p, dict) for p in content.values()):
+        raise ConfigError(
+            f"--config {file}: expected the parts {', '.join(values)}, each with settings, as 'comask "
+            f"train --print-config' shows them"
+        )
+    for part, settings in content.items():
+        for name, value in settings.items():
+            if f"{part}.{name}" not in known:
+                raise ConfigError(f"--config {file}: {_unknown(f'{part}.{name}', known)}")
+            values[part][name] = value
+    try:
+        return from_dict(Config, _with_auto(values))
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+
+
+def _known(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{part}.{name}" for part, names in values.items() for name in names]
+
+
+def _with_auto(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the values with the number for `train.batch_size=auto`."""
+    if values["train"]["batch_size"] == "auto":
+        values["train"]["batch_size"] = 0
+    return values
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -8,14 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from comask.models.backbone import GROUPS, ResNet
+from comask.config import ModelConfig
+from comask.models.backbone import GROUPS, ResNet, build_backbone
 
 STAGES = ("conv1 bn1", "layer1", "layer2", "layer3", "layer4")
 Norm = Literal["frozen", "batch", "group"]
+Name = Literal["resnet18", "resnet18-slim"]
 
 
-def backbone(name: str = "resnet18", *, norm: Norm = "frozen", frozen_stages: int = 0) -> ResNet:
-    return ResNet(name, norm=norm, frozen_stages=frozen_stages)
+def backbone(name: Name = "resnet18", *, norm: Norm = "frozen", frozen_stages: int = 0) -> ResNet:
+    config = ModelConfig(backbone=name, backbone_norm=norm, frozen_stages=frozen_stages)
+    net = build_backbone(config)
+    assert isinstance(net, ResNet)
+    return net
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale() -> None:
@@ -35,7 +40,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18-slim"])
-def test_group_norm_makes_an_image_independent_of_its_batch(name: str) -> None:
+def test_group_norm_makes_an_image_independent_of_its_batch(name: Name) -> None:
     torch.manual_seed(3)
     net = backbone(name, norm="group").train()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from comask.config import PreprocessConfig
+from comask.config import DataConfig, PreprocessConfig
 from comask.data.check import sound_part
-from comask.data.coco import CocoSource, coco_source
+from comask.data.coco import read_coco
+from comask.data.layouts import read_data_set
 from comask.data.problems import NOTES, Problem, describe
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category, ImageInfo, InstanceSource
@@ -116,7 +117,7 @@ def unsound_set(folder: Path) -> InstanceSource:
         "categories": [{"id": 3, "name": "car"}],
     }
     (folder / "annotations" / "instances.json").write_text(json.dumps(content))
-    return coco_source(folder, "train")
+    return read_data_set(folder, "train")
 
 
 def test_every_kind_is_found_counted_and_exemplified(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_description_is_one_line_each() -> None:
 def test_sound_sources_are_returned_themselves(shared_data: Path) -> None:
     shapes = ShapesSource(num_images=20, seed=0)
     assert sound_part(shapes) == (shapes, [])
-    real = coco_source(shared_data / "coco_dev", "val")
+    real = read_data_set(shared_data / "coco_dev", "val")
     part, problems = sound_part(real)
     assert describe(problems) == []
     assert part is real
@@ -217,7 +218,7 @@ def test_headers_tell_what_decoding_tells(shared_data: Path, tmp_path: Path) -> 
         ]
         content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "odd"}]}
         (tmp_path / "odd.json").write_text(json.dumps(content))
-        source = CocoSource(shared_data / "odd", tmp_path / "odd.json")
+        source = read_coco(tmp_path / "odd.json", shared_data / "odd")
         part, problems = sound_part(source)
         if turned:
             square = [name for name, (h, w, _) in sizes.items() if h == w]
@@ -339,7 +340,7 @@ def test_the_sound_part_is_sound_and_can_be_used(source: MemorySource) -> None:
     ids = [annotation["id"] for i in indices for annotation in part.annotations(i)]
     assert len(set(ids)) == len(ids)
     size = PreprocessConfig(short_side=24, max_side=40)
-    dataset = TrainingSet(part, indices, size, flip_probability=0.5, seed=0)
+    dataset = TrainingSet(part, indices, size, config=DataConfig(flip_probability=0.5), seed=0)
     for index in indices:
         target = dataset[(0, index)][2]
         assert target.boxes.isfinite().all()

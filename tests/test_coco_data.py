@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comask.config import PreprocessConfig
-from comask.data.coco import coco_source, write_coco
+from comask.config import DataConfig, PreprocessConfig
+from comask.data.coco import write_coco
+from comask.data.layouts import read_data_set
 from comask.data.loading import Batch, epoch_batches, load_batches
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Key, TrainingSet
@@ -50,7 +51,9 @@ def dataset(folder: Path, **changes: Any) -> Path:
 
 def training_set(source: Any, flip: float = 0.0) -> TrainingSet:
     size = PreprocessConfig(short_side=24, max_side=40)
-    return TrainingSet(source, list(range(len(source))), size, flip_probability=flip, seed=0)
+    return TrainingSet(
+        source, list(range(len(source))), size, config=DataConfig(flip_probability=flip), seed=0
+    )
 
 
 def loaded(data: TrainingSet, batches: list[list[Key]], workers: int) -> list[Batch]:
@@ -59,7 +62,7 @@ def loaded(data: TrainingSet, batches: list[list[Key]], workers: int) -> list[Ba
 
 
 def test_labels_follow_category_ids_and_crowds_do_not_train(tmp_path: Path) -> None:
-    source = coco_source(dataset(tmp_path / "set"), "train")
+    source = read_data_set(dataset(tmp_path / "set"), "train")
     assert [c.name for c in source.categories] == ["car", "toothbrush"]
     assert [len(source.annotations(i)) for i in range(2)] == [3, 0]
     _, size, target, image_id = training_set(source)[(0, 0)]
@@ -89,7 +92,7 @@ def test_flip_mirrors_image_boxes_and_masks_together() -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_crowds_are_scaled_and_mirrored_with_the_image(tmp_path: Path, flip: float) -> None:
-    source = coco_source(dataset(tmp_path / "set"), "train")
+    source = read_data_set(dataset(tmp_path / "set"), "train")
     (x, y, w, h) = next(a["bbox"] for a in source.annotations(0) if a["iscrowd"])
     canvas_height, canvas_width = training_set(source, flip=flip)[(0, 0)][1]
     info, target = source.info(0), training_set(source, flip=flip)[(0, 0)][2]
@@ -130,7 +133,7 @@ def test_loading_does_not_depend_on_workers() -> None:
 def test_written_set_reads_back(tmp_path: Path) -> None:
     source = ShapesSource(num_images=5, seed=11)
     write_coco(source, tmp_path / "set")
-    back = coco_source(tmp_path / "set", "val")
+    back = read_data_set(tmp_path / "set", "val")
     assert back.categories == source.categories
     for index in range(5):
         assert back.info(index) == source.info(index)
@@ -141,7 +144,7 @@ def test_written_set_reads_back(tmp_path: Path) -> None:
 
 
 def test_real_coco_masks_have_the_annotated_area(shared_data: Path) -> None:
-    source = coco_source(shared_data / "coco_dev", "val")
+    source = read_data_set(shared_data / "coco_dev", "val")
     assert len(source) == 60
     assert len(source.categories) == 80
     assert source.image(0).shape == (source.info(0).height, source.info(0).width, 3)
@@ -156,19 +159,19 @@ def test_real_coco_masks_have_the_annotated_area(shared_data: Path) -> None:
 
 
 def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected images/ with annotations/instances\.json"):
-        coco_source(tmp_path, "train")
+    with pytest.raises(DataError, match=r"no data set found; expected a COCO file"):
+        read_data_set(tmp_path, "train")
     folder = dataset(tmp_path / "set")
     (folder / "images" / "1.png").unlink()
     with pytest.raises(ImageError, match=r"1\.png"):
-        coco_source(folder, "train").image(0)
+        read_data_set(folder, "train").image(0)
     Image.new("RGB", (5, 5)).save(folder / "images" / "2.png")
     with pytest.raises(ImageError, match="its annotation says 12x20"):
-        coco_source(folder, "train").image(1)
+        read_data_set(folder, "train").image(1)
     for text, words in [("{", "not a readable JSON"), ("{}", "not COCO instances"), ("[]", "COCO")]:
         (folder / "annotations" / "instances.json").write_text(text)
         with pytest.raises(DataError, match=words):
-            coco_source(folder, "train")
+            read_data_set(folder, "train")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
 def test_what_is_not_coco_is_an_error(tmp_path: Path, changes: Any, words: str) -> None:
     folder = dataset(tmp_path / "set", **changes)
     with pytest.raises(DataError, match=words) as caught:
-        coco_source(folder, "train")
+        read_data_set(folder, "train")
     assert str(caught.value).startswith(str(folder / "annotations" / "instances.json"))
 
 
@@ -201,7 +204,7 @@ def test_what_can_be_left_out_is_read(tmp_path: Path) -> None:
     one = {"id": 7, "file_name": "1.png", "width": 20.0, "height": -1}
     annotations = [{"image_id": 7}, {"image_id": 8}, {"image_id": [7]}, {}]
     folder = dataset(tmp_path / "set", images=[one, one], annotations=annotations)
-    source = coco_source(folder, "train")
+    source = read_data_set(folder, "train")
     assert len(source) == 2
     assert (source.info(1).width, source.info(1).height) == (20, -1)
     assert source.annotations(1) == annotations[:1]
@@ -219,7 +222,11 @@ def broken_training_set(folder: Path, broken: set[int]) -> TrainingSet:
             assert image.size == (source.info(index).width, source.info(index).height)
     size = PreprocessConfig(short_side=24, max_side=40)
     return TrainingSet(
-        coco_source(folder, "train"), [1, 2, 3, 4], size, flip_probability=0.5, seed=0
+        read_data_set(folder, "train"),
+        [1, 2, 3, 4],
+        size,
+        config=DataConfig(flip_probability=0.5),
+        seed=0,
     )
 
 

@@ -24,7 +24,7 @@ from comask.export import pipeline
 from comask.export.build_options import BuildOptions, Profile
 from comask.export.engine import EngineRequest, build_engines
 from comask.export.onnx_export import in_precision
-from comask.models.backbone import ResNet, fold_batch_norms
+from comask.models.backbone import ResNet
 from comask.models.comask import CoMask
 from comask.models.neck import ChannelAttention
 from comask.models.precision import GroupNorm
@@ -65,7 +65,7 @@ def test_constants_stay_f32_and_the_original_as_it_was() -> None:
 
 def test_folded_batch_norms_compute_the_same() -> None:
     torch.manual_seed(0)
-    net = ResNet("resnet50", norm="frozen", frozen_stages=0).eval()
+    net = ResNet("resnet50", norm="frozen").eval()
     for norm in [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.5, 2)
@@ -74,7 +74,7 @@ def test_folded_batch_norms_compute_the_same() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = net(images)
-        fold_batch_norms(net)
+        net.fold()
         found = net(images)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     for a, b in zip(expected, found, strict=True):
@@ -82,7 +82,7 @@ def test_folded_batch_norms_compute_the_same() -> None:
 
 
 def test_variances_that_f16_cannot_hold() -> None:
-    net = ResNet("resnet18", norm="frozen", frozen_stages=0).eval()
+    net = ResNet("resnet18", norm="frozen").eval()
     net.bn1.running_var[:2] = torch.tensor([1e-9, 1e7])
     with torch.no_grad():
         net.conv1.weight[0] *= 1e-3
@@ -90,7 +90,7 @@ def test_variances_that_f16_cannot_hold() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         (expected, *_) = net(images)
-        fold_batch_norms(net)
+        net.fold()
         (found, *_) = net.half()(images.half())
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=5e-3 * float(expected.max()))
 

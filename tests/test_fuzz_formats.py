@@ -20,7 +20,7 @@ from comask.calib.histograms import Histogram
 from comask.config import Config, ModelConfig, PreprocessConfig
 from comask.config_reading import from_dict, override
 from comask.data.check import sound_part
-from comask.data.coco import CocoSource, write_coco
+from comask.data.coco import read_coco, write_coco
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category
 from comask.errors import ComaskError, DataError, one_line
@@ -133,7 +133,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     def read_annotations(text: bytes) -> None:
         (folder / "c.json").write_bytes(text)
-        sound, _ = sound_part(CocoSource(folder / "set" / "images", folder / "c.json"))
+        sound, _ = sound_part(read_coco(folder / "c.json", folder / "set" / "images"))
         for index in range(len(sound)):
             for entry in sound.annotations(index):
                 info = sound.info(index)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from comask.bundle import MANIFEST, Bundle
 from comask.data.check import sound_part
-from comask.data.coco import CocoSource
+from comask.data.coco import read_coco
 from comask.errors import BundleError, ImageError, one_line
 
 NAMES = [
@@ -145,7 +145,7 @@ def test_a_data_set_reads_nothing_outside_its_folder(tmp_path: Path, name: str) 
     ]
     content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "car"}]}
     (tmp_path / "c.json").write_text(json.dumps(content))
-    source = CocoSource(tmp_path / "images", tmp_path / "c.json")
+    source = read_coco(tmp_path / "c.json", tmp_path / "images")
     with pytest.raises(ImageError, match="leads out of"):
         source.image(0)
     part, problems = sound_part(source)

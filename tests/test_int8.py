@@ -18,7 +18,7 @@ from comask.calib.qdq import graph_layers
 from comask.calib.quantize import CalibrationReport, add_int8
 from comask.calib.speed import require_faster
 from comask.calib.validation import Scorer, Validation
-from comask.data.coco import coco_source
+from comask.data.layouts import read_data_set
 from comask.data.shapes import ShapesSource
 from comask.errors import BackendUnavailableError, ParityError, PrecisionError
 from comask.export.layer_precision import asked_precisions
@@ -95,7 +95,7 @@ def test_what_must_be_kept_float_is_found(
 
     largest = Calibration.load(int8_bundle / "calibration.json").ranges("minmax")
     spoilt = largest | {"classifier.fc1": 1e4 * largest["classifier.fc1"]}
-    source = coco_source(own_truth, "val")
+    source = read_data_set(own_truth, "val")
     sound = Bundle.open(int8_bundle).manifest.verification["int8"]
     validation = Validation(
         source=source, indices=list(range(len(source))), name="own", budget=max(_loss(sound), 0) + 5
@@ -199,7 +199,7 @@ def test_graphs_that_do_not_get_smaller_are_refused(
 ) -> None:
     """Without a single range every layer stays float."""
     bundle = Bundle.open(Path(shutil.copytree(micro_fp16, tmp_path / "bundle")))
-    source = coco_source(own_truth, "val")
+    source = read_data_set(own_truth, "val")
     scorer = Scorer(bundle, Validation(source=source, indices=[0, 1], name="own", budget=100))
     with pytest.raises(PrecisionError, match="int8 saves no space"):
         add_int8(bundle, {}, [source.image(0)], scorer, calibration=RANGES)

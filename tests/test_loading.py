@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FEW
 
-from comask.config import PreprocessConfig
-from comask.data.coco import coco_source
+from comask.config import DataConfig, PreprocessConfig
+from comask.data.layouts import read_data_set
 from comask.data.loading import Batch, load_batches
 from comask.data.shapes import ShapesSource
 from comask.data.training_set import Item, Key, TrainingSet
@@ -62,7 +62,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, instead: Callable[[], None]) -> Tra
     monkeypatch.setattr(Failing, "instead", staticmethod(instead), raising=False)
     size = PreprocessConfig(short_side=32, max_side=64)
     source = ShapesSource(num_images=8, seed=0)
-    return Failing(source, list(range(8)), size, flip_probability=0.0, seed=0)
+    return Failing(source, list(range(8)), size, config=DataConfig(flip_probability=0.0), seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -180,12 +180,12 @@ def test_an_image_that_changed_after_the_check_is_reported_and_passed_over(
 ) -> None:
     result = run("shapes", tmp_path / "set", "--count", "4", "--seed", "1")
     assert result.exit_code == 0
-    source = coco_source(tmp_path / "set", "train")
+    source = read_data_set(tmp_path / "set", "train")
     from PIL import Image
 
     Image.new("RGB", (5, 7)).save(tmp_path / "set" / "images" / source.info(1).file_name)
     size = PreprocessConfig(short_side=32, max_side=64)
-    data = TrainingSet(source, [0, 1, 2], size, flip_probability=0.0, seed=0)
+    data = TrainingSet(source, [0, 1, 2], size, config=DataConfig(flip_probability=0.0), seed=0)
     with load_batches(data, [[(0, 0)], [(0, 1)]], workers=1) as loaded:
         assert [batch.image_ids for batch in loaded] == [[source.info(i).id] for i in (0, 2)]
     assert "is 5x7 pixels, but its annotation says" in capfd.readouterr().err
@@ -252,7 +252,7 @@ class Crowded(ShapesSource):
 def test_masks_take_memory_by_their_own_area() -> None:
     source = Crowded(num_images=1, seed=0)
     size = PreprocessConfig(short_side=200, max_side=200)
-    data = TrainingSet(source, [0], size, flip_probability=0.0, seed=0)  # type: ignore[arg-type]
+    data = TrainingSet(source, [0], size, config=DataConfig(flip_probability=0.0), seed=0)  # type: ignore[arg-type]
     target = data[(0, 0)][2]
     assert len(target.labels) == Crowded.COUNT
     assert target.masks.pixels.dtype == torch.uint8

@@ -11,7 +11,7 @@ from data_sets import Content, shapes_set
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.data.coco import coco_source
+from comask.data.layouts import read_data_set
 from comask.data.packed import PackedSource, Records, open_arrays, write_arrays
 from comask.data.source import InstanceSource
 
@@ -57,7 +57,7 @@ def odd_ids(content: Content) -> None:
 
 
 def test_a_packed_source_is_the_source(tmp_path: Path) -> None:
-    plain = coco_source(shapes_set(tmp_path / "set", odd_ids), "train")
+    plain = read_data_set(shapes_set(tmp_path / "set", odd_ids), "train")
     packed = PackedSource.of(plain, plain.images)
     opened = reopened(packed)
     counted: dict[Any, int] = {}
@@ -81,7 +81,7 @@ def _last(source: PackedSource, queue: Any) -> None:
 
 
 def test_another_process_reads_the_same(tmp_path: Path) -> None:
-    plain = coco_source(shapes_set(tmp_path / "set"), "train")
+    plain = read_data_set(shapes_set(tmp_path / "set"), "train")
     opened = reopened(PackedSource.of(plain, plain.images))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

@@ -114,6 +114,7 @@ def sound_part(
     if isinstance(source, FileSource):
         indices = with_sound_files(source, indices, findings)
     if isinstance(source, _StraySource):
+        findings[Kind.UNREADABLE] += source.unreadable
         for stray in source.stray_annotations:
             id_, image = shortened(stray.get("id")), shortened(stray.get("image_id"))
             findings[Kind.UNKNOWN_IMAGE].append(f"annotation {id_}: image {image}")
@@ -151,6 +152,7 @@ class _StraySource(Protocol):
 
     stray_annotations: Annotations
     namesakes: tuple[Category, ...]
+    unreadable: tuple[str, ...]
 
 
 def _look_for_crowds(

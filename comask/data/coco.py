@@ -26,28 +26,19 @@ from comask.structures import Detections
 T = TypeVar("T", int, str, list[Any])
 
 TRUE_MASK_SIZE = 112  # four times the resolution of a prediction's mask
-# The layouts (images, annotations) that are recognised, in this order.
-LAYOUTS = {
-    "train": [
-        ("images", "annotations/instances.json"),
-        ("train2017", "annotations/instances_train2017.json"),
-    ],
-    "val": [
-        ("images", "annotations/instances.json"),
-        ("val2017", "annotations/instances_val2017.json"),
-    ],
-}
+LOOKED_FOR = 20  # images by which a file's image folder is found; some may be missing
 
 
 class CocoSource:
-    """An `InstanceSource` over an annotation file and a folder of images.
+    """An `InstanceSource` over COCO instances and a folder of images.
 
     Only faults that make the whole set unusable raise an error here; `comask.data.check` reports the
     others.
 
     Args:
         image_folder: the folder that holds the images under their `file_name`.
-        annotation_file: a JSON file of COCO instances.
+        content: what a JSON file of COCO instances holds: images, annotations and categories.
+        unreadable: what could not be read, each with its place and the reason.
 
     Attributes:
         images: the image files.
@@ -55,38 +46,30 @@ class CocoSource:
         namesakes: categories without annotations that share their name with a category that has some;
             they are not among `categories`. Roboflow's group category may have the name of its class.
         stray_annotations: annotations whose `image_id` belongs to no image.
+        unreadable: see the argument.
 
     Raises:
-        DataError: when the file cannot be read or is not COCO's, or when categories are missing or share
-            an id or a name.
+        DataError: when the content is not COCO's, or when categories are missing or share an id or a
+            name.
     """
 
-    def __init__(self, image_folder: Path, annotation_file: Path) -> None:
-        self.images = ImageFolder(image_folder)
-        try:
-            content = parse_json(annotation_file.read_bytes())
-        except FileNotFoundError as error:
-            raise DataError(f"{annotation_file}: no such annotation file") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{annotation_file}: not a readable JSON file: {error}") from error
-        try:
-            annotations = _field(content, "annotations", list)
-            if not all(isinstance(annotation, dict) for annotation in annotations):
-                raise DataError("not COCO instances: expected annotations that are JSON objects")
-            self.categories, self.namesakes = _categories(
-                _field(content, "categories", list), annotations
+    def __init__(self, image_folder: Path, content: Any, unreadable: Sequence[str] = ()) -> None:
+        self.images, self.unreadable = ImageFolder(image_folder), tuple(unreadable)
+        annotations = _field(content, "annotations", list)
+        if not all(isinstance(annotation, dict) for annotation in annotations):
+            raise DataError("not COCO instances: expected annotations that are JSON objects")
+        self.categories, self.namesakes = _categories(
+            _field(content, "categories", list), annotations
+        )
+        self._infos = [
+            ImageInfo(
+                id=_id(entry),
+                file_name=_field(entry, "file_name", str),
+                height=_field(entry, "height", int),
+                width=_field(entry, "width", int),
             )
-            self._infos = [
-                ImageInfo(
-                    id=_id(entry),
-                    file_name=_field(entry, "file_name", str),
-                    height=_field(entry, "height", int),
-                    width=_field(entry, "width", int),
-                )
-                for entry in _field(content, "images", list)
-            ]
-        except DataError as error:
-            raise DataError(f"{annotation_file}: {error}") from error
+            for entry in _field(content, "images", list)
+        ]
         self._annotations: dict[object, list[dict[str, Any]]] = {i.id: [] for i in self._infos}
         self.stray_annotations: list[dict[str, Any]] = []
         for annotation in annotations:
@@ -122,7 +105,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def path(self, file_name: str) -> Path:
         """Returns the path of an image.
@@ -136,11 +119,11 @@ class ImageFolder:
         """
         name = PurePath(file_name)
         if name.is_absolute() or ".." in name.parts:
-            raise ImageError(f"{name}: this file_name leads out of {self._folder} and is not read")
-        path = self._folder / name
+            raise ImageError(f"{name}: this file_name leads out of {self.folder} and is not read")
+        path = self.folder / name
         if file_name.isascii() or path.exists():
             return path
-        path = self._folder
+        path = self.folder
         for part in name.parts:
             path = _alike(path).get(unicodedata.normalize("NFC", part), path / part)
         return path
@@ -171,27 +154,52 @@ def _alike(folder: Path) -> dict[str, Path]:
         return {}
 
 
-def coco_source(folder: Path, split: str) -> CocoSource:
-    """Opens the data set in `folder`: `images/` and `annotations/instances.json`, or COCO 2017's names.
+def read_coco(annotation_file: Path, image_folder: Path | None = None) -> CocoSource:
+    """Reads a JSON file of COCO instances.
 
     Args:
-        folder: the data set's folder.
-        split: `train` or `val`, which selects train2017 or val2017.
+        annotation_file: the file.
+        image_folder: the folder that holds the images under their `file_name`. Without it, the first of
+            the usual places that has the first image is taken: the file's folder, `images` or a folder
+            of the file's name there and one level above.
 
     Raises:
-        DataError: when the folder has neither layout, or when `CocoSource` raises one.
+        DataError: when the file cannot be read, when no place has the images, or when `CocoSource` raises
+            one.
     """
-    files = [annotation_file for _, annotation_file in LAYOUTS[split]]
-    for images, annotation_file in LAYOUTS[split]:
-        if (folder / annotation_file).is_file():
-            return CocoSource(folder / images, folder / annotation_file)
-    expected = " or ".join(f"{i}/ with {a}" for i, a in LAYOUTS[split])
-    if not folder.exists():
-        raise DataError(f"{folder}: no such folder; expected one with {expected}")
-    for above in folder.parents[:2]:
-        if any((above / file).is_file() for file in files):
-            raise DataError(f"{folder}: is a part of the data set {above}; give that folder")
-    raise DataError(f"{folder}: no data set found; expected {expected}")
+    try:
+        content = parse_json(annotation_file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{annotation_file}: no such annotation file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{annotation_file}: not a readable JSON file: {error}") from error
+    try:
+        return CocoSource(image_folder or _image_folder(annotation_file, content), content)
+    except DataError as error:
+        raise DataError(f"{annotation_file}: {error}") from error
+
+
+def _image_folder(annotation_file: Path, content: Any) -> Path:
+    """Returns the usual place that has the first image whose file exists anywhere."""
+    here, subset = annotation_file.parent, annotation_file.stem.removeprefix("instances_")
+    names = ("images", subset, f"images/{subset}")
+    places = [here, *(here / name for name in names), *(here.parent / name for name in names)]
+    places.append(here.parent)
+    entries = _field(content, "images", list)
+    for entry in entries[:LOOKED_FOR]:
+        name = _field(entry, "file_name", str)
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            continue  # `comask.data.check` reports it
+        for place in places:
+            if ImageFolder(place).path(name).is_file():
+                return place
+    if not entries:
+        return here
+    raise DataError(
+        f"its images were not found: looked for {reprlib.repr(entries[0].get('file_name'))} in "
+        f"{', '.join(map(str, dict.fromkeys(places)))}; name the folder, as in "
+        f"{annotation_file.name}:IMAGES"
+    )
 
 
 def detections_from_coco(
@@ -289,7 +297,7 @@ def _field(entry: Any, name: str, kind: type[T], expected: str | None = None) ->
 def write_coco(
     source: InstanceSource, folder: Path, advance: Callable[[], None] = lambda: None
 ) -> None:
-    """Writes `folder/images/*` and `folder/annotations/instances.json`, which `coco_source` reads.
+    """Writes `folder/images/*` and `folder/annotations/instances.json`, which `read_data_set` reads.
 
     Args:
         source: the data set to write.

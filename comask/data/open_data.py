@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 
 from comask.config import DataConfig
 from comask.data.check import sound_part
-from comask.data.coco import coco_source
+from comask.data.joined import join
+from comask.data.layouts import has_validation, read_data_set
 from comask.data.packed import PackedSource
 from comask.data.problems import describe, without_objects
 from comask.data.source import InstanceSource
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(
-    data: str,
+    data: str | Sequence[str],
     split: str,
     *,
     shapes_images: int,
@@ -37,15 +39,16 @@ def open_source(
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None] | None = None,
 ) -> InstanceSource:
-    """Opens the sound part of the data set that `--data` names: a folder, or the generated `shapes`.
+    """Opens the sound part of the data sets that `--data` names, or the generated `shapes`.
 
     Every command opens its data here, so that all of them use the same part. `shapes` always means the
     generated data set. If the working directory has a folder of that name, a warning says that `./shapes`
     selects the folder.
 
     Args:
-        data: the value of `--data`.
-        split: `train` or `val`, which selects COCO's files.
+        data: the value of `--data`, or several, whose classes are joined by name; see
+            `comask.data.layouts` for what each may be.
+        split: `train` or `val`, for data sets that have such parts.
         shapes_images: the number of images of `shapes`.
         shapes_seed: the seed of `shapes`.
         boxes: `mask` takes each box from the bounds of its mask.
@@ -53,30 +56,33 @@ def open_source(
             does.
 
     Raises:
-        DataError: when the folder has no data set, or none of its images can be used.
+        DataError: when there is no data set, or none of its images can be used.
     """
-    if data == SHAPES:  # its images are rendered on demand and need no check
+    names = [data] if isinstance(data, str) else list(data)
+    if SHAPES in names and len(names) > 1:
+        raise DataError(f"{SHAPES} cannot be joined with other data: write it with 'comask shapes'")
+    if names == [SHAPES]:  # its images are rendered on demand and need no check
         from comask.data.shapes import ShapesSource
 
         if (folder := Path.cwd() / SHAPES).is_dir():
             _tell_apart(folder)
         return ShapesSource(num_images=shapes_images, seed=shapes_seed)
-    return open_folder(Path(data), split, boxes=boxes, report=report or logger.warning)
+    return open_files(names, split, boxes=boxes, report=report or logger.warning)
 
 
-def open_folder(
-    folder: Path,
+def open_files(
+    data: Sequence[str],
     split: str,
     *,
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None],
 ) -> PackedSource:
-    """Opens the sound part of the data set in a folder; the arguments are those of `open_source`."""
-    source = coco_source(folder, split)
+    """Opens the sound part of data sets in files; the arguments are those of `open_source`."""
+    source = join([read_data_set(Path(name), split) for name in data])
     try:
         part, problems = sound_part(source, boxes=boxes)
     except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
+        raise DataError(f"{', '.join(data)}: {error}") from error
     for line in describe(problems):
         report(line)
     return PackedSource.of(part, source.images, problems)
@@ -108,16 +114,18 @@ class TrainingData:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def open_training_data(config: DataConfig, data: str, val: str | None, seed: int) -> TrainingData:
+def open_training_data(
+    config: DataConfig, data: str | Sequence[str], val: str | Sequence[str] | None, seed: int
+) -> TrainingData:
     """Opens the sound part of the training and the validation data; problems of the rest are logged.
 
     Categories without any object are left out.
 
     Args:
         config: the sizes of `shapes`, and the share of images that is set aside without `val`.
-        data: the value of `--data`.
-        val: the value of `--val`. Without it, a random share of `data` is set aside; `shapes` generates
-            other images.
+        data: the values of `--data`.
+        val: the values of `--val`. Without them, the validation parts of `data` are taken if each has
+            one, else a random share of `data` is set aside; `shapes` generates other images.
         seed: the seed of that share and of the shapes.
 
     Raises:
@@ -131,26 +139,59 @@ def open_training_data(config: DataConfig, data: str, val: str | None, seed: int
             reported.add(line)
             logger.warning("%s", line)
 
+    data, val = _listed(data), _listed(val or ())
+    name = " ".join(data)
     open_one = partial(open_source, boxes=config.boxes, report=report)
+    if not val and data != [SHAPES] and all(has_validation(Path(one)) for one in data):
+        logger.info("validation: the part for it of %s", name)
+        val = data
     source = open_one(data, "train", shapes_images=config.shapes_train, shapes_seed=seed)
     everything = list(range(len(source)))
-    if val is None and data != SHAPES:
-        count = max(1, round(len(source) * config.val_fraction))
-        if count >= len(everything):
-            raise DataError(
-                f"--data {data}: too few images ({len(everything)}) to set {count} aside for "
-                f"validation; name some with --val"
-            )
-        order = np.random.default_rng(seed).permutation(everything).tolist()
-        chosen = sorted(order[count:]), sorted(order[:count])
-        return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), data)
+    if not val and data != [SHAPES]:
+        chosen = _set_aside(source, config, seed, name)
+        return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), name)
     val_source = open_one(
         val or data, "val", shapes_images=config.shapes_val, shapes_seed=SHAPES_VAL_SEED
     )
     if val_source.categories != source.categories:
-        raise DataError(f"--val {val}: its categories differ from those of --data {data}")
+        raise DataError(f"--val {' '.join(val)}: its categories differ from those of --data {name}")
     indices = list(range(len(val_source)))
-    return _with_objects(TrainingData(source, everything, val_source, indices), data)
+    return _with_objects(TrainingData(source, everything, val_source, indices), name)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _set_aside(
+    source: InstanceSource, config: DataConfig, seed: int, name: str
+) -> tuple[list[int], list[int]]:
+    """Returns the images for training, and a random share of whole groups for validation."""
+    everything = list(range(len(source)))
+    groups: dict[str, list[int]] = {}
+    for index in everything:
+        groups.setdefault(_group(source.info(index).file_name, config.val_group), []).append(index)
+    count = max(1, round(len(everything) * config.val_fraction))
+    aside: list[int] = []
+    members = list(groups.values())
+    for group in np.random.default_rng(seed).permutation(len(members)).tolist():
+        if len(aside) >= count:
+            break
+        aside += members[group]
+    if len(aside) >= len(everything):
+        kind = f" in {len(members)} groups of data.val_group" if config.val_group else ""
+        raise DataError(
+            f"--data {name}: too few images ({len(everything)}{kind}) to set {count} aside for "
+            f"validation; name some with --val"
+        )
+    kept = set(aside)
+    return [index for index in everything if index not in kept], sorted(aside)
+
+
+def _group(file_name: str, pattern: str) -> str:
+    """Returns what the pattern finds in a file's name: its first group, or all of it."""
+    found = re.search(pattern, file_name) if pattern else None
+    return file_name if found is None else found.group(1 if found.re.groups else 0)
 
 
 def _with_objects(opened: TrainingData, data: str) -> TrainingData:

@@ -1,4 +1,4 @@
-"""Prepares images for the training loop: resized, flipped and padded, with their ground truth.
+"""Prepares images for the training loop: augmented, resized and padded, with their ground truth.
 
 Everything random is a function of (seed, epoch, image). It depends neither on the worker nor on the order
 in which images are loaded, so that a resumed run gets the same images as an uninterrupted one.
@@ -6,10 +6,12 @@ in which images are loaded, so that a resumed run gets the same images as an uni
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from comask.config import PreprocessConfig
+from comask.config import DataConfig, PreprocessConfig
+from comask.data.augment import Crop, Rng, Sample, augment
 from comask.data.source import Id, InstanceSource
 from comask.errors import ImageError, one_line
 from comask.preprocess import prepare
 from comask.segmentation import read_segmentation
 
 T = TypeVar("T")
-Crop = tuple[int, int, NDArray[np.bool_]]  # the top left pixel's x and y in the image, and [h, w]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ class Target:
         boxes: [G, 4] f32, the objects' boxes.
         crowds: [C, 4] f32, the crowds' boxes; objects in them are neither learnt nor background.
         labels: [G] i64 from 0.
-        masks: G bitmaps in pixels of the *original* image; their `places` stay on the CPU.
+        masks: G bitmaps in pixels of the image before it is resized; their `places` stay on the CPU.
         mask_scale: [4] f32, the factors from `boxes` to pixels of `masks`.
         seed: the seed of all random choices about this image in this step.
     """
@@ -118,15 +120,15 @@ class TrainingSet(Dataset[Item]):
         source: the data set.
         indices: the images of `source` to use.
         preprocess: the settings of resize and padding.
-        flip_probability: the probability of a horizontal flip.
-        seed: the seed of the flips.
+        config: the settings of augmentation and repetition.
+        seed: the seed of all random choices.
     """
 
     source: InstanceSource
     indices: list[int]
     preprocess: PreprocessConfig
     _: KW_ONLY
-    flip_probability: float
+    config: DataConfig
     seed: int
 
     @cached_property
@@ -146,9 +148,33 @@ class TrainingSet(Dataset[Item]):
             ImageError: when no image of the set can be decoded.
         """
         epoch, index = key
+        index, sample = self._sample(index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        sample, preprocess = augment(
+            sample, self.config, self.preprocess, rng, partial(self._other, rng)
+        )
+        prepared = prepare(sample.pixels, preprocess)
+        scale_y, scale_x = prepared.scale
+        scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
+        target = Target(
+            boxes=torch.from_numpy(sample.boxes) * scale,
+            crowds=torch.from_numpy(sample.crowds) * scale,
+            labels=torch.tensor(sample.labels, dtype=torch.int64),
+            masks=MaskCrops.of(sample.masks, sample.size),
+            mask_scale=1 / scale,
+            seed=int(rng.integers(2**62)),
+        )
+        return torch.from_numpy(prepared.canvas), prepared.size, target, self.source.info(index).id
+
+    def _other(self, rng: Rng) -> Sample:
+        """Returns a random image of the set."""
+        return self._sample(self.indices[int(rng.integers(len(self.indices)))])[1]
+
+    def _sample(self, index: int) -> tuple[int, Sample]:
+        """Returns (index, image with its objects) of the image at `index` or the next decodable one."""
         index, pixels = self._next_decodable(index)
         info = self.source.info(index)
-        boxes, crowds, labels, crops = [], [], [], list[Crop]()
+        boxes, crowds, labels, masks = [], [], [], list[Crop]()
         for annotation in self.source.annotations(index):
             x, y, w, h = annotation["bbox"]
             if annotation.get("iscrowd"):
@@ -159,29 +185,31 @@ class TrainingSet(Dataset[Item]):
             boxes.append([x, y, x + w, y + h])
             labels.append(self._label_of[annotation["category_id"]])
             mask = read_segmentation(annotation["segmentation"], info.height, info.width)
-            crops.append(mask.crop())
+            masks.append(mask.crop())
         box, crowd = (np.array(b, dtype=np.float32).reshape(-1, 4) for b in (boxes, crowds))
-        rng = np.random.default_rng([self.seed, epoch, index])
-        if rng.random() < self.flip_probability:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-            for corners in (box, crowd):
-                corners[:, [0, 2]] = info.width - corners[:, [2, 0]]
-            crops = [
-                (info.width - x - crop.shape[1], y, np.ascontiguousarray(crop[:, ::-1]))
-                for x, y, crop in crops
-            ]
-        prepared = prepare(pixels, self.preprocess)
-        scale_y, scale_x = prepared.scale
-        scale = torch.tensor([scale_x, scale_y, scale_x, scale_y], dtype=torch.float32)
-        target = Target(
-            boxes=torch.from_numpy(box) * scale,
-            crowds=torch.from_numpy(crowd) * scale,
-            labels=torch.tensor(labels, dtype=torch.int64),
-            masks=MaskCrops.of(crops, (info.height, info.width)),
-            mask_scale=1 / scale,
-            seed=int(rng.integers(2**62)),
-        )
-        return torch.from_numpy(prepared.canvas), prepared.size, target, info.id
+        return index, Sample(pixels=pixels, boxes=box, crowds=crowd, labels=labels, masks=masks)
+
+    @cached_property
+    def repeats(self) -> NDArray[np.float64]:
+        """How often an epoch has each image on average, at least 1: [len(indices)].
+
+        `repeat_threshold` t and the share f of images with a class give sqrt(t / f); an image has the
+        largest value of its classes.
+        """
+        threshold, count = self.config.repeat_threshold, len(self.indices)
+        if not threshold:
+            return np.ones(count)
+        classes = [
+            {a["category_id"] for a in self.source.annotations(i) if not a.get("iscrowd")}
+            for i in self.indices
+        ]
+        images = Counter(class_ for present in classes for class_ in present)
+        wanted = {c: math.sqrt(threshold * count / n) for c, n in images.items()}
+        return np.array([max([1.0, *(wanted[c] for c in present)]) for present in classes])
+
+    def epoch_length(self) -> int:
+        """Returns the number of images of an epoch, in which an image may occur several times."""
+        return round(float(self.repeats.sum()))
 
     def _next_decodable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
         """Returns (index, pixels) of the image at `index` or, cyclically, the next decodable one."""

@@ -11,11 +11,12 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import CheckpointError
-from comask.models.backbone import ResNet, fold_batch_norms
+from comask.models.backbone import build_backbone
 from comask.models.box_refinement import POOL_SIZE as HEAD_POOL
 from comask.models.box_refinement import (
     CollaborativeHead,
@@ -61,9 +62,7 @@ class CoMask(FloatTensors):
         self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(preprocess.mean), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
-        self.backbone = ResNet(
-            config.backbone, norm=config.backbone_norm, frozen_stages=config.frozen_stages
-        )
+        self.backbone = build_backbone(config)
         self.mfpn = MFPN(self.backbone.out_channels, config)
         self.rpn = RPN(config.channels, config.anchor_sizes, config.anchor_ratios)
         self.classifier = Classifier(config)
@@ -88,7 +87,11 @@ class CoMask(FloatTensors):
         columns = torch.arange(width, device=images.device)[None] < image_sizes[:, 1:]
         inside = rows[:, :, None] & columns[:, None, :]
         x = torch.where(inside[..., None], x, 0.0).permute(0, 3, 1, 2)
-        pyramid: list[Tensor] = self.mfpn(self.backbone(x.to(self.dtype)))
+        features = self.backbone(x.to(self.dtype))
+        if self.backbone.recompute and self.training:
+            pyramid: list[Tensor] = checkpoint(self.mfpn, features, use_reentrant=False)
+        else:
+            pyramid = self.mfpn(features)
         return pyramid
 
     def pool(self, pyramid: list[Tensor], rois: Tensor, size: int) -> Tensor:
@@ -273,7 +276,7 @@ def folded(model: CoMask) -> CoMask:
     is in evaluation mode.
     """
     copy = deepcopy(model)
-    fold_batch_norms(copy.backbone)
+    copy.backbone.fold()
     for module in copy.mfpn.modules():
         if isinstance(module, MSFEM):
             module.split_reduce()

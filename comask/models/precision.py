@@ -38,6 +38,20 @@ class GroupNorm(nn.GroupNorm):
         return normed.to(self.weight.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, h, w], with statistics in f32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises [B, C, h, w]; the result has the type of the weights."""
+        weight, bias = self.weight.float(), self.bias.float()
+        last = x.float().permute(0, 2, 3, 1)
+        normed = F.layer_norm(last, self.normalized_shape, weight, bias, self.eps)
+        return normed.permute(0, 3, 1, 2).to(self.weight.dtype)
+
+
 def with_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm_groups: int) -> list[nn.Module]:
     """Returns a convolution, its GroupNorm and a ReLU."""
     return [conv, GroupNorm(norm_groups, conv.out_channels), nn.ReLU(inplace=True)]

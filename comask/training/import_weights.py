@@ -15,9 +15,10 @@ from torch import Tensor
 from comask.data.source import Category
 from comask.errors import CheckpointError
 from comask.models.comask import CoMask
-from comask.training.weight_files import WeightFile, nothing_fits, read_hub, read_weights
+from comask.training.weight_files import HUB, WeightFile, nothing_fits, read_hub, read_weights
 
 CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is the background
+OWN_NORMS = "backbone.norms."  # of ConvNeXt's outputs, which a classifier does not have
 # Layers whose weights have a different meaning under another value of a setting.
 SETTINGS = {
     "rpn.objectness.": ("anchor_ratios",),
@@ -75,8 +76,8 @@ def import_weights(model: CoMask, source: str, categories: tuple[Category, ...])
 
     Args:
         model: the model to fill.
-        source: `none`, `imagenet` (torchvision's weights of the backbone, downloaded once), or the path
-            of a PyTorch or safetensors file.
+        source: `none`, `imagenet` or `imagenet-v2` (torchvision's weights of the backbone, downloaded
+            once), or the path of a PyTorch or safetensors file.
         categories: the model's classes in label order.
 
     Raises:
@@ -86,8 +87,8 @@ def import_weights(model: CoMask, source: str, categories: tuple[Category, ...])
     if source == "none":
         return WeightReport(layout="none", random=tuple(targets))
     try:
-        hub = source == "imagenet"
-        file = read_hub(model.config.backbone) if hub else read_weights(Path(source))
+        hub = source in HUB
+        file = read_hub(model.config.backbone, source) if hub else read_weights(Path(source))
         values, report = _fit(model, targets, file, categories)
     except CheckpointError as error:
         raise CheckpointError(f"train.weights={source}: {error}") from error
@@ -173,7 +174,8 @@ def _require_backbone(
     names = [
         name
         for name in {**file.values, **targets}
-        if name.startswith("backbone.") and not _loses_batch_norm(targets, file, name)
+        if name.startswith("backbone.") and not name.startswith(OWN_NORMS)
+        if not _loses_batch_norm(targets, file, name)
     ]
     wrong = [name for name in names if name not in values]
     if not wrong or not any(name in file.values for name in names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from comask.errors import TrainingError
 from comask.files import write_whole
 from comask.models.comask import CoMask, load_weights
 from comask.progress import Progress
+from comask.training.callbacks import Callback
 from comask.training.checkpoint import Checkpoint, save_checkpoint
 from comask.training.distributed import (
     Ranks,
@@ -35,7 +36,7 @@ from comask.training.distributed import (
 )
 from comask.training.figures import draw_curves
 from comask.training.losses import Objective
-from comask.training.optim import average_weights, build_optimizer, learning_rate
+from comask.training.optim import average_weights, build_optimizer, learning_rate, set_learning_rate
 from comask.training.record import RunRecord, Step
 from comask.training.report import write_report
 from comask.training.validation import Validation, Validator
@@ -54,6 +55,7 @@ class Trainer:
         ranks: this process and the number of processes that train together.
         evaluate: scores a model on the validation images; without it the last checkpoint is the best.
         resume: the checkpoint to resume from.
+        callbacks: objects that are told what happens; the first process calls them.
         signal: returns the number of a signal that asked to end the run, 0 for no signal; called after
             each step.
 
@@ -72,6 +74,7 @@ class Trainer:
         ranks: Ranks,
         evaluate: Validator | None,
         resume: Checkpoint | None = None,
+        callbacks: Sequence[Callback] = (),
         signal: Callable[[], int] = lambda: 0,
     ) -> None:
         train = config.train
@@ -82,10 +85,10 @@ class Trainer:
             data.train,
             data.train_indices,
             config.preprocess,
-            flip_probability=config.data.flip_probability,
+            config=config.data,
             seed=train.seed,
         )
-        self.optimizer = build_optimizer(model, train)
+        self.optimizer = build_optimizer(model, train, model.backbone.stages())
         self.ema = average_weights(model, train.ema_decay)
         self.scaler = torch.amp.GradScaler("cuda", enabled=train.precision == "fp16")
         self.step, self.best_ap, self.stale = 0, -1.0, 0
@@ -108,8 +111,9 @@ class Trainer:
             self.objective = DistributedDataParallel(objective, device_ids=places)
         self.record = None
         if ranks.first:
-            self.record = RunRecord(output, keep_until=self.step, tensorboard=train.tensorboard)
-        self.steps_per_epoch = math.ceil(len(self.dataset) / train.batch_size)
+            self.record = RunRecord(output, keep_until=self.step)
+        self._callbacks = tuple(callbacks) if ranks.first else ()
+        self.steps_per_epoch = math.ceil(self.dataset.epoch_length() / train.batch_size)
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps >= 0:
             self.total_steps = min(self.total_steps, train.max_steps)
@@ -121,6 +125,13 @@ class Trainer:
         Raises:
             TrainingError: a loss is not finite, or memory does not suffice.
         """
+        for callback in self._callbacks:
+            callback.on_start(self.output, self.config, self.step)
+        self._train()
+        for callback in self._callbacks:
+            callback.on_end(self.output)
+
+    def _train(self) -> None:
         train = self.config.train
         quiet = not self.ranks.first
         with Progress("training", self.total_steps, done=self.step, quiet=quiet) as bar:
@@ -152,10 +163,8 @@ class Trainer:
             self.save(LAST)
         if self.evaluate is None or not (self.output / BEST).exists():
             self.save(BEST)
-        if self.record:
-            if self.validation is None:  # Otherwise the last evaluation has written the report.
-                self._report()
-            self.record.close()
+        if self.record and self.validation is None:  # The last evaluation writes the report, too.
+            self._report()
 
     def _is_to_end(self) -> bool:
         """Returns whether a signal asks to end; if so, saves `LAST`, which continues bit for bit."""
@@ -196,8 +205,9 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         rate = learning_rate(train, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
+        # Only ConvNeXt's stochastic depth uses this generator; a resumed run must draw the same.
+        torch.manual_seed(hash((train.seed, self.step, self.ranks.rank)))
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._accumulate(batches)
         total = sum(losses.values())
@@ -223,6 +233,8 @@ class Trainer:
                 data_seconds=data_seconds,
             )
             self.record.add_step(done)
+            for callback in self._callbacks:
+                callback.on_step(done)
         return f"loss {total:.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, float]:
@@ -271,6 +283,8 @@ class Trainer:
         if self.record:
             self.record.add_metrics(self.step, epoch, validation.stages)
             self._report()
+        for callback in self._callbacks:
+            callback.on_evaluation(self.step, epoch, validation)
 
     def _report(self) -> None:
         draw_curves(self.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +14,50 @@ from comask.config import TrainConfig
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Returns SGD with momentum, as in the paper, or AdamW, for the parameters with a gradient."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            trainable, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays only matrices
-    # and kernels.
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, stages: Sequence[Sequence[nn.Module]] = ()
+) -> torch.optim.Optimizer:
+    """Returns SGD with momentum, as in the paper, or AdamW, for the parameters with a gradient.
+
+    Each group of parameters has a `rate_factor`, by which the step's learning rate is multiplied.
+
+    Args:
+        model: the model.
+        config: the settings of the optimiser.
+        stages: the layers of the backbone's stem and stages, whose rates `layer_decay` lowers.
+    """
+    factors = {
+        parameter: config.layer_decay ** (len(stages) - depth)
+        for depth, stage in enumerate(stages)
+        for layer in stage
+        for parameter in layer.parameters()
+    }
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    if config.optimizer == "adamw":  # its first two groups have this order in all checkpoints
+        groups = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and "bias" not in name].append(parameter)
-    decays = [
-        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
-        for decayed, parameters in groups.items()
+            # Decoupled decay would pull norm scales and the offsets' bias to zero, so AdamW decays only
+            # matrices and kernels.
+            decayed = config.optimizer == "sgd" or (parameter.ndim > 1 and "bias" not in name)
+            groups.setdefault((factors.get(parameter, 1.0), decayed), []).append(parameter)
+    described = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "rate_factor": factor,
+        }
+        for (factor, decayed), parameters in groups.items()
     ]
-    return torch.optim.AdamW(decays, lr=0.0, betas=(0.9, config.adamw_beta2), fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(described, lr=0.0, momentum=config.momentum)
+    return torch.optim.AdamW(described, lr=0.0, betas=(0.9, config.adamw_beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of each group of parameters to `rate` times its `rate_factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)  # older checkpoints lack the factor
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -16,14 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from comask.errors import ConfigError, TrainingError
+from comask.errors import TrainingError
 from comask.evaluate import METRICS, TASK_NAMES, TASKS, CocoMetrics
 from comask.files import write_whole
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # `eval.csv` has this value if the data has no such objects. Spreadsheets and pandas recognise it.
 NONE = "n/a"
@@ -83,19 +80,12 @@ class RunRecord:
     Args:
         folder: the run's folder.
         keep_until: the last step whose rows are kept; a resumed run writes later ones again.
-        tensorboard: whether to write the same numbers to `folder/tensorboard` for TensorBoard, too.
-
-    Raises:
-        ConfigError: `tensorboard` is set, but TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, *, keep_until: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, *, keep_until: int) -> None:
         self._metrics = folder / "metrics.csv"
         self._eval = folder / "eval.csv"
         self._per_class = folder / "per_class.csv"
-        self._board: SummaryWriter | None = None
-        if tensorboard:
-            self._board = _board(folder / "tensorboard", keep_until)
         for path in (self._metrics, self._eval, self._per_class):
             _replace(path, [row for row in read_rows(path) if int(row["step"]) <= keep_until])
 
@@ -107,9 +97,7 @@ class RunRecord:
         """
         row = {"step": step.step, "epoch": step.epoch, "split": "train", "lr": step.rate}
         seconds = {"seconds": step.seconds, "data_seconds": step.data_seconds}
-        numbers = step.numbers
-        _append(self._metrics, [row | numbers | seconds])
-        self._show("train", {"lr": step.rate} | numbers, step.step)
+        _append(self._metrics, [row | step.numbers | seconds])
 
     def add_metrics(self, step: int, epoch: int, stages: Mapping[str, CocoMetrics]) -> None:
         """Appends one row per stage and task to `eval.csv`, and replaces `per_class.csv`.
@@ -123,7 +111,6 @@ class RunRecord:
             TrainingError: the file has other columns.
         """
         rows: list[dict[str, Any]] = []
-        precision = {}
         for stage, metrics in stages.items():
             for task in TASKS:
                 row = {"step": step, "epoch": epoch, "stage": stage, "task": task}
@@ -131,8 +118,6 @@ class RunRecord:
                 rows.append(
                     row | {name: values[name] if values[name] >= 0 else NONE for name in METRICS}
                 )
-                if values["AP"] >= 0:  # -1 means that the data has no such objects.
-                    precision[f"{task}_AP_{stage}"] = values["AP"]
         _append(self._eval, rows)
         final = stages["final"]
         classes = [
@@ -141,17 +126,6 @@ class RunRecord:
             for name, ap in final.per_class[task].items()
         ]
         _replace(self._per_class, classes)
-        self._show("validation", precision, step)
-
-    def close(self) -> None:
-        """Closes the record. Nothing may be added afterwards."""
-        if self._board:
-            self._board.close()
-
-    def _show(self, group: str, numbers: dict[str, float], step: int) -> None:
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -230,18 +204,6 @@ def _csv(rows: list[dict[str, Any]], *, header: bool) -> bytes:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _board(folder: Path, keep_until: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "train.tensorboard=true: the package tensorboard is not installed; "
-            "pip install 'comask[tensorboard]', or leave the setting out"
-        ) from error
-    # `purge_step` is the first step that TensorBoard hides.
-    return SummaryWriter(str(folder), purge_step=keep_until + 1)
 
 
 def show_seeds(folders: list[Path], file: Path) -> Iterator[str]:

@@ -18,9 +18,10 @@ from comask.files import write_whole
 from comask.page import render
 from comask.training.figures import second_stage
 from comask.training.record import Evaluation, Step, read_evaluations, read_rows, read_steps
+from comask.training.training_images import NAME as TRAINING_IMAGES
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-FIGURES = ("second_stage.png", "ap.png", "losses.png")
+FIGURES = ("second_stage.png", "ap.png", "losses.png", TRAINING_IMAGES)
 
 # The verdicts for values of model.collaboration whose boxes are not weighted averages.
 _OTHER_REFINEMENT = {

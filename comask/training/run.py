@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +20,18 @@ from comask.data.source import InstanceSource
 from comask.errors import CheckpointError, ComaskError, ConfigError
 from comask.files import write_whole
 from comask.models.comask import CoMask
+from comask.training.auto_batch import find_batch_size
+from comask.training.callbacks import Callback, TensorBoard
 from comask.training.checkpoint import Checkpoint, load_checkpoint, model_from_checkpoint
-from comask.training.distributed import Ranks, leads_its_machine, share_on_machine
+from comask.training.distributed import (
+    Ranks,
+    largest_over_ranks,
+    leads_its_machine,
+    share_on_machine,
+)
 from comask.training.import_weights import import_weights
 from comask.training.loop import LAST, Trainer
+from comask.training.training_images import draw_training_images
 from comask.training.validation import Validation, Validator
 
 Say = Callable[[str], None]
@@ -31,19 +39,21 @@ Say = Callable[[str], None]
 # A resumed run may change how it trains, but not these settings, which its steps and state depend on.
 FIXED = {
     "train.batch_size", "train.seed", "train.optimizer", "train.ema_decay", "train.weights",
-    "train.channels_last", "train.momentum", "train.adamw_beta2", "train.weight_decay",
+    "train.channels_last", "train.layer_decay", "train.momentum", "train.adamw_beta2",
+    "train.weight_decay",
 }  # fmt: skip
 
 
 def train_run(
     config: Config,
-    data: str,
-    val: str | None,
+    data: Sequence[str],
+    val: Sequence[str],
     output: Path,
     ranks: Ranks,
     *,
     settings: tuple[str, ...] = (),
     resume: bool = False,
+    callbacks: Sequence[Callback] = (),
     say: Say = print,
     signal: Callable[[], int] = lambda: 0,
 ) -> Trainer:
@@ -51,12 +61,13 @@ def train_run(
 
     Args:
         config: all settings; the number of classes is taken from the data.
-        data: a folder in COCO format, or `shapes`.
-        val: the same for validation; None sets a share of `data` aside.
+        data: data sets, see `comask.data.layouts`, or `shapes`.
+        val: the same for validation; without any, the validation part of `data`, or a share of it.
         output: the run's folder, which must exist.
         ranks: this process and the number of processes that train together.
         settings: the settings that the user gave, as `key=value`; error texts quote them.
         resume: whether to continue from the folder's last checkpoint, if it has one.
+        callbacks: objects that are told what happens; the first process calls them.
         say: called with lines for the user, on the first process.
         signal: returns the number of a signal that asked to end the run, 0 for no signal.
 
@@ -76,12 +87,19 @@ def train_run(
     say = say if ranks.first else _nothing
     opened = open_shared(config.data, data, val, config.train.seed, ranks)
     config = _with_classes(config, settings, opened.train)
+    if resume and not config.train.batch_size and (output / LAST).exists():
+        config = _with_batch_size(config, load_checkpoint(output / LAST).config.train.batch_size)
     checkpoint = _checkpoint_to_resume(output, config, opened.digest, say) if resume else None
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
     if checkpoint is None:
         _import_weights(model, config, opened.train, ranks, say)
+    if not config.train.batch_size:
+        images = find_batch_size(model.to(ranks.device), config)
+        config = _with_batch_size(config, ranks.world * -int(largest_over_ranks(-images, ranks)))
+        say(f"train.batch_size={config.train.batch_size}, which fits into the GPU's memory")
     model = fit_to_machine(model, config, ranks)
+    model.backbone.recompute = config.train.checkpoint_activations
     if ranks.first:
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         write_whole(output / "config.json", text.encode())
@@ -89,6 +107,11 @@ def train_run(
         f"{len(opened.train_indices)} training images, {len(opened.val_indices)} for validation, "
         f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}"
     )
+    trackers: list[Callback] = []
+    if config.train.tensorboard and not any(isinstance(c, TensorBoard) for c in callbacks):
+        trackers = [TensorBoard()]
+    if ranks.first and not resume:
+        draw_training_images(opened, config, output)
     trainer = Trainer(
         model,
         config,
@@ -97,6 +120,7 @@ def train_run(
         ranks=ranks,
         evaluate=_validator(opened, config, ranks, output) if config.train.evaluate_every else None,
         resume=checkpoint,
+        callbacks=[*callbacks, *trackers],
         signal=signal,
     )
     if checkpoint and trainer.is_finished:
@@ -108,7 +132,7 @@ def train_run(
 
 
 def evaluate_run(
-    data: str, val: str | None, output: Path, ranks: Ranks
+    data: Sequence[str], val: Sequence[str], output: Path, ranks: Ranks
 ) -> tuple[Validation, Checkpoint, int]:
     """Scores the best checkpoint of a finished run with the settings in the checkpoint.
 
@@ -124,7 +148,9 @@ def evaluate_run(
     config = checkpoint.config
     opened = open_shared(config.data, data, val, config.train.seed, ranks)
     if opened.train.categories != checkpoint.categories:
-        raise ConfigError(f"--data {data}: its categories are not those of {output / BEST}")
+        raise ConfigError(
+            f"--data {' '.join(data)}: its categories are not those of {output / BEST}"
+        )
     model = model_from_checkpoint(checkpoint).to(ranks.device)
     validator = _validator(opened, config, ranks, None)
     return validator(model, checkpoint.step, last=True), checkpoint, len(opened.val_indices)
@@ -158,6 +184,11 @@ def fit_to_machine(model: CoMask, config: Config, ranks: Ranks) -> CoMask:
         ConfigError: a setting cannot be used on this machine.
     """
     train, cpu = config.train, ranks.device.type == "cpu"
+    if train.checkpoint_activations and config.model.backbone_norm == "batch":
+        raise ConfigError(
+            "train.checkpoint_activations=true: would update BatchNorm's statistics twice a step; set "
+            "model.backbone_norm=frozen or group"
+        )
     if train.batch_size % ranks.world:
         raise ConfigError(
             f"train.batch_size={train.batch_size}: expected a multiple of the {ranks.world} processes"
@@ -200,6 +231,10 @@ def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSou
     return dataclasses.replace(config, model=model)
 
 
+def _with_batch_size(config: Config, images: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=images))
+
+
 def _checkpoint_to_resume(output: Path, config: Config, digest: str, say: Say) -> Checkpoint | None:
     """Returns the run's last checkpoint; None if it has none yet, as when a job is queued again."""
     if not (output / LAST).exists():
@@ -235,7 +270,7 @@ def _nothing(line: str) -> None:
 
 
 def open_shared(
-    config: DataConfig, data: str, val: str | None, seed: int, ranks: Ranks
+    config: DataConfig, data: Sequence[str], val: Sequence[str], seed: int, ranks: Ranks
 ) -> TrainingData:
     """Opens the data of a run once per machine; see `open_training_data` for the arguments.
 

@@ -29,8 +29,8 @@ from comask.errors import CheckpointError
 from comask.training.checkpoint import load_checkpoint, read_torch_file, why_unreadable
 
 KNOWN = (
-    "a comask checkpoint, torchvision's ResNet, Mask R-CNN or Faster R-CNN, or mmdetection's ResNet "
-    "with FPN"
+    "a comask checkpoint, torchvision's ResNet, ConvNeXt, Mask R-CNN or Faster R-CNN, or mmdetection's "
+    "ResNet with FPN"
 )
 CAFFE = re.compile(r"to_rgb\W+False|style\W+caffe")  # searched in mmdetection's configuration
 OTHERWISE = "built otherwise"
@@ -88,6 +88,11 @@ RESNET = Layout(
     marks=("layer1.",),
     names=((r"((?:conv1|bn1|layer[1-4])\..+)", r"backbone.\1"),),
 )
+CONVNEXT = Layout(
+    title="torchvision ConvNeXt",
+    marks=("features.1.0.layer_scale",),
+    names=((r"(features\..+)", r"backbone.\1"),),
+)
 TORCHVISION = Layout(
     title="torchvision detector",
     marks=("backbone.body.",),
@@ -127,18 +132,25 @@ MMDETECTION = Layout(
 )  # fmt: skip
 
 
-def read_hub(backbone: str) -> WeightFile:
+HUB = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}  # the values of train.weights
+
+
+def read_hub(backbone: str, source: str) -> WeightFile:
     """Returns torchvision's ImageNet weights of a backbone, which are downloaded once.
+
+    Args:
+        backbone: torchvision's name of the network.
+        source: which weights, a key of `HUB`.
 
     Raises:
         CheckpointError: the backbone has no such weights, or they cannot be loaded.
     """
     try:
-        weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
-    except ValueError as error:
+        weights = torchvision.models.get_model_weights(backbone)[HUB[source]]
+    except (ValueError, KeyError) as error:
         raise CheckpointError(
-            f"torchvision has no ImageNet weights for model.backbone={backbone}: set train.weights to "
-            f"a file, or to none to start from random weights"
+            f"torchvision has no such ImageNet weights for model.backbone={backbone}: set train.weights "
+            f"to a file, or to none to start from random weights"
         ) from error
     try:
         state = weights.get_state_dict(
@@ -153,7 +165,7 @@ def read_hub(backbone: str) -> WeightFile:
             f"{why}; give the path of a torchvision {backbone} state dict, or none to start from "
             f"random weights"
         ) from error
-    return _renamed(RESNET, _tensors(state))
+    return _renamed(CONVNEXT if backbone.startswith("convnext") else RESNET, _tensors(state))
 
 
 def read_weights(path: Path) -> WeightFile:
@@ -182,7 +194,7 @@ def read_weights(path: Path) -> WeightFile:
             inner = content.get("state_dict", content.get("model"))
             content = inner if isinstance(inner, dict) else content
     values = _tensors(content)
-    for layout in (COMASK, RESNET, MASK_RCNN, TORCHVISION, MMDETECTION):
+    for layout in (COMASK, RESNET, CONVNEXT, MASK_RCNN, TORCHVISION, MMDETECTION):
         if any(name.startswith(layout.marks) for name in values):
             if layout is MMDETECTION and CAFFE.search(_text(meta)):
                 raise CheckpointError(
@@ -244,6 +256,11 @@ def _renamed(layout: Layout, values: dict[str, Tensor]) -> WeightFile:
             for name in members:
                 ours.pop(name, None)
                 left[name] = OTHERWISE
+    if layout is CONVNEXT:  # our blocks have 1×1 convolutions for fully connected layers
+        values = {
+            name: value[..., None, None] if ".block." in name and value.ndim == 2 else value
+            for name, value in values.items()
+        }
     return WeightFile(
         layout=layout.title,
         values={ours[name]: values[name] for name in ours},

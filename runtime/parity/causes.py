@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from comask.models.comask import CoMask
 
-START = "preprocessing differs: the normalised image, which backbone.conv1 reads, "
+START = "preprocessing differs: the normalised image, which the backbone reads, "
 
 # Differences relative to a tensor's largest value. The graphs fold BatchNorm in another order; f16 rounds
 # by 2^-11, and int8's codes round by half of 1/127 of a channel's largest value.

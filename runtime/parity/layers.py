@@ -39,7 +39,8 @@ Key = tuple[str, int]  # a module's name, and the number of its use
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
 
-IMAGE: Key = ("backbone.conv1", 0)  # the layer that reads the normalised image
+# The layers that read the normalised image, of ResNet and of ConvNeXt.
+IMAGE: tuple[Key, ...] = (("backbone.conv1", 0), ("backbone.features.0.0", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +136,7 @@ def trace_graphs(
                 )  # fmt: skip
                 if first is None and not difference.relative <= limit:
                     first, cause = difference, _cause(difference, differences)
-                    if (key, side) == (IMAGE, "input"):
+                    if key in IMAGE and side == "input":
                         preprocess = bundle.manifest.preprocess
                         cause = explain_input(
                             image, image_size, tensors.given[0], preprocess, limit

@@ -1,0 +1,96 @@
+"""Draws a grid of what training sees: augmented images with their boxes and masks."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from comask.config import Config
+from comask.data.coco import TRUE_MASK_SIZE
+from comask.data.loading import epoch_batches
+from comask.data.open_data import TrainingData
+from comask.data.training_set import Target, TrainingSet
+from comask.draw import draw_tile
+from comask.files import write_whole
+from comask.structures import Detections
+
+SHOWN = 16  # images of the first batches
+NAME = "training_images.jpg"
+_GAP, _PAPER, _QUALITY = 4, 255, 90
+
+
+def draw_training_images(data: TrainingData, config: Config, folder: Path) -> None:
+    """Writes `training_images.jpg`: the first images of a run, as the network gets them.
+
+    Args:
+        data: the run's data.
+        config: the run's settings.
+        folder: the run's folder.
+
+    Raises:
+        ImageError: when no image can be decoded.
+    """
+    from PIL import Image
+
+    dataset = TrainingSet(
+        data.train,
+        data.train_indices,
+        config.preprocess,
+        config=config.data,
+        seed=config.train.seed,
+    )
+    batches = epoch_batches(dataset, config.train.batch_size, config.train.seed, 0)
+    names = tuple(category.name for category in data.train.categories)
+    tiles = []
+    for key in [key for batch in batches for key in batch][:SHOWN]:
+        canvas, (height, width), target, _ = dataset[key]
+        shown = true_detections(target, (height, width), names)
+        tiles.append(draw_tile(canvas[:height, :width].numpy(), shown, show_scores=False))
+    columns = math.ceil(math.sqrt(len(tiles)))
+    height, width = (max(tile.shape[axis] for tile in tiles) + _GAP for axis in (0, 1))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = np.full((rows * height, columns * width, 3), _PAPER, np.uint8)
+    for place, tile in enumerate(tiles):
+        top, left = place // columns * height, place % columns * width
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    content = io.BytesIO()
+    Image.fromarray(sheet).save(content, "JPEG", quality=_QUALITY)
+    write_whole(folder / NAME, content.getvalue())
+
+
+def true_detections(target: Target, size: tuple[int, int], names: tuple[str, ...]) -> Detections:
+    """Converts a target to detections on its canvas, whose boxes are those that training learns.
+
+    Args:
+        target: the ground truth.
+        size: (h, w) of the image on its canvas in pixels.
+        names: the classes in label order.
+    """
+    scale = target.mask_scale.numpy()
+    probs = np.zeros((len(target.labels), TRUE_MASK_SIZE, TRUE_MASK_SIZE), np.float32)
+    for prob, box, bitmap in zip(
+        probs, target.boxes.numpy() * scale, target.masks.bitmaps().numpy(), strict=True
+    ):
+        prob[:] = _in_box(bitmap, box)
+    return Detections(
+        boxes_xyxy=target.boxes.numpy().astype(np.float32).reshape(-1, 4),
+        scores=np.ones(len(probs), np.float32),
+        labels=target.labels.numpy(),
+        mask_probs=probs,
+        image_size=size,
+        class_names=names,
+    )
+
+
+def _in_box(bitmap: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Samples a bitmap at the centres of the cells into which a box is divided."""
+    x1, y1, x2, y2 = box
+    steps = (np.arange(TRUE_MASK_SIZE, dtype=np.float32) + 0.5) / TRUE_MASK_SIZE
+    columns, rows = np.meshgrid(x1 + steps * (x2 - x1) - 0.5, y1 + steps * (y2 - y1) - 0.5)
+    sampled = cv2.remap(bitmap.astype(np.float32), columns, rows, cv2.INTER_LINEAR)
+    return np.asarray(sampled, np.float32)
