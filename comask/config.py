@@ -234,18 +234,17 @@ class PreprocessConfig:
 class DataConfig:
     """How images are selected, loaded and augmented."""
 
-    flip_probability: float = 0.5  # left and right are exchanged
+    flip_probability: float = 0.5  # of exchanging left and right
     vertical_flip_probability: float = 0.0
     turn_probability: float = 0.0  # of a turn by 90, 180 or 270 degrees
-    short_sides: tuple[
-        int, ...
-    ] = ()  # preprocess.short_side in training, one at random; (): that one
-    # Large-scale jitter: the factor of an image's size. Above 1, a random part of the usual size is cut.
+    # Multi-scale training: values of preprocess.short_side, one of them at random for each image.
+    short_sides: tuple[int, ...] = ()
+    # Large-scale jitter: the factor of an image's size, [least, most]. Below 1 the image becomes smaller;
+    # above 1 a random part of it is enlarged to the usual size.
     scale_range: tuple[float, float] = (1.0, 1.0)
     copy_paste_probability: float = 0.0  # of pasting objects of another image
     colour: float = 0.0  # strength of changes in brightness, contrast, saturation and hue
-    # Images of classes that fewer than this share of the images has are repeated, as in LVIS's recipe
-    # (Gupta et al., CVPR 2019), which takes 0.001; 0: no repetition.
+    # Images of a class that less than this share of the images has are repeated; LVIS's recipe has 0.001.
     repeat_threshold: float = 0.0
     val_fraction: float = 0.1  # share of images for validation without --val; the seed selects them
     # A regular expression. Images whose file names agree in its first group are never parted.
@@ -262,7 +261,7 @@ class DataConfig:
             "copy_paste_probability",
         )  # fmt: skip
         check(FRACTION, "colour", "repeat_threshold")
-        check(("sides of at least 1", lambda v: not v or min(v) >= 1), "short_sides")
+        check(("sides of at least 1", lambda v: min(v, default=1) >= 1), "short_sides")
         check(("[least, most] above 0", lambda v: 0 < v[0] <= v[1]), "scale_range")
         check(("0 < value < 1", lambda v: 0 < v < 1), "val_fraction")
         check(("a regular expression", _is_pattern), "val_group")
@@ -336,8 +335,7 @@ class Config:
 
     def __post_init__(self) -> None:
         most = self.preprocess.max_side
-        fitting = (
-            f"sides of at most preprocess.max_side = {most}",
-            lambda v: not v or max(v) <= most,
+        fitting = f"sides of at most preprocess.max_side = {most}"
+        _require_each(
+            "data", self.data, (fitting, lambda v: max(v, default=0) <= most), "short_sides"
         )
-        _require_each("data", self.data, fitting, "short_sides")

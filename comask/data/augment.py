@@ -1,9 +1,9 @@
 """Augments training images: flips, quarter turns, crops, pasted objects, sizes and colours.
 
-A pixel of an image and of a mask is moved, copied or left out, but never interpolated, so that masks stay
-exact; only pasted objects of other images are resampled. Boxes follow their masks. The images are resized
-later, by `comask.preprocess.prepare`, as for every backend. Masks are kept as crops: bitmaps of whole
-images, which torchvision's transforms need, would take gigabytes for hundreds of objects.
+Pixels of images and masks are moved, copied or left out. Only pasted objects are resampled, so all other
+masks stay exact. Boxes are moved with their masks. `comask.preprocess.prepare` resizes the result, as it
+does for every backend. torchvision's transforms need a bitmap of the whole image for each mask, which
+takes gigabytes for hundreds of objects; here, masks stay crops.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ Pixels = NDArray[np.uint8]
 Boxes = NDArray[np.float32]
 Crop = tuple[int, int, NDArray[np.bool_]]  # the top left pixel's x and y in the image, and [h, w]
 
-HUE_SHARE = (
-    0.1  # of `data.colour`: larger shifts turn classes that differ by colour into each other
-)
-PASTED_SCALES = 0.5, 1.5  # of pasted objects, against their size beside the image's own
+# The share of `data.colour` by which the hue may change: larger changes would make classes that differ
+# in colour alike.
+HUE_SHARE = 0.1
+PASTED_SHARE = 0.5  # of another image's objects that are pasted
+PASTED_SCALES = 0.5, 1.5  # factors of a pasted object's size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,22 +62,22 @@ def augment(
     rng: Rng,
     other: Callable[[], Sample],
 ) -> tuple[Sample, PreprocessConfig]:
-    """Augments an image; what is drawn from `rng` depends on the settings alone.
+    """Augments an image; settings that are 0 draw nothing from `rng`.
 
     Args:
-        sample: the image.
+        sample: the image, which is not changed.
         config: the settings of the augmentation.
         preprocess: the settings of resize and padding.
-        rng: the source of all that is random.
-        other: returns another image of the data set, from which objects are pasted.
+        rng: the source of everything random.
+        other: returns a random image of the data set, from which objects are pasted.
 
     Returns:
-        The augmented image, and the settings by which to resize it.
+        The augmented image, and the settings with which it is to be resized.
     """
     if rng.random() < config.flip_probability:
         sample = flipped(sample)
     if config.vertical_flip_probability and rng.random() < config.vertical_flip_probability:
-        sample = turned(flipped(sample), 2)
+        sample = flipped(sample, vertically=True)
     if config.turn_probability and rng.random() < config.turn_probability:
         sample = turned(sample, int(rng.integers(1, 4)))
     if config.copy_paste_probability and rng.random() < config.copy_paste_probability:
@@ -84,9 +85,8 @@ def augment(
     if config.short_sides:
         side = int(rng.choice(config.short_sides))
         preprocess = dataclasses.replace(preprocess, short_side=side)
-    least, most = config.scale_range
-    if most > least or least != 1:
-        factor = float(rng.uniform(least, most))
+    if config.scale_range != (1.0, 1.0):
+        factor = float(rng.uniform(*config.scale_range))
         if factor > 1:
             sample = cropped(sample, factor, rng)
         else:
@@ -97,50 +97,50 @@ def augment(
     return sample, preprocess
 
 
-def flipped(sample: Sample) -> Sample:
-    """Returns the image with left and right exchanged."""
-    _, width = sample.size
+def flipped(sample: Sample, *, vertically: bool = False) -> Sample:
+    """Returns the image with left and right exchanged, or top and bottom."""
+    axis = 0 if vertically else 1
+    length, near, far = sample.size[axis], 1 - axis, 3 - axis
     boxes, crowds = sample.boxes.copy(), sample.crowds.copy()
     for corners in (boxes, crowds):
-        corners[:, [0, 2]] = width - corners[:, [2, 0]]
+        corners[:, [near, far]] = length - corners[:, [far, near]]
+    masks = []
+    for x, y, crop in sample.masks:
+        place = (x, length - y - crop.shape[0]) if vertically else (length - x - crop.shape[1], y)
+        masks.append((*place, np.flip(crop, axis)))
     return Sample(
-        pixels=np.ascontiguousarray(sample.pixels[:, ::-1]),
+        pixels=np.ascontiguousarray(np.flip(sample.pixels, axis)),
         boxes=boxes,
         crowds=crowds,
         labels=sample.labels,
-        masks=[
-            (width - x - crop.shape[1], y, np.ascontiguousarray(crop[:, ::-1]))
-            for x, y, crop in sample.masks
-        ],
+        masks=masks,
     )
 
 
 def turned(sample: Sample, quarters: int) -> Sample:
     """Returns the image after this number of quarter turns against the clock."""
-    for _ in range(quarters):
-        _, width = sample.size
+    boxes, crowds, masks = sample.boxes, sample.crowds, sample.masks
+    for turn in range(quarters):
+        width = sample.size[1 - turn % 2]
         boxes, crowds = (
             np.stack([b[:, 1], width - b[:, 2], b[:, 3], width - b[:, 0]], axis=1)
-            for b in (sample.boxes, sample.crowds)
+            for b in (boxes, crowds)
         )
-        sample = Sample(
-            pixels=np.ascontiguousarray(np.rot90(sample.pixels)),
-            boxes=boxes,
-            crowds=crowds,
-            labels=sample.labels,
-            masks=[
-                (y, width - x - crop.shape[1], np.ascontiguousarray(np.rot90(crop)))
-                for x, y, crop in sample.masks
-            ],
-        )
-    return sample
+        masks = [(y, width - x - crop.shape[1], np.rot90(crop)) for x, y, crop in masks]
+    return Sample(
+        pixels=np.ascontiguousarray(np.rot90(sample.pixels, quarters)),
+        boxes=boxes,
+        crowds=crowds,
+        labels=sample.labels,
+        masks=masks,
+    )
 
 
 def cropped(sample: Sample, factor: float, rng: Rng) -> Sample:
-    """Returns a random part of the image with sides of 1 / `factor`.
+    """Returns a random part of the image whose sides are the image's divided by `factor`.
 
-    Objects without a pixel in it are left out. The box of an object that is cut gets the bounds of the
-    rest of its mask.
+    Objects without a pixel in it are left out. If the mask or the box of an object is cut, the bounds of
+    what remains of the mask become its box.
     """
     height, width = sample.size
     h, w = max(1, round(height / factor)), max(1, round(width / factor))
@@ -152,9 +152,9 @@ def cropped(sample: Sample, factor: float, rng: Rng) -> Sample:
         part = _trimmed((max(x - left, 0), max(y - top, 0), crop[rows, columns]))
         if part is None:
             continue
-        whole = part[2].sum() == crop.sum()
-        corners = (box - (left, top, left, top)).clip(0, (w, h, w, h)) if whole else _bounds(part)
-        boxes.append(corners)
+        moved = box - (left, top, left, top)
+        whole = part[2].sum() == crop.sum() and (moved == moved.clip(0, (w, h, w, h))).all()
+        boxes.append(moved if whole else _bounds(part))
         labels.append(label)
         masks.append(part)
     crowds = (sample.crowds - (left, top, left, top)).clip(0, (w, h, w, h))
@@ -169,29 +169,36 @@ def cropped(sample: Sample, factor: float, rng: Rng) -> Sample:
 
 
 def with_pasted(sample: Sample, donor: Sample, preprocess: PreprocessConfig, rng: Rng) -> Sample:
-    """Returns the image with some objects of another one pasted over it (Ghiasi et al., CVPR 2021).
+    """Returns the image with objects of another one pasted over it (Ghiasi et al., CVPR 2021).
 
-    About half of the donor's objects are pasted at random places, near the size that they have beside the
-    image's own objects when both are resized. Objects that they hide completely are left out; the box of
-    an object that they hide in part gets the bounds of the rest of its mask.
+    About half of the donor's objects are pasted at random places. Once resized, an object has the size
+    that it has in the resized donor, times a random factor, and at most that of the image. Objects that
+    are hidden completely are left out. If an object is hidden in part, the bounds of what remains of its
+    mask become its box.
+
+    Args:
+        sample: the image.
+        donor: the image whose objects are pasted.
+        preprocess: the settings of resize and padding.
+        rng: the source of everything random.
     """
     from comask.preprocess import resized_shape
 
     height, width = sample.size
-    scales = [resized_shape(*s.size, preprocess)[0] / s.size[0] for s in (donor, sample)]
+    scales = [resized_shape(s.size, preprocess)[0] / s.size[0] for s in (donor, sample)]
     pixels = sample.pixels.copy()
     covered = np.zeros(sample.size, bool)
     pasted: list[tuple[int, Crop]] = []
     for label, (x, y, crop) in zip(donor.labels, donor.masks, strict=True):
-        chosen, factor, across, down = rng.random(4)  # drawn for all, so that choices do not shift
-        if chosen < 0.5:
+        if rng.random() >= PASTED_SHARE or not crop.size:
             continue
-        least, most = PASTED_SCALES
-        scale = scales[0] / scales[1] * (least + (most - least) * factor)
-        h, w = (max(1, min(round(n * scale), limit))
-                for n, limit in zip(crop.shape, sample.size, strict=True))  # fmt: skip
-        mask = cv2.resize(crop.view(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST).astype(bool)
-        top, left = round(down * (height - h)), round(across * (width - w))
+        scale = scales[0] / scales[1] * rng.uniform(*PASTED_SCALES)
+        scale = min(scale, height / crop.shape[0], width / crop.shape[1])
+        h, w = (max(1, round(side * scale)) for side in crop.shape)
+        # Unlike INTER_NEAREST, this takes pixels' centres, as the methods for the colours do.
+        nearest = cv2.INTER_NEAREST_EXACT
+        mask = cv2.resize(crop.view(np.uint8), (w, h), interpolation=nearest).astype(bool)
+        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
         part = _trimmed((left, top, mask))
         if part is None:
             continue
@@ -201,7 +208,9 @@ def with_pasted(sample: Sample, donor: Sample, preprocess: PreprocessConfig, rng
         place = slice(top, top + h), slice(left, left + w)
         pixels[place][mask] = cv2.resize(source, (w, h), interpolation=method)[mask]
         covered[place] |= mask
-        pasted = [(kind, rest) for kind, m in pasted if (rest := _without(m, (left, top, mask)))]
+        pasted = [
+            (of, rest) for of, above in pasted if (rest := _without(above, (left, top, mask)))
+        ]
         pasted.append((label, part))
     boxes, labels, masks = [], [], []
     for box, label, mask_before in zip(sample.boxes, sample.labels, sample.masks, strict=True):
@@ -222,9 +231,10 @@ def with_pasted(sample: Sample, donor: Sample, preprocess: PreprocessConfig, rng
 
 
 def coloured(pixels: Pixels, strength: float, rng: Rng) -> Pixels:
-    """Changes brightness, contrast and saturation by up to ±`strength`, and the hue by a tenth of it.
+    """Changes brightness, contrast, saturation and hue, in random order.
 
-    The steps are torchvision's, in a random order.
+    The first three are multiplied by 1 ± `strength` at most, as torchvision's `ColorJitter` does. The hue
+    changes by at most `HUE_SHARE` of it, in turns.
     """
     import torch
     from torchvision.transforms.v2 import functional as F
@@ -260,7 +270,7 @@ def _trimmed(mask: Crop) -> Crop | None:
 
 
 def _without(mask: Crop, above: Crop) -> Crop | None:
-    """Returns the part of a mask that another one does not hide, or None if it is hidden completely."""
+    """Returns what another mask leaves of a mask, or None if no pixel remains."""
     x, y, crop = mask
     left, top, hiding = above
     h, w = hiding.shape

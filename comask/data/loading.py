@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -53,16 +52,15 @@ def epoch_batches(
 ) -> list[list[Key]]:
     """Returns one epoch's batches, with landscape and portrait images separate.
 
-    Each image occurs once, unless `TrainingSet.repeats` says otherwise; then an image with 1.5 occurs
-    once or twice.
-    The images left over from both groups share batches; only the last of these may be smaller. Images
-    from the start of the epoch fill it up to a multiple of `ranks`, so that every process has a share.
+    Each image occurs once, or with `data.repeat_threshold` as often as `TrainingSet.times` says. The
+    images left over from both groups share batches; only the last of these may be smaller. Images from
+    the start of the epoch fill it up to a multiple of `ranks`, so that every process has a share.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = [dataset.indices[i] for i in rng.permutation(len(dataset.indices))]
+    indices = dataset.indices
     if dataset.config.repeat_threshold:
-        repeated = np.repeat(dataset.indices, _times(dataset.repeats, dataset.epoch_length(), rng))
-        order = rng.permutation(repeated).tolist()
+        indices = np.repeat(indices, dataset.times(rng)).tolist()
+    order = [indices[i] for i in rng.permutation(len(indices))]
     groups: dict[bool, list[Key]] = {False: [], True: []}
     batches = []
     for index in order:
@@ -77,15 +75,6 @@ def epoch_batches(
     rest += [(epoch, order[i % len(order)]) for i in range(missing)]
     batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def _times(repeats: NDArray[np.float64], total: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Rounds how often each image occurs up or down at random, so that the sum is `total`."""
-    places = np.cumsum(repeats) * (total / repeats.sum()) + rng.random()
-    places[-1] = (
-        total + places[-1] % 1
-    )  # which rounding may have moved across the last whole number
-    return np.diff(np.floor(np.concatenate(([0.0], places)))).astype(np.int64)
 
 
 def micro_batches(batch: list[Key], size: int, rank: int, ranks: int) -> list[list[Key]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -55,13 +55,18 @@ class MaskCrops:
             image_size=image_size,
         )
 
+    def crops(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields (x, y, crop [h, w] u8) of each object."""
+        start = 0
+        for x, y, h, w in self.places.tolist():
+            yield x, y, self.pixels[start : start + h * w].reshape(h, w)
+            start += h * w
+
     def bitmaps(self) -> Tensor:
         """Returns [G, h, w] u8 of the whole image; memory grows with objects × pixels."""
         whole = self.pixels.new_zeros((len(self.places), *self.image_size))
-        start = 0
-        for bitmap, (x, y, h, w) in zip(whole, self.places.tolist(), strict=True):
-            bitmap[y : y + h, x : x + w] = self.pixels[start : start + h * w].reshape(h, w)
-            start += h * w
+        for bitmap, (x, y, crop) in zip(whole, self.crops(), strict=True):
+            bitmap[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
         return whole
 
 
@@ -191,10 +196,10 @@ class TrainingSet(Dataset[Item]):
 
     @cached_property
     def repeats(self) -> NDArray[np.float64]:
-        """How often an epoch has each image on average, at least 1: [len(indices)].
+        """How often an epoch has each image on average: [len(indices)], at least 1.
 
-        `repeat_threshold` t and the share f of images with a class give sqrt(t / f); an image has the
-        largest value of its classes.
+        With `data.repeat_threshold` t, a class that a share f of the images has asks for sqrt(t / f). An
+        image has the largest value of its classes (Gupta et al., CVPR 2019).
         """
         threshold, count = self.config.repeat_threshold, len(self.indices)
         if not threshold:
@@ -207,9 +212,19 @@ class TrainingSet(Dataset[Item]):
         wanted = {c: math.sqrt(threshold * count / n) for c, n in images.items()}
         return np.array([max([1.0, *(wanted[c] for c in present)]) for present in classes])
 
+    def times(self, rng: Rng) -> NDArray[np.int64]:
+        """Rounds `repeats` down or up at random, so that their sum is the same in every epoch."""
+        whole = np.floor(self.repeats).astype(np.int64)
+        ends = np.cumsum(self.repeats - whole)
+        more = int(ends[-1])
+        # Equal steps above 1 find an image in proportion to its fraction, and at most once.
+        places = (np.arange(more) + rng.random()) * (ends[-1] / max(more, 1))
+        found = np.searchsorted(ends, places, side="right")
+        return whole + np.bincount(found, minlength=len(whole))[: len(whole)]
+
     def epoch_length(self) -> int:
         """Returns the number of images of an epoch, in which an image may occur several times."""
-        return round(float(self.repeats.sum()))
+        return int(self.times(np.random.default_rng(0)).sum())
 
     def _next_decodable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
         """Returns (index, pixels) of the image at `index` or, cyclically, the next decodable one."""

@@ -6,7 +6,6 @@ import io
 import math
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,26 +70,30 @@ def true_detections(target: Target, size: tuple[int, int], names: tuple[str, ...
         size: (h, w) of the image on its canvas in pixels.
         names: the classes in label order.
     """
-    scale = target.mask_scale.numpy()
-    probs = np.zeros((len(target.labels), TRUE_MASK_SIZE, TRUE_MASK_SIZE), np.float32)
-    for prob, box, bitmap in zip(
-        probs, target.boxes.numpy() * scale, target.masks.bitmaps().numpy(), strict=True
-    ):
-        prob[:] = _in_box(bitmap, box)
+    boxes = target.boxes.numpy().reshape(-1, 4)
+    probs = [
+        _cells(crop.numpy(), box, x, y)
+        for (x, y, crop), box in zip(
+            target.masks.crops(), boxes * target.mask_scale.numpy(), strict=True
+        )
+    ]
     return Detections(
-        boxes_xyxy=target.boxes.numpy().astype(np.float32).reshape(-1, 4),
-        scores=np.ones(len(probs), np.float32),
+        boxes_xyxy=boxes,
+        scores=np.ones(len(boxes), np.float32),
         labels=target.labels.numpy(),
-        mask_probs=probs,
+        mask_probs=np.array(probs, np.float32).reshape(-1, TRUE_MASK_SIZE, TRUE_MASK_SIZE),
         image_size=size,
         class_names=names,
     )
 
 
-def _in_box(bitmap: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Samples a bitmap at the centres of the cells into which a box is divided."""
-    x1, y1, x2, y2 = box
-    steps = (np.arange(TRUE_MASK_SIZE, dtype=np.float32) + 0.5) / TRUE_MASK_SIZE
-    columns, rows = np.meshgrid(x1 + steps * (x2 - x1) - 0.5, y1 + steps * (y2 - y1) - 0.5)
-    sampled = cv2.remap(bitmap.astype(np.float32), columns, rows, cv2.INTER_LINEAR)
-    return np.asarray(sampled, np.float32)
+def _cells(
+    crop: NDArray[np.uint8], box: NDArray[np.float32], left: int, top: int
+) -> NDArray[np.uint8]:
+    """Returns the values of a mask at the centres of the cells into which its box is divided."""
+    steps = (np.arange(TRUE_MASK_SIZE) + 0.5) / TRUE_MASK_SIZE
+    x1, y1, x2, y2 = box.tolist()
+    h, w = crop.shape
+    columns = (np.floor(x1 + steps * (x2 - x1)) - left).clip(-1, w).astype(int)
+    rows = (np.floor(y1 + steps * (y2 - y1)) - top).clip(-1, h).astype(int)
+    return np.asarray(np.pad(crop, 1)[np.ix_(rows + 1, columns + 1)])
