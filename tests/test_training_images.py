@@ -101,7 +101,7 @@ def test_drawn_masks_are_those_that_training_learns() -> None:
     half = PreprocessConfig(short_side=48, max_side=64)
     data = TrainingSet(source, list(range(20)), half, config=config, seed=0)
     names = tuple(category.name for category in source.categories)
-    shown = 0
+    shared, either = [], []
     for index in range(20):
         _, (h, w), target, _ = data[0, index]
         drawn = true_detections(target, (h, w), names)
@@ -111,9 +111,10 @@ def test_drawn_masks_are_those_that_training_learns() -> None:
             x, y, crop = drawn.crop(place)
             pasted = np.zeros((h, w), bool)
             pasted[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
-            assert (pasted & halved).sum() >= 0.8 * (pasted | halved).sum() - 3
-            shown += 1
-    assert shown > 30
+            shared.append((pasted & halved).sum())
+            either.append((pasted | halved).sum())
+    assert len(shared) > 30
+    assert sum(shared) > 0.93 * sum(either)  # pixels on the outlines may differ
 
 
 def test_a_run_has_the_grid_and_its_report_shows_it(micro_run: Path) -> None:
