@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import reprlib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,7 @@ class ImageFolder:
         if name.is_absolute() or ".." in name.parts:
             raise ImageError(f"{name}: this file_name leads out of {self.folder} and is not read")
         path = self.folder / name
-        if file_name.isascii() or path.exists():
+        if file_name.isascii() or os.path.exists(path):
             return path
         path = self.folder
         for part in name.parts:
@@ -191,7 +192,7 @@ def _image_folder(annotation_file: Path, content: Any) -> Path:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             continue  # `comask.data.check` reports it
         for place in places:
-            if ImageFolder(place).path(name).is_file():
+            if os.path.isfile(ImageFolder(place).path(name)):
                 return place
     if not entries:
         return here

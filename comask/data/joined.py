@@ -9,62 +9,77 @@ from pathlib import Path
 from typing import Any
 
 from comask.data.coco import CocoSource
-from comask.data.source import Id
+from comask.data.source import Category, Id
 
 
-def join(sources: Sequence[CocoSource]) -> CocoSource:
+def join(sources: Sequence[CocoSource], classes: Sequence[Category] = ()) -> CocoSource:
     """Joins data sets into one with the classes and images of all.
 
     Classes of the same name become one. Ids stay where all sets agree on them; otherwise classes get new
-    ids from 1 on, and images the number of their set as a prefix.
+    ids from 1 on, and images the number of their set as a prefix. Everything that is wrong with a set
+    stays wrong in the joined one, so that `comask.data.check` finds it.
 
     Args:
         sources: at least one data set.
+        classes: classes that the result has in any case, with these ids, such as those of the training
+            data.
     """
-    if len(sources) == 1:
+    if len(sources) == 1 and (not classes or tuple(classes) == sources[0].categories):
         return sources[0]
-    class_ids = _class_ids(sources)
-    infos = [[source.info(index) for index in range(len(source))] for source in sources]
-    seen: set[Id] = set()
-    shared = False
-    for ids in ({info.id for info in part} for part in infos):
-        shared = shared or bool(seen & ids)
-        seen |= ids
+    ids = _class_ids(sources, classes)
+    shared = _share_ids(sources)
     folder = Path(os.path.commonpath([source.images.folder.absolute() for source in sources]))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, (source, part) in enumerate(zip(sources, infos, strict=True), 1):
+    for number, source in enumerate(sources, 1):
         below = Path(os.path.relpath(source.images.folder.absolute(), folder))
-        names = {category.id: category.name for category in source.categories}
-        for index, info in enumerate(part):
-            id_: Id = f"{number}/{info.id}" if shared else info.id
+        class_ids: dict[object, Id] = {c.id: ids[c.name] for c in source.categories}
+        seen: set[Id] = set()
+        for index in range(len(source)):
+            info = source.info(index)
+            id_ = f"{number}/{info.id}" if shared else info.id
             file_name = (below / info.file_name).as_posix()
             images.append(dataclasses.asdict(info) | {"id": id_, "file_name": file_name})
+            if info.id in seen:
+                continue  # an image that is listed again has the same annotations
+            seen.add(info.id)
             for annotation in source.annotations(index):
-                category = annotation.get("category_id")
-                known = isinstance(category, int | float | str) and category in names
-                joined = class_ids[names[category]] if known else f"{number}/{category}"
-                own = {"id": len(annotations) + 1, "image_id": id_, "category_id": joined}
-                annotations.append(annotation | own)
+                changed = {"image_id": id_}
+                category, own = annotation.get("category_id"), annotation.get("id")
+                if isinstance(category, int | float | str):
+                    changed["category_id"] = class_ids.get(category, f"{number}/{category}")
+                if isinstance(own, int | str):
+                    changed["id"] = f"{number}/{own}"
+                annotations.append(annotation | changed)
     content = {
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": id_, "name": name} for name, id_ in class_ids.items()],
+        "categories": [{"id": id_, "name": name} for name, id_ in ids.items()],
     }
     result = CocoSource(folder, content, [line for source in sources for line in source.unreadable])
-    for source in sources:
-        result.stray_annotations += source.stray_annotations
+    result.stray_annotations += [entry for s in sources for entry in s.stray_annotations]
+    result.namesakes += tuple(category for source in sources for category in source.namesakes)
     return result
 
 
-def _class_ids(sources: Sequence[CocoSource]) -> dict[str, Id]:
+def _share_ids(sources: Sequence[CocoSource]) -> bool:
+    """Returns whether images of different sets have the same id."""
+    seen: set[Id] = set()
+    for source in sources:
+        own = {source.info(index).id for index in range(len(source))}
+        if seen & own:
+            return True
+        seen |= own
+    return False
+
+
+def _class_ids(sources: Sequence[CocoSource], classes: Sequence[Category]) -> dict[str, Id]:
     """Returns the id of each class name, in the order of labels."""
-    ids: dict[str, Id] = {}
+    ids: dict[str, Id] = {category.name: category.id for category in classes}
     names: dict[Id, str] = {}
     agree = True
-    for source in sources:
-        for category in source.categories:
-            same_id = ids.setdefault(category.name, category.id) == category.id
-            same_name = names.setdefault(category.id, category.name) == category.name
-            agree = agree and same_id and same_name
-    return ids if agree else {name: number for number, name in enumerate(ids, 1)}
+    for category in (category for source in sources for category in source.categories):
+        same_id = ids.setdefault(category.name, category.id) == category.id
+        same_name = names.setdefault(category.id, category.name) == category.name
+        agree = agree and same_id and same_name
+    return ids if agree or classes else {name: number for number, name in enumerate(ids, 1)}

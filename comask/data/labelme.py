@@ -12,6 +12,8 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +21,115 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.coco import CocoSource
-from comask.data.content import Content, files_with_sizes
-from comask.errors import DataError, one_line
+from comask.data.content import Objects, Size, files_below, read_images, reason
+from comask.errors import DataError
 from comask.files import parse_json
 
 # Labels that LabelMe's own converters leave out.
 NO_CLASS = ("__ignore__", "_background_")
 _CORNERS_OF_CIRCLE = 64
 _THREADS = 16
-_TRIED = 3  # JSON files by which a folder is recognised
+_TRIED = 20  # JSON files by which a folder is recognised; a few may be others
 
 Entry = dict[str, Any]
 
 
 def holds_labelme(folder: Path) -> bool:
-    """Returns whether the first JSON files of a folder are LabelMe's."""
-    files = sorted(folder.rglob("*.json"))[:_TRIED]
-    return any(isinstance(_read(file), dict) for file in files)
+    """Returns whether one of the first JSON files of a folder is LabelMe's."""
+    return any(isinstance(_read(file), dict) for file in islice(_files(folder), _TRIED))
 
 
-def read_labelme(folder: Path, images: Path) -> CocoSource:
-    """Reads the JSON files of a folder; the image paths in them must not lead out of `images`.
+def read_labelme(folder: Path, root: Path) -> CocoSource:
+    """Reads the JSON files of a folder; the images must lie in `root`.
 
     Raises:
-        DataError: when there is no object.
+        DataError: when there is no object, or when all images lie elsewhere.
     """
-    files = sorted(folder.rglob("*.json"))
+    files = list(_files(folder))
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = list(pool.map(_read, files))
-    read = [(file, e) for file, e in zip(files, entries, strict=True) if isinstance(e, dict)]
+        entries = list(zip(files, pool.map(_read, files), strict=True))
+    read = [(file, entry) for file, entry in entries if isinstance(entry, dict)]
     labels = {shape["label"] for _, entry in read for shape in entry["shapes"]}
     names = sorted(labels - {*NO_CLASS})
     if not names:
-        raise DataError(f"{folder}: the JSON files of LabelMe have no shape")
+        raise DataError(f"{folder}: LabelMe's JSON files have no shapes; draw some objects")
     ids = {name: number for number, name in enumerate(names, 1)}
-    data = Content({number: name for name, number in ids.items()})
-    data.unreadable += [
-        f"{file}: {e}" for file, e in zip(files, entries, strict=True) if isinstance(e, str)
-    ]
-    paths = [_image_path(file, entry) for file, entry in read]
-    for (file, entry), (image, size) in zip(read, files_with_sizes(paths), strict=True):
-        image_id = data.add_image(image, size)
-        for label, shapes in _groups(entry["shapes"]):
-            try:
-                if any(shape["shape_type"] == "mask" for shape in shapes):
-                    data.add_mask(image_id, ids[label], _bitmap(shapes, size))
-                else:
-                    data.add_polygons(image_id, ids[label], [_polygon(shape) for shape in shapes])
-            except (ValueError, OSError) as error:
-                data.unreadable.append(f"{file} shape {label}: {one_line(error)}")
-    return data.source(within=images)
+    return read_images(
+        folder, {number: name for name, number in ids.items()}, [root],
+        ((_image(file, entry), (file, entry)) for file, entry in read),
+        partial(_read_objects, ids),
+        [f"{file}: {entry}" for file, entry in entries if isinstance(entry, str)],
+    )  # fmt: skip
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return files_below(folder, (".json",))
 
 
 def _read(file: Path) -> Entry | str:
     """Returns the content of a file of LabelMe's, or why it is none."""
+    if not os.path.isfile(file):  # reading a pipe may never end
+        return "not a file"
     try:
         content = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        return one_line(error)
+        return f"not a readable JSON file: {reason(error)}"
     if not isinstance(content, dict) or not isinstance(content.get("imagePath"), str):
         return "not a file of LabelMe's, which has an imagePath and shapes"
+    content.pop("imageData", None)  # a copy of the image file
     shapes = content.get("shapes")
     if not isinstance(shapes, list):
         return "has no list of shapes"
     for shape in shapes:
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             return "has a shape without a label"
-        shape.setdefault("shape_type", "polygon")
+        shape["shape_type"] = shape.get("shape_type") or "polygon"  # old versions write none
     return content
 
 
-def _image_path(file: Path, entry: Entry) -> Path:
-    """Returns the path of the image, which is relative to the JSON file; Windows writes backslashes."""
-    return Path(os.path.normpath(file.parent / entry["imagePath"].replace("\\", "/")))
+def _image(file: Path, entry: Entry) -> Path:
+    """Returns the path of the image, which is relative to the JSON file; Windows writes backslashes.
+
+    An image that was moved may lie beside the JSON file.
+    """
+    stated: str = entry["imagePath"]
+    named = file.parent / stated.replace("\\", "/")
+    beside = file.parent / named.name
+    return beside if os.path.isfile(beside) and not os.path.isfile(named) else named
+
+
+def _read_objects(ids: dict[str, int], named: tuple[Path, Entry], size: Size) -> Objects:
+    """Reads the objects of an image.
+
+    Raises:
+        ValueError: when the JSON file is of an image of another size.
+    """
+    file, entry = named
+    stated = entry.get("imageHeight"), entry.get("imageWidth")
+    if None not in stated and stated != size:
+        height, width = stated
+        raise ValueError(f"{file}: says {width}x{height}, its image is {size[1]}x{size[0]} pixels")
+    objects = Objects()
+    for label, shapes in _groups(entry["shapes"]):
+        try:
+            if any(shape["shape_type"] == "mask" for shape in shapes):
+                objects.add_mask(ids[label], _bitmap(shapes, size))
+            else:
+                objects.add_polygons(ids[label], [_polygon(shape) for shape in shapes])
+        except ValueError as error:
+            objects.unreadable.append(f"{file} shape {label}: {error}")
+    return objects
 
 
 def _groups(shapes: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
     """Yields the label and the shapes of each object."""
-    groups: dict[tuple[str, object], list[Entry]] = {}
+    groups: dict[tuple[str, str], list[Entry]] = {}
     for number, shape in enumerate(shapes):
         if shape["label"] in NO_CLASS:
             continue
         group = shape.get("group_id")
-        key: object = ("alone", number) if group is None else group
-        groups.setdefault((shape["label"], repr(key)), []).append(shape)
+        key = f"alone {number}" if group is None else repr(group)
+        groups.setdefault((shape["label"], key), []).append(shape)
     for (label, _), members in groups.items():
         yield label, members
 
@@ -116,47 +143,55 @@ def _polygon(shape: Entry) -> list[float]:
     points, kind = shape.get("points"), shape["shape_type"]
     try:
         pairs = [(float(x), float(y)) for x, y in points]  # type: ignore[union-attr]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError("expected points of two numbers each") from error
-    if kind == "polygon":
-        return [value for pair in pairs for value in pair]
+    if not all(map(math.isfinite, (value for pair in pairs for value in pair))):
+        raise ValueError("has a point that is not finite")
     if kind == "rectangle" and len(pairs) == 2:
         (x1, y1), (x2, y2) = pairs
         return [x1, y1, x2, y1, x2, y2, x1, y2]
-    if kind == "rectangle" and len(pairs) == 4:
-        return [value for pair in pairs for value in pair]
     if kind == "circle" and len(pairs) == 2:
         (x, y), edge = pairs
         radius = math.dist((x, y), edge)
         turns = (2 * math.pi * i / _CORNERS_OF_CIRCLE for i in range(_CORNERS_OF_CIRCLE))
         return [v for t in turns for v in (x + radius * math.cos(t), y + radius * math.sin(t))]
-    raise ValueError(f"a {kind} of {len(pairs)} points is no area")
+    if kind in ("polygon", "rectangle", "rotation") and len(pairs) >= 3:
+        return [value for pair in pairs for value in pair]
+    raise ValueError(f"a {kind} of {len(pairs)} points has no area")
 
 
-def _bitmap(shapes: list[Entry], size: tuple[int, int]) -> NDArray[np.bool_]:
+def _bitmap(shapes: list[Entry], size: Size) -> NDArray[np.bool_]:
     """Returns the pixels that any of the shapes covers."""
-    from PIL import Image
-
     from comask.segmentation import read_segmentation
 
-    height, width = size
     whole = np.zeros(size, bool)
     for shape in shapes:
-        if shape["shape_type"] != "mask":
-            polygon = read_segmentation([_polygon(shape)], height, width)
-            whole |= polygon.part(0, 0, width, height).astype(bool)
-            continue
-        try:
-            (x1, y1), *_ = shape["points"]
-            with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
-                crop = np.asarray(image.convert("L")) > 0
-            left, top = int(x1), int(y1)
-        except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            raise ValueError(f"its mask cannot be read: {one_line(error)}") from error
-        rows, columns = (
-            slice(max(top, 0), top + len(crop)),
-            slice(max(left, 0), left + crop.shape[1]),
-        )
-        target = whole[rows, columns]
-        target |= crop[max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
+        if shape["shape_type"] == "mask":
+            left, top, crop = _crop(shape, size)
+            whole[top : top + crop.shape[0], left : left + crop.shape[1]] |= crop
+        else:
+            whole |= read_segmentation([_polygon(shape)], *size).bitmap()
     return whole
+
+
+def _crop(shape: Entry, size: Size) -> tuple[int, int, NDArray[np.bool_]]:
+    """Returns (left, top, pixels) of a shape that is a mask: a PNG of the part of the image.
+
+    Raises:
+        ValueError: when it cannot be read, or reaches beyond the image.
+    """
+    from PIL import Image
+
+    try:
+        (left, top), *_ = ([int(x), int(y)] for x, y in shape["points"])
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
+            width, height = image.size
+            if left < 0 or top < 0 or left + width > size[1] or top + height > size[0]:
+                raise ValueError(f"{width}x{height} pixels at {left},{top} reach beyond the image")
+            return left, top, np.asarray(image.convert("L")) > 0
+    # A broken PNG is a SyntaxError.
+    except (
+        KeyError, TypeError, ValueError, OverflowError, OSError, SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"its mask cannot be read: {reason(error)}") from error

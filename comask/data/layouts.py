@@ -5,6 +5,8 @@ Every format becomes the content of a COCO file in memory, so that the same chec
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,12 @@ from comask.errors import DataError
 # The parts of a data set; a data set without parts has the only key `all`.
 Parts = Mapping[str, Callable[[], CocoSource]]
 
+_YEARS = ("2014", "2017")  # of COCO's images, in the names of its folders
 COCO_FILE = "annotations/instances.json"
 ROBOFLOW_FILE = "_annotations.coco.json"
-# What tools call the part for validation, the most usual first. That for tests is taken if it is alone.
-VALIDATION = ("val", "valid", "validation", "val2017", "test")
-TRAINING = ("train", "training", "train2017")
+# What tools call the parts, the most usual first. Images for tests serve for validation without others.
+VALIDATION = ("val", "valid", "validation", "val2017", "val2014", "test")
+TRAINING = ("train", "training", "train2017", "train2014", "trainval")
 EXPECTED = (
     f"a COCO file (instances.json, or instances.json:IMAGES), or a folder with {COCO_FILE} and images/, "
     f"with COCO 2017's or CVAT's annotations/instances_*.json, with Roboflow's train/{ROBOFLOW_FILE}, "
@@ -41,7 +44,7 @@ def read_data_set(path: Path, split: str) -> CocoSource:
     parts = find_parts(path)
     opened = parts.get(split) or parts.get("all")
     if opened is None:
-        raise DataError(f"{path}: has no images for {split}, only for {' and '.join(parts)}")
+        raise DataError(f"{path}: has no images for {split}, only for {', '.join(parts)}")
     return opened()
 
 
@@ -67,25 +70,21 @@ def find_parts(path: Path) -> Parts:
     """
     if parts := _parts(path):
         return parts
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
     for above in path.parents[:2]:
-        if _parts(above):
+        if _has_names(above):
             raise DataError(f"{path}: is a part of the data set {above}; give that folder")
     raise DataError(f"{path}: no data set found; expected {EXPECTED}")
 
 
 def _parts(path: Path) -> Parts:
-    if ".json:" in str(path):
-        file, _, images = str(path).partition(".json:")
-        return {"all": partial(read_coco, Path(f"{file}.json"), Path(images))}
-    if path.is_file():
+    if os.path.isfile(path):
         return _of_file(path)
-    if not path.is_dir():
-        return {}
-    for recognise in (_coco, _roboflow, _cvat, _yolo, _voc, _labelme):
-        if parts := recognise(path):
-            return parts
+    if os.path.isdir(path):
+        return next(filter(None, (recognise(path) for recognise in (*_BY_NAME, _labelme))), {})
+    if found := re.fullmatch(r"(.+\.json):(.+)", str(path), re.IGNORECASE | re.DOTALL):
+        return {"all": partial(read_coco, Path(found[1]), Path(found[2]))}
     return {}
 
 
@@ -107,7 +106,9 @@ def _roboflow(folder: Path) -> Parts:
     if (file := folder / ROBOFLOW_FILE).is_file():
         return {"all": partial(read_coco, file, folder)}
     files = {f.parent.name: f for f in folder.glob(f"*/{ROBOFLOW_FILE}")}
-    return by_part({name: partial(read_coco, file, file.parent) for name, file in files.items()})
+    return _by_use(
+        folder, {name: partial(read_coco, file, file.parent) for name, file in files.items()}
+    )
 
 
 def _cvat(folder: Path) -> Parts:
@@ -116,12 +117,13 @@ def _cvat(folder: Path) -> Parts:
         file.stem.removeprefix("instances_"): file
         for file in folder.glob("annotations/instances_*.json")
     }
-    return by_part(
+    return _by_use(
+        folder,
         {
-            # COCO 2017's images have their place even if they are missing
-            name: partial(read_coco, file, folder / name if name.endswith("2017") else None)
+            # COCO's images have their place even if they are missing.
+            name: partial(read_coco, file, folder / name if name.endswith(_YEARS) else None)
             for name, file in subsets.items()
-        }
+        },
     )
 
 
@@ -137,10 +139,10 @@ def _yolo(folder: Path) -> Parts:
 def _voc(folder: Path) -> Parts:
     from comask.data.voc import find_voc
 
-    nested = [folder, *folder.glob("VOC20??"), *folder.glob("VOCdevkit/VOC20??")]
-    for place in nested:
+    nested = sorted([*folder.glob("VOC20??"), *folder.glob("VOCdevkit/VOC20??")])
+    for place in (folder, *nested):
         if parts := find_voc(place):
-            return parts
+            return _by_use(place, parts)
     return {}
 
 
@@ -148,20 +150,32 @@ def _labelme(folder: Path) -> Parts:
     from comask.data.labelme import holds_labelme, read_labelme
 
     named = {
-        name: partial(read_labelme, folder / name, folder)
-        for name in (*TRAINING, *VALIDATION)
-        if (folder / name).is_dir() and holds_labelme(folder / name)
+        place.name: partial(read_labelme, place, folder)
+        for place in sorted(folder.glob("*"))
+        if place.name.lower() in (*TRAINING, *VALIDATION) and holds_labelme(place)
     }
     if named:
-        return by_part(named)
+        return _by_use(folder, named)
     return {"all": partial(read_labelme, folder, folder)} if holds_labelme(folder) else {}
 
 
-def by_part(named: Mapping[str, Callable[[], CocoSource]]) -> Parts:
-    """Returns the parts of a data set by the names that tools give them.
+# These look at the names of files and folders, so that they are quick wherever they look.
+_BY_NAME = (_coco, _roboflow, _cvat, _yolo, _voc)
+
+
+def _has_names(folder: Path) -> bool:
+    try:
+        return any(recognise(folder) for recognise in _BY_NAME)
+    except DataError:
+        return False
+
+
+def _by_use(place: Path, named: Parts) -> Parts:
+    """Returns the parts for training and validation, by the names that tools give them.
 
     Args:
-        named: how to open each part. A single one whose name says nothing is for training and validation.
+        place: the data set, for error messages.
+        named: the parts by name. A single one whose name says nothing is for both.
 
     Raises:
         DataError: when there are several, and no name says what they are for.
@@ -175,8 +189,8 @@ def by_part(named: Mapping[str, Callable[[], CocoSource]]) -> Parts:
         return found
     if len(named) > 1:
         raise DataError(
-            f"the data set has the parts {', '.join(sorted(named))}, and none is called train or val: "
-            f"name the annotation file of one"
+            f"{place}: has the parts {', '.join(sorted(named))}, of which none is called train or val; "
+            f"rename them, or name one file instead of the folder"
         )
     return {"all": next(iter(named.values()))}
 

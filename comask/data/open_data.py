@@ -21,8 +21,8 @@ from comask.data.joined import join
 from comask.data.layouts import has_validation, read_data_set
 from comask.data.packed import PackedSource
 from comask.data.problems import describe, without_objects
-from comask.data.source import InstanceSource
-from comask.errors import DataError
+from comask.data.source import Category, InstanceSource
+from comask.errors import DataError, one_line
 
 SHAPES = "shapes"  # the value of `--data`
 SHAPES_VAL_SEED = 1_000_000  # far from training seeds, so that the images differ
@@ -38,6 +38,7 @@ def open_source(
     shapes_seed: int,
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None] | None = None,
+    classes: Sequence[Category] = (),
 ) -> InstanceSource:
     """Opens the sound part of the data sets that `--data` names, or the generated `shapes`.
 
@@ -54,9 +55,10 @@ def open_source(
         boxes: `mask` takes each box from the bounds of its mask.
         report: receives a line that begins with `data:` for each kind of problem; by default, the log
             does.
+        classes: the classes of the training data, whose ids those of the same name get.
 
     Raises:
-        DataError: when there is no data set, or none of its images can be used.
+        DataError: when there is no data set, none of its images can be used, or `classes` lacks a class.
     """
     names = [data] if isinstance(data, str) else list(data)
     if SHAPES in names and len(names) > 1:
@@ -67,7 +69,7 @@ def open_source(
         if (folder := Path.cwd() / SHAPES).is_dir():
             _tell_apart(folder)
         return ShapesSource(num_images=shapes_images, seed=shapes_seed)
-    return open_files(names, split, boxes=boxes, report=report or logger.warning)
+    return open_files(names, split, boxes=boxes, report=report or logger.warning, classes=classes)
 
 
 def open_files(
@@ -76,9 +78,19 @@ def open_files(
     *,
     boxes: Literal["annotated", "mask"] = "annotated",
     report: Callable[[str], None],
+    classes: Sequence[Category] = (),
 ) -> PackedSource:
     """Opens the sound part of data sets in files; the arguments are those of `open_source`."""
-    source = join([read_data_set(Path(name), split) for name in data])
+    sources = [read_data_set(Path(name), split) for name in data]
+    known = {category.name for category in classes}
+    for name, source in zip(data, sources, strict=True):
+        new = [category.name for category in source.categories if category.name not in known]
+        if classes and new:
+            raise DataError(
+                f"{name}: has the categories {', '.join(new)}, which the training data lacks; expected "
+                f"some of {', '.join(sorted(known))}"
+            )
+    source = join(sources, classes)
     try:
         part, problems = sound_part(source, boxes=boxes)
     except DataError as error:
@@ -129,8 +141,8 @@ def open_training_data(
         seed: the seed of that share and of the shapes.
 
     Raises:
-        DataError: when a folder has no data set, the two differ in categories, too few images can be set
-            aside, or no object is left to learn from.
+        DataError: when there is no data set, validation has categories that training lacks, too few
+            images can be set aside, or no object is left to learn from.
     """
     reported: set[str] = set()  # --data and --val may be the same folder
 
@@ -143,7 +155,7 @@ def open_training_data(
     name = " ".join(data)
     open_one = partial(open_source, boxes=config.boxes, report=report)
     if not val and data != [SHAPES] and all(has_validation(Path(one)) for one in data):
-        logger.info("validation: the part for it of %s", name)
+        logger.info("validation on the part of %s for it", name)
         val = data
     source = open_one(data, "train", shapes_images=config.shapes_train, shapes_seed=seed)
     everything = list(range(len(source)))
@@ -151,8 +163,9 @@ def open_training_data(
         chosen = _set_aside(source, config, seed, name)
         return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), name)
     val_source = open_one(
-        val or data, "val", shapes_images=config.shapes_val, shapes_seed=SHAPES_VAL_SEED
-    )
+        val or data, "val", shapes_images=config.shapes_val, shapes_seed=SHAPES_VAL_SEED,
+        classes=source.categories,
+    )  # fmt: skip
     if val_source.categories != source.categories:
         raise DataError(f"--val {' '.join(val)}: its categories differ from those of --data {name}")
     indices = list(range(len(val_source)))
@@ -166,18 +179,18 @@ def _listed(names: str | Sequence[str]) -> list[str]:
 def _set_aside(
     source: InstanceSource, config: DataConfig, seed: int, name: str
 ) -> tuple[list[int], list[int]]:
-    """Returns the images for training, and a random share of whole groups for validation."""
+    """Returns the images for training, and a random share of whole groups for validation.
+
+    The share is not exceeded, unless even the smallest group is larger.
+    """
     everything = list(range(len(source)))
-    groups: dict[str, list[int]] = {}
-    for index in everything:
-        groups.setdefault(_group(source.info(index).file_name, config.val_group), []).append(index)
+    members = _groups([source.info(index).file_name for index in everything], config.val_group)
     count = max(1, round(len(everything) * config.val_fraction))
     aside: list[int] = []
-    members = list(groups.values())
     for group in np.random.default_rng(seed).permutation(len(members)).tolist():
-        if len(aside) >= count:
-            break
-        aside += members[group]
+        if len(aside) + len(members[group]) <= count:
+            aside += members[group]
+    aside = aside or min(members, key=len)
     if len(aside) >= len(everything):
         kind = f" in {len(members)} groups of data.val_group" if config.val_group else ""
         raise DataError(
@@ -188,10 +201,35 @@ def _set_aside(
     return [index for index in everything if index not in kept], sorted(aside)
 
 
-def _group(file_name: str, pattern: str) -> str:
-    """Returns what the pattern finds in a file's name: its first group, or all of it."""
-    found = re.search(pattern, file_name) if pattern else None
-    return file_name if found is None else found.group(1 if found.re.groups else 0)
+def _groups(file_names: list[str], pattern: str) -> list[list[int]]:
+    """Returns the indices of the files that belong together; a file without a match stays alone.
+
+    Args:
+        file_names: the paths of the images from the folder of the data.
+        pattern: a regular expression; files belong together if its first group, or all that it matches,
+            is the same. If it is empty, every file is alone.
+
+    Raises:
+        DataError: when the pattern matches no file.
+    """
+    if not pattern:
+        return [[index] for index in range(len(file_names))]
+    groups: dict[tuple[bool, str], list[int]] = {}
+    alone = []
+    for index, name in enumerate(file_names):
+        found = re.search(pattern, name)
+        if found is None:
+            alone.append(name)
+        text = found and (found.group(1) if found.re.groups else found.group())
+        groups.setdefault((text is None, name if text is None else text), []).append(index)
+    if len(alone) == len(file_names):
+        raise DataError(f"data.val_group={pattern}: matches no file, such as {one_line(alone[0])}")
+    if alone:
+        logger.warning(
+            "data: data.val_group=%s does not match %d files, such as %s: each is a group of its own",
+            pattern, len(alone), one_line(alone[0]),
+        )  # fmt: skip
+    return list(groups.values())
 
 
 def _with_objects(opened: TrainingData, data: str) -> TrainingData:

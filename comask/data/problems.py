@@ -38,7 +38,10 @@ class Kind(Enum):
     NO_FILE = "images without a file", "left out"
     BAD_HEADER = "images with an unreadable header", "left out"
     OTHER_SIZE = "images of another size than annotated", "left out"
-    UNREADABLE = "annotations that cannot be read", "left out"
+    UNREADABLE = (
+        "annotations that cannot be read", "left out",
+        "correct the files named above, or give the data in another format",
+    )  # fmt: skip
     UNKNOWN_IMAGE = "annotations of unknown images", "left out", _IDS.format("an image")
     REPEATED_ANNOTATION = "annotations listed again", "left out"
     NO_FIELD = (

@@ -6,17 +6,20 @@ in `SegmentationObject` has a colour for each object, one in `SegmentationClass`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from reprlib import repr as shortened
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.coco import CocoSource
-from comask.data.content import Content, files_with_sizes
-from comask.errors import DataError, one_line
+from comask.data.content import Objects, Size, files_below, read_images, read_lines, reason, spelled
+from comask.errors import DataError
 from comask.media_files import IMAGE_SUFFIXES
 
 # In the order of the colour map, from 1 on.
@@ -25,84 +28,70 @@ CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-VOID = (
-    224 << 16 | 224 << 8 | 192
-)  # the colour of pixels that belong to no class: seams between objects
-_THREADS = 8
-_LISTS = {"train": ("train", "trainval"), "val": ("val", "test")}
+VOID = 224 << 16 | 224 << 8 | 192  # the colour of pixels of no class: seams between objects
+KINDS = ("SegmentationObject", "SegmentationClass")
+_MOST_OBJECTS = 1000  # of an image; a picture with more colours is no map of objects
+_COLOUR = re.compile(r"(?P<name>.+):(?P<red>\d+),(?P<green>\d+),(?P<blue>\d+)(:.*)?")
 
-Colours = NDArray[np.int64]  # [h, w], red << 16 | green << 8 | blue
+Colours = NDArray[np.int32]  # [h, w], red << 16 | green << 8 | blue
 
 
 def find_voc(folder: Path) -> Mapping[str, Callable[[], CocoSource]]:
-    """Returns the parts of a data set in VOC's layout; `all` without lists, nothing in another layout."""
-    images, objects = folder / "JPEGImages", folder / "SegmentationObject"
-    if not images.is_dir() or not objects.is_dir():
+    """Returns the parts of a data set in VOC's layout by the names of their lists.
+
+    Without lists, the only part is `all`. A folder in another layout has no parts.
+    """
+    if not (folder / "JPEGImages").is_dir() or not (folder / KINDS[0]).is_dir():
         return {}
-    lists = folder / "ImageSets" / "Segmentation"
-    parts = {}
-    for part, names in _LISTS.items():
-        file = next((f for name in names if (f := lists / f"{name}.txt").is_file()), None)
-        if file is not None:
-            parts[part] = partial(_read_part, folder, file)
-    listed = sorted(lists.glob("*.txt"))
-    if not parts and len(listed) == 1:  # CVAT's default.txt
-        return {"all": partial(_read_part, folder, listed[0])}
-    return parts or {"all": partial(_read_part, folder, None)}
+    lists = {file.stem: file for file in (folder / "ImageSets" / "Segmentation").glob("*.txt")}
+    if "val" in lists:
+        lists.pop("trainval", None)  # its images are those of train and val
+    return {name: partial(_read_part, folder, file) for name, file in lists.items()} or {
+        "all": partial(_read_part, folder, None)
+    }
 
 
 def _read_part(folder: Path, listed: Path | None) -> CocoSource:
     """Reads the images of a list, or all that have objects."""
-    colours = _class_colours(folder)
-    names = _names(folder, listed)
-    known = _images_by_name(folder / "JPEGImages")
-    images = [known.get(name, folder / "JPEGImages" / f"{name}.jpg") for name in names]
-    data = Content(dict(enumerate(colours.values(), 1)))
-    ids = {colour: id_ for id_, colour in enumerate(colours, 1)}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        masks = pool.map(partial(_masks, folder), names)
-        for (image, size), name, mask in zip(files_with_sizes(images), names, masks, strict=True):
-            image_id = data.add_image(image, size)
-            try:
-                for category, pixels in _objects(mask, size, ids):
-                    data.add_mask(image_id, category, pixels)
-            except ValueError as error:
-                data.unreadable.append(f"{folder / 'SegmentationObject' / name}.png: {error}")
-                data.drop_image()
-    return data.source()
-
-
-def _names(folder: Path, listed: Path | None) -> list[str]:
+    images = folder / "JPEGImages"
     if listed is None:
-        return sorted(file.stem for file in (folder / "SegmentationObject").glob("*.png"))
+        found = files_below(folder / KINDS[0], (".png",))
+        names = [file.relative_to(folder / KINDS[0]).with_suffix("").as_posix() for file in found]
+    else:
+        names = _lines(listed)
+    known = {
+        normalize("NFC", file.relative_to(images).with_suffix("").as_posix()): file
+        for file in files_below(images, IMAGE_SUFFIXES)
+    }
+    files = ((known.get(normalize("NFC", name), images / f"{name}.jpg"), name) for name in names)
+    colours = _class_colours(folder)
+    ids = {colour: id_ for id_, colour in enumerate(colours, 1)}
+    classes = dict(enumerate(colours.values(), 1))
+    return read_images(folder, classes, [images], files, partial(_read_objects, folder, ids))
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        lines = listed.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{listed}: not a readable list of images: {one_line(error)}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _images_by_name(folder: Path) -> dict[str, Path]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(files)}
+        return read_lines(file)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _class_colours(folder: Path) -> dict[int, str]:
     """Returns the class names by colour: those of CVAT's `labelmap.txt`, or VOC's twenty."""
     file = folder / "labelmap.txt"
-    if not file.is_file():
+    if not file.exists():
         return {_voc_colour(number): name for number, name in enumerate(CLASSES, 1)}
     colours = {}
-    try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.strip() and not line.startswith("#"):
-                name, colour, *_ = line.split(":")
-                red, green, blue = map(int, colour.split(","))
-                colours[red << 16 | green << 8 | blue] = name
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: expected lines `name:red,green,blue:parts:actions`: {one_line(error)}"
-        ) from error
+    for line in _lines(file):
+        if line.startswith("#"):
+            continue
+        if not (found := _COLOUR.fullmatch(line)):
+            raise DataError(
+                f"{file}: expected lines `name:red,green,blue:parts:actions`, found {shortened(line)}"
+            )
+        red, green, blue = (int(found[channel]) for channel in ("red", "green", "blue"))
+        colours[red << 16 | green << 8 | blue] = found["name"]
     colours.pop(0, None)  # the background
     return colours
 
@@ -110,56 +99,57 @@ def _class_colours(folder: Path) -> dict[int, str]:
 def _voc_colour(number: int) -> int:
     """Returns the colour of a class in VOC's colour map, by the formula of its development kit."""
     red = green = blue = 0
-    for bit in range(8):
-        red |= (number >> 0 & 1) << 7 - bit
-        green |= (number >> 1 & 1) << 7 - bit
-        blue |= (number >> 2 & 1) << 7 - bit
+    for bit in range(7, -1, -1):
+        red |= (number & 1) << bit
+        green |= (number >> 1 & 1) << bit
+        blue |= (number >> 2 & 1) << bit
         number >>= 3
     return red << 16 | green << 8 | blue
 
 
-def _masks(folder: Path, name: str) -> tuple[Colours, Colours] | str:
-    """Returns the colours of an image's objects and classes, or why they cannot be read."""
-    try:
-        objects, classes = (
-            _colours(folder / kind / f"{name}.png")
-            for kind in ("SegmentationObject", "SegmentationClass")
-        )
-    except (OSError, ValueError, SyntaxError) as error:  # a broken PNG is a SyntaxError
-        return one_line(error)
-    return objects, classes
-
-
-def _colours(file: Path) -> Colours:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), 2, 0)
-    return np.asarray(red << 16 | green << 8 | blue)
-
-
-def _objects(
-    masks: tuple[Colours, Colours] | str, size: tuple[int, int], ids: Mapping[int, int]
-) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    """Yields the class's id and the mask of each object.
+def _read_objects(folder: Path, ids: Mapping[int, int], name: str, size: Size) -> Objects:
+    """Reads the objects of an image; one without both PNGs has none, since CVAT writes none for it.
 
     Raises:
-        ValueError: when the masks cannot be read or are not of the image's size.
+        ValueError: when a PNG cannot be read, or is not of the image's size.
     """
-    if isinstance(masks, str):
-        raise ValueError(masks)
-    objects, classes = masks
-    for mask in masks:
-        if mask.shape != size:
-            height, width = mask.shape
-            raise ValueError(f"is {width}x{height} pixels, its image {size[1]}x{size[0]}")
-    for colour in np.unique(objects):
-        if colour in (0, VOID):
-            continue
-        pixels = objects == colour
-        found, counts = np.unique(classes[pixels], return_counts=True)
-        main = int(found[counts.argmax()])  # the seams of objects may have another colour
-        if main not in ids:
-            red, green, blue = main >> 16, main >> 8 & 255, main & 255
-            raise ValueError(f"an object has the colour {red},{green},{blue}, which is no class's")
-        yield ids[main], pixels
+    found = Objects()
+    files = [spelled(folder / kind / f"{name}.png") for kind in KINDS]
+    if not any(map(os.path.lexists, files)):
+        return found
+    objects, classes = (_colours(file, size) for file in files)
+    listed = [colour for colour in np.unique(objects).tolist() if colour not in (0, VOID)]
+    if len(listed) > _MOST_OBJECTS:
+        raise ValueError(f"{files[0]}: has {len(listed)} colours; expected one for each object")
+    for colour in listed:
+        mask = objects == colour
+        colours, counts = np.unique(classes[mask], return_counts=True)
+        main = int(colours[counts.argmax()])  # the seams of objects may have another colour
+        if main in ids:
+            found.add_mask(ids[main], mask)
+        else:
+            found.unreadable.append(
+                f"{files[1]}: the object of colour {_text(colour)} has the colour {_text(main)}, which "
+                f"is no class's"
+            )
+    return found
+
+
+def _text(colour: int) -> str:
+    return f"{colour >> 16},{colour >> 8 & 255},{colour & 255}"
+
+
+def _colours(file: Path, size: Size) -> Colours:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if (width_height := image.size) == size[::-1]:
+                pixels = np.asarray(image.convert("RGB"), np.int32)
+    # A broken PNG is a SyntaxError.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: not a readable PNG: {reason(error)}") from error
+    if width_height != size[::-1]:
+        width, height = width_height
+        raise ValueError(f"{file}: is {width}x{height} pixels, its image {size[1]}x{size[0]}")
+    return np.asarray(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2])
