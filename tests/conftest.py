@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import click
@@ -40,6 +41,12 @@ MICRO = (
     "train.epochs=1",
     "train.warmup_steps=1",
 )
+
+
+def pytest_configure() -> None:
+    # Shells start what runs in the background with SIGINT ignored, and Python leaves that so.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -49,4 +49,3 @@ def write_run(
                 stages["first"] = metrics(0.5 - box_gain, 0.4 - mask_gain)
                 stages["plain"] = metrics(0.495, 0.4)
             record.add_metrics(step, step // 20, stages)
-    record.close()

@@ -114,42 +114,6 @@ def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "metrics.csv")) == 1
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            calls.append((folder, purge_step))
-
-        def add_scalar(self, *scalar: object) -> None:
-            calls.append(scalar)
-
-        def close(self) -> None:
-            calls.append(("closed",))
-
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
-    )
-    record = RunRecord(tmp_path, keep_until=3, tensorboard=True)
-    record.add_step(Step(step=4, epoch=0, rate=0.1, losses={"mask": 2.0, "box": 1.0}))
-    record.add_metrics(4, 0, {"final": metrics(0.5, 0.4), "first": metrics(-1.0, 0.3)})
-    record.close()
-    assert calls == [
-        (str(tmp_path / "tensorboard"), 4),
-        ("train/lr", 0.1, 4), ("train/loss", 3.0, 4),
-        ("train/loss_mask", 2.0, 4), ("train/loss_box", 1.0, 4),
-        ("validation/bbox_AP_final", 0.5, 4), ("validation/segm_AP_final", 0.4, 4),
-        ("validation/segm_AP_first", 0.3, 4),
-        ("closed",),
-    ]  # fmt: skip
-
-
-def test_missing_tensorboard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
-    with pytest.raises(ConfigError, match=r"pip install 'comask\[tensorboard\]', or leave"):
-        RunRecord(tmp_path, keep_until=0, tensorboard=True)
-
-
 def test_what_does_not_exist_is_written_and_read_as_such(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, keep_until=0)
     record.add_metrics(1, 0, {"final": metrics(-1.0, 0.25)})

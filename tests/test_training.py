@@ -279,7 +279,7 @@ def test_patience_ends_training(tmp_path: Path) -> None:
 
 
 def test_one_process_trains_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_command, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("comask.training.api.LOCK_SECONDS", 0.3)
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"):
         result = run(*train(tmp_path / "run"))

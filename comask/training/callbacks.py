@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -113,7 +114,7 @@ class WeightsAndBiases(_Numbers):
         """Starts a run, or goes on with that of an earlier process of this folder."""
         file = folder / "wandb_id.txt"
         if not file.exists():
-            file.write_text(self._wandb.util.generate_id())
+            file.write_text(secrets.token_hex(4))
         self._wandb.init(
             id=file.read_text().strip(), name=folder.name, dir=str(folder), resume="allow",
             config=dataclasses.asdict(config),
