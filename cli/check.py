@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -16,27 +17,35 @@ SHAPES_IMAGES = 1000  # as many as `comask shapes` writes
 
 
 @command
-@click.argument("data", metavar="DIR|shapes")
+@click.argument("data", metavar="DATA|shapes")
 @option("--split", type=click.Choice(["train", "val"]), default="train",
-        help="Which of the folder's annotation files. [train]")  # fmt: skip
+        help="Which part of the data. [train]")  # fmt: skip
 @option("--boxes", type=click.Choice(["annotated", "mask"]), default="annotated",
         help="Use the annotated boxes, or the masks' bounds. [annotated]")  # fmt: skip
 @json_option
+@option("--page", type=click.Path(path_type=Path), metavar="FILE",
+        help="Write a page with histograms and pictures: .html.")  # fmt: skip
 def main(
     data: str,
     split: Literal["train", "val"],
     boxes: Literal["annotated", "mask"],
     json_file: str | None,
+    page: Path | None,
 ) -> None:
-    """Check a COCO-format data set as training and evaluation do, and count what it holds.
+    """Check a data set as training and evaluation do, and count what it holds.
 
-    Prints a line for each kind of problem with examples. Exits with 1 when something has to be left out
-    or changed.
+    It may have any of the formats that comask train takes. Prints a line for each kind of problem with
+    examples. Exits with 1 when something has to be left out or changed.
 
     \b
     comask check /data/mine
+    comask check /data/mine --page check.html
     """
-    check_outputs(json=json_file)
+    check_outputs(json=json_file, page=page)
+    if page is not None:
+        from comask.data.check_page import require_matplotlib, write_check_page
+
+        require_matplotlib()
     from comask.data.open_data import open_source
     from comask.data.problems import without_objects
     from comask.data.summary import Summary
@@ -66,6 +75,9 @@ def main(
     unsound = "a part is left out or changed: see the lines above"
     report("the whole data set is used" if summary.sound else unsound)
     write_json(json_file, dataclasses.asdict(summary))
+    if page is not None:
+        write_check_page(source, summary, page, title=f"Data set {one_line(data)}")
+        report(f"wrote {page}")
     if not summary.sound:
         sys.exit(1)
 
