@@ -39,7 +39,7 @@ WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them 
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
-@option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
+@option("--data", required=True, metavar="DATA|shapes", help="Data set with masks.")
 @option("--limit", "images", type=click.IntRange(1), metavar="N", aliases=("--images",),
         help="Score the first N images only. [all; shapes: 200]")  # fmt: skip
 @option("--results", type=click.Path(path_type=Path), metavar="FILE",

@@ -15,7 +15,7 @@ COMMANDS = {
     "Train": {
         "shapes": "Write a synthetic data set.",
         "check": "Check a data set before training does.",
-        "train": "Train on a COCO-format data set.",
+        "train": "Train on your data, or on synthetic images.",
     },
     "Deploy": {
         "export": "Export a checkpoint to a bundle that equals PyTorch.",

@@ -136,7 +136,7 @@ def verification_options(function: Callable[..., None]) -> Callable[..., None]:
         option("--limit", type=click.IntRange(1), default=VERIFIED_IMAGES, metavar="N",
                aliases=("--verify-images",),
                help=f"Compare on N images of the data. [{VERIFIED_IMAGES}]"),
-        option("--data", default="shapes", metavar="DIR|shapes", aliases=("--val-data",),
+        option("--data", default="shapes", metavar="DATA|shapes", aliases=("--val-data",),
                help="Images to compare with PyTorch on. [shapes]"),
     ):  # fmt: skip
         function = add(function)

@@ -30,15 +30,15 @@ CALIBRATION = "Calibration"  # heading of options
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
-@option("--data", default="shapes", metavar="DIR|shapes", aliases=("--val-data",),
-        help="COCO-format folder to measure AP on. [shapes, for the demo]")  # fmt: skip
+@option("--data", default="shapes", metavar="DATA|shapes", aliases=("--val-data",),
+        help="Data set to measure AP on. [shapes, for the demo]")  # fmt: skip
 @option("--limit", type=click.IntRange(1), metavar="N", aliases=("--val-images",),
         help=f"Measure on N images of it at most. [{DEFAULT.limit}]")  # fmt: skip
 @option("--max-loss", type=click.FloatRange(0), metavar="POINTS", aliases=("--ap-budget",),
         help=f"AP points that may be lost. [{DEFAULT.max_loss}]")  # fmt: skip
 @option("--skip-cpu", is_flag=True, help="For a GPU: int8 need not be faster on this CPU.")
 @json_option
-@option("--calib-data", metavar="DIR|shapes", required=True, group=CALIBRATION,
+@option("--calib-data", metavar="DATA|shapes", required=True, group=CALIBRATION,
         help="Images like those that the network will see.")  # fmt: skip
 @option("--calib-limit", type=click.IntRange(1), metavar="N", aliases=("--calib-images",),
         group=CALIBRATION, help=f"Number of these images. [{DEFAULT.calib_limit}]")  # fmt: skip

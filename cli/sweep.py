@@ -32,7 +32,7 @@ from comask.runtime.bench.sweep import Sweep, SweepReport, SweepRow
 
 @command
 @click.argument("bundle", type=click.Path(path_type=Path))
-@option("--data", required=True, metavar="DIR|shapes", help="COCO-format folder with masks.")
+@option("--data", required=True, metavar="DATA|shapes", help="Data set with masks.")
 @option("--limit", type=click.IntRange(1), metavar="N",
         help=f"Score the first N images only. [all; shapes: {SCORED_SHAPES}]")  # fmt: skip
 @option("--max-loss", type=click.FloatRange(0), default=0.5, metavar="POINTS",

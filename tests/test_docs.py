@@ -136,7 +136,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
             r"(comask|export|runtime|cli|calib|tests|examples|benchmarks)/[\w./*-]+", span
         ):
             wrong += [] if list(ROOT.glob(span.rstrip("/"))) else [span]
-        if match := re.fullmatch(r"((?:model|train|data)\.[a-z]\w+)(=\S*)?", span):
+        if match := re.fullmatch(r"((?:model|train|data)\.(?!yaml)[a-z]\w+)(=\S*)?", span):
             section, _, key = match[1].partition(".")
             wrong += [] if hasattr(getattr(preset("comask-r50"), section), key) else [span]
     assert not wrong

@@ -197,6 +197,7 @@ def test_labelme_shapes(coco: Path, tmp_path: Path) -> None:
     shapes = [
         shape("box", [30, 40, 10, 20], "rectangle"),
         shape("disc", [50, 50, 50, 60], "circle"),
+        shape("turned", [20, 50, 30, 60, 20, 70, 10, 60], "oriented_rectangle"),
         shape("brush", [5, 6, 13, 12], "mask", mask=exports.png_text(square)),
         shape("two", [0, 0, 9, 0, 9, 9], group_id=4),
         shape("two", [70, 70, 79, 70, 79, 79], group_id=4),
@@ -211,11 +212,12 @@ def test_labelme_shapes(coco: Path, tmp_path: Path) -> None:
     for entry in source.annotations(0):
         mask = exports.mask_of(entry, image)
         objects.setdefault(names[entry["category_id"]], []).append((entry["bbox"], mask))
-    assert set(objects) == {"box", "disc", "brush", "two"}
+    assert set(objects) == {"box", "disc", "turned", "brush", "two"}
     whole = np.zeros((height, width), bool)
     whole[20:40, 10:30] = True
     assert (objects["box"][0][1] == whole).all()
     assert objects["box"][0][0] == [10, 20, 20, 20]
+    assert objects["turned"][0][0] == [10, 50, 20, 20]
     assert objects["disc"][0][0] == pytest.approx([40, 40, 20, 20])
     assert objects["disc"][0][1].sum() == pytest.approx(np.pi * 100, rel=0.02)
     whole[:] = False

@@ -36,7 +36,7 @@ def test_train_refuses_in_one_line(tmp_path: Path) -> None:
         (("--data", tmp_path / "no", "--output", tmp_path / "r"), 1, "no: no such folder"),
         (("--data", tmp_path / "set" / "images", "--output", tmp_path / "r"), 1,
          f"data set {tmp_path / 'set'}; give that folder"),
-        (("--data", listed, "--output", tmp_path / "r"), 1, f"data set {tmp_path / 'set'}; give"),
+        (("--data", listed, "--output", tmp_path / "r"), 1, f"{listed}: no image of the data set"),
         (("--data", tmp_path / "set", "--output", tmp_path / "r"), 1, "set: no image of the"),
         (("--data", "shapes", "--output", tmp_path / "r", "--set", "train.epochs", "1"), 2,
          "--set takes key=value"),

@@ -155,7 +155,7 @@ def _polygon(shape: Entry) -> list[float]:
         radius = math.dist((x, y), edge)
         turns = (2 * math.pi * i / _CORNERS_OF_CIRCLE for i in range(_CORNERS_OF_CIRCLE))
         return [v for t in turns for v in (x + radius * math.cos(t), y + radius * math.sin(t))]
-    if kind in ("polygon", "rectangle", "rotation") and len(pairs) >= 3:
+    if kind in ("polygon", "rectangle", "oriented_rectangle", "rotation") and len(pairs) >= 3:
         return [value for pair in pairs for value in pair]
     raise ValueError(f"a {kind} of {len(pairs)} points has no area")
 
