@@ -48,7 +48,7 @@ OPTIONS = {
         "backend", "device", "data", "limit", "max-loss", "grid", "runs", "plot", "json",
     },
     "soak": {"backend", "minutes", "data", *RUNS, "plot", "json"},
-    "check": {"split", "boxes", "json"},
+    "check": {"split", "boxes", "json", "page"},
     "shapes": {"count", "seed"},
     "doctor": {"need", "json"},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes the page of `comask check`: the counts of a data set, its problems, and pictures of what is worth a look."""
+"""Writes the page of `comask check`: counts, problems, histograms, and pictures worth a look."""
 
 from __future__ import annotations
 
