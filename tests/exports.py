@@ -298,10 +298,18 @@ def labelme_file(folder: Path, image: Content, shapes: list[Content], path: str 
     return file
 
 
-def labelme_shape(label: str, numbers: list[float], kind: str = "polygon", **more: Any) -> Content:
+def labelme_shape(
+    label: str, numbers: list[float], kind: str | None = "polygon", **more: Any
+) -> Content:
     """A shape of points [x1, y1, x2, …]."""
     points = np.reshape(numbers, (-1, 2)).tolist()
-    shape = {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}}
+    shape: Content = {
+        "label": label,
+        "points": points,
+        "group_id": None,
+        "shape_type": kind,
+        "flags": {},
+    }
     return shape | more
 
 

@@ -58,6 +58,16 @@ def labels(folder: Path) -> Path:
     return folder / "labels" / "train" / f"{NAME}.txt"
 
 
+def instead(make: Change) -> Change:
+    """Makes something else in place of the first image's labels."""
+
+    def change(folder: Path) -> None:
+        labels(folder).unlink()
+        make(labels(folder))
+
+    return change
+
+
 def listed(line: str) -> Change:
     def change(folder: Path) -> None:
         files = sorted((folder / "images" / "train").iterdir())
@@ -81,9 +91,9 @@ BAD_YOLO: dict[str, tuple[Change, str]] = {
     "pixels": (text(1, "0 10 10 20 20 30 10"), "1 mask without a pixel"),
     "not UTF-8": (lambda folder: labels(folder).write_bytes(b"0 \xff\xfe"),
                   UNREAD + r".*001\.txt: not a readable text in UTF-8.*the image .*001\.png is left out"),
-    "a folder": (lambda folder: (labels(folder).unlink(), labels(folder).mkdir()),
+    "a folder": (instead(lambda file: file.mkdir()),
                  UNREAD + ".*not a file"),
-    "a link to nothing": (lambda folder: (labels(folder).unlink(), labels(folder).symlink_to("no")),
+    "a link to nothing": (instead(lambda file: file.symlink_to("no")),
                           UNREAD + ".*not a file"),
     "a broken image": (
         lambda folder: (folder / "images" / "train" / f"{NAME}.png").write_bytes(b"no image"),
