@@ -39,10 +39,11 @@ def _assignments(
 
 @command
 @option("--data", multiple=True, metavar="DATA|shapes",
-        help="Folder or file in COCO's, Roboflow's, CVAT's, YOLO's, VOC's or LabelMe's format, or shapes "
-             "for synthetic images; several are joined by class name.")  # fmt: skip
+        help="Your data set (COCO, Roboflow, CVAT, YOLO, Pascal VOC, LabelMe), or shapes for synthetic "
+             "images; repeat it to join several by class name.")  # fmt: skip
 @option("--val", multiple=True, metavar="DATA",
-        help="Validation data. [--data's part for it, or a share of --data]")  # fmt: skip
+        help="Validation data, may be repeated. [the data's own part, else a share: data.val_fraction, "
+             "data.val_group]")  # fmt: skip
 @option("--preset", "preset_name", type=click.Choice(list(PRESETS)), default="comask-r50",
         metavar="NAME", help=f"One of {', '.join(PRESETS)}. [comask-r50]")  # fmt: skip
 @option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -96,9 +97,13 @@ def main(
         if given and eval_only:
             raise click.UsageError(f"{name} trains and --eval-only does not: give one of them")
     if seeds and not val and data != ("shapes",):
-        raise click.UsageError(
-            "--seeds needs --val: the share that is set aside depends on the seed"
-        )
+        from comask.data.layouts import has_validation
+
+        if lacking := [name for name in data if not has_validation(Path(name))]:
+            raise click.UsageError(
+                f"--seeds needs --val: {lacking[0]} has no part for validation, and the share that is "
+                f"set aside depends on the seed"
+            )
 
     from comask.training.distributed import join
 

@@ -17,7 +17,8 @@ from comask.cli.main import main
 RUNS = {"device", "batch", "proposals", "short-side"}
 OPTIONS = {
     "train": {
-        "data", "val", "preset", "output", "set", "resume", "seeds", "eval-only", "print-config",
+        "data", "val", "preset", "config", "output", "set", "track", "resume", "seeds", "eval-only",
+        "print-config",
     },
     "export": {
         "output", "precision", "score-threshold", "diagnostics", "data", "limit", "json",

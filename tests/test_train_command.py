@@ -109,11 +109,33 @@ def test_seeds_tell_how_far_ap_scatters(tmp_path: Path) -> None:
 
 
 def test_seeds_need_images_that_are_the_same_for_all(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert run("shapes", whole, "--count", 4).exit_code == 0
     for arguments, words in [
-        (("--data", tmp_path, "--seeds", 2), "--seeds needs --val"),
+        (
+            ("--data", whole, "--seeds", 2),
+            f"--seeds needs --val: {whole} has no part for validation",
+        ),
         (("--data", "shapes", "--seeds", 2, "--eval-only"), "--seeds trains and --eval-only does"),
         (("--data", "shapes", "--seeds", 1), "2"),
     ]:
         result = run("train", "--output", tmp_path / "r", *arguments)
         assert result.exit_code == 2
         assert words in result.output
+
+
+def test_seeds_take_the_datas_own_part_for_validation(tmp_path: Path) -> None:
+    parted = tmp_path / "parted"
+    (parted / "annotations").mkdir(parents=True)
+    for part, count in (("train2017", 8), ("val2017", 3)):
+        assert run("shapes", tmp_path / part, "--count", count).exit_code == 0
+        (tmp_path / part / "images").rename(parted / part)
+        file = tmp_path / part / "annotations" / "instances.json"
+        file.rename(parted / "annotations" / f"instances_{part}.json")
+    result = run(
+        "train", "--data", parted, "--preset", "shapes-tiny", "--output", tmp_path / "runs",
+        "--seeds", 2, *settings(*MICRO, "train.max_steps=1"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.output.count("8 training images, 3 for validation") == 2
+    assert "over 2 seeds, mean ± deviation" in result.output
