@@ -51,10 +51,8 @@ gpu-upload: setup
 	  $(if $(THERE),--there "$(THERE)") $(if $(PYTHON312),--interpreter "$(PYTHON312)")
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
-# OpenVINO has processes of its own: once, workers of pytest that had loaded it ended without a word.
 test: setup $(VENV)/pycuda $(VENV)/triton $(VENV)/cpp
-	$(PYTEST) -m "not slow" --ignore tests/test_openvino.py
-	$(PYTEST) -m "not slow" tests/test_openvino.py
+	$(PYTEST) -m "not slow"
 
 # Real servers, a cluster, long runs.
 test-slow: setup $(VENV)/rtsp $(VENV)/chromium $(VENV)/s3

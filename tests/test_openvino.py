@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -304,3 +306,27 @@ def test_openvino_is_timed_in_each_precision(int8_bundle: Path) -> None:
     assert found is not None
     assert set(found) == {"fp32", "bf16", "int8"} & set(openvino.precisions_on("cpu"))
     assert min(found.values()) > 0
+
+
+HANDLED = """
+import os, signal, sys, threading
+from comask.runtime import Predictor
+predictors = [Predictor.load(sys.argv[1], "openvino")]
+def drop():
+    predictors.pop().close()
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+
+
+def test_signals_are_handled_after_another_thread_has_closed_it(micro_bundle: Path) -> None:
+    """OpenVINO's own core would leave a stack for signal handlers that is freed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", HANDLED, str(micro_bundle)], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "handled\nalive\n"), ended.stderr

@@ -6,6 +6,7 @@ is told for the layers that are not quantised; the graphs stay as they are in th
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -35,6 +36,17 @@ CACHE = ".openvino"  # in the folder of the engines; a folder for each version
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
+def core() -> ov.Core:
+    """Returns the process's only core, which lives as long as the process.
+
+    OpenVINO 2026.4 gives the thread that first uses the processor another stack for signal handlers, and
+    frees it with the core. If another thread frees it, the next handled signal (Ctrl-C, or the end of a
+    child process) ends the process without a word.
+    """
+    return ov.Core()
+
+
 class OpenVinoStage:
     """An ONNX file in OpenVINO.
 
@@ -51,10 +63,9 @@ class OpenVinoStage:
     def __init__(self, graph: Path, device: str, settings: Mapping[str, Any]) -> None:
         # OpenVINO does not know functions
         model = onnx.inliner.inline_local_functions(onnx.load(graph))
-        core = ov.Core()
         try:
-            read = core.read_model(model.SerializeToString())
-            self._compiled: Any = core.compile_model(read, device, dict(settings))
+            read = core().read_model(model.SerializeToString())
+            self._compiled: Any = core().compile_model(read, device, dict(settings))
         except RuntimeError as error:  # the base of all its exceptions
             if is_out_of_memory(error):
                 raise EngineError(f"{graph}: not enough memory to load it: {error}") from error
@@ -117,7 +128,7 @@ def precisions_on(device: Device) -> tuple[str, ...]:
     Raises:
         BackendUnavailableError: if OpenVINO does not find the device.
     """
-    offered = ov.Core().get_property(_device(device), "OPTIMIZATION_CAPABILITIES")
+    offered = core().get_property(_device(device), "OPTIMIZATION_CAPABILITIES")
     return tuple(name for name, (_, capability) in ARITHMETIC.items() if capability in offered)
 
 
@@ -126,7 +137,7 @@ def _device(wanted: Device) -> str:
     name = (
         "CPU" if wanted is None else f"GPU.{wanted}" if isinstance(wanted, int) else wanted.upper()
     )
-    there = ov.Core().available_devices
+    there = core().available_devices
     # with a single GPU, OpenVINO leaves its number out
     if name not in there and not (name in ("GPU", "GPU.0") and {"GPU", "GPU.0"} & set(there)):
         raise BackendUnavailableError(
@@ -142,7 +153,7 @@ def settings_for(device: str, precision: str) -> dict[str, Any]:
     Raises:
         BackendUnavailableError: if the device has no arithmetic of the precision.
     """
-    offered = ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    offered = core().get_property(device, "OPTIMIZATION_CAPABILITIES")
     wanted, capability = ARITHMETIC[precision]
     if capability not in offered:
         raise BackendUnavailableError(
