@@ -56,7 +56,8 @@ def test_callbacks_are_told_everything_in_order(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert recorder.calls == expected
     assert (result.step, result.config.model.channels) == (2, 32)
-    assert result.best.is_file() and result.last.is_file()
+    assert result.best.is_file()
+    assert result.last.is_file()
     assert result.validation is not None
     again = Recorder()
     resumed = train(
@@ -72,7 +73,9 @@ def test_an_exception_of_a_callback_ends_the_run(tmp_path: Path) -> None:
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        train("shapes", tmp_path / "run", preset="shapes-tiny", settings=TINY, callbacks=[Impatient()])
+        train(
+            "shapes", tmp_path / "run", preset="shapes-tiny", settings=TINY, callbacks=[Impatient()]
+        )
 
 
 def test_tensorboard_gets_the_numbers_of_the_tables(

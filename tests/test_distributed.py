@@ -94,6 +94,7 @@ def test_two_ranks_train_as_one(landscape: Path, tmp_path: Path) -> None:
     assert len(evaluations[0]) == len(evaluations[1]) == 6
 
 
+@pytest.mark.slow
 def test_data_are_read_and_reported_by_one_of_the_ranks(landscape: Path, tmp_path: Path) -> None:
     """The others learn what it found: the same images, or the same refusal."""
     data = tmp_path / "set"

@@ -126,6 +126,7 @@ def installed(folder: Path, name: str, module: str) -> None:
     (about / "top_level.txt").write_text(f"{module}\n")
 
 
+@pytest.mark.slow
 def test_two_packages_of_onnxruntime(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, micro_bundle: Path
 ) -> None:

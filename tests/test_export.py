@@ -188,7 +188,9 @@ def test_json_report(micro_bundle: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        ("model.collaboration=fc_reg", "model.msfem_place=replace"),
+        pytest.param(
+            ("model.collaboration=fc_reg", "model.msfem_place=replace"), marks=pytest.mark.slow
+        ),
         (
             "model.refined_nms_iou=0.5", "model.separate_fine_head=true",
             "model.train_refined_masks=true", "model.backbone_norm=group",
@@ -196,7 +198,10 @@ def test_json_report(micro_bundle: Path) -> None:
             "model.cell_pooling=logit", "model.empty_foreground=proposal",
             "model.mask_threshold=0.4",
         ),
-        ("model.cell_pooling=bilinear", "model.offset_activation=none", "model.msfem_mode=tied"),
+        pytest.param(
+            ("model.cell_pooling=bilinear", "model.offset_activation=none", "model.msfem_mode=tied"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["fc_reg", "many", "others"],
 )  # fmt: skip

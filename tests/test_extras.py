@@ -288,6 +288,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["export", "export a precision", "quantize"])
 def test_what_exports_asks_for_onnxruntime_first(
     command: str, micro_run: Path, micro_bundle: Path, micro_fp16: Path, tmp_path: Path

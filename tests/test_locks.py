@@ -92,6 +92,7 @@ def test_without_locks_what_may_be_anothers_stays(no_locks: int, tmp_path: Path)
             assert (first / "file").exists()
 
 
+@pytest.mark.slow
 def test_training_and_export_do_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

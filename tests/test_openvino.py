@@ -16,19 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-ov = pytest.importorskip("openvino", reason="pip install 'comask[openvino]'")
+pytest.importorskip("openvino", reason="pip install 'comask[openvino]'")
 
-from comask.bundle import STAGES, Bundle, Manifest  # noqa: E402
-from comask.data.shapes import ShapesSource  # noqa: E402
-from comask.errors import BackendUnavailableError, BundleError, ComaskError  # noqa: E402
-from comask.runtime import Predictor  # noqa: E402
-from comask.runtime.backends import LoadOptions, choice, openvino  # noqa: E402
-from comask.runtime.backends.base import Stages  # noqa: E402
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages  # noqa: E402
-from comask.runtime.parity.open_backends import openvino_backends  # noqa: E402
+from comask.bundle import STAGES, Bundle, Manifest
+from comask.data.shapes import ShapesSource
+from comask.errors import BackendUnavailableError, BundleError, ComaskError
+from comask.runtime import Predictor
+from comask.runtime.backends import LoadOptions, choice, openvino
+from comask.runtime.backends.base import Stages
+from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.parity.open_backends import openvino_backends
 
 LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
-HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 arithmetic")
 
 
@@ -129,7 +129,7 @@ def executed(stages: Stages) -> Mapping[str, str]:
 
 
 def test_what_cannot_be_honoured_is_refused(micro_bundle: Path) -> None:
-    offered = ov.Core().available_devices
+    offered = openvino.core().available_devices
     for device in ("npu", "gpu", 3):
         if {"npu": "NPU", "gpu": "GPU", 3: "GPU.3"}[device] in offered:
             continue
@@ -153,7 +153,7 @@ def test_missing_arithmetic_is_refused(micro_bundle: Path, monkeypatch: pytest.M
             assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
             return ["FP32", "INT8"]
 
-    monkeypatch.setattr(openvino.ov, "Core", OldCore)
+    monkeypatch.setattr(openvino, "core", OldCore)
     assert openvino.precisions_on(None) == ("int8", "fp32")
     for precision in ("bf16", "fp16"):
         with pytest.raises(

@@ -273,6 +273,7 @@ def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> N
     run_on_standin(function, shutil.copytree(micro_bundle, tmp_path / "bundle"))
 
 
+@pytest.mark.slow
 def test_maps_cross_channels_last(tmp_path: Path) -> None:
     skip_without_pycuda()
     channels = settings("model.norm_groups=4", "model.channels=36")
