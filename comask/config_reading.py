@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -85,6 +86,9 @@ def read_config(file: Path, base: Config) -> Config:
         for name, value in settings.items():
             if f"{part}.{name}" not in known:
                 raise ConfigError(f"--config {file}: {_unknown(f'{part}.{name}', known)}")
+            if isinstance(value, str) and isinstance(values[part][name], float):
+                with suppress(ValueError):
+                    value = float(value)  # YAML 1.1 has no number 1e-4, which it reads as text
             values[part][name] = value
     try:
         return from_dict(Config, _with_auto(values))

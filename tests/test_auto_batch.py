@@ -10,6 +10,7 @@ from conftest import MICRO, run, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comask.config import Config
 from comask.models.comask import CoMask
 from comask.presets import preset
 from comask.training.auto_batch import MOST, largest, trial
@@ -43,3 +44,21 @@ def test_without_a_gpu_the_option_is_refused(tmp_path: Path) -> None:
                  *settings(*MICRO, "train.batch_size=auto"))  # fmt: skip
     assert result.exit_code == 1
     assert "train.batch_size=auto: needs a GPU" in result.output
+
+
+def test_the_trials_save_memory_as_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed = []
+
+    def measured(model: CoMask, config: Config) -> int:
+        recomputed.append(model.backbone.recompute)
+        return 4
+
+    monkeypatch.setattr("comask.training.run.find_batch_size", measured)  # it needs a GPU
+    result = run("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path / "run",
+                 *settings(*MICRO, "train.batch_size=auto", "train.checkpoint_activations=true",
+                           "model.backbone_norm=group"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "train.batch_size=4, which fits into the GPU's memory" in result.output
+    assert recomputed == [True]

@@ -165,12 +165,16 @@ def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_settings_of_a_file(tmp_path: Path) -> None:
     yaml = tmp_path / "mine.yaml"
-    yaml.write_text("train:\n  epochs: 3\n  batch_size: auto\ndata:\n  short_sides: [64, 96]\n")
+    yaml.write_text(
+        "train:\n  epochs: 3\n  batch_size: auto\n  learning_rate: 1e-4\n"
+        "data:\n  short_sides: [64, 96]\n"
+    )
     shown = run("train", "--preset", "shapes-tiny", "--config", yaml, "--print-config",
                 *settings("train.epochs=5"))  # fmt: skip
     assert shown.exit_code == 0, shown.output
     config = json.loads(shown.output)
     assert (config["train"]["epochs"], config["train"]["batch_size"]) == (5, 0)
+    assert config["train"]["learning_rate"] == 1e-4  # which YAML 1.1 reads as text
     assert config["data"]["short_sides"] == [64, 96]
     assert config["model"]["channels"] == 64  # the preset's
     whole = tmp_path / "config.json"
@@ -186,6 +190,7 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
         ("train: 3", "expected the parts model, preprocess, data, train"),
         ("[1]", "expected the parts"),
         ("train: {epochs: many}", "train.epochs: expected a value of type int, got 'many'"),
+        ("train: {learning_rate: fast}", "train.learning_rate: expected a value of type float"),
         ("train: [", "cannot be read"),
         ("data: {short_sides: [9000]}", "data.short_sides: expected sides of at most"),
     ],

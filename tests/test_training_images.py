@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import MICRO, run, settings
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -121,3 +122,10 @@ def test_a_run_has_the_grid_and_its_report_shows_it(micro_run: Path) -> None:
     content = (micro_run / "training_images.jpg").read_bytes()
     page = (micro_run / "report.html").read_text()
     assert f"data:image/jpeg;base64,{base64.b64encode(content).decode()}" in page
+
+
+def test_a_job_that_is_queued_with_resume_has_the_grid(tmp_path: Path) -> None:
+    result = run("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", tmp_path / "run",
+                 "--resume", *settings(*MICRO, "train.max_steps=1"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "training_images.jpg").exists()

@@ -92,6 +92,7 @@ def train_run(
     checkpoint = _checkpoint_to_resume(output, config, opened.digest, say) if resume else None
     torch.manual_seed(config.train.seed)
     model = CoMask(config.model, config.preprocess)
+    model.backbone.recompute = config.train.checkpoint_activations
     if checkpoint is None:
         _import_weights(model, config, opened.train, ranks, say)
     if not config.train.batch_size:
@@ -99,7 +100,6 @@ def train_run(
         config = _with_batch_size(config, ranks.world * -int(largest_over_ranks(-images, ranks)))
         say(f"train.batch_size={config.train.batch_size}, which fits into the GPU's memory")
     model = fit_to_machine(model, config, ranks)
-    model.backbone.recompute = config.train.checkpoint_activations
     if ranks.first:
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         write_whole(output / "config.json", text.encode())
@@ -110,7 +110,7 @@ def train_run(
     trackers: list[Callback] = []
     if config.train.tensorboard and not any(isinstance(c, TensorBoard) for c in callbacks):
         trackers = [TensorBoard()]
-    if ranks.first and not resume:
+    if ranks.first and checkpoint is None:
         draw_training_images(opened, config, output)
     trainer = Trainer(
         model,
