@@ -17,7 +17,7 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "sh", "json", "text", "dockerfile"}
+LANGUAGES = {"python", "sh", "json", "yaml", "text", "dockerfile"}
 NOT_RUN = re.compile(r"<!-- not run: (?P<why>.+?) -->\s*")
 FOREIGN = {".", "docker"}  # programs that are not ours
 ASSIGNMENT = re.compile(r"[A-Z_]+=")

@@ -23,7 +23,7 @@ import click
 MODULES = (
     "comask", "comask.bundle", "comask.config", "comask.draw", "comask.errors", "comask.preprocess",
     "comask.runtime", "comask.runtime.trt.flavor", "comask.runtime.trt.plugins",
-    "comask.runtime.video",
+    "comask.runtime.video", "comask.training",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from conftest import MICRO, run, settings
 from doc_blocks import PAGES, ROOT, Block
 from video_clips import make_clip, pictures
 
+from comask.config_reading import read_config
 from comask.presets import preset
 
 BLOCKS = [block for page in PAGES for block in doc_blocks.blocks(page)]
@@ -92,6 +93,10 @@ def test_block(
             exec(code, names)
     elif block.language == "json":
         json.loads(block.text)
+    elif block.language == "yaml":  # settings, in the file that its first line names
+        file = Path(block.text.partition("\n")[0].removeprefix("# "))
+        file.write_text(block.text)
+        read_config(file, preset("comask-r50"))
     if block.why:
         pytest.skip(f"checked, not run: {block.why}")
 
