@@ -39,8 +39,8 @@ VARIANTS = {
 def main(output: Path, seeds: int, only: tuple[str, ...]) -> None:
     """Print a Markdown table and write its rows to OUTPUT/rows.jsonl."""
     lines = [
-        f"mean ± sd of {seeds} seeds, {IMAGES} training images, {TEST_IMAGES} unseen images; gain: mean of "
-        f"the paired differences ± its standard error",
+        f"mean ± sd of {seeds} seeds, {IMAGES} training images, {TEST_IMAGES} unseen images; gain: mean "
+        f"of the paired differences ± its standard error",
         "",
         "| augmentation | mask AP | gain | box AP | gain |",
         "|---|---|---|---|---|",

@@ -16,7 +16,8 @@ from comask.cli.command import command, option
 @option(
     "--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the random images. [0]"
 )
-def main(folder: Path, images: int, seed: int) -> None:
+@option("--clutter", is_flag=True, help="Write shapes-clutter: thin, crowded objects.")
+def main(folder: Path, images: int, seed: int, clutter: bool) -> None:
     """Write the synthetic data set `shapes` to a folder in COCO format.
 
     The folder gets images/ and annotations/instances.json. Equal seeds give equal files.
@@ -26,8 +27,10 @@ def main(folder: Path, images: int, seed: int) -> None:
     """
     from comask.data.coco import write_coco
     from comask.data.shapes import ShapesSource
+    from comask.data.shapes_clutter import ShapesClutterSource
     from comask.progress import Progress
 
+    kind = ShapesClutterSource if clutter else ShapesSource
     with Progress("writing", images, unit="images") as progress:
-        write_coco(ShapesSource(num_images=images, seed=seed), folder, progress.advance)
+        write_coco(kind(num_images=images, seed=seed), folder, progress.advance)
     click.echo(f"{images} images in {folder}")

@@ -24,7 +24,9 @@ from comask.data.problems import describe, without_objects
 from comask.data.source import Category, InstanceSource
 from comask.errors import DataError, one_line
 
-SHAPES = "shapes"  # the value of `--data`
+# The values of `--data` that stand for generated images.
+SHAPES, CLUTTER = "shapes", "shapes-clutter"
+GENERATED = (SHAPES, CLUTTER)
 SHAPES_VAL_SEED = 1_000_000  # far from training seeds, so that the images differ
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ def open_source(
     report: Callable[[str], None] | None = None,
     classes: Sequence[Category] = (),
 ) -> InstanceSource:
-    """Opens the sound part of the data sets that `--data` names, or the generated `shapes`.
+    """Opens the sound part of the data sets that `--data` names, or a generated one.
 
     Every command opens its data here, so that all of them use the same part. `shapes` always means the
     generated data set. If the working directory has a folder of that name, a warning says that `./shapes`
@@ -61,14 +63,19 @@ def open_source(
         DataError: when there is no data set, none of its images can be used, or `classes` lacks a class.
     """
     names = [data] if isinstance(data, str) else list(data)
-    if SHAPES in names and len(names) > 1:
-        raise DataError(f"{SHAPES} cannot be joined with other data: write it with 'comask shapes'")
-    if names == [SHAPES]:  # its images are rendered on demand and need no check
+    generated = [name for name in names if name in GENERATED]
+    if generated and len(names) > 1:
+        raise DataError(
+            f"{generated[0]} cannot be joined with other data: write it with 'comask shapes'"
+        )
+    if generated:  # the images are rendered on demand and need no check
         from comask.data.shapes import ShapesSource
+        from comask.data.shapes_clutter import ShapesClutterSource
 
-        if (folder := Path.cwd() / SHAPES).is_dir():
-            _tell_apart(folder)
-        return ShapesSource(num_images=shapes_images, seed=shapes_seed)
+        if (Path.cwd() / generated[0]).is_dir():
+            _tell_apart(generated[0])
+        kind = ShapesSource if generated == [SHAPES] else ShapesClutterSource
+        return kind(num_images=shapes_images, seed=shapes_seed)
     return open_files(names, split, boxes=boxes, report=report or logger.warning, classes=classes)
 
 
@@ -154,12 +161,13 @@ def open_training_data(
     data, val = _listed(data), _listed(val or ())
     name = " ".join(data)
     open_one = partial(open_source, boxes=config.boxes, report=report)
-    if not val and data != [SHAPES] and all(has_validation(Path(one)) for one in data):
+    generated = data[0] in GENERATED
+    if not val and not generated and all(has_validation(Path(one)) for one in data):
         logger.info("validation on the part of %s for it", name)
         val = data
     source = open_one(data, "train", shapes_images=config.shapes_train, shapes_seed=seed)
     everything = list(range(len(source)))
-    if not val and data != [SHAPES]:
+    if not val and not generated:
         chosen = _set_aside(source, config, seed, name)
         return _with_objects(TrainingData(source, chosen[0], source, chosen[1]), name)
     val_source = open_one(
@@ -272,8 +280,8 @@ def _with_objects(opened: TrainingData, data: str) -> TrainingData:
 
 
 @functools.cache  # a command may open several data sets
-def _tell_apart(folder: Path) -> None:
+def _tell_apart(name: str) -> None:
     logger.warning(
         "%s is the built-in data set here, not the folder %s: write ./%s for that",
-        SHAPES, folder, SHAPES,
+        name, Path.cwd() / name, name,
     )  # fmt: skip

@@ -1,0 +1,232 @@
+"""Shows what the collaboration of mask and boxes does: weighted against uniform cells, RoI by RoI.
+
+`shapes-tiny` is trained on shapes-clutter with weighted cells, with uniform cells and with boxes of the
+classification branch (`fc_reg`), with several seeds. Every model then refines the same RoIs: ground-truth
+boxes whose centre and size are changed by up to ±15, 25 and 35 %. The measure is the IoU of the refined
+box with the truth, and its difference between two models on the same RoIs. The cells' weights in training
+and at test are independent of each other, which makes four combinations. Last, the proposals of the test
+images are changed by ±35 % and AP75 of boxes is measured.
+
+    python benchmarks/collaboration.py --output runs/collaboration --seeds 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comask.config import DataConfig
+from comask.data.shapes_clutter import ShapesClutterSource
+from comask.data.training_set import TrainingSet
+from comask.evaluate import evaluate
+from comask.models.boxes import clip_boxes, decode_boxes, paired_iou
+from comask.models.comask import CoMask
+from comask.progress import Progress
+from comask.runtime.backends.base import Stages
+from comask.runtime.backends.pytorch import torch_stages
+from comask.runtime.predictor import Predictor
+from comask.training import train
+from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
+from comask.training.targets import jitter
+
+AMOUNTS = (0.15, 0.25, 0.35)
+LOOSE = AMOUNTS[-1]
+ROI_SEED, AP_SEED = 6_000_000, 7_000_000  # of images that no training has seen
+PER_OBJECT = 2  # RoIs
+VARIANTS: dict[str, dict[str, Any]] = {
+    "weighted": {},
+    "uniform": {"model.collaboration": "uniform"},
+    "fc_reg": {"model.collaboration": "fc_reg"},
+}
+Cells = Literal["weighted", "uniform"]
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True)
+@click.option("--images", type=click.IntRange(10), default=300, show_default=True,
+              help="Number of images whose RoIs are refined.")  # fmt: skip
+@click.option("--only", type=click.Choice(list(VARIANTS)), help="Train this variant, and stop.")
+def main(output: Path, seeds: int, images: int, only: str | None) -> None:
+    """Train what OUTPUT lacks, and print the tables; OUTPUT/rows.json gets the numbers."""
+    if only:
+        for seed in range(seeds):
+            trained(output, only, seed)
+        return
+    rows = [measure(output, seed, images) for seed in range(seeds)]
+    (output / "rows.json").write_text(json.dumps(rows, indent=2))
+    click.echo("\n".join(tables(rows, images)))
+
+
+def trained(output: Path, variant: str, seed: int) -> CoMask:
+    """Returns a trained model; trains it first if its folder has none."""
+    folder = output / f"{variant}-{seed}"
+    last = folder / "checkpoint-last.pt"
+    done = folder / "trained.txt"
+    if not done.exists():
+        changes = {"train.seed": seed, "train.evaluate_every": 0} | VARIANTS[variant]
+        train(
+            "shapes-clutter", folder, preset="shapes-tiny", settings=changes, resume=last.exists()
+        )
+        done.write_text("")
+    return model_from_checkpoint(load_checkpoint(last)).eval()
+
+
+def measure(output: Path, seed: int, images: int) -> dict[str, Any]:
+    """Measures the models of one seed.
+
+    Returns:
+        `iou[train/test][amount]`: the mean IoU of each image's refined boxes; `ap75[train/test]`.
+    """
+    row: dict[str, Any] = {"seed": seed, "iou": {}, "ap75": {}}
+    for variant in VARIANTS:
+        model = trained(output, variant, seed)
+        tests: tuple[Cells, ...] = ("weighted", "uniform") if variant != "fc_reg" else ("weighted",)
+        for test in tests:
+            name = variant if variant == "fc_reg" else f"{variant}/{test}"
+            if variant != "fc_reg":
+                model.config = dataclasses.replace(model.config, collaboration=test)
+            row["iou"][name] = {
+                str(amount): refined_iou(model, amount, images).tolist() for amount in AMOUNTS
+            }
+            row["ap75"][name] = loose_ap75(model)
+    return row
+
+
+@torch.inference_mode()
+def refined_iou(model: CoMask, amount: float, images: int) -> NDArray[np.float64]:
+    """Returns the mean IoU of the refined boxes with the truth, for each image with objects."""
+    generator = torch.Generator().manual_seed(1)  # the same RoIs for every model
+    means = []
+    for canvas, size, boxes, labels in _test_images(model, images):
+        own = torch.arange(len(boxes)).repeat(PER_OBJECT)
+        rois = jitter(boxes[own], amount, *size, generator)
+        refined = refine(model, canvas, size, rois, labels[own])
+        means.append(float(paired_iou(refined, boxes[own]).mean()))
+    return np.array(means)
+
+
+def _test_images(
+    model: CoMask, images: int
+) -> Iterator[tuple[Tensor, tuple[int, int], Tensor, Tensor]]:
+    """Yields canvas, size, boxes and labels of each test image with objects."""
+    source = ShapesClutterSource(num_images=images, seed=ROI_SEED)
+    config = DataConfig(flip_probability=0)
+    preprocess = load_preprocess()
+    dataset = TrainingSet(source, list(range(images)), preprocess, config=config, seed=0)
+    with Progress("refining", images, unit="images") as progress:
+        for index in range(images):
+            canvas, size, target, _ = dataset[(0, index)]
+            if len(target.labels):
+                yield canvas, size, target.boxes, target.labels
+            progress.advance()
+
+
+def load_preprocess() -> Any:
+    """Returns the preprocessing of the preset, which all variants share."""
+    from comask.presets import preset
+
+    return preset("shapes-tiny").preprocess
+
+
+def refine(
+    model: CoMask, canvas: Tensor, size: tuple[int, int], rois: Tensor, labels: Tensor
+) -> Tensor:
+    """Returns the refined boxes [R, 4] of RoIs [R, 4] in one image."""
+    sizes = torch.tensor([size], dtype=torch.int32)
+    pyramid = model.pyramid(canvas[None], sizes)
+    if model.config.collaboration == "fc_reg":
+        _, deltas = model.classifier(model.pool(pyramid, rois[None], 7))
+        boxes = decode_boxes(deltas.reshape(1, -1, 4), rois[None])
+    else:
+        boxes, *_ = model.refine(pyramid, rois[None], labels)
+    return clip_boxes(boxes, sizes)[0]
+
+
+def loose_ap75(model: CoMask, images: int = 200) -> float:
+    """Returns AP75 of boxes in points when every proposal is changed by up to ±35 %."""
+    source = ShapesClutterSource(num_images=images, seed=AP_SEED)
+    generator = torch.Generator().manual_seed(2)
+    stages = torch_stages(model)
+
+    class Loose:
+        """Stage 1, whose proposals are changed."""
+
+        inputs, outputs = stages.stage1.inputs, stages.stage1.outputs
+
+        def run(self, feeds: Any, keep: Any = ()) -> dict[str, Any]:
+            found = stages.stage1.run(feeds, ())
+            proposals = torch.as_tensor(np.asarray(found["proposals"]))
+            sizes = np.asarray(feeds["image_sizes"])
+            moved = [
+                jitter(one, LOOSE, int(h), int(w), generator)
+                for one, (h, w) in zip(proposals, sizes, strict=True)
+            ]
+            return {**found, "proposals": torch.stack(moved).numpy()}
+
+        def close(self) -> None:
+            stages.stage1.close()
+
+    loose = Stages(stages.backend, Loose(), stages.stage2)
+    predictor = Predictor(loose, load_preprocess(), mask_threshold=model.config.mask_threshold)
+    indices = list(range(images))
+    metrics = evaluate(source, indices, (predictor(source.image(i)) for i in indices))
+    return 100 * metrics.values["bbox"]["AP75"]
+
+
+def tables(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
+    """Yields Markdown tables of refined IoU, of paired differences, and of AP75."""
+    names = list(rows[0]["iou"])
+    yield f"Refined IoU in points, mean ± sd of {len(rows)} seeds, {images} images:"
+    yield ""
+    yield (
+        "| cells in training/at test | "
+        + " | ".join(f"RoIs ±{a:.0%}" for a in AMOUNTS)
+        + " | AP75, loose |"
+    )
+    yield "|---|" + "---|" * (len(AMOUNTS) + 1)
+    for name in names:
+        cells = []
+        for amount in AMOUNTS:
+            values = [100 * float(np.mean(row["iou"][name][str(amount)])) for row in rows]
+            cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+        values = [row["ap75"][name] for row in rows]
+        cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    yield "Paired differences on the same RoIs, with 95 % intervals over images, or seeds (all):"
+    yield ""
+    seeds = " | ".join(f"seed {row['seed']}" for row in rows)
+    yield f"| difference | RoIs | {seeds} | all |"
+    yield "|---|---|" + "---|" * (len(rows) + 1)
+    pairs = [("weighted/weighted", "uniform/uniform"), ("weighted/weighted", "weighted/uniform"),
+             ("uniform/weighted", "uniform/uniform"), ("weighted/weighted", "fc_reg")]  # fmt: skip
+    for one, other in pairs:
+        for amount in AMOUNTS:
+            key = str(amount)
+            differences = [
+                100 * (np.array(row["iou"][one][key]) - np.array(row["iou"][other][key]))
+                for row in rows
+            ]
+            cells = [
+                f"{d.mean():+.2f} ± {1.96 * d.std(ddof=1) / len(d) ** 0.5:.2f}" for d in differences
+            ]
+            means = [float(d.mean()) for d in differences]
+            t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(means), 1.96)  # Student's, 95 %
+            half = t * statistics.stdev(means) / len(means) ** 0.5
+            cells.append(f"{statistics.mean(means):+.2f} ± {half:.2f}")
+            yield f"| {one} - {other} | ±{amount:.0%} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
