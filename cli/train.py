@@ -96,7 +96,9 @@ def main(
     for name, given in (("--resume", resume), ("--seeds", seeds)):
         if given and eval_only:
             raise click.UsageError(f"{name} trains and --eval-only does not: give one of them")
-    if seeds and not val and data != ("shapes",):
+    from comask.data.open_data import GENERATED
+
+    if seeds and not val and data[0] not in GENERATED:
         from comask.data.layouts import has_validation
 
         if lacking := [name for name in data if not has_validation(Path(name))]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import CLASSES, metrics, write_run
 
-from comask.errors import ConfigError, TrainingError
+from comask.errors import TrainingError
 from comask.evaluate import METRICS, TASKS
 from comask.training.record import RunRecord, Step, read_evaluations, read_rows
 

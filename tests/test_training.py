@@ -14,7 +14,6 @@ import torch
 from conftest import MICRO, run, settings
 
 from comask import progress
-from comask.cli import train as train_command
 from comask.config import Config
 from comask.config_reading import from_dict, override
 from comask.data.coco import write_coco
