@@ -115,8 +115,8 @@ def main(
             if context.get_parameter_source("preset_name") is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"{OWN_SETTINGS}: no --preset")
             if settings or config_file:
-                given = f"--set {settings[0]}" if settings else "--config"
-                raise ConfigError(f"{given}: {OWN_SETTINGS}")
+                what = f"--set {settings[0]}" if settings else "--config"
+                raise ConfigError(f"{what}: {OWN_SETTINGS}")
             _evaluate(data, val, output, ranks)
             return
         from comask.training.api import run_folder
