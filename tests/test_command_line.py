@@ -50,7 +50,7 @@ OPTIONS = {
     },
     "soak": {"backend", "minutes", "data", *RUNS, "plot", "json"},
     "check": {"split", "boxes", "json", "page"},
-    "shapes": {"count", "seed"},
+    "shapes": {"count", "seed", "clutter"},
     "doctor": {"need", "json"},
 }  # fmt: skip
 
