@@ -69,13 +69,19 @@ def test_callbacks_are_told_everything_in_order(tmp_path: Path) -> None:
 
 def test_an_exception_of_a_callback_ends_the_run(tmp_path: Path) -> None:
     class Impatient(Callback):
+        ended = False
+
         def on_step(self, step: Step) -> None:
             raise RuntimeError("enough")
+
+        def on_end(self, folder: Path) -> None:
+            type(self).ended = True
 
     with pytest.raises(RuntimeError, match="enough"):
         train(
             "shapes", tmp_path / "run", preset="shapes-tiny", settings=TINY, callbacks=[Impatient()]
         )
+    assert Impatient.ended
 
 
 def test_tensorboard_gets_the_numbers_of_the_tables(

@@ -29,7 +29,7 @@ class Backbone(nn.Module):
     Attributes:
         out_channels: the channels of C2..C5.
         recompute: whether training keeps only the features between stages and computes the rest again in
-            the backward pass, which saves memory and takes a third more time.
+            the backward pass, which saves memory and takes time.
     """
 
     out_channels: tuple[int, ...]

@@ -40,7 +40,7 @@ class Callback:
         """An evaluation after `step` optimiser steps is finished; epochs count from 0."""
 
     def on_end(self, folder: Path) -> None:
-        """Training is over, or a signal has ended it; the checkpoints are written."""
+        """Training is over, or a signal or an error has ended it."""
 
 
 class _Numbers(Callback):

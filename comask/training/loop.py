@@ -127,9 +127,11 @@ class Trainer:
         """
         for callback in self._callbacks:
             callback.on_start(self.output, self.config, self.step)
-        self._train()
-        for callback in self._callbacks:
-            callback.on_end(self.output)
+        try:
+            self._train()
+        finally:
+            for callback in self._callbacks:
+                callback.on_end(self.output)
 
     def _train(self) -> None:
         train = self.config.train

@@ -184,7 +184,8 @@ def fit_to_machine(model: CoMask, config: Config, ranks: Ranks) -> CoMask:
         ConfigError: a setting cannot be used on this machine.
     """
     train, cpu = config.train, ranks.device.type == "cpu"
-    if train.checkpoint_activations and config.model.backbone_norm == "batch":
+    resnet = config.model.backbone != "convnext_tiny"
+    if train.checkpoint_activations and config.model.backbone_norm == "batch" and resnet:
         raise ConfigError(
             "train.checkpoint_activations=true: would update BatchNorm's statistics twice a step; set "
             "model.backbone_norm=frozen or group"
