@@ -43,6 +43,7 @@ def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
     assert names == {
         "checkpoint-last.pt", "checkpoint-best.pt", "metrics.csv", "eval.csv", "config.json",
         "losses.png", "ap.png", "second_stage.png", "per_class.csv", "pictures", "report.html",
+        "training_images.jpg",
     }  # fmt: skip
     rows = read_rows(micro_run / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2]

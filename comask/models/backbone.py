@@ -195,7 +195,8 @@ class ConvNeXt(Backbone):
         layers: list[nn.Module] = [
             nn.Sequential(nn.Conv2d(3, first, 4, stride=4), LayerNorm(first))
         ]
-        drops = iter(torch.linspace(0, self.DROP, sum(self.DEPTHS)).tolist())
+        blocks = sum(self.DEPTHS)
+        drops = (self.DROP * i / (blocks - 1) for i in range(blocks))
         for i, (depth, channels) in enumerate(zip(self.DEPTHS, self.out_channels, strict=True)):
             if i:
                 before = self.out_channels[i - 1]
