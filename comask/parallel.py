@@ -29,7 +29,8 @@ def ordered_map(
     """Calls `function` on each item in other threads, while the caller uses earlier results.
 
     Items are taken in the caller's thread. At most `MOST_THREADS` results are in progress or wait for
-    the caller, so that memory is bounded.
+    the caller, so that memory is bounded. If the caller stops early, calls that have begun end by
+    themselves, since they may wait for something that only the caller can end.
 
     Args:
         function: called by several threads at once.
@@ -41,24 +42,24 @@ def ordered_map(
     threads = min(cores(), MOST_THREADS)
     coming: deque[tuple[Item, Future[Result]]] = deque()
     failure: Exception | None = None
-    with ThreadPoolExecutor(threads, "comask") as pool:
-        try:
-            iterator = iter(items)
-            while True:
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    break
-                except Exception as error:
-                    failure = error
-                    break
-                coming.append((item, pool.submit(function, item)))
-                if len(coming) == threads:
-                    yield coming.popleft()
-            while coming:
+    pool, finished = ThreadPoolExecutor(threads, "comask"), False
+    try:
+        iterator = iter(items)
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
+            coming.append((item, pool.submit(function, item)))
+            if len(coming) == threads:
                 yield coming.popleft()
-        finally:
-            for _, future in coming:
-                future.cancel()
+        while coming:
+            yield coming.popleft()
+        finished = True
+    finally:
+        pool.shutdown(wait=finished, cancel_futures=True)
     if failure:
         raise failure

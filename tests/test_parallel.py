@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comask import parallel
-from comask.parallel import ordered_map
+from comask.parallel import MOST_THREADS, ordered_map
 
 
 @given(st.lists(st.integers(0, 3), max_size=20))
@@ -68,9 +68,26 @@ def test_an_error_of_one_item_is_its_own() -> None:
     assert [future.exception() is None for future in futures] == [True, False, True]
 
 
-def test_an_early_end_leaves_no_thread_behind() -> None:
-    before = threading.active_count()
-    results = ordered_map(time.sleep, [0.01] * 100)
+def test_an_early_end_waits_for_no_call_and_its_threads_end_by_themselves() -> None:
+    """A call may wait for what only the caller can end, as in a job whose storage does not answer."""
+    before, begun, answer = threading.active_count(), threading.Event(), threading.Event()
+    called: list[int] = []
+
+    def call(number: int) -> None:
+        called.append(number)
+        if number:
+            begun.set()
+            assert answer.wait(60)
+
+    results = ordered_map(call, range(100))
     next(results)
+    assert begun.wait(60)
+    started = time.monotonic()
     results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 30
+    answer.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("comask"):
+            thread.join(60)
     assert threading.active_count() == before
+    assert len(called) <= 1 + MOST_THREADS  # what had not begun was dropped

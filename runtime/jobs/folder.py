@@ -9,13 +9,14 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
+from weakref import WeakSet
 
 from comask.errors import BackendUnavailableError, ComaskError, one_line
 
@@ -32,6 +33,8 @@ HEX = "[0-9a-f]" * 32  # pattern of the random part of temporary names
 class Readers:
     """A pool of reading threads. Leaving the `with` block drops pending reads and does not wait.
 
+    Whoever waits for a dropped read gets a `CancelledError`.
+
     It is not a `ThreadPoolExecutor`, because the interpreter waits for an executor's threads at exit, and
     a storage may not answer for minutes.
     """
@@ -39,18 +42,22 @@ class Readers:
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._left = False
+        self._futures: WeakSet[Future[Any]] = WeakSet()
         for _ in range(READERS):
             Thread(target=self._work, daemon=True).start()
 
     def submit(self, read: Callable[[str], Content], name: str) -> Future[Content]:
         """Returns the future of `read(name)`."""
         future: Future[Content] = Future()
+        self._futures.add(future)
 
         def task() -> None:
             try:
-                future.set_result(read(name))
+                settle = partial(future.set_result, read(name))
             except BaseException as error:  # It is raised where the result is read.
-                future.set_exception(error)
+                settle = partial(future.set_exception, error)
+            with contextlib.suppress(InvalidStateError):  # The block was left meanwhile.
+                settle()
 
         self._tasks.put(task)
         return future
@@ -62,6 +69,9 @@ class Readers:
         self._left = True
         for _thread in range(READERS):
             self._tasks.put(None)
+        for future in list(self._futures):
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(CancelledError())
 
     def _work(self) -> None:
         while (task := self._tasks.get()) and not self._left:
