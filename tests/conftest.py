@@ -107,14 +107,17 @@ def micro_fp16(micro_bundle: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def own_truth(micro_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images whose annotations are PyTorch's own detections: on them its AP is high, though it was
-    hardly trained, and whoever differs from it loses AP."""
-    data = tmp_path_factory.mktemp("truth") / "data"
+    return write_own_truth(micro_fp16, tmp_path_factory.mktemp("truth") / "data")
+
+
+def write_own_truth(bundle: Path, data: Path) -> Path:
+    """Writes images whose annotations are PyTorch's own detections: on them its AP is high, though it
+    was hardly trained, and whoever differs from it loses AP."""
     assert run("shapes", data, "--count", 4, "--seed", 11).exit_code == 0
     file = data / "annotations" / "instances.json"
     content = json.loads(file.read_text())
     content["annotations"] = []
-    with Predictor.load(micro_fp16, "torch") as predictor:
+    with Predictor.load(bundle, "torch") as predictor:
         for image in content["images"]:
             found = predictor(data / "images" / image["file_name"])
             for entry in found[:5].to_coco(image["id"]):

@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import int8_arguments, run, settings
+from conftest import int8_arguments, run, settings, write_own_truth
 from torch import Tensor, nn
 
 from comask.config import ModelConfig, TrainConfig
 from comask.models.backbone import ConvNeXt, build_backbone
 from comask.models.comask import CoMask
 from comask.presets import PRESETS, preset
-from comask.runtime import Predictor
 from comask.training.auto_batch import trial
 from comask.training.import_weights import import_weights
 from comask.training.losses import Objective
@@ -136,7 +135,7 @@ def test_from_training_to_engines(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "fp32 graphs agree with PyTorch" in result.output
     assert "fp16 graphs agree with PyTorch" in result.output
-    truth_of_its_own(bundle, data)
+    write_own_truth(bundle, data)
     result = run(*int8_arguments(bundle, data, "--max-loss", 100))
     assert result.exit_code == 0, result.output
     backends = [word for name in ("torch", "onnxruntime", "onnxruntime:int8", "openvino")
@@ -150,19 +149,3 @@ def test_from_training_to_engines(tmp_path: Path) -> None:
     result = run("build", bundle, "--engine", "tensorrt-rtx", "--precision", "fp32,fp16,int8")
     assert result.exit_code == 0, result.output
     assert result.output.count("stage1.plan: ") == 3
-
-
-def truth_of_its_own(bundle: Path, data: Path) -> None:
-    """Writes images whose annotations are PyTorch's own detections, so that its AP is high."""
-    assert run("shapes", data, "--count", 4, "--seed", 11).exit_code == 0
-    file = data / "annotations" / "instances.json"
-    content = json.loads(file.read_text())
-    content["annotations"] = []
-    with Predictor.load(bundle, "torch") as predictor:
-        for image in content["images"]:
-            found = predictor(data / "images" / image["file_name"])
-            for entry in found[:5].to_coco(image["id"]):
-                _, _, w, h = entry["bbox"]
-                own = {"id": len(content["annotations"]) + 1, "area": w * h, "iscrowd": 0}
-                content["annotations"].append(entry | own)
-    file.write_text(json.dumps(content))
