@@ -12,10 +12,7 @@ import statistics
 from pathlib import Path
 
 import click
-from shapes_runs import TEST_IMAGES, comask, remembered, with_seed
-
-from comask.config_reading import override
-from comask.presets import preset
+from shapes_runs import TEST_IMAGES, measured
 
 VARIANTS = {
     "1 branch": ("model.msfem_branches=1",),
@@ -37,11 +34,7 @@ def main(output: Path, seeds: int) -> None:
         "|---|---|---|---|---|",
     ]
     for name, settings in VARIANTS.items():
-        rows = []
-        for seed in range(seeds):
-            config = with_seed(override(preset("shapes-tiny"), settings), seed)
-            key = {"variant": name, "seed": seed}
-            rows.append(remembered(output / "rows.jsonl", key, config, comask))
+        rows = measured(output, name, settings, seeds)
         cells = [name]
         for metric in ("mask_ap", "box_ap"):
             values = [100 * row[metric] for row in rows]

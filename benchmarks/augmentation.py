@@ -12,10 +12,7 @@ import statistics
 from pathlib import Path
 
 import click
-from shapes_runs import TEST_IMAGES, comask, remembered, with_seed
-
-from comask.config_reading import override
-from comask.presets import preset
+from shapes_runs import TEST_IMAGES, measured
 
 IMAGES = 160
 # 32 epochs of 160 images are as many steps as the preset's 2 of 2560.
@@ -47,12 +44,7 @@ def main(output: Path, seeds: int, only: tuple[str, ...]) -> None:
     ]
     first: dict[str, list[float]] = {}
     for name in only or VARIANTS:
-        rows = []
-        for seed in range(seeds):
-            changes = (*FEW, *VARIANTS[name])
-            config = with_seed(override(preset("shapes-tiny"), changes), seed)
-            key = {"variant": name, "seed": seed}
-            rows.append(remembered(output / "rows.jsonl", key, config, comask))
+        rows = measured(output, name, (*FEW, *VARIANTS[name]), seeds)
         cells = [name]
         for metric in ("mask_ap", "box_ap"):
             values = [100 * row[metric] for row in rows]

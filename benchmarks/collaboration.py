@@ -31,6 +31,7 @@ from comask.data.training_set import TrainingSet
 from comask.evaluate import evaluate
 from comask.models.boxes import clip_boxes, decode_boxes, paired_iou
 from comask.models.comask import CoMask
+from comask.presets import preset
 from comask.progress import Progress
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.pytorch import torch_stages
@@ -48,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"model.collaboration": "uniform"},
     "fc_reg": {"model.collaboration": "fc_reg"},
 }
+PREPROCESS = preset("shapes-tiny").preprocess  # of all variants
 Cells = Literal["weighted", "uniform"]
 
 
@@ -122,21 +124,13 @@ def _test_images(
     """Yields canvas, size, boxes and labels of each test image with objects."""
     source = ShapesClutterSource(num_images=images, seed=ROI_SEED)
     config = DataConfig(flip_probability=0)
-    preprocess = load_preprocess()
-    dataset = TrainingSet(source, list(range(images)), preprocess, config=config, seed=0)
+    dataset = TrainingSet(source, list(range(images)), PREPROCESS, config=config, seed=0)
     with Progress("refining", images, unit="images") as progress:
         for index in range(images):
             canvas, size, target, _ = dataset[(0, index)]
             if len(target.labels):
                 yield canvas, size, target.boxes, target.labels
             progress.advance()
-
-
-def load_preprocess() -> Any:
-    """Returns the preprocessing of the preset, which all variants share."""
-    from comask.presets import preset
-
-    return preset("shapes-tiny").preprocess
 
 
 def refine(
@@ -178,7 +172,7 @@ def loose_ap75(model: CoMask, images: int = 200) -> float:
             stages.stage1.close()
 
     loose = Stages(stages.backend, Loose(), stages.stage2)
-    predictor = Predictor(loose, load_preprocess(), mask_threshold=model.config.mask_threshold)
+    predictor = Predictor(loose, PREPROCESS, mask_threshold=model.config.mask_threshold)
     indices = list(range(images))
     metrics = evaluate(source, indices, (predictor(source.image(i)) for i in indices))
     return 100 * metrics.values["bbox"]["AP75"]

@@ -33,7 +33,7 @@ from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.predictor import Predictor
 from comask.structures import Detections
 from comask.training.losses import Objective
-from comask.training.optim import build_optimizer, learning_rate
+from comask.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 TEST_SEED, TEST_IMAGES = 4_000_000, 200
 Row = dict[str, Any]
@@ -80,8 +80,8 @@ def _train(
         load_batches(dataset, batches, workers=0) as loaded,
     ):
         for step, batch in enumerate(loaded):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.train, step, per_epoch, len(batches))
+            rate = learning_rate(config.train, step, per_epoch, len(batches))
+            set_learning_rate(optimizer, rate)
             total = torch.stack(list(losses(batch).values())).sum()
             optimizer.zero_grad()
             total.backward()
@@ -149,6 +149,16 @@ def base_config(settings: tuple[str, ...]) -> Config:
 def with_seed(config: Config, seed: int) -> Config:
     """Returns the same training with another seed: other weights, images and samples."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def measured(output: Path, name: str, settings: tuple[str, ...], seeds: int) -> list[Row]:
+    """Returns the rows of `shapes-tiny` with these settings, one for each seed; see `remembered`."""
+    rows = []
+    for seed in range(seeds):
+        config = with_seed(override(preset("shapes-tiny"), settings), seed)
+        key = {"variant": name, "seed": seed}
+        rows.append(remembered(output / "rows.jsonl", key, config, comask))
+    return rows
 
 
 def comask(config: Config, name: str = "CoMask") -> Row:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from comask.data.layouts import EXPECTED, find_parts, is_data_set
+from comask.data.layouts import EXPECTED, parts_at
 from comask.data.open_data import open_files
 from comask.data.source import InstanceSource
+from comask.data.survey import size_name
 from comask.errors import CalibrationError, ImageError, one_line
 from comask.media_files import kind_of_file
 from comask.preprocess import FORMATS, Pixels, decode_image, upright_size
 
-SMALL, LARGE = 32**2, 96**2  # COCO's limits of objects' areas in pixels
 SQUARE = 1.1  # ratio of sides up to which an image is neither wide nor tall
 
 
@@ -118,10 +118,8 @@ def _by_strata(candidates: list[Candidate], seed: int) -> Iterator[Candidate]:
 
 
 def _of_folder(folder: Path, report: Callable[[str], None]) -> list[Candidate]:
-    if is_data_set(folder):
-        split = (
-            "val" if "train" not in (parts := find_parts(folder)) and "val" in parts else "train"
-        )
+    if parts := parts_at(folder):
+        split = "val" if parts.keys() == {"val"} else "train"
         return _of_source(open_files([str(folder)], split, report=report))
     return _of_files(folder, report)
 
@@ -167,4 +165,4 @@ def _image_strata(height: int, width: int) -> tuple[str, str]:
 def _object_size(annotation: dict[str, Any]) -> str:
     _, _, width, height = annotation["bbox"]
     area = annotation.get("area", width * height)
-    return f"{'small' if area < SMALL else 'medium' if area < LARGE else 'large'} object"
+    return f"{size_name(area)} object"

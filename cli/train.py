@@ -96,16 +96,8 @@ def main(
     for name, given in (("--resume", resume), ("--seeds", seeds)):
         if given and eval_only:
             raise click.UsageError(f"{name} trains and --eval-only does not: give one of them")
-    from comask.data.open_data import GENERATED
-
-    if seeds and not val and data[0] not in GENERATED:
-        from comask.data.layouts import has_validation
-
-        if lacking := [name for name in data if not has_validation(Path(name))]:
-            raise click.UsageError(
-                f"--seeds needs --val: {lacking[0]} has no part for validation, and the share that is "
-                f"set aside depends on the seed"
-            )
+    if seeds and not val:
+        _require_validation(data)
 
     from comask.training.distributed import join
 
@@ -123,6 +115,23 @@ def main(
 
         with run_folder(output, lock=ranks.first):
             _train(config, data, val, output, ranks, seeds, settings, track, resume=resume)
+
+
+def _require_validation(data: tuple[str, ...]) -> None:
+    """Checks that all seeds are validated on the same images.
+
+    Raises:
+        click.UsageError: the images would depend on the seed.
+    """
+    from comask.data.layouts import has_validation
+    from comask.data.open_data import GENERATED
+
+    for name in data:
+        if name not in GENERATED and not has_validation(Path(name)):
+            raise click.UsageError(
+                f"--seeds needs --val: {name} has no part for validation, and the share that is set "
+                f"aside depends on the seed"
+            )
 
 
 def _train(

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import click
+import exports
 import hypothesis
 import pytest
 from click.testing import CliRunner, Result
@@ -158,3 +159,15 @@ def shared_data() -> Path:
     if not (folder / "coco_dev").is_dir():
         pytest.skip(f"no real images at {folder}; name their folder in COMASK_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small data set of tests/exports.py in COCO's form."""
+    return exports.coco_set(tmp_path_factory.mktemp("coco") / "set")
+
+
+@pytest.fixture(scope="session")
+def coco_disjoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, in which no pixel belongs to two objects."""
+    return exports.disjoint(exports.coco_set(tmp_path_factory.mktemp("disjoint") / "set"))

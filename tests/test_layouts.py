@@ -47,16 +47,6 @@ FORMATS: dict[str, tuple[Export, bool]] = {
 PICTURES = ("VOC", "CVAT's masks")  # which hold disjoint masks
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.coco_set(tmp_path_factory.mktemp("coco") / "set")
-
-
-@pytest.fixture(scope="module")
-def coco_disjoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.disjoint(exports.coco_set(tmp_path_factory.mktemp("disjoint") / "set"))
-
-
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(
     request: pytest.FixtureRequest, coco: Path, coco_disjoint: Path,

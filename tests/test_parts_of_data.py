@@ -30,16 +30,6 @@ from comask.data.open_data import _set_aside, open_source, open_training_data
 from comask.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.coco_set(tmp_path_factory.mktemp("coco") / "set")
-
-
-@pytest.fixture(scope="module")
-def coco_disjoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.disjoint(exports.coco_set(tmp_path_factory.mktemp("disjoint") / "set"))
-
-
 def training(data: list[Path], val: list[Path] = [], **keys: Any) -> tuple[Any, list[list[str]]]:  # noqa: B006
     """The opened data, and the names of the images for training and for validation."""
     config = DataConfig(**keys)

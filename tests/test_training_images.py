@@ -13,8 +13,7 @@ from conftest import MICRO, run, settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from comask.config import Config, DataConfig, PreprocessConfig, TrainConfig
-from comask.data.open_data import TrainingData
+from comask.config import DataConfig, PreprocessConfig
 from comask.data.shapes import ShapesSource
 from comask.data.source import Category, ImageInfo
 from comask.data.training_set import TrainingSet
@@ -49,14 +48,11 @@ class OneObject:
 
 
 def grid(folder: Path, images: int, **data: Any) -> NDArray[np.int16]:
-    source = OneObject(images)
-    opened = TrainingData(source, list(range(images)), source, [0])
-    config = Config(
-        preprocess=PreprocessConfig(short_side=40, max_side=64),
-        data=DataConfig(**data),
-        train=TrainConfig(batch_size=3),
+    size = PreprocessConfig(short_side=40, max_side=64)
+    dataset = TrainingSet(
+        OneObject(images), list(range(images)), size, config=DataConfig(**data), seed=0
     )
-    draw_training_images(opened, config, folder)
+    draw_training_images(dataset, 3, folder)
     with Image.open(folder / "training_images.jpg") as picture:
         return np.asarray(picture.convert("RGB")).astype(np.int16)
 

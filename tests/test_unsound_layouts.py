@@ -29,17 +29,6 @@ from PIL import Image
 
 from comask.errors import DataError
 
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.coco_set(tmp_path_factory.mktemp("coco") / "set")
-
-
-@pytest.fixture(scope="module")
-def coco_disjoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exports.disjoint(exports.coco_set(tmp_path_factory.mktemp("disjoint") / "set"))
-
-
 Change = Callable[[Path], object]
 NAME = "clip 1 für 001"  # the first image
 

@@ -34,7 +34,7 @@ def memorised(context: Context, *, precision: str) -> Figure:
     from comask.models.comask import CoMask
     from comask.presets import preset
     from comask.training.losses import Objective
-    from comask.training.optim import build_optimizer
+    from comask.training.optim import build_optimizer, set_learning_rate
 
     torch.manual_seed(0)
     config = preset("shapes-tiny")
@@ -43,8 +43,7 @@ def memorised(context: Context, *, precision: str) -> Figure:
     images, sizes, targets = truth((96, 128), batch, 3, classes=8)
     moved = [t.to(context.device) for t in (images, sizes)], [t.to(context.device) for t in targets]
     optimizer, objective = build_optimizer(model, config.train), Objective(model)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
+    set_learning_rate(optimizer, 1e-3)
     losses = [
         _step(context, objective, optimizer, precision, *moved[0], moved[1])
         for _ in range(context.sizes.steps)

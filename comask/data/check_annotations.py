@@ -35,7 +35,7 @@ _LARGEST = 1e9  # larger numbers are not coordinates; such integers may not even
 
 def fits(box: Sequence[float], bounds: Bounds) -> bool:
     """Returns whether a box is close to the bounds of its mask, by distance or by overlap."""
-    corners = _from_corner(*box)
+    corners = from_corner(*box)
     distance = max(abs(a - b) for a, b in zip(corners, bounds, strict=True))
     return distance <= _PIXELS or iou(corners, bounds) >= _LEAST_IOU
 
@@ -54,7 +54,7 @@ def likely_cause(box: Sequence[float], bounds: Bounds, width: int, height: int) 
         if iou(read(a, b, c, d, width, height), bounds) >= _SAME:
             return words
     x1, y1, x2, y2 = bounds
-    scale, corners = (x2 - x1) / c, _from_corner(*box)
+    scale, corners = (x2 - x1) / c, from_corner(*box)
     if iou([side * scale for side in corners], bounds) >= _SAME:
         return f"of the image at {1 / scale:.2g} times its size"
     if iou((0, 0, c, d), (0, 0, x2 - x1, y2 - y1)) >= _SAME:
@@ -73,7 +73,8 @@ def iou(a: Bounds, b: Bounds) -> float:
     return shared / (sum(areas) - shared)
 
 
-def _from_corner(x: float, y: float, w: float, h: float) -> Corners:
+def from_corner(x: float, y: float, w: float, h: float) -> Corners:
+    """Returns (x1, y1, x2, y2) of COCO's box."""
     return x, y, x + w, y + h
 
 
@@ -86,15 +87,15 @@ _READINGS: dict[str, Callable[[float, float, float, float, int, int], Corners]] 
     "corners x1, y1, x2, y2": lambda a, b, c, d, w, h: (a, b, c, d),
     "centre and size": lambda a, b, c, d, w, h: _from_centre(a, b, c, d),
     "corners y1, x1, y2, x2": lambda a, b, c, d, w, h: (b, a, d, c),
-    "x and y swapped": lambda a, b, c, d, w, h: _from_corner(b, a, d, c),
-    "width and height swapped": lambda a, b, c, d, w, h: _from_corner(a, b, d, c),
-    "y from the lower edge": lambda a, b, c, d, w, h: _from_corner(a, h - b - d, c, d),
-    "normalised x, y, width, height": lambda a, b, c, d, w, h: _from_corner(
+    "x and y swapped": lambda a, b, c, d, w, h: from_corner(b, a, d, c),
+    "width and height swapped": lambda a, b, c, d, w, h: from_corner(a, b, d, c),
+    "y from the lower edge": lambda a, b, c, d, w, h: from_corner(a, h - b - d, c, d),
+    "normalised x, y, width, height": lambda a, b, c, d, w, h: from_corner(
         a * w, b * h, c * w, d * h
     ),
     "normalised centre and size": lambda a, b, c, d, w, h: _from_centre(a * w, b * h, c * w, d * h),
     "normalised corners": lambda a, b, c, d, w, h: (a * w, b * h, c * w, d * h),
-    "percent of the image": lambda a, b, c, d, w, h: _from_corner(
+    "percent of the image": lambda a, b, c, d, w, h: from_corner(
         a * w / 100, b * h / 100, c * w / 100, d * h / 100
     ),
 }  # fmt: skip

@@ -11,16 +11,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from comask.data.check_annotations import from_corner
 from comask.data.source import ImageInfo, InstanceSource
-from comask.data.survey import Annotation, Place, Survey, corners
+from comask.data.survey import Annotation, Place, Survey
 from comask.draw import class_color
 from comask.errors import ImageError, one_line
 from comask.segmentation import RunLengthMask, read_segmentation
 
-_SIDE, _MOST_ZOOM = (
-    420,
-    8,
-)  # a picture's longer side in pixels, and the largest factor of enlargement
+_SIDE = 420  # a picture's longer side in pixels
+_MOST_ZOOM = 8
 _CONTEXT, _LEAST_CONTEXT = 5, 40  # around a small object: in sides of it, and in pixels
 _TINT = 0.3  # opacity of masks
 _EDGE = (0, 0, 0)  # beside each line, so that it shows on a background of its colour
@@ -149,7 +148,7 @@ def _drawn(source: InstanceSource, case: _Case, pixels: NDArray[np.uint8]) -> ND
         outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         left, top, right, bottom = (
             round((side - start) * scale)
-            for side, start in zip(corners(annotation["bbox"]), (x1, y1, x1, y1), strict=True)
+            for side, start in zip(from_corner(*annotation["bbox"]), (x1, y1, x1, y1), strict=True)
         )
         for ink, line in ((_EDGE, 4), (color, 2)):
             cv2.drawContours(canvas, outlines, -1, ink, line)

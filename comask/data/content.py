@@ -179,6 +179,18 @@ def read_lines(file: Path) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
+def read_list(file: Path) -> list[str]:
+    """Returns `read_lines` of a file without which the data set cannot be read.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    try:
+        return read_lines(file)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def reason(error: Exception) -> str:
     """Returns why a file cannot be read, without the file's path."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -67,7 +67,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> Entry | str:
-    """Returns the content of a file of LabelMe's, or why it is none."""
+    """Returns the content of a LabelMe file, or the reason why it is not one."""
     if not os.path.isfile(file):  # reading a pipe may never end
         return "not a file"
     try:

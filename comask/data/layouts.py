@@ -57,18 +57,13 @@ def has_validation(path: Path) -> bool:
     return "val" in find_parts(path)
 
 
-def is_data_set(path: Path) -> bool:
-    """Returns whether the path has a data set, in whatever layout."""
-    return bool(_parts(path))
-
-
 def find_parts(path: Path) -> Parts:
     """Returns the parts of the data set at a path: `train` and `val`, one of them, or `all`.
 
     Raises:
         DataError: when there is no data set.
     """
-    if parts := _parts(path):
+    if parts := parts_at(path):
         return parts
     if not os.path.exists(path):
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
@@ -78,7 +73,8 @@ def find_parts(path: Path) -> Parts:
     raise DataError(f"{path}: no data set found; expected {EXPECTED}")
 
 
-def _parts(path: Path) -> Parts:
+def parts_at(path: Path) -> Parts:
+    """Returns what `find_parts` does, and no parts where there is no data set."""
     if os.path.isfile(path):
         return _of_file(path)
     if os.path.isdir(path):

@@ -62,7 +62,7 @@ def open_source(
     Raises:
         DataError: when there is no data set, none of its images can be used, or `classes` lacks a class.
     """
-    names = [data] if isinstance(data, str) else list(data)
+    names = _listed(data)
     generated = [name for name in names if name in GENERATED]
     if generated and len(names) > 1:
         raise DataError(

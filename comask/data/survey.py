@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.data.check_annotations import Bounds, fits, iou
+from comask.data.check_annotations import fits, from_corner, iou
 from comask.data.problems import Kind, Problem
 from comask.data.source import InstanceSource
 from comask.errors import one_line
@@ -19,6 +19,11 @@ SMALL, MEDIUM = 32, 96  # COCO's limits of the square root of an object's area, 
 Annotation: TypeAlias = dict[str, Any]
 # Problems whose annotations are kept with a change, so that a picture can show them.
 _CHANGED = {Kind.CLIPPED.words, Kind.SOME_SHORT.words, Kind.BAD_AREA.words}
+
+
+def size_name(area: float) -> str:
+    """Returns `small`, `medium` or `large`, by COCO's limits of an object's area in pixels."""
+    return "small" if area < SMALL**2 else "medium" if area < MEDIUM**2 else "large"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +82,7 @@ class Survey:
                 objects.append(place)
                 sides.append(mask.area**0.5)
                 if not fits(annotation["bbox"], mask.bounds):
-                    beside.append((place, iou(corners(annotation["bbox"]), mask.bounds)))
+                    beside.append((place, iou(from_corner(*annotation["bbox"]), mask.bounds)))
                     continue
                 start = one_line(f"{info.file_name} annotation {shortened(annotation['id'])}:")
                 changed += [(place, what, e) for what, e in named if e.startswith(start)]
@@ -95,9 +100,3 @@ class Survey:
         """Returns the number of COCO's small, medium and large objects."""
         small, rest = int((self.sides < SMALL).sum()), int((self.sides >= MEDIUM).sum())
         return {"small": small, "medium": len(self.sides) - small - rest, "large": rest}
-
-
-def corners(box: Bounds) -> Bounds:
-    """Returns (x1, y1, x2, y2) of a box (x, y, w, h)."""
-    x, y, w, h = box
-    return x, y, x + w, y + h

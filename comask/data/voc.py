@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.data.coco import CocoSource
-from comask.data.content import Objects, Size, files_below, read_images, read_lines, reason, spelled
+from comask.data.content import Objects, Size, files_below, read_images, read_list, reason, spelled
 from comask.errors import DataError
 from comask.media_files import IMAGE_SUFFIXES
 
@@ -58,7 +58,7 @@ def _read_part(folder: Path, listed: Path | None) -> CocoSource:
         found = files_below(folder / KINDS[0], (".png",))
         names = [file.relative_to(folder / KINDS[0]).with_suffix("").as_posix() for file in found]
     else:
-        names = _lines(listed)
+        names = read_list(listed)
     known = {
         normalize("NFC", file.relative_to(images).with_suffix("").as_posix()): file
         for file in files_below(images, IMAGE_SUFFIXES)
@@ -70,20 +70,13 @@ def _read_part(folder: Path, listed: Path | None) -> CocoSource:
     return read_images(folder, classes, [images], files, partial(_read_objects, folder, ids))
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return read_lines(file)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-
-
 def _class_colours(folder: Path) -> dict[int, str]:
     """Returns the class names by colour: those of CVAT's `labelmap.txt`, or VOC's twenty."""
     file = folder / "labelmap.txt"
     if not file.exists():
         return {_voc_colour(number): name for number, name in enumerate(CLASSES, 1)}
     colours = {}
-    for line in _lines(file):
+    for line in read_list(file):
         if line.startswith("#"):
             continue
         if not (found := _COLOUR.fullmatch(line)):

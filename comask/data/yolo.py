@@ -15,7 +15,16 @@ from reprlib import repr as shortened
 from typing import Any
 
 from comask.data.coco import CocoSource
-from comask.data.content import Objects, Size, files_below, read_images, read_lines, reason, spelled
+from comask.data.content import (
+    Objects,
+    Size,
+    files_below,
+    read_images,
+    read_lines,
+    read_list,
+    reason,
+    spelled,
+)
 from comask.errors import DataError
 from comask.media_files import IMAGE_SUFFIXES
 
@@ -120,11 +129,9 @@ def _read_part(
             images += files_below(place, IMAGE_SUFFIXES)
             continue
         folders.append(place.parent)
-        try:
-            lines = read_lines(place)
-        except ValueError as error:
-            raise DataError(str(error)) from error
-        images += [(place.parent if line.startswith("./") else root) / line for line in lines]
+        images += [
+            (place.parent if line.startswith("./") else root) / line for line in read_list(place)
+        ]
     if not images:
         raise DataError(f"{file}: {key} names {shortened(value)}, which has no images")
     source = read_images(file, classes, folders, ((image, image) for image in images), _read_labels)

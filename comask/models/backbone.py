@@ -40,8 +40,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def fold(self) -> None:
-        """Folds what inference does not need into the convolutions before it, in place."""
-        raise NotImplementedError
+        """Folds what inference does not need into the convolutions before it, in place.
+
+        A backbone in which nothing can be folded stays as it is.
+        """
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps normalised images [B, 3, H, W] to C2..C5, each [B, C_i, H/2^i, W/2^i]."""
@@ -170,6 +172,7 @@ class ConvNeXtBlock(nn.Module):
             nn.GELU(),
             nn.Conv2d(4 * channels, channels, 1),
         )
+        # It is not folded into the convolution, whose weights would then leave f16's range.
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
         self.stochastic_depth = StochasticDepth(drop, "row")
 
@@ -223,6 +226,3 @@ class ConvNeXt(Backbone):
         """Maps normalised images [B, 3, H, W] to C2..C5, each [B, C_i, H/2^i, W/2^i]."""
         features = super().forward(images)
         return [norm(c) for norm, c in zip(self.norms, features, strict=True)]
-
-    def fold(self) -> None:
-        """Folds nothing: a block's scale, of 1e-6 at first, would leave f16's range with its weights."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from comask.config import Config
 from comask.errors import ConfigError
 from comask.evaluate import TASKS
 from comask.training.record import Step
 from comask.training.validation import Validation
-
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
-TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 class Callback:
@@ -76,11 +74,7 @@ class TensorBoard(_Numbers):
     """
 
     def __init__(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard") from error
-        self._writer: Any = SummaryWriter
+        self._writer = _imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
 
     def on_start(self, folder: Path, config: Config, step: int) -> None:
         """Opens the file; later steps of an earlier process are hidden."""
@@ -104,11 +98,7 @@ class WeightsAndBiases(_Numbers):
     """
 
     def __init__(self) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing("wandb") from error
-        self._wandb: Any = wandb
+        self._wandb = _imported("wandb", "wandb")
 
     def on_start(self, folder: Path, config: Config, step: int) -> None:
         """Starts a run, or goes on with that of an earlier process of this folder."""
@@ -137,11 +127,7 @@ class Mlflow(_Numbers):
     """
 
     def __init__(self) -> None:
-        try:
-            import mlflow
-        except ImportError as error:
-            raise _missing("mlflow") from error
-        self._mlflow: Any = mlflow
+        self._mlflow = _imported("mlflow", "mlflow")
 
     def on_start(self, folder: Path, config: Config, step: int) -> None:
         """Starts a run, or goes on with that of an earlier process of this folder."""
@@ -172,7 +158,16 @@ def open_trackers(names: Sequence[str]) -> list[Callback]:
     return [kinds[name]() for name in dict.fromkeys(names)]
 
 
-def _missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"--track {package}: the package {package} is not installed; pip install 'comask[{package}]'"
-    )
+def _imported(module: str, package: str) -> Any:
+    """Imports a tracker's module.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"--track {package}: the package {package} is not installed; pip install "
+            f"'comask[{package}]'"
+        ) from error

@@ -96,9 +96,7 @@ def train_run(
     if checkpoint is None:
         _import_weights(model, config, opened.train, ranks, say)
     if not config.train.batch_size:
-        images = find_batch_size(model.to(ranks.device), config)
-        config = _with_batch_size(config, ranks.world * -int(largest_over_ranks(-images, ranks)))
-        say(f"train.batch_size={config.train.batch_size}, which fits into the GPU's memory")
+        config = _with_fitting_batch(model.to(ranks.device), config, ranks, say)
     model = fit_to_machine(model, config, ranks)
     if ranks.first:
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -107,11 +105,8 @@ def train_run(
         f"{len(opened.train_indices)} training images, {len(opened.val_indices)} for validation, "
         f"{config.model.num_classes} classes, {ranks.world} x {ranks.device.type}"
     )
-    trackers: list[Callback] = []
     if config.train.tensorboard and not any(isinstance(c, TensorBoard) for c in callbacks):
-        trackers = [TensorBoard()]
-    if ranks.first and checkpoint is None:
-        draw_training_images(opened, config, output)
+        callbacks = [*callbacks, TensorBoard()]
     trainer = Trainer(
         model,
         config,
@@ -120,9 +115,11 @@ def train_run(
         ranks=ranks,
         evaluate=_validator(opened, config, ranks, output) if config.train.evaluate_every else None,
         resume=checkpoint,
-        callbacks=[*callbacks, *trackers],
+        callbacks=callbacks,
         signal=signal,
     )
+    if ranks.first and checkpoint is None:
+        draw_training_images(trainer.dataset, config.train.batch_size, output)
     if checkpoint and trainer.is_finished:
         say(f"finished already at step {trainer.step}; nothing to do")
     elif checkpoint:
@@ -230,6 +227,13 @@ def _with_classes(config: Config, settings: tuple[str, ...], source: InstanceSou
         raise ConfigError(f"{named[0]}: the data has {classes} categories; leave the setting out")
     model = dataclasses.replace(config.model, num_classes=classes)
     return dataclasses.replace(config, model=model)
+
+
+def _with_fitting_batch(model: CoMask, config: Config, ranks: Ranks, say: Say) -> Config:
+    """Returns `config` with the batch that fits into the GPU of every process."""
+    images = -int(largest_over_ranks(-find_batch_size(model, config), ranks))
+    say(f"train.batch_size={ranks.world * images}, which fits into the GPU's memory")
+    return _with_batch_size(config, ranks.world * images)
 
 
 def _with_batch_size(config: Config, images: int) -> Config:

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from comask.config import Config
 from comask.data.coco import TRUE_MASK_SIZE
 from comask.data.loading import epoch_batches
-from comask.data.open_data import TrainingData
 from comask.data.training_set import Target, TrainingSet
 from comask.draw import draw_tile
 from comask.files import write_whole
@@ -23,12 +21,12 @@ NAME = "training_images.jpg"
 _GAP, _PAPER, _QUALITY = 4, 255, 90
 
 
-def draw_training_images(data: TrainingData, config: Config, folder: Path) -> None:
+def draw_training_images(dataset: TrainingSet, batch_size: int, folder: Path) -> None:
     """Writes `training_images.jpg`: the first images of a run, as the network gets them.
 
     Args:
-        data: the run's data.
-        config: the run's settings.
+        dataset: the run's training images.
+        batch_size: the number of images of a step.
         folder: the run's folder.
 
     Raises:
@@ -36,15 +34,8 @@ def draw_training_images(data: TrainingData, config: Config, folder: Path) -> No
     """
     from PIL import Image
 
-    dataset = TrainingSet(
-        data.train,
-        data.train_indices,
-        config.preprocess,
-        config=config.data,
-        seed=config.train.seed,
-    )
-    batches = epoch_batches(dataset, config.train.batch_size, config.train.seed, 0)
-    names = tuple(category.name for category in data.train.categories)
+    batches = epoch_batches(dataset, batch_size, dataset.seed, 0)
+    names = tuple(category.name for category in dataset.source.categories)
     tiles = []
     for key in [key for batch in batches for key in batch][:SHOWN]:
         canvas, (height, width), target, _ = dataset[key]
