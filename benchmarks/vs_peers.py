@@ -205,7 +205,12 @@ def make_bundle(folder: Path) -> None:
     save_checkpoint(file, checkpoint)
     images = [ShapesSource(num_images=1, seed=0).image(0)]
     export_bundle(
-        checkpoint, file, folder, images, precisions=("fp32", "fp16"), score_threshold=0.0
+        checkpoint,
+        file,
+        folder,
+        images,
+        precisions=("fp32", "fp16"),
+        settings=("model.score_threshold=0",),
     )
     add_int8(folder, images)
 

@@ -27,7 +27,7 @@ from comask.runtime.compare import PYRAMID
 
 LAST_LAYERS = (
     "rpn.objectness", "rpn.deltas", "classifier.logits", "classifier.deltas", "head.mask",
-    "head.offsets", "fine_head.mask",
+    "head.offsets", "fine_head.mask", "mask_scorer.iou",
 )  # fmt: skip
 CLASSIFIER = "classifier."
 COUNT = "num_detections"

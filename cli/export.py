@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     Images = Callable[[], list[NDArray[np.uint8]]]
 
 PRECISIONS = ("fp32", "fp16")  # int8 is made by `comask quantize`
+CHECKPOINTS_ALONE = {  # options by parameter
+    "output": "--output",
+    "score_threshold": "--score-threshold",
+    "settings": "--set",
+    "diagnostics": "--diagnostics",
+}
 MOVED = {
     **dict.fromkeys(("--engine", "--plugin", "--profile", "--rebuild"), "comask build"),
     **dict.fromkeys(("--calib-data", "--calib-images", "--ap-budget"), "comask quantize"),
@@ -48,6 +54,8 @@ MOVED = {
         metavar=",".join(PRECISIONS), help="Precisions of the graphs; fp32 is always made.")  # fmt: skip
 @option("--score-threshold", type=click.FloatRange(0, 1, max_open=True), metavar="P",
         help="Drop detections with scores up to P. [the model's]")  # fmt: skip
+@option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+        help="Change a setting that needs no training, e.g. model.agreement_score=true.")  # fmt: skip
 @option("--diagnostics", is_flag=True, help="Also output the proposals' boxes and coarse masks.")
 @verification_options
 @json_option
@@ -56,6 +64,7 @@ def main(
     output: Path | None,
     precisions: tuple[str, ...],
     score_threshold: float | None,
+    settings: tuple[str, ...],
     diagnostics: bool,
     data: str,
     limit: int,
@@ -80,11 +89,10 @@ def main(
             raise ComaskError(f"{source}: neither a checkpoint nor a bundle (no {MANIFEST})")
         bundle = Bundle.open(source)
         context = click.get_current_context()
-        for parameter in ("output", "score_threshold", "diagnostics"):
+        for parameter, name in CHECKPOINTS_ALONE.items():
             if context.get_parameter_source(parameter) is not ParameterSource.DEFAULT:
                 raise click.UsageError(
-                    f"--{parameter.replace('_', '-')} is for checkpoints; an existing bundle is "
-                    "changed in place"
+                    f"{name} is for checkpoints; an existing bundle is changed in place"
                 )
         exported = add_missing(bundle, precisions, images)
     elif output is None:
@@ -92,9 +100,10 @@ def main(
             f"--output is missing: {source} is a file, so a checkpoint, and its bundle needs a folder"
         )
     else:
+        threshold = () if score_threshold is None else (f"model.score_threshold={score_threshold}",)
         exported = _export(
             source, output, precisions, images,
-            score_threshold=score_threshold, diagnostics=diagnostics,
+            settings=settings + threshold, diagnostics=diagnostics,
         )  # fmt: skip
     print_exported(exported, to_stderr=json_file == "-")
     write_json(json_file, dataclasses.asdict(exported.bundle.manifest))
@@ -106,7 +115,7 @@ def _export(
     precisions: tuple[str, ...],
     images: Images,
     *,
-    score_threshold: float | None,
+    settings: tuple[str, ...],
     diagnostics: bool,
 ) -> Exported:
     from comask.export.pipeline import export_bundle
@@ -118,7 +127,7 @@ def _export(
         output,
         images(),
         precisions=tuple(dict.fromkeys(("fp32", *precisions))),
-        score_threshold=score_threshold,
+        settings=settings,
         diagnostics=diagnostics,
         report=report,
     )

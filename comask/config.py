@@ -140,6 +140,10 @@ class ModelConfig:
     train_refined_masks: bool = False  # adds a second mask loss on the refined boxes
     separate_fine_head: bool = False  # gives the second pass its own head, trained by that loss
     refined_nms_iou: float = 0.0  # threshold of a second NMS on the refined boxes; 0: no second NMS
+    # Beyond the paper, which takes masks alone from the second pass. Only mask_scoring has weights.
+    agreement_score: bool = False  # multiplies scores by the IoU of refined and second-pass boxes
+    second_boxes: bool = False  # returns the second pass's boxes; masks stay in the refined ones
+    mask_scoring: bool = False  # multiplies scores by a branch's estimate of the mask's IoU
     mask_threshold: float = 0.5  # pixels of at least this probability belong to the pasted mask
 
     # Losses
@@ -176,7 +180,13 @@ class ModelConfig:
             check((needed, operator.not_), "separate_fine_head")
         if self.collaboration == "fc_reg":
             without = "with model.collaboration=fc_reg, which has no dense boxes to refine with"
-            check((f"false {without}", operator.not_), "train_refined_masks")
+            check(
+                (f"false {without}", operator.not_), "train_refined_masks", "agreement_score",
+                "second_boxes",
+            )  # fmt: skip
+        if self.separate_fine_head:
+            without = "with model.separate_fine_head=true, which predicts no boxes"
+            check((f"false {without}", operator.not_), "agreement_score", "second_boxes")
         without = f"it has no effect with model.collaboration={self.collaboration}"
         for f in dataclasses.fields(self):
             if f.name in IDLE.get(self.collaboration, ()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import dataclasses
 import functools
 import logging
 import math
@@ -192,10 +191,7 @@ def draw_tile(
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     interpolation = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
     scaled = np.asarray(cv2.resize(image, size[::-1], interpolation=interpolation), np.uint8)
-    factors = np.array([size[1] / width, size[0] / height] * 2, np.float32)
-    boxes = detections.boxes_xyxy * factors
-    enlarged = dataclasses.replace(detections, boxes_xyxy=boxes, image_size=size)
-    return draw_overlay(scaled, enlarged, show_scores=show_scores)
+    return draw_overlay(scaled, detections.resized(size), show_scores=show_scores)
 
 
 def _scale(height: int, width: int) -> float:

@@ -27,6 +27,8 @@ class Detections:
         scores: [N] f32, probabilities in 0..1.
         labels: [N] i64, classes counted from 0.
         mask_probs: [N, 28, 28] f32, foreground probabilities over the box, in 0..1.
+        mask_boxes_xyxy: [N, 4] f32, the boxes over which `mask_probs` lie instead; None for
+            `boxes_xyxy`, which are the same unless the model has `second_boxes`.
         image_size: (height, width) of the original image in pixels.
         class_names: the name of each label, or None if unknown.
         category_ids: the data set's id of each label (COCO's have gaps); None stands for label + 1.
@@ -44,6 +46,7 @@ class Detections:
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int | str, ...] | None = None
     mask_threshold: float = 0.5
+    mask_boxes_xyxy: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -53,6 +56,8 @@ class Detections:
             "labels": ((count,), np.int64),
             "mask_probs": ((count, *self.mask_probs.shape[1:2] * 2), np.float32),
         }
+        if self.mask_boxes_xyxy is not None:
+            expected["mask_boxes_xyxy"] = (count, 4), np.float32
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             if array.shape != shape or array.dtype != dtype:
@@ -84,6 +89,7 @@ class Detections:
             class_names=self.class_names,
             category_ids=self.category_ids,
             mask_threshold=self.mask_threshold,
+            mask_boxes_xyxy=None if self.mask_boxes_xyxy is None else self.mask_boxes_xyxy[index],
         )
         if not self.has_rles:
             return chosen
@@ -92,7 +98,12 @@ class Detections:
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
         """The masks as [N, H, W] bool of the original image, which are pasted at the first access."""
-        return paste_masks(self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold)
+        return paste_masks(self.mask_probs, self._frames, self.image_size, self.mask_threshold)
+
+    @property
+    def _frames(self) -> NDArray[np.float32]:
+        """The boxes over which the masks lie."""
+        return self.boxes_xyxy if self.mask_boxes_xyxy is None else self.mask_boxes_xyxy
 
     def crop(self, index: int) -> tuple[int, int, NDArray[np.bool_]]:
         """Returns one mask, cut to the part of the image that it can touch; `masks` has whole images.
@@ -100,8 +111,20 @@ class Detections:
         Returns:
             (x, y, mask): `mask` is [h, w] bool, its top left pixel lies at (x, y) of the image.
         """
-        box = self.boxes_xyxy[index].tolist()
+        box = self._frames[index].tolist()
         return paste_mask(self.mask_probs[index], box, self.image_size, self.mask_threshold)
+
+    def resized(self, image_size: tuple[int, int]) -> Detections:
+        """Returns the detections in the image when it is resized to (height, width)."""
+        (height, width), (h, w) = image_size, self.image_size
+        factors = np.array([width / w, height / h] * 2, np.float32)
+        frames = self.mask_boxes_xyxy
+        return replace(
+            self,
+            boxes_xyxy=self.boxes_xyxy * factors,
+            mask_boxes_xyxy=None if frames is None else frames * factors,
+            image_size=image_size,
+        )
 
     def name(self, label: int) -> str:
         """Returns the name of class `label`, or its number if names are unknown."""
@@ -115,7 +138,7 @@ class Detections:
     def _rles(self) -> Sequence[dict[str, Any]]:
         # This is not a field, since `dataclasses.replace` would copy the RLEs to other masks.
         return rles_from_mask_probs(
-            self.mask_probs, self.boxes_xyxy, self.image_size, self.mask_threshold
+            self.mask_probs, self._frames, self.image_size, self.mask_threshold
         )
 
     @property
@@ -182,7 +205,8 @@ def detections_from_outputs(
 
     Args:
         outputs: `num_detections` [B], `boxes` [B, D, 4] f32 `xyxy` in pixels of the resized image,
-            `scores` [B, D], `labels` [B, D], `masks` [B, D, 28, 28].
+            `scores` [B, D], `labels` [B, D], `masks` [B, D, 28, 28]; and `mask_boxes` [B, D, 4] if the
+            masks lie over other boxes.
         placements: the placements of the B images on their canvases.
         class_names: as in `Detections`.
         category_ids: as in `Detections`.
@@ -194,13 +218,22 @@ def detections_from_outputs(
     results = []
     for i, placement in enumerate(placements):
         count = count_detections(outputs, i)
-        for name in ("boxes", "scores", "masks"):
-            require_finite(f"stage 2's {name}", outputs[name][i, :count])
+        for name in ("boxes", "scores", "masks", "mask_boxes"):
+            if name in outputs:
+                require_finite(f"stage 2's {name}", outputs[name][i, :count])
         scale_y, scale_x = placement.scale
         scale = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+        boxes, frames = (
+            np.asarray(outputs[name][i, :count], dtype=np.float32) / scale
+            if name in outputs
+            else None
+            for name in ("boxes", "mask_boxes")
+        )
+        assert boxes is not None
         results.append(
             Detections(
-                boxes_xyxy=np.asarray(outputs["boxes"][i, :count], dtype=np.float32) / scale,
+                boxes_xyxy=boxes,
+                mask_boxes_xyxy=frames,
                 scores=np.array(outputs["scores"][i, :count], dtype=np.float32),
                 labels=np.array(outputs["labels"][i, :count], dtype=np.int64),
                 mask_probs=np.array(outputs["masks"][i, :count], dtype=np.float32),

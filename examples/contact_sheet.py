@@ -8,7 +8,6 @@ python examples/contact_sheet.py demo/bundle sheet.png
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 
 import cv2
@@ -27,9 +26,7 @@ def enlarge(image: np.ndarray, detections: Detections) -> np.ndarray:
     """Returns the overlay at SCALE times the image's size; masks scale with their boxes."""
     h, w = image.shape[:2]
     large = cv2.resize(image, (w * SCALE, h * SCALE), interpolation=cv2.INTER_NEAREST)
-    scaled = dataclasses.replace(
-        detections, boxes_xyxy=detections.boxes_xyxy * SCALE, image_size=(h * SCALE, w * SCALE)
-    )
+    scaled = detections.resized((h * SCALE, w * SCALE))
     return draw_overlay(large, scaled[scaled.scores >= 0.5])
 
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from comask.export.functions import OPSET, add_functions
 from comask.models.comask import (
-    DIAGNOSTIC_OUTPUTS,
     STAGE1_INPUTS,
     STAGE1_OUTPUTS,
     STAGE2_INPUTS,
-    STAGE2_OUTPUTS,
     CoMask,
     folded,
+    stage2_outputs,
 )
 from comask.models.precision import half_around
 from comask.models.roi_align import STRIDES
@@ -52,7 +51,7 @@ class Stage2Graph(nn.Module):
         super().__init__()
         self.model = model
         self.diagnostics = diagnostics
-        self.output_names = STAGE2_OUTPUTS + (DIAGNOSTIC_OUTPUTS if diagnostics else ())
+        self.output_names = stage2_outputs(model.config, diagnostics=diagnostics)
 
     def forward(
         self,

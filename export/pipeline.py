@@ -26,8 +26,9 @@ from comask.bundle import (
     with_graphs,
     write_manifest,
 )
-from comask.config import PreprocessConfig
-from comask.errors import BundleError
+from comask.config import Config, PreprocessConfig
+from comask.config_reading import override
+from comask.errors import BundleError, ConfigError
 from comask.export.fp16 import Fp16Report, float_islands, scan_ranges
 from comask.export.onnx_export import export_stage1, export_stage2, in_precision
 from comask.export.verify import Verification, verification_batches, verify
@@ -36,8 +37,14 @@ from comask.runtime.backends.base import Stage
 from comask.runtime.backends.ort import ort_stages
 from comask.runtime.backends.ort_install import import_onnxruntime
 from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
-from comask.runtime.compare import TOLERANCES
+from comask.runtime.tolerances import TOLERANCES
 from comask.training.checkpoint import Checkpoint, model_from_checkpoint
+
+# The settings of `ModelConfig` with which the same weights may be exported.
+CHANGEABLE = (
+    "rpn_nms_iou", "rpn_top_k", "proposals", "score_threshold", "nms_iou", "detections",
+    "refined_nms_iou", "agreement_score", "second_boxes", "mask_threshold",
+)  # fmt: skip
 
 Images = Sequence[NDArray[np.uint8]]
 Report = Callable[[str], None]
@@ -81,7 +88,7 @@ def export_bundle(
     images: Images,
     *,
     precisions: Sequence[str] = ("fp32",),
-    score_threshold: float | None = None,
+    settings: Sequence[str] = (),
     diagnostics: bool = False,
     report: Report = lambda line: None,
 ) -> Exported:
@@ -93,25 +100,22 @@ def export_bundle(
         output: the bundle's folder, which must be new or empty.
         images: real images for the comparison, u8 [h, w, 3].
         precisions: the precisions of the graphs, `fp32` first.
-        score_threshold: the graphs drop detections with lower scores; None for the model's threshold.
+        settings: changes of `CHANGEABLE` settings, such as `model.score_threshold=0.1`.
         diagnostics: whether stage 2 gets the extra outputs that the first stage's AP needs.
         report: called with a line before each step.
 
     Raises:
         BackendUnavailableError: ONNX Runtime, which runs the graphs, is not installed.
         BundleError: `output` is in use.
+        ConfigError: a setting needs training, or its value does not fit.
         ParityError: a graph differs from PyTorch.
         PrecisionError: fp16 cannot hold the network's values.
     """
     import_onnxruntime()  # before minutes are spent on graphs
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BundleError(f"{output}: is there already; give a folder that is new or empty")
-    config = checkpoint.config
-    if score_threshold is not None:
-        model_config = dataclasses.replace(config.model, score_threshold=score_threshold)
-        config = dataclasses.replace(config, model=model_config)
-        checkpoint = dataclasses.replace(checkpoint, config=config)
-    model = model_from_checkpoint(checkpoint)
+    config = with_settings(checkpoint.config, settings)
+    model = model_from_checkpoint(dataclasses.replace(checkpoint, config=config))
     # The scratch folder is beside the output, so that a rename publishes the finished bundle.
     with scratch_folder(output, output.parent) as folder:
         _write_weights(model, config.preprocess, folder / WEIGHTS)
@@ -135,6 +139,23 @@ def export_bundle(
             output.rmdir()
         folder.rename(output)
     return Exported(Bundle(output, exported.bundle.manifest), exported.reports)
+
+
+def with_settings(config: Config, settings: Sequence[str]) -> Config:
+    """Returns the configuration of a trained network with changes that need no training.
+
+    Raises:
+        ConfigError: a setting needs training, or its value does not fit.
+    """
+    changed = override(config, tuple(settings))
+    for assignment in settings:
+        name = assignment.partition("=")[0]
+        if name.removeprefix("model.") not in CHANGEABLE:
+            raise ConfigError(
+                f"--set {assignment}: {name} cannot change after training; expected one of model."
+                + ", model.".join(CHANGEABLE)
+            )
+    return changed
 
 
 def add_precisions(

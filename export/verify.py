@@ -15,7 +15,8 @@ from comask.config import ModelConfig, PreprocessConfig
 from comask.errors import EngineError, ParityError
 from comask.preprocess import Prepared, prepare
 from comask.runtime.backends.base import Stages
-from comask.runtime.compare import TOLERANCES, Comparison, Tolerance, compare_stages
+from comask.runtime.compare import Comparison, compare_stages
+from comask.runtime.tolerances import TOLERANCES, Tolerance
 from comask.runtime.trt.engine_folder import EngineFolder
 
 # Canvases as shares (y, x) of the configured size: the whole one, a smaller one, and a strip.

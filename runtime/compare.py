@@ -16,8 +16,8 @@ from comask.config import ModelConfig
 from comask.kernels.launch import LEVEL_STRIDES
 from comask.preprocess import Prepared, stacked
 from comask.runtime.backends.base import Array, Stages
+from comask.runtime.tolerances import Tolerance
 
-SPAN_OF_TIES = 20
 PYRAMID = tuple(LEVEL_STRIDES)
 
 
@@ -30,20 +30,36 @@ class Boxes:
         scores: [N] f32.
         labels: [N] int; boxes of different labels do not compete.
         masks: [N, 28, 28] f32 probabilities; None for proposals.
+        mask_boxes: [N, 4] f32 `xyxy` of the masks; None if they are `boxes`.
+        class_scores: [N] f32, by which the NMS chose if `scores` are other ones since; else None.
     """
 
     boxes: Array
     scores: Array
     labels: Array
     masks: Array | None = None
+    mask_boxes: Array | None = None
+    class_scores: Array | None = None
+
+    @property
+    def ranks(self) -> Array:
+        """The scores by which the NMS chose."""
+        return self.scores if self.class_scores is None else self.class_scores
+
+    @property
+    def edges(self) -> Array:
+        """The coordinates of each box and, if it has another one, of its mask's, [N, 4] or [N, 8]."""
+        if self.mask_boxes is None:
+            return self.boxes
+        return np.concatenate((self.boxes, self.mask_boxes), axis=1)
 
 
 def match_boxes(a: Array, b: Array, limit: float | Array) -> Array:
     """Finds a partner in `b` for each box of `a`, whose edges are at most `limit` pixels away.
 
     Args:
-        a: [N, 4].
-        b: [M, 4]; each box is used at most once.
+        a: [N, 4], or [N, 8] for pairs of boxes.
+        b: [M, 4] or [M, 8]; each box is used at most once.
         limit: pixels, one number for all boxes of `a` or [N].
 
     Returns:
@@ -86,16 +102,16 @@ def is_contested(
         iou_tie: an IoU this near to the threshold may fall on either side of it; 0 for boxes that have
             moved since NMS.
     """
-    score = rows.scores[place]
+    score = rows.ranks[place]
     if any(abs(score - cut) <= tie for cut in cuts):
         return True
     ious = _iou(rivals.boxes, rows.boxes[place])
     alike = rivals.labels == rows.labels[place]
-    close = alike & (np.abs(rivals.scores - score) <= tie)
+    close = alike & (np.abs(rivals.ranks - score) <= tie)
     # Refinement has moved the boxes since NMS, so half of its threshold counts as an overlap.
     if (ious[close] > nms_iou / 2).any():
         return True
-    higher = alike & (rivals.scores > score)
+    higher = alike & (rivals.ranks > score)
     return bool((np.abs(ious[higher] - nms_iou) <= iou_tie).any()) and iou_tie > 0
 
 
@@ -106,68 +122,6 @@ def _iou(boxes: Array, box: Array) -> Array:
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
     overlap: Array = intersection / np.maximum(areas - intersection, 1e-6)
     return overlap
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """The differences allowed between results of one precision; the defaults are those of fp32.
-
-    Attributes:
-        relative: max|a-b| / max|a| of a tensor.
-        box: pixels of the resized image.
-        box_side: additional allowance as a share of a box's longer side.
-        score: absolute difference of two scores, of detections or proposals.
-        mask: absolute difference of two probabilities of a mask's pixel.
-        tie: two scores that are at most this far apart may change places.
-        iou_tie: an IoU of proposals this near to NMS' threshold may fall on either side of it.
-        contested: share of an image's proposals that near-ties may exchange; two always may.
-        contested_detections: the same share for detections.
-        alike: both shares if the scores of the reference's proposals span less than 20 ties, as an
-            untrained network's do; rounding alone then decides which of them win.
-    """
-
-    relative: float = 1e-3
-    box: float = 0.05
-    box_side: float = 0.0
-    score: float = 1e-3
-    mask: float = 1e-2
-    tie: float = 1e-4
-    iou_tie: float = 1e-4
-    contested: float = 0.01
-    contested_detections: float = 0.05
-    alike: tuple[float, float] = (0.01, 0.05)
-
-    def shares(self, scores: Array) -> tuple[float, float]:
-        """Returns the shares of proposals and detections that may be exchanged, given proposal scores."""
-        if len(scores) and float(scores.max() - scores.min()) < SPAN_OF_TIES * self.tie:
-            return self.alike
-        return self.contested, self.contested_detections
-
-
-# f16 rounds by up to u = 2^-11 = 5e-4. The roundings of some sixty layers in a row add up like a random
-# walk, to 8u = 4e-3 of a map's largest value; a wrong weight or mean exceeds twice that
-# (tests/test_fp16.py). Deltas and offsets are predicted from such maps in units of an anchor or RoI, so
-# the error of a box is proportional to its side. Logits up to 10 have an error of 2e-3 of that (half of
-# what the maps may have), a probability at most a quarter of that: 5e-3 per score, twice that between two
-# scores. A mask may differ more: if a cell's confidence rounds across the threshold of ½, the box in
-# which the mask is drawn moves. If the four edges of an intersection move by box_side, the IoU changes by
-# about 2.5 times that. The trained demo exchanges next to nothing, so a trained network may exchange
-# little. The scores of an untrained comask-r50 lie within 0.006 of one another for proposals and 0.015
-# for detections; 6 % and 20 % of them have no partner.
-TOLERANCES = {
-    "fp32": Tolerance(),
-    "fp16": Tolerance(
-        relative=1e-2,
-        box_side=2e-3,
-        score=1e-2,
-        mask=5e-2,
-        tie=5e-3,
-        iou_tie=5e-3,
-        contested=0.02,
-        contested_detections=0.05,
-        alike=(0.08, 0.25),
-    ),
-}
 
 
 @dataclass(kw_only=True)
@@ -274,8 +228,8 @@ def _proposals(outputs: Mapping[str, Array], image: int) -> Boxes:
 def _detections(outputs: Mapping[str, Array], image: int) -> Boxes:
     """Returns one image's detections without the padding."""
     count = int(outputs["num_detections"][image])
-    names = ("boxes", "scores", "labels", "masks")
-    return Boxes(*(outputs[name][image][:count] for name in names))
+    names = ("boxes", "scores", "labels", "masks", "mask_boxes", "class_scores")
+    return Boxes(**{name: outputs[name][image][:count] for name in names if name in outputs})
 
 
 @dataclass(frozen=True)
@@ -307,7 +261,7 @@ class _Match:
             boxes = self.expected.boxes[mine]
             sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0.0)
             limits = self.tolerance.box + self.tolerance.box_side * sides
-            local = match_boxes(boxes, self.found.boxes[theirs], limits)
+            local = match_boxes(self.expected.edges[mine], self.found.edges[theirs], limits)
             partner[mine[local >= 0]] = theirs[local[local >= 0]]
         return partner
 
@@ -327,10 +281,13 @@ class _Match:
         """Compares stage 2's detections, at most `full`, of which `share` may lack a partner."""
         self.into.detections += len(self.expected.scores)
         for name, tensor, allowed in (
-            ("box", "boxes", np.inf),  # partners are near by definition
+            ("box", "edges", np.inf),  # partners are near by definition
             ("score", "scores", self.tolerance.score),
+            ("score", "class_scores", self.tolerance.score),
             ("mask", "masks", self.tolerance.mask),
         ):
+            if getattr(self.expected, tensor) is None:
+                continue
             difference = self._difference(tensor)
             setattr(self.into, name, max(getattr(self.into, name), difference))
             if not difference <= allowed:
@@ -338,7 +295,7 @@ class _Match:
         cuts = [model.score_threshold]
         for rows in (self.expected, self.found):
             if 0 < len(rows.scores) == full:
-                cuts.append(float(rows.scores[-1]))
+                cuts.append(float(rows.ranks.min()))
         # If all scores are alike, a tie excuses any single detection, but not most of them.
         shares = self.tolerance.contested_detections, share
         self.into.contested_detections += self._lone("detections", model.nms_iou, cuts, shares)

@@ -20,11 +20,17 @@ FoundAt: TypeAlias = Mapping[str, Detections]  # by the names of `FOUND_AT`
 Outcome: TypeAlias = FoundAt | Exception  # of an image that was run
 
 # The points at which the network's detections can be read, and for each the outputs that replace stage
-# 2's own: its result, the proposals with the coarse masks, and the boxes for which all cells count alike.
+# 2's own, if there are such: its result, the proposals with the coarse masks, and the boxes for which all
+# cells count alike.
 FOUND_AT: dict[str, dict[str, str]] = {
     "final": {},
-    "first": {"boxes": "first_boxes", "masks": "coarse_masks"},
-    "plain": {"boxes": "plain_boxes"},
+    "first": {
+        "boxes": "first_boxes",
+        "masks": "coarse_masks",
+        "mask_boxes": "first_boxes",
+        "scores": "class_scores",
+    },
+    "plain": {"boxes": "plain_boxes", "mask_boxes": "plain_boxes"},
 }
 
 

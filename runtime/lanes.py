@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -19,7 +19,6 @@ from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.segmentation import Integers, rles_from_edges
 from comask.structures import Detections, detections_from_outputs
 
-PASTED = ("masks", "boxes", "num_detections")  # inputs of the masks' kernels, by stage 2's names
 Outputs: TypeAlias = dict[str, NDArray[Any]]  # stage 2's outputs by name
 Edges: TypeAlias = tuple[Integers, Integers]  # edge_counts and edges, see `comask.segmentation`
 Computed: TypeAlias = tuple[Outputs, list[Edges] | None]  # `Batch.outputs` and `Batch.edges`
@@ -108,8 +107,13 @@ class Batch:
         return [d.with_rles(r) for d, r in zip(results, rles, strict=True)]
 
 
+def pasted(outputs: Collection[str]) -> tuple[str, str, str]:
+    """Returns the names of the masks' kernels' inputs among stage 2's outputs."""
+    return "masks", "mask_boxes" if "mask_boxes" in outputs else "boxes", "num_detections"
+
+
 def mask_inputs(outputs: Sequence[int], place: int, masks: tuple[int, ...]) -> tuple[int, int, int]:
-    """Returns the addresses of one frame's part of the outputs `PASTED`; see `Batch.mask_launches`."""
+    """Returns the addresses of one frame's part of the outputs `pasted`; see `Batch.mask_launches`."""
     count, cells = masks[1:3]
     steps = count * cells * cells, 4 * count, 1  # numbers of 4 bytes per frame
     probs, boxes, found = (

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
 
+import numpy as np
 from typing_extensions import override
 
 from comask.bundle import Bundle, Manifest
@@ -199,12 +200,17 @@ class Predictor(Closing):
         for indices, outputs in self.outputs(prepared):
             batch = [prepared[i] for i in indices]
             for stage, instead in FOUND_AT.items():
-                if not outputs.keys() >= set(instead.values()):
+                if "boxes" in instead and instead["boxes"] not in outputs:
                     continue
-                changed = {name: outputs[other] for name, other in instead.items()}
+                changed = {
+                    name: outputs[other]
+                    for name, other in instead.items()
+                    if name in outputs and other in outputs
+                }
                 of_batch = self.detections({**outputs, **changed}, batch)
                 for i, detections in zip(indices, of_batch, strict=True):
-                    results[i][stage] = detections
+                    order = np.argsort(-detections.scores, kind="stable")
+                    results[i][stage] = detections[order] if "scores" in changed else detections
         return results
 
     def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:

@@ -20,15 +20,21 @@ from comask.kernels.launch import FRAME, MASKS, Launch, MaskLaunches, rgb_to_can
 from comask.runtime.dlpack import UNORDERED
 from comask.runtime.frames import Coding, Frame, borrow_frame
 from comask.runtime.lanes import (
-    PASTED,
     Batch,
     Computed,
     Edges,
     HostLane,
     HostLanes,
     mask_inputs,
+    pasted,
 )
 
+MAY_BE_PASTED = (
+    "masks",
+    "boxes",
+    "mask_boxes",
+    "num_detections",
+)  # whatever the model: see `pasted`
 SOURCES = (FRAME, MASKS)  # the kernels that the lanes need
 
 logger = logging.getLogger(__name__)
@@ -132,11 +138,13 @@ class ResidentLane(HostLane):
         return canvases
 
     def _found(self, canvases: Any, sizes: NDArray[Any], batch: Batch) -> Computed:
-        outputs = self._run(canvases, sizes, keep=PASTED if batch.rle else ())
+        outputs = self._run(canvases, sizes, keep=MAY_BE_PASTED if batch.rle else ())
         if not batch.rle:
             return outputs, None
-        addresses = [self._memory.address(outputs[name]) for name in PASTED]
-        copied = outputs | {name: self._memory.to_host(outputs[name]) for name in PASTED}
+        names = pasted(outputs)
+        addresses = [self._memory.address(outputs[name]) for name in names]
+        kept = outputs.keys() & set(MAY_BE_PASTED)
+        copied = outputs | {name: self._memory.to_host(outputs[name]) for name in kept}
         shape = copied["masks"].shape
         edges = [
             self._edges(batch.mask_launches(place, shape), mask_inputs(addresses, place, shape))

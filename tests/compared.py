@@ -7,7 +7,8 @@ import numpy as np
 from comask.config import ModelConfig
 from comask.preprocess import Prepared
 from comask.runtime.backends.base import Stages
-from comask.runtime.compare import Comparison, Tolerance, compare_stages
+from comask.runtime.compare import Comparison, compare_stages
+from comask.runtime.tolerances import Tolerance
 
 MODEL = ModelConfig(num_classes=8, nms_iou=0.3, score_threshold=0.0)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from comask.config import ModelConfig
 from comask.data.training_set import MaskCrops, Target
 from comask.models.comask import CoMask
+from comask.models.mask_scoring import MaskScorer
 from comask.presets import PRESETS
 from comask.training.losses import Rois
 
@@ -90,10 +91,14 @@ def _network() -> CoMask:
 def tiny_model(**changes: Any) -> CoMask:
     """A network whose outputs differ from place to place, unlike those of a fresh one.
 
-    `changes` to its configuration must leave its layers alone.
+    `changes` to its configuration must leave its other layers than `mask_scoring`'s alone.
     """
     model = deepcopy(_network())
     model.config = tiny_config(**changes)
+    if model.config.mask_scoring:
+        torch.manual_seed(8)
+        model.mask_scorer = MaskScorer(model.config).eval()
+        model.mask_scorer.iou.weight.detach().normal_(std=0.5)
     return model
 
 

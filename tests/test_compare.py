@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 from comask.config import ModelConfig, PreprocessConfig
 from comask.preprocess import prepare
 from comask.runtime.backends.base import Array, Stages
-from comask.runtime.compare import (
-    TOLERANCES,
-    Comparison,
-    Tolerance,
-    compare_stages,
-    match_boxes,
-    relative_error,
-)
+from comask.runtime.compare import Comparison, compare_stages, match_boxes, relative_error
+from comask.runtime.tolerances import TOLERANCES, Tolerance
 
 
 class Fixed:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import int8_arguments, run, settings, write_own_truth
+from conftest import run, settings
+from from_training_to_engines import go_from_training_to_engines
 from torch import Tensor, nn
 
 from comask.config import ModelConfig, TrainConfig
@@ -126,26 +126,4 @@ def test_recipes_are_whole_and_differ_from_the_papers() -> None:
 
 @pytest.mark.slow
 def test_from_training_to_engines(tmp_path: Path) -> None:
-    run_folder, bundle, data = tmp_path / "run", tmp_path / "bundle", tmp_path / "data"
-    result = run("train", "--data", "shapes", "--preset", "shapes-tiny", "--output", run_folder,
-                 *settings(*CONVNEXT))  # fmt: skip
-    assert result.exit_code == 0, result.output
-    result = run("export", run_folder / "checkpoint-last.pt", "--output", bundle,
-                 "--score-threshold", "0", "--precision", "fp32,fp16", "--limit", "2")  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "fp32 graphs agree with PyTorch" in result.output
-    assert "fp16 graphs agree with PyTorch" in result.output
-    write_own_truth(bundle, data)
-    result = run(*int8_arguments(bundle, data, "--max-loss", 100))
-    assert result.exit_code == 0, result.output
-    backends = [word for name in ("torch", "onnxruntime", "onnxruntime:int8", "openvino")
-                for word in ("--backend", name)]  # fmt: skip
-    result = run("eval", bundle, "--data", data, "--tolerance", "0.02", *backends, "--json",
-                 tmp_path / "eval.json")  # fmt: skip
-    report = json.loads((tmp_path / "eval.json").read_text())
-    for backend in ("onnxruntime", "openvino"):
-        assert report["comparisons"][backend]["passed"], result.output
-    pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
-    result = run("build", bundle, "--engine", "tensorrt-rtx", "--precision", "fp32,fp16,int8")
-    assert result.exit_code == 0, result.output
-    assert result.output.count("stage1.plan: ") == 3
+    go_from_training_to_engines(tmp_path, CONVNEXT)

@@ -16,7 +16,7 @@ from comask.data.shapes import ShapesSource
 from comask.runtime import Predictor
 from comask.runtime.backends import open_stages
 from comask.runtime.backends.base import Stages
-from comask.runtime.compare import Tolerance
+from comask.runtime.tolerances import Tolerance
 from comask.structures import Detections
 
 

@@ -32,7 +32,8 @@ from comask.runtime.backends import open_stages
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession
 from comask.runtime.backends.pytorch import torch_stages
-from comask.runtime.compare import TOLERANCES, Comparison
+from comask.runtime.compare import Comparison
+from comask.runtime.tolerances import TOLERANCES
 from comask.runtime.trt.flavor import load_flavor
 
 

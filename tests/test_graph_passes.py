@@ -29,7 +29,7 @@ from comask.models.nms import sorted_nms
 from comask.models.roi_align import STRIDES, roi_levels
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.ort import OrtSession
-from comask.runtime.compare import TOLERANCES
+from comask.runtime.tolerances import TOLERANCES
 
 MAPS = ("p2", "p3", "p4", "p5")
 LACKING = {"NonZero", "NonMaxSuppression", "RoiAlign"}  # in TensorRT-RTX, or without a GPU

@@ -157,7 +157,7 @@ def by_hand(
             channel = int(truth.labels[place]) + 1
             pooled = model.pool(maps, roi[None, None], 14)
             logits = class_masks(model.head, pooled)
-            _, offsets = model.head(pooled, truth.labels[place][None])
+            offsets = model.head(pooled, truth.labels[place][None]).offsets
             wanted = mask_targets(truth, roi[None], place[None], 28)[0]
             coarse.append(
                 (functional.softplus(logits[0, channel]) - logits[0, channel] * wanted).mean()
@@ -190,7 +190,7 @@ def test_head_losses_equal_the_loop(refined: bool, collaboration: str) -> None:
     model = tiny_model(roi_jitter=0.0, train_refined_masks=refined, collaboration=collaboration)
     pyramid, rois, targets = rois_of(model)
     terms = head_losses(model, pyramid, SIZES, rois, targets, [t.generator() for t in targets])
-    mask, box = (total / count for total, count in terms)
+    mask, box = (terms[name].total / terms[name].items for name in ("mask", "box"))
     coarse, box_by_hand, fine = by_hand(model, pyramid, rois, targets)
     assert box.item() == pytest.approx(box_by_hand, rel=1e-5)
     # with both passes, the mean of both: a sum would double the weight of masks against boxes
@@ -254,7 +254,8 @@ OPTIONS = {
     "backbone_norm": "group", "msfem_place": "replace", "residual_attention": True,
     "mask_kernel": 1, "collaboration": "fc_reg", "offset_activation": "exp",
     "cell_pooling": "logit", "empty_foreground": "proposal", "cell_targets": "soft",
-    "box_loss": "giou", "refined_nms_iou": 0.5,
+    "box_loss": "giou", "refined_nms_iou": 0.5, "agreement_score": True, "second_boxes": True,
+    "mask_scoring": True,
 }  # fmt: skip
 
 
@@ -266,6 +267,7 @@ OPTIONS = {
         {"cell_pooling": "bilinear"},
         {"cell_targets": "pred"},
         {"train_refined_masks": True, "separate_fine_head": True},
+        {"train_refined_masks": True, "separate_fine_head": True, "mask_scoring": True},
     ],
     ids=str,
 )

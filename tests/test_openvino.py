@@ -24,8 +24,9 @@ from comask.errors import BackendUnavailableError, BundleError, ComaskError
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions, choice, openvino
 from comask.runtime.backends.base import Stages
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.compare import Comparison, compare_stages
 from comask.runtime.parity.open_backends import openvino_backends
+from comask.runtime.tolerances import TOLERANCES
 
 LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 HAS_BF16 = "BF16" in openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -58,7 +58,7 @@ def http(installation: Installation) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def client(http: Any, address: str) -> Iterator[Any]:
-    with http.InferenceServerClient(address, concurrency=4) as client:
+    with http.InferenceServerClient(address, concurrency=16) as client:
         yield client
 
 
@@ -104,17 +104,22 @@ def test_requests_at_once_share_batches(http: Any, client: Any, predictor: Predi
         (model,) = client.get_inference_statistics("comask")["model_stats"]
         return np.array([int(model["inference_count"]), int(model["execution_count"])])
 
-    before, expected = counts(), predictor(IMAGES)
+    expected = predictor(IMAGES)
     places = [i % len(IMAGES) for i in range(16)]
-    waiting = [client.async_infer("comask", encoded(http, png(IMAGES[place]))) for place in places]
-    for place, answer in zip(places, waiting, strict=True):
-        assert_tells(0, outputs(answer.get_result()), expected[place])
-    deadline = time.monotonic() + 10  # the server counts a request when it has been answered
-    while (counts() - before)[0] < len(places) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    inferences, executions = counts() - before
-    assert inferences == len(places)
-    assert executions < len(places)
+    for _ in range(10):  # beside other work requests may arrive one by one, and be run so
+        before = counts()
+        requests = [encoded(http, png(IMAGES[place])) for place in places]
+        waiting = [client.async_infer("comask", request) for request in requests]
+        for place, answer in zip(places, waiting, strict=True):
+            assert_tells(0, outputs(answer.get_result()), expected[place])
+        deadline = time.monotonic() + 10  # the server counts a request when it has been answered
+        while (counts() - before)[0] < len(places) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        inferences, executions = counts() - before
+        assert inferences == len(places)
+        if executions < len(places):
+            return
+    pytest.fail("10 times, 16 requests at once were run one by one")
 
 
 def test_a_broken_image_fails_its_own_request(http: Any, client: Any, predictor: Predictor) -> None:

@@ -51,7 +51,7 @@ def compared(context: Context, stages: Any, precision: str, *, shapes: bool = Fa
 
     from comask.export.verify import verify
     from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
-    from comask.runtime.compare import TOLERANCES
+    from comask.runtime.tolerances import TOLERANCES
 
     # cuDNN's convolutions use TensorFloat-32 by default, which has the mantissa of f16.
     torch.backends.cudnn.allow_tf32 = False
@@ -69,7 +69,8 @@ def torch_outputs(context: Context, *, half: bool) -> Figure:
     from comask.models.precision import half_around
     from comask.preprocess import stacked
     from comask.runtime.backends.pytorch import model_from_bundle, torch_stages
-    from comask.runtime.compare import PYRAMID, TOLERANCES
+    from comask.runtime.compare import PYRAMID
+    from comask.runtime.tolerances import TOLERANCES
 
     model = model_from_bundle(context.bundle())
     if not half:

@@ -55,6 +55,13 @@ class MaskCrops:
             image_size=image_size,
         )
 
+    def areas(self) -> Tensor:
+        """Returns the number of pixels of each object, [G] f32."""
+        sizes = self.places[:, 2:].prod(dim=1).to(self.pixels.device)
+        owners = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        areas = torch.zeros(len(sizes), device=sizes.device)
+        return areas.index_add(0, owners, self.pixels.float())
+
     def crops(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (x, y, crop [h, w] u8) of each object."""
         start = 0

@@ -8,6 +8,8 @@ Legend: R RoIs, K classes; a *cell* is one of the 7×7 places of a RoI. Boxes ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,20 @@ class ClassConv2d(nn.Conv2d):
         for row in range(size):
             out = out + shifted[:, row, row : row + height]
         return out
+
+
+class HeadOutputs(NamedTuple):
+    """What the head computes for each RoI.
+
+    Attributes:
+        masks: [R, 28, 28] f32, the logits of the mask of the RoI's own class.
+        offsets: [R, 4, 7, 7] f32, each cell's box; see `decode_cells`.
+        features: [R, C, 7, 7], from which both are computed.
+    """
+
+    masks: Tensor
+    offsets: Tensor
+    features: Tensor
 
 
 class CollaborativeHead(FloatTensors):
@@ -88,25 +104,23 @@ class CollaborativeHead(FloatTensors):
             start = roi_offsets()
             self.offset_bias = nn.Parameter(start.log() if self.activation == "exp" else start)
 
-    def forward(self, pooled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pooled: Tensor, labels: Tensor) -> HeadOutputs:
         """Maps RoI features [R, C, 14, 14] and labels [R] i64, from 0, to masks and offsets.
 
         A head for masks alone returns the offsets of the RoI itself.
-
-        Returns:
-            the mask logits of each RoI's class [R, 28, 28] f32, and the offsets [R, 4, 7, 7].
         """
         hidden = self.refine(pooled)
         masks = self.mask(self.upsample(hidden), labels + 1)
         if not self.regress:
-            return masks, roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
+            same = roi_offsets().to(pooled.device).expand(pooled.shape[0], -1, -1, -1)
+            return HeadOutputs(masks, same, hidden)
         # The bias is most of an offset; in f16 its rounding would shift boxes by up to 1/4096 of the RoI.
         offsets = self.offsets(hidden).float() + self.offset_bias
         if self.activation == "relu":
             offsets = F.relu(offsets)
         elif self.activation == "exp":
             offsets = torch.exp(offsets)
-        return masks, offsets
+        return HeadOutputs(masks, offsets, hidden)
 
 
 def roi_offsets() -> Tensor:

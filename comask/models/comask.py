@@ -20,15 +20,17 @@ from comask.models.backbone import build_backbone
 from comask.models.box_refinement import POOL_SIZE as HEAD_POOL
 from comask.models.box_refinement import (
     CollaborativeHead,
+    HeadOutputs,
     average_box,
     cell_confidence,
     cell_weights,
     decode_cells,
 )
-from comask.models.boxes import clip_boxes, decode_boxes
+from comask.models.boxes import clip_boxes, decode_boxes, paired_iou
 from comask.models.classifier import POOL_SIZE as CLASSIFIER_POOL
 from comask.models.classifier import Classifier, choose_detections, scores_are_numbers
 from comask.models.found_rows import FoundRows, zeros_unless
+from comask.models.mask_scoring import MaskScorer
 from comask.models.neck import MFPN, MSFEM
 from comask.models.nms import sorted_nms, top_k
 from comask.models.precision import FloatTensors
@@ -42,8 +44,18 @@ STAGE2_OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
 DIAGNOSTIC_OUTPUTS = ("first_boxes", "coarse_masks", "cell_weights", "plain_boxes")
 
 
+def stage2_outputs(config: ModelConfig, *, diagnostics: bool = False) -> tuple[str, ...]:
+    """Returns the names of stage 2's outputs, in the graph's order; `CoMask.stage2` explains them."""
+    optional = {
+        "mask_boxes": config.second_boxes,
+        "class_scores": config.agreement_score or config.mask_scoring,
+    }
+    names = STAGE2_OUTPUTS + tuple(name for name, there in optional.items() if there)
+    return names + (DIAGNOSTIC_OUTPUTS if diagnostics else ())
+
+
 class CoMask(FloatTensors):
-    """Backbone, MFPN, RPN, classification branch and collaborative head.
+    """Backbone, MFPN, RPN, classification branch, collaborative head and, as an option, mask scoring.
 
     Args:
         config: the network's settings.
@@ -69,6 +81,8 @@ class CoMask(FloatTensors):
         self.head = CollaborativeHead(config, regress=config.collaboration != "fc_reg")
         separate = config.separate_fine_head
         self.fine_head = CollaborativeHead(config, regress=False) if separate else None
+        # Last, so that the branch changes no other layer's random start.
+        self.mask_scorer = MaskScorer(config) if config.mask_scoring else None
 
     @override
     def half(self) -> Self:
@@ -150,11 +164,14 @@ class CoMask(FloatTensors):
 
         Returns:
             `num_detections` i32 [B], `boxes` f32 [B, D, 4], `scores` f32 [B, D], `labels` i32
-            [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows from `num_detections` on are
-            zeros. `num_detections` is -1 where scores are not finite. With `diagnostics`, also:
-            `first_boxes` [B, D, 4], the unrefined proposals; `coarse_masks` [B, D, 28, 28] over these
-            boxes; `cell_weights` [B, D, 7, 7]; and `plain_boxes` [B, D, 4], the boxes that result from
-            equal weights of all cells.
+            [B, D] from 0, `masks` f32 [B, D, 28, 28] in 0..1; rows are in order of falling score, and
+            rows from `num_detections` on are zeros. `num_detections` is -1 where scores are not finite.
+            With `second_boxes`, `boxes` are the second pass's, and `mask_boxes` f32 [B, D, 4] are the
+            boxes over which the masks lie. With `agreement_score` or `mask_scoring`, `class_scores` f32
+            [B, D] are the classifier's probabilities, and `scores` are their products with the factors.
+            With `diagnostics`, also: `first_boxes` [B, D, 4], the unrefined proposals; `coarse_masks`
+            [B, D, 28, 28] over these boxes; `cell_weights` [B, D, 7, 7]; and `plain_boxes` [B, D, 4],
+            the boxes that result from equal weights of all cells.
         """
         config, pyramid = self.config, [p2, p3, p4, p5]
         per_image = proposals.shape[:2]
@@ -179,22 +196,29 @@ class CoMask(FloatTensors):
             if diagnostics:
                 _, coarse, weights, cells = self.refine(pyramid, rois, labels)
         boxes = clip_boxes(refined, image_sizes)
-        fine, _ = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL), labels)
+        second = (self.fine_head or self.head)(self.pool(pyramid, boxes, HEAD_POOL), labels)
 
-        by_row = {"boxes": boxes, "masks": torch.sigmoid(fine).unflatten(0, boxes.shape[:2])}
+        by_row = {
+            "boxes": boxes,
+            "masks": torch.sigmoid(second.masks).unflatten(0, boxes.shape[:2]),
+        }
+        scores = found.cut(chosen.scores)
+        by_row |= self.judged(second, boxes, image_sizes, scores)
         if diagnostics:
             by_row["coarse_masks"] = torch.sigmoid(coarse).unflatten(0, boxes.shape[:2])
             by_row["cell_weights"] = weights.unflatten(0, boxes.shape[:2])
             plain = cells.mean(dim=(1, 2)).unflatten(0, boxes.shape[:2])
             by_row["plain_boxes"] = clip_boxes(plain, image_sizes)
-        valid = found.cut(chosen.scores) > 0
         outputs = {
             "first_boxes": chosen.boxes,
             "scores": chosen.scores,
+            "class_scores": chosen.scores,
             "labels": chosen.labels.to(torch.int32),
-        } | {name: found.pad(zeros_unless(valid, values)) for name, values in by_row.items()}
-        names = STAGE2_OUTPUTS + (DIAGNOSTIC_OUTPUTS if diagnostics else ())
+        } | {name: found.pad(zeros_unless(scores > 0, values)) for name, values in by_row.items()}
+        names = stage2_outputs(config, diagnostics=diagnostics)
         outputs = {name: outputs[name] for name in names[1:]}
+        if "class_scores" in names:
+            outputs = keep_rows(outputs, outputs["scores"] > 0)
         if config.refined_nms_iou:
             outputs = drop_duplicates(outputs, config.refined_nms_iou)
         count = (outputs["scores"] > 0).sum(1, dtype=torch.int32)
@@ -215,12 +239,42 @@ class CoMask(FloatTensors):
             Boxes [B, D, 4], not clipped; coarse mask logits [B·D, 28, 28]; cell weights [B·D, 7, 7];
             the cells' boxes [B·D, 7, 7, 4].
         """
-        coarse, offsets = self.head(self.pool(pyramid, rois, HEAD_POOL), labels)
+        first = self.head(self.pool(pyramid, rois, HEAD_POOL), labels)
+        averaged, weights, cell_boxes = self.averaged_boxes(first, rois)
+        return averaged, first.masks, weights, cell_boxes
+
+    def averaged_boxes(self, found: HeadOutputs, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns boxes [B, D, 4], not clipped, cell weights and cells' boxes of RoIs [B, D, 4]."""
         flat = rois.reshape(-1, 4)
-        cell_boxes = decode_cells(offsets, flat)
-        weights = self.weigh_cells(coarse)
-        averaged = average_box(cell_boxes, weights, flat).reshape(rois.shape)
-        return averaged, coarse, weights, cell_boxes
+        cell_boxes = decode_cells(found.offsets, flat)
+        weights = self.weigh_cells(found.masks)
+        return average_box(cell_boxes, weights, flat).reshape(rois.shape), weights, cell_boxes
+
+    def judged(
+        self, second: HeadOutputs, boxes: Tensor, image_sizes: Tensor, scores: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns what the options beyond the paper change in stage 2's outputs.
+
+        If the second pass moves a refined box far, the first one was not sure of the place.
+
+        Args:
+            second: the second pass's outputs.
+            boxes: [B, D, 4], the refined boxes.
+            image_sizes: i32 [B, 2], (h, w).
+            scores: [B, D], the class scores.
+        """
+        config = self.config
+        changed: dict[str, Tensor] = {}
+        if config.agreement_score or config.second_boxes:
+            again = clip_boxes(self.averaged_boxes(second, boxes)[0], image_sizes)
+            if config.second_boxes:
+                changed |= {"boxes": again, "mask_boxes": boxes}
+            if config.agreement_score:
+                changed["scores"] = scores = scores * paired_iou(boxes, again)
+        if self.mask_scorer:
+            logits = self.mask_scorer(second.features, second.masks)
+            changed["scores"] = scores * torch.sigmoid(logits).reshape(scores.shape)
+        return changed
 
     def weigh_cells(self, coarse: Tensor) -> Tensor:
         """Returns the weights of the cells' boxes, [R, 7, 7] in 0..1, from mask logits [R, 28, 28]."""
@@ -232,15 +286,19 @@ class CoMask(FloatTensors):
 
 
 def drop_duplicates(outputs: dict[str, Tensor], iou: float) -> dict[str, Tensor]:
-    """Applies NMS per class to refined boxes; kept rows move up, dropped rows become padding.
+    """Applies NMS per class to the outputs' boxes; kept rows move up, dropped rows become padding.
 
     Args:
         outputs: `boxes`, `scores`, `labels`, `masks` and further tensors of shape [B, D, …], by falling
             score.
         iou: overlap above which the box of the lower score is dropped.
     """
-    valid = outputs["scores"] > 0
-    keep = sorted_nms(outputs["boxes"], outputs["labels"], iou) & valid
+    keep = sorted_nms(outputs["boxes"], outputs["labels"], iou) & (outputs["scores"] > 0)
+    return keep_rows(outputs, keep)
+
+
+def keep_rows(outputs: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """Returns outputs [B, D, …] by falling score; rows not in `keep`, [B, D] bool, become padding."""
     _, order = top_k(torch.where(keep, outputs["scores"], 0.0), keep.shape[1])
     keep = keep.gather(1, order)
     moved = {}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Paths in `CoMask` of the modules whose outputs (logits, deltas and offsets) are read in f32.
-FLOAT_OUTPUTS = ("rpn", "classifier", "head", "fine_head")
+# Paths in `CoMask` of the modules whose outputs (logits, deltas, offsets) are read in f32.
+FLOAT_OUTPUTS = ("rpn", "classifier", "head", "fine_head", "mask_scorer")
 
 
 class FloatTensors(nn.Module):

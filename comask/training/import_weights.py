@@ -17,6 +17,7 @@ from comask.errors import CheckpointError
 from comask.models.comask import CoMask
 from comask.training.weight_files import HUB, WeightFile, nothing_fits, read_hub, read_weights
 
+MODULES = ("backbone", "rpn", "head", "fine_head", "mask_scorer")  # that reports name as a whole
 CLASS_LAYERS = ("classifier.logits.", "head.mask.", "fine_head.mask.")  # row 0 is the background
 OWN_NORMS = "backbone.norms."  # of ConvNeXt's outputs, which a classifier does not have
 # Layers whose weights have a different meaning under another value of a setting.
@@ -196,7 +197,7 @@ def _grouped(names: Iterable[str]) -> str:
     for entry in names:
         name, _, reason = entry.partition(": ")
         parts = name.split(".")
-        one = parts[0] in ("backbone", "rpn", "head", "fine_head") and parts[1:2] != ["fpn"]
+        one = parts[0] in MODULES and parts[1:2] != ["fpn"]
         module = parts[0] if one or len(parts) < 3 else ".".join(parts[:2]).rstrip("0123456789")
         counts[module, reason.partition(",")[0]] += 1
     return ", ".join(

@@ -101,7 +101,8 @@ class Trainer:
         if train.channels_last:
             model.to(memory_format=torch.channels_last)
         if train.compile:
-            for part in (model.backbone, model.mfpn, model.head, model.fine_head):
+            heads = (model.head, model.fine_head, model.mask_scorer)
+            for part in (model.backbone, model.mfpn, *heads):
                 if part:
                     part.compile()
         objective = Objective(model)

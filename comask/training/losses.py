@@ -34,7 +34,15 @@ from comask.models.comask import CoMask
 from comask.models.roi_align import pool_rows
 from comask.models.rpn import LevelOutput, proposals_from_levels
 from comask.training.distributed import mean_over_ranks
-from comask.training.targets import choose, jitter, mask_targets, match, sample, without_crowds
+from comask.training.targets import (
+    choose,
+    jitter,
+    mask_iou,
+    mask_targets,
+    match,
+    sample,
+    without_crowds,
+)
 
 Generators = list[torch.Generator]
 
@@ -104,20 +112,21 @@ class Objective(nn.Module):
             )
         ]
         classes, regressed = classification_losses(model, pyramid, rois, targets)
-        mask, box = head_losses(model, pyramid, image_sizes, rois, targets, generators)
         terms = {
             "rpn_objectness": objectness,
             "rpn_box": anchor_box,
             "class": classes,
-            "mask": mask,
-            "box": regressed or box,
+            **head_losses(model, pyramid, image_sizes, rois, targets, generators),
         }
+        if regressed:
+            terms["box"] = regressed
         items = torch.stack([term.items for term in terms.values()])
         # DDP averages gradients over processes, so each process divides by the mean number.
         share = mean_over_ranks(items)
         counts = torch.where(share > 0, share, 1.0)
         return {
-            name: getattr(config, f"{name}_weight") * term.total / count
+            # The mask's score has no weight, since its gradient reaches no other layer.
+            name: getattr(config, f"{name}_weight", 1.0) * term.total / count
             for (name, term), count in zip(terms.items(), counts, strict=True)
         }
 
@@ -207,13 +216,14 @@ def head_losses(
     rois: list[Rois],
     targets: list[Target],
     generators: list[torch.Generator],
-) -> tuple[Term, Term]:
+) -> dict[str, Term]:
     """Returns the losses of the head on jittered positive RoIs, at most `head_rois` per image.
 
     Returns:
-        The mask loss and the box loss. The mask loss is the binary cross-entropy of the mask of the
-        object's class, averaged over 28·28 pixels, and over both passes if the second one is trained;
-        its items are the RoIs. The box loss is that of `dense_box_loss`.
+        `mask`, `box` and, with mask scoring, `mask_score`. The mask loss is the binary cross-entropy of
+        the mask of the object's class, averaged over 28·28 pixels, and over both passes if the second
+        one is trained; its items are the RoIs. The box loss is that of `dense_box_loss`. The mask
+        score's loss is the binary cross-entropy with the IoU of the last pass's mask.
     """
     config = model.config
     boxes, labels, objects, masks, chosen = [], [], [], [], []
@@ -230,12 +240,14 @@ def head_losses(
         masks.append(mask_targets(target, box, matched[keep], MASK_SIZE))
     label, mask_target = torch.cat(labels), torch.cat(masks)
 
-    mask_logits, offsets = model.head(pool_by_image(model, pyramid, boxes, POOL_SIZE), label)
+    found = model.head(pool_by_image(model, pyramid, boxes, POOL_SIZE), label)
+    mask_logits = found.masks
     mask_loss = _mask_loss(mask_logits, mask_target)
 
     flat = torch.cat(boxes)
-    cell_boxes = decode_cells(offsets, flat)
+    cell_boxes = decode_cells(found.offsets, flat)
     weights = _training_weights(model, mask_logits, mask_target)
+    last, last_boxes, last_target = found, boxes, mask_target
     if config.train_refined_masks:
         with torch.no_grad():
             moved = average_box(cell_boxes, model.weigh_cells(mask_logits), flat)
@@ -247,12 +259,24 @@ def head_losses(
             [mask_targets(*args, MASK_SIZE) for args in zip(targets, refined, chosen, strict=True)]
         )
         fine_head = model.fine_head or model.head
-        fine, _ = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE), label)
-        fine_loss = _mask_loss(fine, fine_target)
+        fine = fine_head(pool_by_image(model, pyramid, refined, POOL_SIZE), label)
+        last, last_boxes, last_target = fine, refined, fine_target
+        fine_loss = _mask_loss(fine.masks, fine_target)
         mask_loss = (mask_loss + fine_loss) / 2  # A sum would double the mask's weight.
     count = mask_loss.new_tensor(float(len(label)))
     box_loss = dense_box_loss(cell_boxes, torch.cat(objects), weights, config.box_loss)
-    return Term(mask_loss, count), box_loss
+    terms = {"mask": Term(mask_loss, count), "box": box_loss}
+    if model.mask_scorer:
+        # The branch reads features and masks and does not change them, so all else stays as without it.
+        logits = model.mask_scorer(last.features.detach(), last.masks.detach())
+        bits = (torch.sigmoid(last.masks.detach()) >= config.mask_threshold).float()
+        counts = [len(b) for b in last_boxes]
+        ious = map(
+            mask_iou, bits.split(counts), last_target.split(counts), targets, last_boxes, chosen
+        )
+        loss = F.binary_cross_entropy_with_logits(logits, torch.cat([*ious]), reduction="sum")
+        terms["mask_score"] = Term(loss, count)
+    return terms
 
 
 def _mask_loss(logits: Tensor, target: Tensor) -> Tensor:

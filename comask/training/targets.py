@@ -141,6 +141,26 @@ def mask_targets(target: Target, rois: Tensor, objects: Tensor, size: int) -> Te
     return cuts
 
 
+def mask_iou(masks: Tensor, cuts: Tensor, target: Target, rois: Tensor, objects: Tensor) -> Tensor:
+    """Returns the IoU of masks in RoIs with their objects, [R] in 0..1.
+
+    What lies of an object outside its RoI counts as missed, as in Mask Scoring R-CNN.
+
+    Args:
+        masks: [R, M, M], 0 or 1.
+        cuts: [R, M, M], the result of `mask_targets` for the same RoIs.
+        target: the target of one image.
+        rois: [R, 4].
+        objects: [R] i64, indices into `target.masks`.
+    """
+    corners = rois * target.mask_scale
+    pixel = (corners[:, 2:] - corners[:, :2]).prod(dim=1) / masks.shape[1] ** 2
+    whole = target.masks.areas()[objects] / pixel.clamp(min=1e-6)
+    inside, both = cuts.sum(dim=(1, 2)), (masks * cuts).sum(dim=(1, 2))
+    union = masks.sum(dim=(1, 2)) + torch.maximum(whole, inside) - both
+    return both / union.clamp(min=1.0)
+
+
 def _of_like_size(places: Tensor, objects: Tensor) -> list[Tensor]:
     """Groups `objects` by crops whose heights and widths each differ by less than a factor of two.
 

@@ -47,14 +47,20 @@ static void add_results(json &results, int image_id, Network &network, const Pre
     const auto boxes = network.output<float>("boxes"), scores = network.output<float>("scores"),
                masks = network.output<float>("masks");
     const auto labels = network.output<std::int32_t>("labels");
+    const bool framed = manifest.at("model").value("second_boxes", false); // masks have own boxes
+    const auto frames = framed ? network.output<float>("mask_boxes") : boxes;
     const std::size_t pixels = masks.size() / scores.size();
     const float x_scale = float(double(image.size.width) / image.original.width);
     const float y_scale = float(double(image.size.height) / image.original.height);
     for (int i = 0; i < count; ++i) {
-        const cv::Vec4f box(boxes[4 * i] / x_scale, boxes[4 * i + 1] / y_scale,
-                            boxes[4 * i + 2] / x_scale, boxes[4 * i + 3] / y_scale);
-        const auto runs = runs_of_mask(&masks[i * pixels], int(std::lround(std::sqrt(pixels))), box,
-                                       image.original, manifest.at("mask_threshold"));
+        const auto in_image = [&](const float *corners) {
+            return cv::Vec4f(corners[0] / x_scale, corners[1] / y_scale, corners[2] / x_scale,
+                             corners[3] / y_scale);
+        };
+        const cv::Vec4f box = in_image(&boxes[4 * i]);
+        const auto runs = runs_of_mask(&masks[i * pixels], int(std::lround(std::sqrt(pixels))),
+                                       in_image(&frames[4 * i]), image.original,
+                                       manifest.at("mask_threshold"));
         results.push_back(
             {{"image_id", image_id},
              {"category_id", manifest.at("categories").at(labels[i]).at("id")},

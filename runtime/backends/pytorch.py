@@ -21,17 +21,14 @@ from comask.models.comask import (
     STAGE1_INPUTS,
     STAGE1_OUTPUTS,
     STAGE2_INPUTS,
-    STAGE2_OUTPUTS,
     CoMask,
     load_weights,
+    stage2_outputs,
 )
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.base import Array, Stages, TensorSpec
 from comask.runtime.backends.names import nvidia_device
 from comask.runtime.resident import with_kernels
-
-# the names of each stage's inputs and outputs
-TENSORS = {"stage1": (STAGE1_INPUTS, STAGE1_OUTPUTS), "stage2": (STAGE2_INPUTS, STAGE2_OUTPUTS)}
 
 
 class TorchStage:
@@ -58,9 +55,12 @@ class TorchStage:
     ) -> None:
         self.model, self.bf16 = model, bf16
         self._run = partial(getattr(model, stage), **options)
-        self.inputs, self.outputs = (
-            tuple(graph_spec(name, model) for name in names) for names in TENSORS[stage]
-        )
+        inputs, outputs = {
+            "stage1": (STAGE1_INPUTS, STAGE1_OUTPUTS),
+            "stage2": (STAGE2_INPUTS, stage2_outputs(model.config)),
+        }[stage]
+        self.inputs = tuple(graph_spec(name, model) for name in inputs)
+        self.outputs = tuple(graph_spec(name, model) for name in outputs)
 
     def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
         """Runs the stage; the outputs in `keep` are tensors on its device, the others arrays."""
@@ -172,6 +172,8 @@ def graph_spec(name: str, model: CoMask) -> TensorSpec:
         "scores": TensorSpec(name, f32, ("batch", d)),
         "labels": TensorSpec(name, i32, ("batch", d)),
         "masks": TensorSpec(name, f32, ("batch", d, 28, 28)),
+        "mask_boxes": TensorSpec(name, f32, ("batch", d, 4)),
+        "class_scores": TensorSpec(name, f32, ("batch", d)),
     }[name]
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from comask.bundle import STAGES, Bundle
 from comask.runtime.backends.base import Array
 from comask.runtime.backends.ort import OrtSession
-from comask.runtime.compare import TOLERANCES, relative_error
+from comask.runtime.compare import relative_error
 from comask.runtime.parity.causes import explain_input
+from comask.runtime.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     import onnx

@@ -15,11 +15,11 @@ from comask.data.source import InstanceSource, not_decoded_text
 from comask.evaluate import COCO_DETECTIONS, METRICS, TASK_NAMES, TASKS, CocoMetrics
 from comask.page import render
 from comask.runtime.bench.machine import Machine
-from comask.runtime.compare import TOLERANCES
 from comask.runtime.parity.layers import Trace
 from comask.runtime.parity.open_backends import precision_of
 from comask.runtime.parity.scores import Scores
 from comask.runtime.parity.verdict import Entries, Verdict, pairs
+from comask.runtime.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from comask.structures import Detections

@@ -14,7 +14,8 @@ from comask.config import ModelConfig
 from comask.evaluate import METRICS, TASKS, CocoMetrics
 from comask.preprocess import Prepared
 from comask.runtime.backends.base import Stages
-from comask.runtime.compare import TOLERANCES, Comparison, compare_stages
+from comask.runtime.compare import Comparison, compare_stages
+from comask.runtime.tolerances import TOLERANCES
 
 # AP points by which a contestant may differ from the reference: by precision, or `results` for another
 # pipeline. Only AP is judged if a contestant rounds, because others of the twelve numbers depend on few

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from comask.kernels import run
 from comask.kernels.launch import Launch, MaskLaunches
 from comask.runtime.device import Device, DeviceMemory, PinnedMemory, Stream
-from comask.runtime.lanes import PASTED, Batch, Edges, mask_inputs
+from comask.runtime.lanes import Batch, Edges, mask_inputs, pasted
 from comask.runtime.trt.contexts import grow
 from comask.runtime.trt.engine import Shape
 
@@ -124,7 +124,8 @@ class LaneMasks:
         return counts, edges
 
     def _inputs(self, place: int, masks: Shape) -> tuple[int, int, int]:
-        return mask_inputs([self._outputs[name].address for name in PASTED], place, masks)
+        names = pasted(self._outputs)
+        return mask_inputs([self._outputs[name].address for name in names], place, masks)
 
     def _launch(self, launch: Launch, inputs: Sequence[int], output: DeviceMemory) -> None:
         run.on_gpu(launch, inputs, output.address, self._stream.handle)
