@@ -17,7 +17,7 @@ import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comask.config import DataConfig
+from comask.config import DataConfig, ModelConfig
 from comask.data.shapes_clutter import ShapesClutterSource
 from comask.data.training_set import TrainingSet
 from comask.evaluate import evaluate
@@ -49,8 +49,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"model.collaboration": "uniform"},
     "fc_reg": {"model.collaboration": "fc_reg"},
 }
+# Titles of differences, and the two forms, as cells in training/at test.
+PAIRS = (
+    ("weights in both, against none", "weighted/weighted", "uniform/uniform"),
+    ("at test, trained with them", "weighted/weighted", "weighted/uniform"),
+    ("at test, trained without", "uniform/weighted", "uniform/uniform"),
+    ("weights in both, against fc_reg", "weighted/weighted", "fc_reg"),
+)
 PREPROCESS = preset("shapes-tiny").preprocess  # of all variants
-Cells = Literal["weighted", "uniform"]
 
 
 @click.command()
@@ -58,8 +64,9 @@ Cells = Literal["weighted", "uniform"]
 @click.option("--seeds", type=click.IntRange(2), default=3, show_default=True)
 @click.option("--images", type=click.IntRange(10), default=300, show_default=True,
               help="Number of images whose RoIs are refined.")  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the differences into this SVG.")
 @click.option("--only", type=click.Choice(list(VARIANTS)), help="Train this variant, and stop.")
-def main(output: Path, seeds: int, images: int, only: str | None) -> None:
+def main(output: Path, seeds: int, images: int, plot: Path | None, only: str | None) -> None:
     """Train what OUTPUT lacks, and print the tables; OUTPUT/rows.json gets the numbers."""
     if only:
         for seed in range(seeds):
@@ -68,6 +75,8 @@ def main(output: Path, seeds: int, images: int, only: str | None) -> None:
     rows = [measure(output, seed, images) for seed in range(seeds)]
     (output / "rows.json").write_text(json.dumps(rows, indent=2))
     click.echo("\n".join(tables(rows, images)))
+    if plot:
+        draw(rows, plot)
 
 
 def trained(output: Path, variant: str, seed: int) -> CoMask:
@@ -93,34 +102,49 @@ def measure(output: Path, seed: int, images: int) -> dict[str, Any]:
     row: dict[str, Any] = {"seed": seed, "iou": {}, "ap75": {}}
     for variant in VARIANTS:
         model = trained(output, variant, seed)
-        tests: tuple[Cells, ...] = ("weighted", "uniform") if variant != "fc_reg" else ("weighted",)
-        for test in tests:
-            name = variant if variant == "fc_reg" else f"{variant}/{test}"
-            if variant != "fc_reg":
-                model.config = dataclasses.replace(model.config, collaboration=test)
-            row["iou"][name] = {
-                str(amount): refined_iou(model, amount, images).tolist() for amount in AMOUNTS
-            }
+        tests = [model.config.collaboration] if variant == "fc_reg" else ["weighted", "uniform"]
+        forms = {
+            variant if variant == "fc_reg" else f"{variant}/{test}": dataclasses.replace(
+                model.config, collaboration=test
+            )
+            for test in tests
+        }
+        row["iou"] |= refined_ious(model, forms, images)
+        for name, form in forms.items():
+            model.config = form
             row["ap75"][name] = loose_ap75(model)
     return row
 
 
 @torch.inference_mode()
-def refined_iou(model: CoMask, amount: float, images: int) -> NDArray[np.float64]:
-    """Returns the mean IoU of the refined boxes with the truth, for each image with objects."""
-    generator = torch.Generator().manual_seed(1)  # the same RoIs for every model
-    means = []
-    for canvas, size, boxes, labels in _test_images(model, images):
+def refined_ious(
+    model: CoMask, forms: dict[str, ModelConfig], images: int
+) -> dict[str, dict[str, list[float]]]:
+    """Returns the mean IoU of the refined boxes with the truth, for each image with objects.
+
+    Args:
+        model: the trained network.
+        forms: the configurations with which it refines, by name.
+        images: the number of test images.
+    """
+    generators = {a: torch.Generator().manual_seed(1) for a in AMOUNTS}  # one set for every model
+    means: dict[str, dict[str, list[float]]] = {
+        name: {str(amount): [] for amount in AMOUNTS} for name in forms
+    }
+    for canvas, size, boxes, labels in _test_images(images):
         own = torch.arange(len(boxes)).repeat(PER_OBJECT)
-        rois = jitter(boxes[own], amount, *size, generator)
-        refined = refine(model, canvas, size, rois, labels[own])
-        means.append(float(paired_iou(refined, boxes[own]).mean()))
-    return np.array(means)
+        sizes = torch.tensor([size], dtype=torch.int32)
+        pyramid = model.pyramid(canvas[None], sizes)
+        for amount, generator in generators.items():
+            rois = jitter(boxes[own], amount, *size, generator)
+            for name, model.config in forms.items():
+                refined = refine(model, pyramid, sizes, rois, labels[own])
+                iou = paired_iou(refined, boxes[own]).mean()
+                means[name][str(amount)].append(float(iou))
+    return means
 
 
-def _test_images(
-    model: CoMask, images: int
-) -> Iterator[tuple[Tensor, tuple[int, int], Tensor, Tensor]]:
+def _test_images(images: int) -> Iterator[tuple[Tensor, tuple[int, int], Tensor, Tensor]]:
     """Yields canvas, size, boxes and labels of each test image with objects."""
     source = ShapesClutterSource(num_images=images, seed=ROI_SEED)
     config = DataConfig(flip_probability=0)
@@ -134,11 +158,9 @@ def _test_images(
 
 
 def refine(
-    model: CoMask, canvas: Tensor, size: tuple[int, int], rois: Tensor, labels: Tensor
+    model: CoMask, pyramid: list[Tensor], sizes: Tensor, rois: Tensor, labels: Tensor
 ) -> Tensor:
     """Returns the refined boxes [R, 4] of RoIs [R, 4] in one image."""
-    sizes = torch.tensor([size], dtype=torch.int32)
-    pyramid = model.pyramid(canvas[None], sizes)
     if model.config.collaboration == "fc_reg":
         _, deltas = model.classifier(model.pool(pyramid, rois[None], 7))
         boxes = decode_boxes(deltas.reshape(1, -1, 4), rois[None])
@@ -178,6 +200,40 @@ def loose_ap75(model: CoMask, images: int = 200) -> float:
     return 100 * metrics.values["bbox"]["AP75"]
 
 
+def paired(rows: list[dict[str, Any]], one: str, other: str, amount: float) -> tuple[float, float]:
+    """Returns the mean difference over seeds in points, and half of its 95 % interval (Student's)."""
+    key = str(amount)
+    means = [100 * float(np.mean(_differences(row, one, other, key))) for row in rows]
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(means), 1.96)
+    return statistics.mean(means), t * statistics.stdev(means) / len(means) ** 0.5
+
+
+def _differences(row: dict[str, Any], one: str, other: str, key: str) -> NDArray[np.float64]:
+    return np.array(row["iou"][one][key]) - np.array(row["iou"][other][key])
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the paired differences with their intervals, and each seed's mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (title, one, other) in enumerate(PAIRS):
+        for step, amount in enumerate(AMOUNTS):
+            mean, half = paired(rows, one, other, amount)
+            x = step + 0.18 * (place - (len(PAIRS) - 1) / 2)
+            label = title if step == 0 else None
+            axes.errorbar(x, mean, half, fmt="o", color=f"C{place}", capsize=4, label=label)
+            seeds = [100 * _differences(row, one, other, str(amount)).mean() for row in rows]
+            axes.plot([x] * len(seeds), seeds, "_", color=f"C{place}", alpha=0.6, markersize=9)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(AMOUNTS)), [f"±{amount:.0%}" for amount in AMOUNTS])
+    axes.set_xlabel("change of the RoIs")
+    axes.set_ylabel("difference of the refined IoU, points")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def tables(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
     """Yields Markdown tables of refined IoU, of paired differences, and of AP75."""
     names = list(rows[0]["iou"])
@@ -203,23 +259,14 @@ def tables(rows: list[dict[str, Any]], images: int) -> Iterator[str]:
     seeds = " | ".join(f"seed {row['seed']}" for row in rows)
     yield f"| difference | RoIs | {seeds} | all |"
     yield "|---|---|" + "---|" * (len(rows) + 1)
-    pairs = [("weighted/weighted", "uniform/uniform"), ("weighted/weighted", "weighted/uniform"),
-             ("uniform/weighted", "uniform/uniform"), ("weighted/weighted", "fc_reg")]  # fmt: skip
-    for one, other in pairs:
+    for title, one, other in PAIRS:
         for amount in AMOUNTS:
-            key = str(amount)
-            differences = [
-                100 * (np.array(row["iou"][one][key]) - np.array(row["iou"][other][key]))
-                for row in rows
-            ]
+            differences = [100 * _differences(row, one, other, str(amount)) for row in rows]
             cells = [
                 f"{d.mean():+.2f} ± {1.96 * d.std(ddof=1) / len(d) ** 0.5:.2f}" for d in differences
             ]
-            means = [float(d.mean()) for d in differences]
-            t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(means), 1.96)  # Student's, 95 %
-            half = t * statistics.stdev(means) / len(means) ** 0.5
-            cells.append(f"{statistics.mean(means):+.2f} ± {half:.2f}")
-            yield f"| {one} - {other} | ±{amount:.0%} | {' | '.join(cells)} |"
+            mean, half = paired(rows, one, other, amount)
+            yield f"| {title} | ±{amount:.0%} | {' | '.join(cells)} | {mean:+.2f} ± {half:.2f} |"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ MOVED = {
 @option("--no-record", is_flag=True, help="Leave the bundle's manifest as it is.")
 @plot_option
 @json_option
-@predictor_options(batch=1)
+@predictor_options(batch=1, views=False)
 def main(
     bundle: Path,
     backends: tuple[str, ...],

@@ -31,7 +31,7 @@ from comask.runtime.parity.scores import labels_in_data
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from comask.bundle import Bundle
+    from comask.bundle import Bundle, ScoreThresholds
     from comask.runtime.parity.report import ParityReport
 
 WIDE, NARROW = 120, 6  # columns that all twelve numbers take; how many of them fit into 80
@@ -109,7 +109,8 @@ def main(
         report, pictures = evaluation.run(predictors, foreign)
     print_report(report, to_stderr=json_file == "-")
     if not no_record:
-        _record(opened.folder, report.without(results.name) if results else report)
+        measured = report.without(results.name) if results else report
+        _record(opened.folder, measured, _thresholds(report, how))
     if report_file is not None:
         write_whole(Path(report_file), parity_page(report, pictures))
     write_json(json_file, report.to_json())
@@ -130,11 +131,12 @@ def _altered_scales(bundle: Bundle) -> list[str]:
         return []
 
 
-def _record(folder: Path, report: ParityReport) -> None:
-    """Writes the result into the manifest and replaces an older one of the same data and settings.
+def _record(folder: Path, report: ParityReport, thresholds: ScoreThresholds | None) -> None:
+    """Writes the result and the thresholds into the manifest, and says what became of the latter.
 
-    Layers are left out, and so are results that are not the bundle's. Nothing is recorded unless two of
-    the bundle's backends were compared.
+    The result replaces an older one of the same data and settings. Layers and errors are left out, and so
+    are results that are not the bundle's. Results are recorded only if two of the bundle's backends were
+    compared. Thresholds that were measured on more images of the same data stay.
     """
     from comask.bundle import Manifest, update_manifest
     from comask.errors import BundleError
@@ -145,19 +147,53 @@ def _record(folder: Path, report: ParityReport) -> None:
         knobs = boxes, entry.get("proposals"), entry.get("short_side")
         return entry["data"], sorted(entry["backends"]), knobs
 
-    if not report.comparisons:
+    if not report.comparisons and thresholds is None:
         return
-    left_out = ("bundle", "traces", "weights", "verification")
+    left_out = ("bundle", "traces", "weights", "verification", "errors")
     entry = {key: value for key, value in report.to_json().items() if key not in left_out}
 
     def change(manifest: Manifest) -> Manifest:
-        kept = [old for old in manifest.parity if subject(old) != subject(entry)]
-        return dataclasses.replace(manifest, parity=[*kept, entry])
+        parity, old = manifest.parity, manifest.thresholds
+        if report.comparisons:
+            parity = [*(other for other in parity if subject(other) != subject(entry)), entry]
+        stays = thresholds is None or (
+            old is not None and old.data == thresholds.data and old.images > thresholds.images
+        )
+        return dataclasses.replace(manifest, parity=parity, thresholds=old if stays else thresholds)
 
     try:
-        update_manifest(folder, change)
+        recorded = update_manifest(folder, change).manifest
     except (OSError, BundleError) as error:
         click.echo(f"warning: the result is not recorded in the bundle: {error}", err=True)
+        return
+    if thresholds is None or recorded.thresholds is None:
+        return
+    if recorded.thresholds == thresholds:
+        found, classes = len(thresholds.classes), len(recorded.categories)
+        text = f"recorded in the bundle for {found} of {classes} classes"
+    else:
+        text = f"those of {recorded.thresholds.images} images of the same data stay in the bundle"
+    click.echo(f"score thresholds: {text}", err=True)
+
+
+def _thresholds(report: ParityReport, how: LoadOptions) -> ScoreThresholds | None:
+    """Returns the reference's best thresholds, or None if they hold for nothing, after saying why.
+
+    They hold for the bundle's own settings, and only classes of which something is found have one.
+    """
+    from comask.bundle import ScoreThresholds
+
+    own = LoadOptions(device=how.device, on_mismatch=how.on_mismatch, max_batch=how.max_batch)
+    classes = report.errors.tasks["segm"].thresholds
+    problem = "" if classes else "no detection of any class is right"
+    if how != own:
+        problem = "they would hold for other settings than the bundle's own"
+    if problem:
+        click.echo(f"score thresholds: not recorded, since {problem}", err=True)
+        return None
+    return ScoreThresholds(
+        classes=classes, backend=report.reference, data=report.data, images=report.images
+    )
 
 
 def print_report(report: ParityReport, *, to_stderr: bool) -> None:

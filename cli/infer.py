@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,9 @@ from comask.cli.options import (
     predictor_options,
     write_json,
 )
+from comask.cli.threshold import ThresholdType, check_threshold, thresholds_of
 from comask.errors import VideoError, one_line
+from comask.result_page import ResultPage
 from comask.runtime import Predictor
 from comask.runtime.backends import LoadOptions
 from comask.runtime.backends.names import gpu_index
@@ -37,9 +41,9 @@ VIDEOS = "Videos"  # heading of options
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @option("--output", required=True, metavar="DIR", help="Folder of the results.")
 @option("--save", default="overlay,coco", metavar="KINDS",
-        help=f"Any of {','.join(IMAGE_KINDS)}. [overlay,coco]")  # fmt: skip
-@option("--threshold", type=click.FloatRange(0, 1), default=0.5, metavar="P",
-        help="Lowest score drawn in overlays. [0.5]")  # fmt: skip
+        help="[overlay,coco], masks,labels,page,dataset,labelstudio")  # fmt: skip
+@option("--threshold", type=ThresholdType(), default=0.5, metavar="P|auto",
+        help="Lowest score drawn; auto: each class's own. [0.5]")  # fmt: skip
 @option("--overlay-format", type=click.Choice(("auto", "jpeg", "png")), default="auto", metavar="AS",
         help="auto (JPEG for a JPEG, else PNG), jpeg, png. [auto]")  # fmt: skip
 @option("--quality", type=click.IntRange(1, 100), metavar="N",
@@ -60,7 +64,7 @@ def main(
     output: str,
     backend: str,
     save: str,
-    threshold: float,
+    threshold: float | Literal["auto"],
     overlay_format: OverlayFormat,
     quality: int | None,
     how: LoadOptions,
@@ -70,12 +74,12 @@ def main(
     encode: Where,
     json_file: str | None,
 ) -> None:
-    """Run a bundle on images, folders, patterns, videos, camera:0 and streams (rtsp://…).
+    """Run a bundle on images, folders, patterns, videos, camera:0 and rtsp://….
 
-    A folder stands for the files directly in it; 'DIR/**/*.jpg' includes subfolders. Each result keeps
-    the name of its input: photo.jpg.overlay.jpg, clip.mp4.overlay.mp4, clip.mp4.jsonl (one line per
-    frame); detections.json holds the COCO results of all images, and images.json their ids. Inputs that
-    cannot be read are skipped; the exit code is then 1.
+    A folder stands for the files directly in it; 'DIR/**/*.jpg' includes subfolders. Results keep the
+    name of their input: photo.jpg.overlay.jpg, clip.mp4.overlay.mp4, clip.mp4.jsonl (a line per frame).
+    detections.json has the COCO results of all images, images.json their ids; index.html is the page.
+    Inputs that cannot be read are skipped; the exit code is then 1.
 
     \b
     comask infer bundle photos 'more/**/*.jpg' clip.mp4 --output results
@@ -85,26 +89,34 @@ def main(
         raise click.UsageError(f"--output {output}: addresses are for comask job")
     folder = Path(output)
     kinds = _kinds(save)
+    check_threshold(threshold, kinds, track)
     images, videos = split_inputs(inputs)
+    drawn_from = thresholds_of(threshold, bundle)
     gpu = gpu_index(how.device)
     options = VideoOptions(
-        folder, kinds, threshold, how.max_batch, every, track, decode, encode, gpu
+        folder, kinds, drawn_from, how.max_batch, every, track, decode, encode, gpu
     )
     options.check(videos)
     overlays = OverlayFiles(overlay_format, quality)
     overlays.check(kinds, images)
-    results = ImageResults(folder, kinds, threshold, overlays)
+    page = ResultPage(folder) if "page" in kinds else None
+    results = ImageResults(folder, kinds, drawn_from, overlays, page)
     failures = Failures()
     stop = Interruption()
     seconds, reports = 0.0, list[dict[str, Any]]()
-    try:
-        with Predictor.open(bundle, backend, how) as predictor:
-            click.echo(f"backend {predictor.stages.backend}", err=True)
-            if images:
-                seconds = _run_images(predictor, images, results, failures, stop)
-            whole = not stop.signal  # a later signal does not change this
-            reports = _run_videos(predictor, videos, results, failures, options, stop)
-        to_stderr = json_file == "-"
+    to_stderr = json_file == "-"
+    with contextlib.ExitStack() as last:  # also after an error
+        last.callback(failures.tell)
+        predictor = last.enter_context(Predictor.open(bundle, backend, how))
+        click.echo(f"backend {predictor.stages.backend}", err=True)
+        if page:
+            facts = {"bundle": bundle.resolve().name, "backend": predictor.stages.backend}
+            page.start(predictor.class_names or (), drawn_from, facts)
+            last.push(_finishing(page, failures, stop, to_stderr))
+        if images:
+            seconds = _run_images(predictor, images, results, failures, stop)
+        whole = not stop.signal  # a later signal does not change this
+        reports = _run_videos(predictor, videos, results, failures, options, stop, page)
         if images:
             begin = "" if whole else "interrupted after "
             click.echo(
@@ -115,13 +127,16 @@ def main(
             )
         for report in reports:
             click.echo(_video_line(report), err=to_stderr)
+        if results.left_out:
+            click.echo(
+                f"left out for other tools: {results.left_out} detections whose mask has no pixel",
+                err=True,
+            )
         if whole and results.images and not results.detections:
             click.echo(
                 "nothing was found: train longer, or export again with a lower --score-threshold",
                 err=True,
             )
-    finally:
-        failures.tell()  # also after an error
     write_json(
         json_file,
         {
@@ -163,6 +178,18 @@ class Failures:
             click.echo(line, err=True)
 
 
+def _finishing(
+    page: ResultPage, failures: Failures, stop: Interruption, to_stderr: bool
+) -> Callable[..., None]:
+    """Makes the end of a block in which results come, which writes the page of those that came."""
+
+    def finish(kind: type[BaseException] | None, *_: object) -> None:
+        index = page.finish(failures.entries, whole=kind is None and not stop.signal)
+        click.echo(f"page: {one_line(index)}", err=to_stderr)
+
+    return finish
+
+
 def _run_images(
     predictor: Predictor,
     files: list[Path],
@@ -193,6 +220,7 @@ def _run_videos(
     failures: Failures,
     options: VideoOptions,
     stop: Interruption,
+    page: ResultPage | None,
 ) -> list[dict[str, Any]]:
     """Runs the videos until `stop`; returns their reports."""
     from comask.runtime.video.container import file_name, shown_name
@@ -201,7 +229,7 @@ def _run_videos(
     for address in videos if not stop.signal else ():
         shown, name = shown_name(address), results.unique(file_name(address))
         try:
-            report, problems = run_video(predictor, address, name, options, stop)
+            report, problems = run_video(predictor, address, name, options, stop, page)
         except VideoError as error:
             if stop.signal:
                 break

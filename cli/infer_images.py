@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
 from comask.bundle import MANIFEST
+from comask.cli.threshold import Threshold, drawn
 from comask.errors import ComaskError, ImageError
 from comask.files import is_folder_fault, whole_file, write_whole
 from comask.media_files import JPEG_SUFFIXES
@@ -20,14 +21,20 @@ from comask.parallel import ordered_map
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from comask.data.source import Category
+    from comask.result_page import Entry, ResultPage
     from comask.runtime.images import ImageResult
     from comask.structures import Detections
 
-IMAGE_KINDS = ("overlay", "masks", "coco", "labels")
+FOR_TOOLS = ("dataset", "labelstudio")
+IMAGE_KINDS = ("overlay", "masks", "coco", "labels", "page", *FOR_TOOLS)
+_FILES = ("detections.json", "images.json", "dataset.json", "labelstudio.json", "labelstudio.xml")
 QUALITY = 90  # of a JPEG overlay, where nothing is said
 
 OverlayFormat = Literal["auto", "jpeg", "png"]
 _SUFFIXES: Mapping[OverlayFormat, str] = {"jpeg": "jpg", "png": "png"}
+
+_Named: TypeAlias = "tuple[ImageResult[Path], str, int]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +88,40 @@ class ImageResults:
     Args:
         folder: the folder of the results, created if it does not exist.
         kinds: names from `IMAGE_KINDS`.
-        threshold: the lowest score that is drawn.
+        threshold: the lowest score that is drawn, and that other tools get.
         overlays: how overlays are written.
+        page: gets the images, if `page` is among the kinds.
+
+    Attributes:
+        detections: the number of detections.
+        left_out: the number of those that other tools do not get, since their mask has no pixel.
 
     Raises:
         ComaskError: when nothing can be written there, as on a full disk, or the folder holds a job.
     """
 
     def __init__(
-        self, folder: Path, kinds: set[str], threshold: float, overlays: OverlayFiles
+        self,
+        folder: Path,
+        kinds: set[str],
+        threshold: Threshold,
+        overlays: OverlayFiles,
+        page: ResultPage | None = None,
     ) -> None:
         self._folder, self._kinds, self._threshold = folder, kinds, threshold
-        self._overlays = overlays
+        self._overlays, self._page = overlays, page
         self._coco: list[dict[str, Any]] = []
         self._images: list[dict[str, Any]] = []
+        self._categories: tuple[Category, ...] = ()
         self._taken: set[str] = set()
-        self.detections = 0
+        self.detections = self.left_out = 0
         if folder.is_file():
             raise ComaskError(f"--output {folder}: is a file; --output is a folder")
         if (folder / MANIFEST).exists():
             raise ComaskError(f"--output {folder}: holds a bundle; give another folder")
         if (folder / "job.json").exists():
             raise ComaskError(f"--output {folder}: holds a job; give another folder")
-        for name in ("detections.json", "images.json"):  # before an hour's work, not after
+        for name in _FILES:  # before an hour's work, not after
             if (folder / name).is_dir():
                 raise ComaskError(f"--output {folder}: {name} in it is a folder; remove it")
         with self._writing(folder):
@@ -120,12 +138,9 @@ class ImageResults:
         Raises:
             ComaskError: when no further results can be written to the folder.
         """
-        named = (
-            (result, "" if result.error else self.unique(result.item.name)) for result in results
-        )
-        for (result, _), written in ordered_map(self._write_one, named):
+        for (result, _, _), written in ordered_map(self._write_one, map(self._named, results)):
             try:
-                entries = written.result()
+                entries, shown = written.result()
             except ImageError as error:
                 yield result.item, error
                 continue
@@ -137,25 +152,39 @@ class ImageResults:
                 {"id": number, "file_name": str(result.item), "width": width, "height": height}
             )
             self.detections += len(result.detections)
+            self._categories = self._categories or _categories(result.detections)
+            if self._page and shown:
+                self._page.add(shown)
             yield result.item, None
 
-    def _write_one(self, named: tuple[ImageResult[Path], str]) -> list[dict[str, Any]]:
-        """Writes the files of one image; returns its COCO results without the image's number."""
+    def _named(self, result: ImageResult[Path]) -> _Named:
+        """Returns a result, the name of its files and its number on the page, in the order of images."""
+        name = "" if result.error else self.unique(result.item.name)
+        return result, name, self._page.number() if name and self._page else 0
+
+    def _write_one(self, named: _Named) -> tuple[list[dict[str, Any]], Entry | None]:
+        """Writes the files of one image.
+
+        Returns:
+            Its COCO results without the image's number, and what the page shows of it.
+        """
         from comask.draw import draw_overlay
 
-        result, name = named
+        result, name, number = named
         path, pixels, found = result.item, result.pixels, result.detections
         assert pixels is not None
         with self._writing(path):
             if "overlay" in self._kinds:
-                drawn = draw_overlay(pixels, found[found.scores >= self._threshold])
-                self._overlays.write(self._folder / f"{name}.overlay", drawn, path)
+                overlay = draw_overlay(pixels, found[drawn(found, self._threshold)])
+                self._overlays.write(self._folder / f"{name}.overlay", overlay, path)
             if "masks" in self._kinds:
                 _write_picture(self._folder / f"{name}.mask.png", _instance_map(found), "png")
             if "labels" in self._kinds:
                 lines = _label_lines(found).encode()
                 write_whole(self._folder / f"{name}.labels.txt", lines, durable=False)
-        return found.to_coco(0) if "coco" in self._kinds else []
+            page = self._page
+            shown = page.write_image(number, str(path), pixels, found) if page else None
+        return found.to_coco(0) if self._kinds & {"coco", *FOR_TOOLS} else [], shown
 
     @property
     def images(self) -> int:
@@ -164,10 +193,24 @@ class ImageResults:
 
     def finish(self) -> None:
         """Writes the files that cover all images."""
-        if "coco" in self._kinds:
-            with self._writing(self._folder):
+        with self._writing(self._folder):
+            if "coco" in self._kinds:
                 for file, content in (("detections", self._coco), ("images", self._images)):
                     write_whole(self._folder / f"{file}.json", json.dumps(content).encode())
+            if self._images and self._kinds & {*FOR_TOOLS}:
+                self._write_for_tools()
+
+    def _write_for_tools(self) -> None:
+        from comask.exchange import FolderResults, ImageInfo, write_coco_dataset
+        from comask.label_studio import write_label_studio
+
+        images = [ImageInfo(**image) for image in self._images]
+        results = FolderResults.of(images, self._coco, self._categories, threshold=self._threshold)
+        if "dataset" in self._kinds:
+            self.left_out = write_coco_dataset(results, self._folder / "dataset.json")
+        if "labelstudio" in self._kinds:
+            tasks = self._folder / "labelstudio.json"
+            self.left_out = write_label_studio(results, tasks, tasks.with_suffix(".xml"))
 
     def unique(self, name: str) -> str:
         """Returns `name`, or a numbered name if a file of another folder has it already."""
@@ -188,6 +231,14 @@ class ImageResults:
                 raise ComaskError(f"{self._folder}: results cannot be written: {reason}") from error
             where = f"{error.filename or self._folder}: {reason}"
             raise ImageError(f"{source}: its results cannot be written: {where}") from error
+
+
+def _categories(found: Detections) -> tuple[Category, ...]:
+    """Returns the classes, which the detections of a bundle always name."""
+    from comask.data.source import Category
+
+    ids, names = found.category_ids or (), found.class_names or ()
+    return tuple(Category(id=id_, name=name) for id_, name in zip(ids, names, strict=True))
 
 
 def _write_picture(path: Path, pixels: NDArray[Any], kind: OverlayFormat, **options: Any) -> None:

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from comask.cli.options import Interruption, find_files
+from comask.cli.threshold import Threshold, drawn, lowest
 from comask.errors import ComaskError, EngineError, ImageError, VideoError, one_line
 from comask.progress import LINE_SECONDS, Progress
 
 if TYPE_CHECKING:
+    from comask.preprocess import Pixels
+    from comask.result_page import ResultPage
     from comask.runtime import Predictor
     from comask.runtime.video import (
+        OverlayWriter,
         Sink,
         SourceFrame,
         Tracker,
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     )
     from comask.structures import Detections
 
-VIDEO_KINDS = {"overlay", "coco"}
+VIDEO_KINDS = {"overlay", "coco", "page"}
 WHERE = ("auto", "cpu", "gpu")  # as `Where`
 
 
@@ -72,7 +76,7 @@ class VideoOptions:
     Attributes:
         folder: the folder of the results.
         kinds: the kinds of results, among `VIDEO_KINDS`.
-        threshold: the lowest score that is drawn, and that starts a track.
+        threshold: the lowest score that is drawn, and of all classes that starts a track.
         batch: the number of frames of a file that run together.
         every: every n-th frame is run.
         track: whether instances get ids.
@@ -83,7 +87,7 @@ class VideoOptions:
 
     folder: Path
     kinds: set[str]
-    threshold: float
+    threshold: Threshold
     batch: int
     every: int
     track: bool
@@ -113,13 +117,26 @@ class VideoOptions:
         if self.track:
             from comask.runtime.video import Tracker
 
-            Tracker(self.threshold)
+            Tracker(lowest(self.threshold))
 
 
 def run_video(
-    predictor: Predictor, address: str, name: str, options: VideoOptions, stop: Interruption
+    predictor: Predictor,
+    address: str,
+    name: str,
+    options: VideoOptions,
+    stop: Interruption,
+    page: ResultPage | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Runs one video and writes `name`.overlay.mp4 and `name`.jsonl as asked for.
+
+    Args:
+        predictor: the predictor that runs it.
+        address: a file, camera or stream.
+        name: the name of its results.
+        options: how it is run.
+        stop: ends it after the current frames.
+        page: gets the video, if it is asked for.
 
     Returns:
         The `VideoReport` as a dictionary with `encoder`, which is None without an overlay; and what went
@@ -129,7 +146,7 @@ def run_video(
         VideoError: when it cannot be opened, or no frame of it can be run.
         ComaskError: when results cannot be written, or the backend fails.
     """
-    from comask.runtime.video import OverlayWriter, VideoPipeline, VideoSource
+    from comask.runtime.video import VideoPipeline, VideoSource
 
     with stop.on_signal():  # PyAV swallows what a signal raises while it opens a stream
         source = VideoSource(
@@ -144,15 +161,17 @@ def run_video(
         raise VideoError(f"{source.name}: interrupted before its first frame")
     problems: list[str] = []
     pipeline: VideoPipeline | None = None
-    encoder: str | None = None
+    overlay: OverlayWriter | None = None
+    shown = None if page is None else _ForPage(page, source, options)
     try:
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(contextlib.ExitStack())
             opened.enter_context(source)
+            if "overlay" in options.kinds:
+                overlay = stack.enter_context(_overlay(source, name, options))
             sinks, tracker = _open_sinks(source, name, options, stack)
-            encoder = next(
-                (sink.encoder for sink in sinks if isinstance(sink, OverlayWriter)), None
-            )
+            sinks += [_Reaching(overlay, options.threshold)] if overlay else []
+            sinks += [shown] if shown else []
             pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
             opened.pop_all()  # the pipeline closes the source
             stack.enter_context(stop.on_signal(pipeline.stop))
@@ -171,30 +190,73 @@ def run_video(
         problems.append(report.problem)
     if report.damaged and not source.live:
         problems.append(f"{report.damaged} damaged frames or packets were skipped")
+    if shown:
+        shown.finish(overlay.path if overlay and overlay.path.exists() else None)
+    encoder = overlay.encoder if overlay else None
     return dataclasses.asdict(report) | {"encoder": encoder}, problems
+
+
+def _overlay(source: VideoSource, name: str, options: VideoOptions) -> OverlayWriter:
+    from comask.runtime.video import OverlayWriter
+
+    path = options.folder / f"{name}.overlay"
+    # of every score: `_Reaching` leaves out what is not drawn, as a writer knows one threshold only
+    return OverlayWriter(path, source, 0.0, encode=options.encode, gpu=options.gpu)
 
 
 def _open_sinks(
     source: VideoSource, name: str, options: VideoOptions, stack: contextlib.ExitStack
 ) -> tuple[list[Sink], Tracker | None]:
-    """Opens the sinks of a video's results; `stack` closes them."""
-    from comask.runtime.video import JsonLines, OverlayWriter, Tracker
+    """Opens the sinks of a video's results besides overlay and page; `stack` closes them."""
+    from comask.runtime.video import JsonLines, Tracker
 
     sinks: list[Sink] = []
-    if "overlay" in options.kinds:
-        overlay = OverlayWriter(
-            options.folder / f"{name}.overlay",
-            source,
-            options.threshold,
-            encode=options.encode,
-            gpu=options.gpu,
-        )
-        sinks.append(stack.enter_context(overlay))
     if "coco" in options.kinds:
         sinks.append(stack.enter_context(JsonLines(options.folder / f"{name}.jsonl")))
     sinks.append(stack.enter_context(_Shown(source, options.every)))
-    tracker = Tracker(options.threshold, source.rate / options.every) if options.track else None
+    tracker = None
+    if options.track:
+        tracker = Tracker(lowest(options.threshold), source.rate / options.every)
     return sinks, tracker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reaching:
+    """A sink that passes on the detections whose scores reach the threshold of their class."""
+
+    sink: Sink
+    threshold: Threshold
+
+    def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
+        """Passes on one frame."""
+        chosen = drawn(found, self.threshold)
+        self.sink.add(frame, found[chosen], None if track_ids is None else track_ids[chosen])
+
+
+class _ForPage:
+    """A sink that keeps what the page shows of a video: counts over time, and one frame."""
+
+    def __init__(self, page: ResultPage, source: VideoSource, options: VideoOptions) -> None:
+        from comask.timeline import Timeline
+
+        self._page, self._name, self._threshold = page, source.name, options.threshold
+        self._timeline = Timeline(options.every / source.rate)
+        self._most = -1
+        self._best: tuple[Pixels, Detections] | None = None  # the first frame of most instances
+
+    def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
+        """Counts one frame."""
+        self._timeline.add(frame.time, found)
+        count = int(drawn(found, self._threshold).sum())
+        if count > self._most:  # so that few frames of a GPU are copied to the host
+            self._most, self._best = count, (frame.pixels, found)
+
+    def finish(self, overlay: Path | None) -> None:
+        """Puts the video on the page, unless it had no frame."""
+        if self._best is not None:
+            number = self._page.number()
+            entry = self._page.write_video(number, self._name, *self._best, self._timeline, overlay)
+            self._page.add(entry)
 
 
 class _Shown(contextlib.ExitStack):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from comask.data.source import InstanceSource
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 SCORED_SHAPES = 200
+# The limits of `comask.runtime.views`, which is imported late.
+LEAST_TILE, MOST_OVERLAP, AUGMENTATIONS = 32, 0.9, ("flip", "vflip", "scale")
 VERIFIED_IMAGES = 3  # that graphs and engines are compared on, where nothing is said
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 RUNS = "Where it runs"  # heading of options
@@ -82,31 +84,38 @@ plot_option = option(
 )  # fmt: skip
 device_option = option(
     "--device", type=DeviceType(), metavar="INDEX|cpu|…", group=RUNS,
-    help="GPU, cpu, or openvino's gpu or npu. [GPU 0, else cpu]",
+    help="GPU, cpu, openvino's gpu/npu. [GPU 0, else cpu]",
 )  # fmt: skip
 
 
-def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def predictor_options(
+    *, batch: int, views: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes the options of where a bundle runs; the command gets them as `how`: `LoadOptions`.
 
     Args:
         batch: default of `--batch`.
+        views: whether images may run in tiles and augmented views.
     """
-    options = (
+    options: tuple[Callable[[Any], Any], ...] = (
         device_option,
         option("--batch", "max_batch", type=click.IntRange(1), default=batch, metavar="N", group=RUNS,
                help=f"Images or frames of one size at once. [{batch}]"),
         option("--proposals", type=click.IntRange(1), metavar="N", group=RUNS,
                help="Use only the N best proposals, which is faster."),
         option("--short-side", type=click.IntRange(1), metavar="PIXELS", group=RUNS,
-               help="Shorter side after resizing; less is faster. [the bundle's]"),
+               help="Shorter side after resizing. [the bundle's]"),
     )  # fmt: skip
+    if views:
+        options += _view_options()
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
             from comask.runtime.backends import LoadOptions  # late: the runtime imports numpy
 
+            if arguments.get("tile_overlap") is not None and arguments["tile"] is None:
+                raise click.UsageError("--tile-overlap: there are no tiles without --tile")
             gathered("how", LoadOptions)(function)(**arguments)
 
         for add in reversed(options):
@@ -114,6 +123,26 @@ def predictor_options(*, batch: int) -> Callable[[Callable[..., None]], Callable
         return run
 
     return decorate
+
+
+def _view_options() -> tuple[Callable[[Any], Any], ...]:
+    return (
+        option("--tile", type=click.IntRange(LEAST_TILE), metavar="PIXELS", group=RUNS,
+               help="Also run images in overlapping tiles of this side."),
+        option("--tile-overlap", type=click.FloatRange(0, MOST_OVERLAP, min_open=True), group=RUNS,
+               metavar="SHARE", help="Share of a tile that the next has, too. [0.2]"),
+        option("--tta", metavar="VIEWS", callback=_augmentations, group=RUNS,
+               help="Merge several views: any of flip,vflip,scale."),
+    )  # fmt: skip
+
+
+def _augmentations(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    names = tuple(dict.fromkeys(name.strip() for name in (value or "").split(",")))
+    if value is not None and (unknown := [name for name in names if name not in AUGMENTATIONS]):
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(AUGMENTATIONS)}")
+    return names if value is not None else None
 
 
 def precision_list(*known: str) -> Callable[..., tuple[str, ...]]:

@@ -43,7 +43,7 @@ MOST_IMAGES = 16  # a round of them is over soon
 @json_option
 @option("--backend", "backends", multiple=True, metavar="NAME[:PRECISION]", group=RUNS,
         help="The backend to run. [auto]")  # fmt: skip
-@predictor_options(batch=1)
+@predictor_options(batch=1, views=False)
 def main(
     bundle: Path,
     backends: tuple[str, ...],

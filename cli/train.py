@@ -74,8 +74,8 @@ def main(
     """Train CoMask on a data set.
 
     The run's folder gets checkpoint-last.pt, checkpoint-best.pt (by mask AP), report.html with its
-    pictures, training_images.jpg, config.json, metrics.csv and eval.csv. Several processes train
-    together by torchrun. On a CPU take the preset shapes-tiny or coco-slim.
+    pictures, training_images.jpg, config.json, metrics.csv, eval.csv and analysis.json. Several
+    processes train together by torchrun. On a CPU take the preset shapes-tiny or coco-slim.
 
     \b
     comask train --data shapes --preset shapes-tiny --output runs/shapes

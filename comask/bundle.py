@@ -30,11 +30,30 @@ WEIGHTS = "weights.safetensors"
 PRECISIONS = ("fp32", "fp16", "int8")  # a bundle always has fp32 graphs, as the reference
 INT8_BASE = "fp16"  # int8 graphs are made from these: the precision of the layers that stay float
 STAGES = {"stage1": "stage1_proposals", "stage2": "stage2_roi_head"}
+DEFAULT_THRESHOLD = 0.5  # the score threshold of a class for which no better one was measured
 
 
 def graph_file(stage: str, precision: str) -> str:
     """Returns a stage's ONNX file: `stage1_proposals.onnx`, `….fp16.onnx` or `….int8.onnx`."""
     return STAGES[stage] + ("" if precision == "fp32" else f".{precision}") + ".onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreThresholds:
+    """The scores from which a bundle's detections are best kept, as `comask eval` measured them.
+
+    Attributes:
+        classes: by class name, the threshold of the largest F1 of masks at IoU 0.5, in 0..1; classes
+            without objects or without a right detection are missing.
+        backend: the name of the backend that was measured.
+        data: the data set, as the user named it.
+        images: the number of images.
+    """
+
+    classes: dict[str, float]
+    backend: str
+    data: str
+    images: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +75,7 @@ class Manifest:
             and int8 it also says which layers stayed float and why; for int8, the calibration and the AP.
         latency: the latest measurement of each backend, device and batch: the median seconds of each
             part, the machine, the images and the time. None until measured.
+        thresholds: the best score threshold of each class. None until measured.
         comask_version: the version of comask that wrote the bundle.
         created: the time of the export, ISO 8601 in UTC.
         schema_version: the version of the manifest's format.
@@ -72,6 +92,7 @@ class Manifest:
     parity: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
     latency: dict[str, dict[str, Any]] | None = None
+    thresholds: ScoreThresholds | None = None
     comask_version: str
     created: str
     schema_version: int = SCHEMA_VERSION
@@ -90,6 +111,22 @@ class Manifest:
                 raise BundleError(
                     f"the bundle has the category id {id_!r}; expected 64-bit integers for {where}"
                 )
+
+    def score_thresholds(self) -> tuple[float, ...]:
+        """Returns the score threshold of each label, in 0..1.
+
+        A class for which `comask eval` measured none has `DEFAULT_THRESHOLD`, which is 0.5.
+
+        Raises:
+            BundleError: when none was measured for any class.
+        """
+        if self.thresholds is None:
+            raise BundleError(
+                "the bundle has no score thresholds of its classes; comask eval BUNDLE --data DATA "
+                "measures and records them, or give one number for all classes"
+            )
+        measured = self.thresholds.classes
+        return tuple(measured.get(c.name, DEFAULT_THRESHOLD) for c in self.categories)
 
     def to_json(self) -> str:
         """Returns the text of `manifest.json`."""

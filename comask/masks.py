@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from comask.errors import KernelUnavailableError
 from comask.kernels import compile, run
 from comask.kernels.launch import MASKS, MAX_CELLS, MaskLaunches
-from comask.segmentation import Integers, rles_from_edges
+from comask.segmentation import Integers, RunLengthMask, rles_from_edges
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,37 @@ def paste_mask(
 ) -> tuple[int, int, NDArray[np.bool_]]:
     """Pastes one mask into the part of the image that it can touch.
 
-    Interpolation is along x, then along y, in float32, with weights computed in float64. The kernel
-    `paste_masks.cu` does the same, so that both round alike and no pixel differs.
-
     Args:
-        probs: [M, M] f32, probabilities in 0..1 over the box.
-        box_xyxy: the box's corners in pixels of the image; they may be fractional or outside the image.
-        image_size: (height, width) in pixels.
+        probs: see `paste_probs`.
+        box_xyxy: see `paste_probs`.
+        image_size: see `paste_probs`.
         threshold: above 0; a pixel belongs to the mask when its probability is at least this.
 
     Returns:
         (x0, y0, crop): `crop` is [h, w] bool, its top left pixel lies at (x0, y0) of the image, and no
-        pixel outside it belongs to the mask. The crop is empty if the box has no area, lies outside the
-        image, or has a coordinate that is not finite.
+        pixel outside it belongs to the mask.
+    """
+    x0, y0, values = paste_probs(probs, box_xyxy, image_size)
+    return x0, y0, values >= np.float32(threshold)
+
+
+def paste_probs(
+    probs: NDArray[np.float32], box_xyxy: Sequence[float], image_size: tuple[int, int]
+) -> tuple[int, int, NDArray[np.float32]]:
+    """Pastes one mask's probabilities into the part of the image that they can touch.
+
+    Interpolation is along x, then along y, in float32, with weights computed in float64. The kernel
+    `paste_masks.cu` does the same, so that both round alike and no pixel differs.
+
+    Args:
+        probs: [rows, columns] f32, probabilities in 0..1 over the box.
+        box_xyxy: the box's corners in pixels of the image; they may be fractional or outside the image.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        (x0, y0, values): `values` is [h, w] f32, its top left pixel lies at (x0, y0) of the image, and
+        all pixels outside it are 0. It is empty if the box has no area, lies outside the image, or has
+        a coordinate that is not finite.
     """
     x1, y1, x2, y2 = map(float, box_xyxy)
     cells = np.zeros((probs.shape[0] + 2, probs.shape[1] + 2), np.float32)
@@ -56,7 +74,7 @@ def paste_mask(
     values = np.diff(rows, axis=0)[upper]
     values *= y_weight[:, None]
     values += rows[upper]
-    return x0, y0, values >= np.float32(threshold)
+    return x0, y0, values
 
 
 def _places(
@@ -159,6 +177,41 @@ def edges_by_numpy(
     ]
     counts = np.array([len(places) for places in edges], np.int64)
     return counts, np.concatenate([np.zeros(0, np.int64), *edges])
+
+
+def run_length_mask(
+    x0: int, y0: int, crop: NDArray[np.bool_], image_size: tuple[int, int]
+) -> RunLengthMask:
+    """Returns the mask of a whole image with `crop` at (x0, y0), and empty elsewhere."""
+    edges = _edges_of_crop(x0, y0, crop, image_size)
+    return RunLengthMask(np.diff(edges, prepend=0, append=math.prod(image_size)), image_size)
+
+
+def resized_mask(mask: RunLengthMask, image_size: tuple[int, int]) -> RunLengthMask:
+    """Returns a mask in the image when it is resized to (height, width), by the nearest pixel centres."""
+    x, y, crop = mask.crop()
+    (y0, rows), (x0, columns) = (
+        _nearest(size, old, first, count)
+        for size, old, first, count in zip(image_size, mask.size, (y, x), crop.shape, strict=True)
+    )
+    return run_length_mask(x0, y0, crop[rows[:, None], columns], image_size)
+
+
+def _nearest(size: int, old: int, first: int, count: int) -> tuple[int, NDArray[np.int64]]:
+    """Returns the first pixel of a resized side whose nearest old one is in a crop, and all such ones.
+
+    Args:
+        size: length of the resized side.
+        old: its length before.
+        first: the crop's first pixel.
+        count: the crop's length.
+
+    Returns:
+        (start, places): `places` are indices into the crop, of the pixels from `start` on.
+    """
+    nearest = (2 * np.arange(size) + 1) * old // (2 * size)
+    start, end = np.searchsorted(nearest, (first, first + count)).tolist()
+    return start, nearest[start:end] - first
 
 
 def _edges_of_crop(

@@ -40,6 +40,7 @@ _VIDEO_CONTENT = re.compile(
 # The files that `comask infer` writes: photo.jpg.overlay.jpg, photo.jpg.2.mask.png, …
 _RESULT = re.compile(
     r".+\.(overlay\.(png|jpg|mp4|mkv)|labels\.txt|jsonl)|.+\.(\w{2,5}|\d+)\.mask\.png"
+    r"|\d{6,}\.(thumb|view)\.jpg"
     r"|(detections|images)\.json"
 )
 _SHOWN = 3  # file names that a line shows

@@ -11,8 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.errors import NotFiniteError
-from comask.masks import paste_mask, paste_masks, rles_from_mask_probs
+from comask.masks import (
+    paste_masks,
+    paste_probs,
+    resized_mask,
+    rles_from_mask_probs,
+)
 from comask.preprocess import Placement
+from comask.segmentation import RunLengthMask
 
 if TYPE_CHECKING:
     import supervision
@@ -22,17 +28,22 @@ if TYPE_CHECKING:
 class Detections:
     """The instances found in one image, by falling score.
 
+    The network gives each mask as probabilities over a box. What is merged from several views of an image
+    has masks that no such grid expresses, and gives their pixels instead.
+
     Attributes:
         boxes_xyxy: [N, 4] f32, corners in pixels of the original image.
         scores: [N] f32, probabilities in 0..1.
         labels: [N] i64, classes counted from 0.
-        mask_probs: [N, 28, 28] f32, foreground probabilities over the box, in 0..1.
+        mask_probs: [N, 28, 28] f32, foreground probabilities over the box, in 0..1; [N, 0, 0] with
+            `run_length_masks`.
         mask_boxes_xyxy: [N, 4] f32, the boxes over which `mask_probs` lie instead; None for
             `boxes_xyxy`, which are the same unless the model has `second_boxes`.
         image_size: (height, width) of the original image in pixels.
         class_names: the name of each label, or None if unknown.
         category_ids: the data set's id of each label (COCO's have gaps); None stands for label + 1.
         mask_threshold: a pixel belongs to the mask when its probability is at least this.
+        run_length_masks: the N masks in pixels of the image, in place of probabilities; else None.
 
     Raises:
         ValueError: when a field has another shape or dtype than stated here.
@@ -47,6 +58,7 @@ class Detections:
     category_ids: tuple[int | str, ...] | None = None
     mask_threshold: float = 0.5
     mask_boxes_xyxy: NDArray[np.float32] | None = None
+    run_length_masks: tuple[RunLengthMask, ...] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -65,6 +77,7 @@ class Detections:
                     f"Detections.{name}: expected {np.dtype(dtype)} {shape} for {count} scores, "
                     f"got {array.dtype} {array.shape}"
                 )
+        self._check_run_length_masks()
         if min(self.image_size) < 1:
             raise ValueError(f"Detections.image_size: expected (h, w) ≥ 1, got {self.image_size}")
         names = self.class_names
@@ -75,11 +88,28 @@ class Detections:
         ):
             raise ValueError(f"Detections.labels: expected 0..{len(names) - 1}, got {self.labels}")
 
+    def _check_run_length_masks(self) -> None:
+        masks = self.run_length_masks
+        if masks is None:
+            return
+        if self.mask_probs.size or self.mask_boxes_xyxy is not None:
+            raise ValueError(
+                "Detections.run_length_masks: expected mask_probs [N, 0, 0] and no mask_boxes_xyxy with "
+                f"them, got mask_probs {self.mask_probs.shape}"
+            )
+        sizes = [mask.size for mask in masks]
+        if sizes != [self.image_size] * len(self):
+            raise ValueError(
+                f"Detections.run_length_masks: expected {len(self)} of {self.image_size} pixels, got "
+                f"{len(sizes)} of {sorted(set(sizes))}"
+            )
+
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, index: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Detections:
         """Returns the detections that `index`, a slice, a mask or an array of indices, selects."""
+        places, masks = np.arange(len(self))[index], self.run_length_masks
         chosen = Detections(
             boxes_xyxy=self.boxes_xyxy[index],
             scores=self.scores[index],
@@ -90,14 +120,16 @@ class Detections:
             category_ids=self.category_ids,
             mask_threshold=self.mask_threshold,
             mask_boxes_xyxy=None if self.mask_boxes_xyxy is None else self.mask_boxes_xyxy[index],
+            run_length_masks=None if masks is None else tuple(masks[i] for i in places),
         )
-        if not self.has_rles:
-            return chosen
-        return chosen.with_rles([self._rles[i] for i in np.arange(len(self))[index]])
+        return chosen.with_rles([self._rles[i] for i in places]) if self.has_rles else chosen
 
     @cached_property
     def masks(self) -> NDArray[np.bool_]:
         """The masks as [N, H, W] bool of the original image, which are pasted at the first access."""
+        if self.run_length_masks is not None:
+            masks = [mask.bitmap() for mask in self.run_length_masks]
+            return np.array(masks, np.bool_).reshape(-1, *self.image_size)
         return paste_masks(self.mask_probs, self._frames, self.image_size, self.mask_threshold)
 
     @property
@@ -111,18 +143,59 @@ class Detections:
         Returns:
             (x, y, mask): `mask` is [h, w] bool, its top left pixel lies at (x, y) of the image.
         """
-        box = self._frames[index].tolist()
-        return paste_mask(self.mask_probs[index], box, self.image_size, self.mask_threshold)
+        if self.run_length_masks is not None:
+            return self.run_length_masks[index].crop()
+        x, y, probs = self.crop_probs(index)
+        return x, y, probs >= np.float32(self.mask_threshold)
+
+    def crop_probs(self, index: int) -> tuple[int, int, NDArray[np.float32]]:
+        """Returns one mask's probabilities at the pixels that it can touch.
+
+        Returns:
+            (x, y, probs): `probs` is [h, w] f32 in 0..1, its top left pixel lies at (x, y) of the image.
+            Masks without probabilities have 1 and 0.
+        """
+        if self.run_length_masks is not None:
+            x, y, mask = self.run_length_masks[index].crop()
+            return x, y, mask.astype(np.float32)
+        return paste_probs(self.mask_probs[index], self._frames[index].tolist(), self.image_size)
+
+    def with_instances(
+        self,
+        boxes_xyxy: NDArray[np.floating],
+        scores: NDArray[np.floating],
+        labels: NDArray[np.int64],
+        masks: Sequence[RunLengthMask],
+    ) -> Detections:
+        """Returns other instances of the same image and classes, by falling score.
+
+        Args:
+            boxes_xyxy: [N, 4], corners in pixels of the image.
+            scores: [N], probabilities in 0..1, in any order.
+            labels: [N] i64, classes counted from 0.
+            masks: N masks of the image.
+        """
+        order = np.argsort(-scores, kind="stable")
+        return replace(
+            self,
+            boxes_xyxy=boxes_xyxy[order].astype(np.float32),
+            scores=scores[order].astype(np.float32),
+            labels=labels[order],
+            mask_probs=np.zeros((len(masks), 0, 0), np.float32),
+            mask_boxes_xyxy=None,
+            run_length_masks=tuple(masks[i] for i in order),
+        )
 
     def resized(self, image_size: tuple[int, int]) -> Detections:
         """Returns the detections in the image when it is resized to (height, width)."""
         (height, width), (h, w) = image_size, self.image_size
         factors = np.array([width / w, height / h] * 2, np.float32)
-        frames = self.mask_boxes_xyxy
+        frames, masks = self.mask_boxes_xyxy, self.run_length_masks
         return replace(
             self,
             boxes_xyxy=self.boxes_xyxy * factors,
             mask_boxes_xyxy=None if frames is None else frames * factors,
+            run_length_masks=masks and tuple(resized_mask(mask, image_size) for mask in masks),
             image_size=image_size,
         )
 
@@ -137,6 +210,8 @@ class Detections:
     @cached_property
     def _rles(self) -> Sequence[dict[str, Any]]:
         # This is not a field, since `dataclasses.replace` would copy the RLEs to other masks.
+        if self.run_length_masks is not None:
+            return [mask.to_coco() for mask in self.run_length_masks]
         return rles_from_mask_probs(
             self.mask_probs, self._frames, self.image_size, self.mask_threshold
         )

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from comask.config import PreprocessConfig
 from comask.errors import ImageError, one_line
 from comask.parallel import ordered_map
-from comask.preprocess import MOST_IMAGE_PIXELS, Pixels, Prepared
+from comask.preprocess import MOST_IMAGE_PIXELS, Pixels
 from comask.structures import Detections
 
 Item = TypeVar("Item")
 FoundAt: TypeAlias = Mapping[str, Detections]  # by the names of `FOUND_AT`
 Outcome: TypeAlias = FoundAt | Exception  # of an image that was run
+Ready: TypeAlias = Any  # an image as `ImagePredictor.prepare` returns it
 
 # The points at which the network's detections can be read, and for each the outputs that replace stage
 # 2's own, if there are such: its result, the proposals with the coarse masks, and the boxes for which all
@@ -74,25 +75,34 @@ class ImageResult(Generic[Item]):
 
 
 class ImagePredictor(Protocol):
-    """The part of a `Predictor` that its `ImageRunner` needs."""
+    """What an `ImageRunner` needs of a predictor: a `Predictor`, or one of several views."""
 
-    preprocess: PreprocessConfig
-    max_batch: int
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        """Resize and padding."""
 
-    def prepare(self, image: Pixels) -> Prepared:
-        """Puts an image on its canvas."""
+    @property
+    def max_batch(self) -> int:
+        """The number of canvases of one size that run together."""
 
-    def predict_stages(self, prepared: Sequence[Prepared]) -> Sequence[FoundAt]:
-        """Returns each image's detections at each point of `FOUND_AT`."""
+    def prepare(self, image: Pixels) -> Ready:
+        """Makes an image ready to run.
+
+        Raises:
+            ImageError: if it is not an image.
+        """
+
+    def predict_stages(self, images: Sequence[Ready]) -> Sequence[FoundAt]:
+        """Returns each image's detections, at `final` and the other points of `FOUND_AT` that it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Decoded(Generic[Item]):
-    """An image before it runs: its name, its result so far and, if it can run, its canvas."""
+    """An image before it runs: its name, its result so far and, if it can run, what runs."""
 
     name: str
     result: ImageResult[Item]
-    prepared: Prepared | None = None
+    prepared: Ready | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +119,7 @@ class _Window(Generic[Item]):
 
     names: list[str] = field(default_factory=list)
     results: list[ImageResult[Item]] = field(default_factory=list)
-    prepared: dict[int, Prepared] = field(default_factory=dict)
+    prepared: dict[int, Ready] = field(default_factory=dict)
     pixels: int = 0
     failure: Exception | None = None
 
@@ -220,10 +230,10 @@ class ImageRunner:
         """
         self._predictor.predict_stages([self._probe])
 
-    def _outcomes(self, images: Sequence[Prepared], isolate: bool) -> Sequence[Outcome]:
+    def _outcomes(self, images: Sequence[Ready], isolate: bool) -> Sequence[Outcome]:
         return self._isolated(images) if isolate else self._predictor.predict_stages(images)
 
-    def _isolated(self, images: Sequence[Prepared]) -> list[Outcome]:
+    def _isolated(self, images: Sequence[Ready]) -> list[Outcome]:
         """Returns each image's detections, or its error."""
         try:
             stages = self._predictor.predict_stages(images)

@@ -15,15 +15,19 @@ from typing_extensions import override
 
 from comask.bundle import Bundle, Manifest
 from comask.config import PreprocessConfig, require_count
+from comask.errors import ConfigError
 from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare, stacked
-from comask.runtime.backends import LoadOptions, open_stages
+from comask.runtime.backends import OVERLAP, LoadOptions, open_stages
 from comask.runtime.backends.base import Array, Closing, Stages
 from comask.runtime.backends.names import Device
-from comask.runtime.images import FOUND_AT, ImageResult, ImageRunner, batches
+from comask.runtime.images import FOUND_AT, ImagePredictor, ImageResult, ImageRunner, batches
 from comask.runtime.stream import SLOTS, StreamSession, WhenFull
+from comask.runtime.views import ViewedPredictor, Views
 from comask.structures import Detections, detections_from_outputs
 
 Item = TypeVar("Item")
+
+ONE_VIEW = Views()
 
 
 class Predictor(Closing):
@@ -38,9 +42,10 @@ class Predictor(Closing):
         category_ids: the data set's id of each label.
         mask_threshold: a pixel belongs to a mask if its probability is at least this.
         max_batch: the number of images of one canvas that run together; fewer if the backend takes fewer.
+        views: which views of an image run in calls and in `map`.
 
     Raises:
-        ConfigError: if `max_batch` is not a whole number from 1 on.
+        ConfigError: if `max_batch` is not a whole number from 1 on, or a view's canvas is too large.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Predictor(Closing):
         category_ids: tuple[int | str, ...] | None = None,
         mask_threshold: float = 0.5,
         max_batch: int = 8,
+        views: Views = ONE_VIEW,
     ) -> None:
         require_count("max_batch", max_batch)
         self.stages = stages
@@ -61,6 +67,8 @@ class Predictor(Closing):
         self.mask_threshold = mask_threshold
         self._sessions: weakref.WeakSet[StreamSession] = weakref.WeakSet()
         self.max_batch = min(max_batch, stages.largest_batch or max_batch)
+        self.views = views
+        views.sizes(preprocess)  # an error here comes before any image
 
     @classmethod
     def load(
@@ -73,6 +81,9 @@ class Predictor(Closing):
         max_batch: int = 8,
         proposals: int | None = None,
         short_side: int | None = None,
+        tile: int | None = None,
+        tile_overlap: float = OVERLAP,
+        tta: Sequence[str] = (),
     ) -> Predictor:
         """Opens a predictor that runs `bundle`.
 
@@ -88,12 +99,15 @@ class Predictor(Closing):
                 None for as many as the bundle was trained with.
             short_side: length in pixels to which an image's shorter side is resized, shorter being
                 faster; the limit of the longer side changes in proportion. None for the bundle's.
+            tile: see `Views`; None for whole images.
+            tile_overlap: see `Views`.
+            tta: see `Views`.
 
         Raises:
             BundleError: if a file of the bundle is missing or was altered.
             BackendUnavailableError: if the backend's packages, engines or GPU are missing.
             ConfigError: if `device` is invalid, the bundle cannot run with `proposals` or `short_side`,
-                or `max_batch` is not a whole number from 1 on.
+                `max_batch` is not a whole number from 1 on, or `Views` refuses its values.
             EngineError: if its engines do not fit, or cannot be opened or built.
         """
         options = LoadOptions(
@@ -102,6 +116,9 @@ class Predictor(Closing):
             max_batch=max_batch,
             proposals=proposals,
             short_side=short_side,
+            tile=tile,
+            tile_overlap=tile_overlap,
+            tta=tta,
         )
         return cls.open(bundle, backend, options)
 
@@ -109,13 +126,14 @@ class Predictor(Closing):
     def open(cls, bundle: str | Path, backend: str, options: LoadOptions) -> Predictor:
         """Does the same as `load`, with options in one object."""
         require_count("max_batch", options.max_batch)  # before minutes are spent on engines
+        views = Views(tile=options.tile, tile_overlap=options.tile_overlap, tta=options.tta)
         opened = Bundle.open(Path(bundle))
         preprocess = opened.manifest.preprocess
         if options.short_side is not None:
             preprocess = preprocess.resized(options.short_side)
         manifest = dataclasses.replace(opened.manifest, preprocess=preprocess)
         stages = open_stages(opened, backend, options)
-        return predictor_from_manifest(stages, manifest, options.max_batch)
+        return predictor_from_manifest(stages, manifest, options.max_batch, views)
 
     @overload
     def __call__(self, images: ImageLike) -> Detections: ...
@@ -135,9 +153,11 @@ class Predictor(Closing):
             EngineError: if memory runs out.
             NotFiniteError: if the backend computes NaN or infinite values.
         """
-        if isinstance(images, list):
-            return self.predict_prepared([self.prepare(image) for image in images])
-        return self.predict_prepared([self.prepare(images)])[0]
+        predictor = self._of_views
+        several = images if isinstance(images, list) else [images]
+        ready = [predictor.prepare(pixels_of(image)) for image in several]
+        found = [stages["final"] for stages in predictor.predict_stages(ready)]
+        return found if isinstance(images, list) else found[0]
 
     def map(
         self,
@@ -177,10 +197,15 @@ class Predictor(Closing):
 
     @cached_property
     def _runner(self) -> ImageRunner:
-        return ImageRunner(self)
+        return ImageRunner(self._of_views)
+
+    @property
+    def _of_views(self) -> ImagePredictor:
+        """What runs the images of calls and of `map`."""
+        return ViewedPredictor(self, self.views) if self.views.several else self
 
     def prepare(self, image: ImageLike) -> Prepared:
-        """Decodes (if needed), resizes and pads one image.
+        """Decodes (if needed), resizes and pads one image, as one view.
 
         Raises:
             ImageError: if it cannot be decoded, or is not an image.
@@ -243,7 +268,7 @@ class Predictor(Closing):
         slots: int = SLOTS,
         graphs: bool = True,
     ) -> StreamSession:
-        """Opens a session for video frames, which a GPU reads in the caller's memory.
+        """Opens a session for video frames, each in one view, which a GPU reads in the caller's memory.
 
         Another thread runs the slots' batches one after the other, unless the backend is TensorRT.
 
@@ -256,10 +281,14 @@ class Predictor(Closing):
             graphs: whether a GPU backend captures the network as a CUDA graph for shapes that come again.
 
         Raises:
-            ConfigError: see `StreamSession`.
+            ConfigError: see `StreamSession`; or if the predictor was opened for several views.
             EngineError: if memory for the slots runs out.
             KernelError: if the kernel for frames cannot be compiled for the GPU.
         """
+        if self.views.several:
+            raise ConfigError(
+                "tile and tta: streams and videos run each frame whole and once: leave both out"
+            )
         session = StreamSession(
             self,
             cuda_stream=cuda_stream,
@@ -280,7 +309,9 @@ class Predictor(Closing):
                 stack.callback(session.close)
 
 
-def predictor_from_manifest(stages: Stages, manifest: Manifest, max_batch: int) -> Predictor:
+def predictor_from_manifest(
+    stages: Stages, manifest: Manifest, max_batch: int, views: Views = ONE_VIEW
+) -> Predictor:
     """Returns a predictor for opened stages, with everything that a bundle's manifest says of it."""
     return Predictor(
         stages,
@@ -289,4 +320,5 @@ def predictor_from_manifest(stages: Stages, manifest: Manifest, max_batch: int) 
         category_ids=tuple(category.id for category in manifest.categories),
         mask_threshold=manifest.mask_threshold,
         max_batch=max_batch,
+        views=views,
     )

@@ -95,6 +95,18 @@ def micro_bundle(micro_run: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def framed_bundle(micro_run: Path) -> Path:
+    """The same network, whose boxes are the second pass's, and whose masks lie over other boxes."""
+    output = micro_run.parent / "framed"
+    result = run(
+        "export", micro_run / "checkpoint-last.pt", "--output", output, "--score-threshold", "0",
+        "--limit", "1", *settings("model.second_boxes=true", "model.agreement_score=true"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture(scope="session")
 def micro_fp16(micro_bundle: Path) -> Path:
     """A copy of it, to which the command added fp16 graphs."""
     folder = micro_bundle.parent / "bundle-fp16"

@@ -21,8 +21,9 @@ from typing import Any
 import click
 
 MODULES = (
-    "comask", "comask.bundle", "comask.config", "comask.draw", "comask.errors", "comask.preprocess",
-    "comask.runtime", "comask.runtime.trt.flavor", "comask.runtime.trt.plugins",
+    "comask", "comask.bundle", "comask.config", "comask.draw", "comask.errors", "comask.exchange",
+    "comask.label_studio", "comask.preprocess", "comask.runtime", "comask.runtime.trt.flavor",
+    "comask.runtime.trt.plugins",
     "comask.runtime.video", "comask.training",
 )  # fmt: skip
 

@@ -65,14 +65,14 @@ def test_parameter_count_is_that_of_the_design() -> None:
 @pytest.mark.parametrize("count", [3, 0])
 def test_output_shapes(count: int) -> None:
     labels = torch.zeros(count, dtype=torch.long)
-    masks, offsets = head()(torch.randn(count, 16, 14, 14), labels)
+    masks, offsets, _ = head()(torch.randn(count, 16, 14, 14), labels)
     assert masks.shape == (count, 28, 28)
     assert offsets.shape == (count, 4, 7, 7)
 
 
 def test_offsets_start_at_the_roi_and_are_never_negative() -> None:
     module, x = head(), torch.randn(4, 16, 14, 14)
-    _, offsets = module(x, torch.zeros(len(x), dtype=torch.long))
+    offsets = module(x, torch.zeros(len(x), dtype=torch.long)).offsets
     rois = torch.tensor([[10.0, 20, 80, 60]]).expand(4, 4)
     start = decode_cells(offsets, rois)
     assert (start - rois[:, None, None]).abs().max() < 70 * 0.1
@@ -80,7 +80,7 @@ def test_offsets_start_at_the_roi_and_are_never_negative() -> None:
     exact = decode_cells(module(x, torch.zeros(len(x), dtype=torch.long))[1], rois)
     torch.testing.assert_close(exact, rois[:, None, None].expand(4, 7, 7, 4))
     torch.nn.init.normal_(module.offsets.weight, std=1.0)
-    _, offsets = module(x, torch.zeros(len(x), dtype=torch.long))
+    offsets = module(x, torch.zeros(len(x), dtype=torch.long)).offsets
     assert (offsets == 0).any()
     assert (offsets >= 0).all()
 
@@ -94,7 +94,7 @@ def test_a_head_computes_the_mask_of_the_class_alone(kernel: int) -> None:
     torch.nn.init.normal_(module.mask.bias)
     pooled, labels = torch.randn(5, 16, 14, 14), torch.tensor([0, 7, 3, 3, 1])
     expected = class_masks(module, pooled)[torch.arange(5), labels + 1]
-    masks, _ = module(pooled, labels)
+    masks = module(pooled, labels).masks
     assert masks.shape == (5, 28, 28)
     assert masks.dtype == torch.float32
     torch.testing.assert_close(masks, expected, atol=2e-6 * float(expected.abs().max()), rtol=0)

@@ -15,13 +15,14 @@ from comask.cli.main import main
 
 # Frozen: a new option is a decision, not an accident.
 RUNS = {"device", "batch", "proposals", "short-side"}
+VIEWS = {"tile", "tile-overlap", "tta"}
 OPTIONS = {
     "train": {
         "data", "val", "preset", "config", "output", "set", "track", "resume", "seeds", "eval-only",
         "print-config",
     },
     "export": {
-        "output", "precision", "score-threshold", "diagnostics", "data", "limit", "json",
+        "output", "precision", "score-threshold", "set", "diagnostics", "data", "limit", "json",
     },
     "quantize": {
         "calib-data", "calib-limit", "calib-method", "calib-seed", "data", "limit", "max-loss",
@@ -34,13 +35,13 @@ OPTIONS = {
     },
     "serve": {"output", "backend", "engines", "model-name", "batch", "json"},
     "infer": {
-        "output", "backend", "save", "threshold", "overlay-format", "quality", *RUNS, "every", "track",
-        "decode", "encode", "json",
+        "output", "backend", "save", "threshold", "overlay-format", "quality", *RUNS, *VIEWS, "every",
+        "track",        "decode", "encode", "json",
     },
-    "job": {"output", "backend", "runner", "format", "shard", "actors", *RUNS, "json"},
+    "job": {"output", "backend", "runner", "format", "shard", "actors", *RUNS, *VIEWS, "json"},
     "eval": {
-        "data", "backend", "results", "boxes", "limit", "tolerance", "trace", *RUNS, "no-record",
-        "report", "json",
+        "data", "backend", "results", "boxes", "limit", "tolerance", "trace", *RUNS, *VIEWS,
+        "no-record", "report", "json",
     },
     "bench": {
         "backend", "data", "size", "runs", "warmup", "no-record", *RUNS, "plot", "json",
@@ -62,7 +63,10 @@ def test_every_command_is_frozen() -> None:
 
 
 def test_a_mistyped_command_or_option_is_answered_with_the_likely_one() -> None:
-    for words, answer in [(["infr"], "infer"), (["infer", "--sav", "x"], "--save")]:
+    for words, answer in [
+        (["infr"], "infer"),
+        (["infer", "--overlay-formt", "x"], "--overlay-format"),
+    ]:
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 2
         assert f"Did you mean '{answer}'" in done.output

@@ -84,7 +84,7 @@ def test_any_bytes_are_of_some_kind(head: bytes) -> None:
         ("a.overlay.png", "result"), ("a.mp4.overlay.mkv", "result"), ("a.jpg.mask.png", "result"),
         ("a.jpg.2.mask.png", "result"), ("a.mask.png", "image"), ("a.jpg.labels.txt", "result"),
         ("overlay.png", "image"), ("detections.json", "result"), ("a.json", "other"),
-        ("a.overlay.mp4", "result"),
+        ("a.overlay.mp4", "result"), ("000001.view.jpg", "result"),
     ],
 )  # fmt: skip
 def test_kinds_by_name(name: str, kind: str) -> None:

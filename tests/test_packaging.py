@@ -15,7 +15,7 @@ from install_wheel import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
-DATA = {".cu", ".h", ".jinja"}  # what is read beside the modules
+DATA = {".cu", ".h", ".jinja", ".js", ".css"}  # what is read beside the modules
 # Every command, video, the kernels' sources, all modules; `make test-wheel` runs the whole suite.
 SUBSET = ("test_api.py", "test_layout.py", "test_structures.py")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,18 @@ MEMORIES: dict[str, Any] = {
 PICTURES = [picture(96, 128, 0), picture(48, 64, 1), picture(150, 200, 2)]  # of one canvas
 
 
-@pytest.fixture(scope="module", params=sorted(MEMORIES))
-def predictors(request: pytest.FixtureRequest, micro_bundle: Path) -> Iterator[list[Predictor]]:
+@pytest.fixture(
+    scope="module",
+    params=[("micro_bundle", "torch"), ("micro_bundle", "onnxruntime"), ("framed_bundle", "torch")],
+    ids=str,
+)
+def predictors(request: pytest.FixtureRequest) -> Iterator[list[Predictor]]:
     """A predictor whose large arrays stay on the device, and one that copies them to the host."""
-    with Predictor.load(micro_bundle, request.param, device="cpu") as host:
-        resident = Predictor.load(micro_bundle, request.param, device="cpu")
-        resident.stages = dataclasses.replace(resident.stages, memory=MEMORIES[request.param]())
+    fixture, backend = request.param
+    bundle = request.getfixturevalue(fixture)
+    with Predictor.load(bundle, backend, device="cpu") as host:
+        resident = Predictor.load(bundle, backend, device="cpu")
+        resident.stages = dataclasses.replace(resident.stages, memory=MEMORIES[backend]())
         for stage in (resident.stages.stage1, resident.stages.stage2):
             stage.keeps = True  # type: ignore[attr-defined]  # as on a GPU
         with resident:

@@ -211,3 +211,8 @@ def copies_are_of_their_batch(folder: str) -> None:
 def test_on_the_standins(function: Any, micro_bundle: Path, tmp_path: Path) -> None:
     skip_without_pycuda()
     run_on_standin(function, shutil.copytree(micro_bundle, tmp_path / "bundle"))
+
+
+def test_masks_that_lie_over_other_boxes(framed_bundle: Path, tmp_path: Path) -> None:
+    skip_without_pycuda()
+    run_on_standin(bitmaps_and_rles, shutil.copytree(framed_bundle, tmp_path / "bundle"))

@@ -43,7 +43,7 @@ def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
     assert names == {
         "checkpoint-last.pt", "checkpoint-best.pt", "metrics.csv", "eval.csv", "config.json",
         "losses.png", "ap.png", "second_stage.png", "per_class.csv", "pictures", "report.html",
-        "training_images.jpg",
+        "training_images.jpg", "analysis.json",
     }  # fmt: skip
     rows = read_rows(micro_run / "metrics.csv")
     assert [int(row["step"]) for row in rows] == [1, 2]
@@ -52,7 +52,9 @@ def test_run_leaves_what_the_help_says(micro_run: Path) -> None:
         assert float(row["loss"]) == sum(parts)
     evaluations = [(row["stage"], row["task"]) for row in read_rows(micro_run / "eval.csv")]
     assert evaluations == [(s, t) for s in ("final", "first", "plain") for t in ("bbox", "segm")]
-    assert [path.name for path in (micro_run / "pictures").iterdir()] == ["step-000002.png"]
+    pictures = sorted(path.name for path in (micro_run / "pictures").iterdir())
+    assert pictures[0] == "step-000002.png"
+    assert pictures[1:] == [f"worst-{n}.jpg" for n in range(1, len(pictures))]
 
 
 def test_resumed_run_equals_an_undisturbed_one(

@@ -285,6 +285,8 @@ class Trainer:
         self.validation = validation
         if self.record:
             self.record.add_metrics(self.step, epoch, validation.stages)
+            if validation.errors:
+                self.record.add_analysis(self.step, validation.errors)
             self._report()
         for callback in self._callbacks:
             callback.on_evaluation(self.step, epoch, validation)

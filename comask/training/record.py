@@ -1,4 +1,4 @@
-"""Writes and reads a run's tables `metrics.csv`, `eval.csv` and `per_class.csv`, and compares seeds.
+"""Writes and reads a run's tables and its analysis of errors, and compares seeds.
 
 The process may be killed at any moment. Rows are appended, and a truncated row is dropped on reading.
 Files that are not appended to are replaced as a whole.
@@ -7,6 +7,7 @@ Files that are not appended to are replaced as a whole.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -18,6 +19,8 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
+from comask.config_reading import from_dict
+from comask.error_analysis import ErrorAnalysis
 from comask.errors import TrainingError
 from comask.evaluate import METRICS, TASK_NAMES, TASKS, CocoMetrics
 from comask.files import write_whole
@@ -25,6 +28,7 @@ from comask.files import write_whole
 # `eval.csv` has this value if the data has no such objects. Spreadsheets and pandas recognise it.
 NONE = "n/a"
 SHOWN = ("AP", "AP50", "AP75")
+ANALYSIS = "analysis.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +78,21 @@ class Evaluation:
         return 100 * value if value >= 0 else float("nan")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """The analysis of errors at the end of a run, the content of `analysis.json`.
+
+    Attributes:
+        step: the number of optimiser steps before it.
+        errors: what is wrong with the model.
+    """
+
+    step: int
+    errors: ErrorAnalysis
+
+
 class RunRecord:
-    """Appends to the run's tables.
+    """Appends to the run's tables `metrics.csv`, `eval.csv` and `per_class.csv`; writes `analysis.json`.
 
     Args:
         folder: the run's folder.
@@ -86,6 +103,10 @@ class RunRecord:
         self._metrics = folder / "metrics.csv"
         self._eval = folder / "eval.csv"
         self._per_class = folder / "per_class.csv"
+        self._folder = folder
+        analysis = read_analysis(folder)
+        if analysis and analysis.step > keep_until:
+            (folder / ANALYSIS).unlink()
         for path in (self._metrics, self._eval, self._per_class):
             _replace(path, [row for row in read_rows(path) if int(row["step"]) <= keep_until])
 
@@ -126,6 +147,24 @@ class RunRecord:
             for name, ap in final.per_class[task].items()
         ]
         _replace(self._per_class, classes)
+
+    def add_analysis(self, step: int, errors: ErrorAnalysis) -> None:
+        """Replaces `analysis.json`.
+
+        Args:
+            step: the number of finished optimiser steps.
+            errors: what is wrong with the model.
+        """
+        content = dataclasses.asdict(Analysis(step=step, errors=errors))
+        write_whole(self._folder / ANALYSIS, (json.dumps(content) + "\n").encode())
+
+
+def read_analysis(folder: Path) -> Analysis | None:
+    """Returns the analysis of the run in `folder`; None if it has none, or one of another version."""
+    try:
+        return from_dict(Analysis, json.loads((folder / ANALYSIS).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -13,11 +13,21 @@ from pathlib import Path
 
 from comask.config import Config
 from comask.data.source import Category
+from comask.error_analysis import ErrorAnalysis
+from comask.error_pictures import Picture, caption
+from comask.error_section import ErrorSection, error_section
 from comask.evaluate import METRICS, TASK_NAMES, TASKS, ap_text
 from comask.files import write_whole
 from comask.page import render
 from comask.training.figures import second_stage
-from comask.training.record import Evaluation, Step, read_evaluations, read_rows, read_steps
+from comask.training.record import (
+    Evaluation,
+    Step,
+    read_analysis,
+    read_evaluations,
+    read_rows,
+    read_steps,
+)
 from comask.training.training_images import NAME as TRAINING_IMAGES
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -39,8 +49,9 @@ def write_report(
     It replaces the page atomically, so it may be called after each evaluation.
 
     Args:
-        folder: the run's folder, with any of `metrics.csv`, `eval.csv`, `per_class.csv`, the figures of
-            `draw_curves` and `pictures/step-000320.png`, of which the newest is shown.
+        folder: the run's folder, with any of `metrics.csv`, `eval.csv`, `per_class.csv`,
+            `analysis.json` with `pictures/worst-1.jpg` and so on, the figures of `draw_curves`, and
+            `pictures/step-000320.png`, of which the newest is shown.
         config: the run's configuration.
         categories: the classes in label order.
         title: the page's title.
@@ -56,6 +67,7 @@ def write_report(
         for path in (folder / "pictures").glob("step-*.png")
         if (match := re.fullmatch(r"step-(\d+)\.png", path.name))
     }
+    analysis = read_analysis(folder)
     page = render(
         TEMPLATE,
         title=title,
@@ -65,6 +77,8 @@ def write_report(
         second_stage=second_stage,
         figures={p.name: p.read_bytes() for name in FIGURES if (p := folder / name).exists()},
         pictures=sorted(pictures.items(), reverse=True),
+        analysis_step=analysis.step if analysis else None,
+        errors=_error_section(analysis.errors, folder / "pictures") if analysis else None,
         class_step=int(classes[0]["step"]) if classes else None,
         class_ap=defaultdict(
             lambda: -1.0,
@@ -82,6 +96,18 @@ def write_report(
     path = folder / "report.html"
     write_whole(path, page)
     return path
+
+
+def _error_section(errors: ErrorAnalysis, folder: Path) -> ErrorSection:
+    """Returns what the page shows of an analysis, with the pictures in `folder`."""
+    paths = {
+        folder / f"worst-{number}.jpg": image
+        for number, image in enumerate(errors.tasks["segm"].worst, start=1)
+    }
+    pictures = [
+        Picture(caption(image), path.read_bytes()) for path, image in paths.items() if path.exists()
+    ]
+    return error_section(errors, pictures)
 
 
 def _facts(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ from comask.runtime.backends.base import Stages
 from comask.runtime.backends.choice import candidates
 from comask.runtime.backends.names import BACKENDS, Device, graph_precision, parse_backend
 from comask.runtime.gpu import find_gpu
+
+OVERLAP = 0.2  # of neighbouring tiles, as a share of a tile's side: SAHI's default
 
 OnMismatch = Literal["error", "rebuild"]
 
@@ -40,6 +43,8 @@ class LoadOptions:
         max_batch: the number of images of one canvas that run together.
         proposals: the number of an image's best proposals that stage 2 takes; None for all.
         short_side: length in pixels to which an image's shorter side is resized; None for the bundle's.
+        tile: see `comask.runtime.views.Views`, as for `tile_overlap` and `tta`. A `Predictor` takes them;
+            the stages are the same.
     """
 
     device: Device = None
@@ -47,6 +52,9 @@ class LoadOptions:
     max_batch: int = 8
     proposals: int | None = None
     short_side: int | None = None
+    tile: int | None = None
+    tile_overlap: float = OVERLAP
+    tta: Sequence[str] = ()
 
 
 def require_precision(bundle: Bundle, name: str, precision: str) -> None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from comask.bundle import Bundle
 from comask.data.source import Id
+from comask.error_analysis import analyse
+from comask.error_pictures import Picture, worst_pictures
 from comask.errors import BackendUnavailableError, NotFiniteError
 from comask.evaluate import Truth
 from comask.preprocess import prepare
@@ -27,7 +29,6 @@ from comask.runtime.parity.open_backends import looser, precision_of
 from comask.runtime.parity.report import (
     SAME,
     ParityReport,
-    Picture,
     points_of,
     side_by_side,
 )
@@ -97,7 +98,7 @@ class Evaluation:
         tolerance: the AP points that a contestant may be off; None for the tolerance of its precision.
         trace: whether ONNX graphs are traced even if nothing failed; int8 graphs always are.
         altered_scales: sentences on scales of the int8 graphs that differ from the calibration's.
-        draw: whether to draw pictures of the worst disagreements.
+        draw: whether to draw pictures of the worst disagreements and of the worst errors.
     """
 
     bundle: Bundle
@@ -123,7 +124,8 @@ class Evaluation:
             foreign: COCO results of other pipelines by name, for each image of `truth`.
 
         Returns:
-            the report, and for each contestant pictures of the images that differ most.
+            the report, and for each contestant pictures of the images that differ most; for the
+            reference, of those with most errors.
         """
         (first, reference), *others = predictors.items()
         base = self._score(first, reference)
@@ -136,6 +138,9 @@ class Evaluation:
         for name, results in foreign.items():
             images = zip(self.truth.indices, results, strict=True)
             judge.add_results(name, [rows for index, rows in images if index in decoded])
+        errors = analyse(base.truth, base.results)
+        if self.draw:
+            judge.pictures[first] = worst_pictures(errors.tasks["segm"], base.truth, base.results)
         check = judge.checks.get(first, GraphCheck([], None))
         altered = [f"{first}: {sentence}" for sentence in check.causes + check.altered[:1]]
         report = ParityReport(
@@ -155,6 +160,7 @@ class Evaluation:
             max_detections=base.final.max_detections,
             backends=judge.points,
             comparisons=judge.verdicts,
+            errors=errors,
             weights={name: check.altered for name, check in judge.checks.items()},
             traces={name: check.trace for name, check in judge.checks.items() if check.trace},
         )

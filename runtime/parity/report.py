@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from comask.data.source import InstanceSource, not_decoded_text
+from comask.error_analysis import ErrorAnalysis
+from comask.error_pictures import Picture, Side, draw_pair
+from comask.error_section import error_section
 from comask.evaluate import COCO_DETECTIONS, METRICS, TASK_NAMES, TASKS, CocoMetrics
 from comask.page import render
 from comask.runtime.bench.machine import Machine
@@ -21,16 +21,11 @@ from comask.runtime.parity.scores import Scores
 from comask.runtime.parity.verdict import Entries, Verdict, pairs
 from comask.runtime.tolerances import TOLERANCES
 
-if TYPE_CHECKING:
-    from comask.structures import Detections
-
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 SAME = 0.999  # images with at least this agreement are not worth a picture
 # detections from score SHOWN on are drawn; if there are none, the AT_LEAST best ones
 SHOWN, AT_LEAST = 0.3, 3
-UNMATCHED = (255, 0, 200)
-GAP = 12  # pixels between the two tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +115,7 @@ class ParityReport:
         max_detections: the number of detections per image that count.
         backends: the points of each backend by name, the reference's first.
         comparisons: the verdict on each other contestant, by name.
+        errors: what is wrong with the reference's detections.
         weights: for each backend, one sentence per tensor of its graphs that differs from the network's.
         traces: the comparison layer by layer, by backend.
     """
@@ -140,6 +136,7 @@ class ParityReport:
     max_detections: int
     backends: dict[str, BackendPoints]
     comparisons: dict[str, Verdict]
+    errors: ErrorAnalysis
     weights: dict[str, list[str]]
     traces: dict[str, Trace]
 
@@ -184,20 +181,13 @@ class ParityReport:
         return content | {"not_judged": self.not_judged, "passed": self.passed}
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A JPEG with its caption."""
-
-    caption: str
-    content: bytes
-
-
 def parity_page(report: ParityReport, pictures: Mapping[str, Sequence[Picture]]) -> bytes:
     """Returns a report as an HTML page.
 
     Args:
         report: the report to show.
-        pictures: for each contestant, pictures of the images that differ most.
+        pictures: for each contestant, pictures of the images that differ most; for the reference, of
+            those with most errors.
     """
     when = report.when.replace("T", " ").removesuffix("+00:00") + " UTC"
     facts = [
@@ -214,6 +204,7 @@ def parity_page(report: ParityReport, pictures: Mapping[str, Sequence[Picture]])
         title=f"Parity of {report.bundle}",
         report=report,
         pictures=pictures,
+        errors=error_section(report.errors, pictures.get(report.reference, [])),
         facts_of_report=[(name, value) for name, value in facts if value],
         staged={name: v.stages for name, v in report.comparisons.items() if v.stages},
         limits={
@@ -250,11 +241,7 @@ def side_by_side(
         other: the other contestant's name, and its COCO results on the image.
         value: their agreement.
     """
-    import cv2
-
-    from comask.data.coco import detections_from_coco
-
-    info, categories, image = source.info(index), source.categories, source.image(index)
+    info, categories = source.info(index), source.categories
     known = {category.id for category in categories}
     shown = [
         _shown([entry for entry in entries if entry["category_id"] in known])
@@ -268,14 +255,8 @@ def side_by_side(
             (shown[1], {j for _, j, _ in pairs(everything[0], shown[1])}),
         )
     ]
-    tiles = [
-        _tile(image, detections_from_coco(mine, info, categories),
-              detections_from_coco(alone, info, categories))
-        for mine, alone in zip(shown, lone, strict=True)
-    ]  # fmt: skip
-    gap = np.full((tiles[0].shape[0], GAP, 3), 255, np.uint8)
-    sheet = np.concatenate((tiles[0], gap, tiles[1]), axis=1)
-    content = cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    sides = [Side(*entries, categories) for entries in zip(shown, lone, strict=True)]
+    content = draw_pair(source.image(index), info, *sides)
     caption = (
         f"{info.file_name or info.id}: agreement {value:.3f}; left: {reference[0]}, {len(shown[0])} "
         f"detections, {len(lone[0])} framed because {other[0]} lacks them; right: {other[0]}, "
@@ -287,17 +268,3 @@ def side_by_side(
 def _shown(entries: Entries) -> Entries:
     ranked = sorted(entries, key=lambda entry: -entry["score"])
     return [entry for entry in ranked if entry["score"] >= SHOWN] or ranked[:AT_LEAST]
-
-
-def _tile(image: NDArray[np.uint8], detections: Detections, alone: Detections) -> NDArray[np.uint8]:
-    """Draws detections over the image, with frames around those that have no partner."""
-    import cv2
-
-    from comask.draw import draw_tile
-
-    tile = draw_tile(image, detections)
-    scale = np.array(tile.shape[1::-1] * 2) / np.array(image.shape[1::-1] * 2)
-    for x1, y1, x2, y2 in (alone.boxes_xyxy * scale).round().astype(int).tolist():
-        for colour, thickness in (((255, 255, 255), 6), (UNMATCHED, 3)):
-            cv2.rectangle(tile, (x1 - 1, y1 - 1), (x2, y2), colour, thickness)
-    return tile
