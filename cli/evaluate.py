@@ -144,8 +144,8 @@ def _record(folder: Path, report: ParityReport, thresholds: ScoreThresholds | No
     def subject(entry: dict[str, Any]) -> tuple[Any, ...]:
         # older entries have none of these keys
         boxes = entry.get("boxes", "annotated")
-        knobs = boxes, entry.get("proposals"), entry.get("short_side")
-        return entry["data"], sorted(entry["backends"]), knobs
+        names = "proposals", "short_side", "tile", "tile_overlap", "tta"
+        return entry["data"], sorted(entry["backends"]), boxes, *map(entry.get, names)
 
     if not report.comparisons and thresholds is None:
         return

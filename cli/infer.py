@@ -97,6 +97,8 @@ def main(
         folder, kinds, drawn_from, how.max_batch, every, track, decode, encode, gpu
     )
     options.check(videos)
+    if videos and (how.tile or how.tta):
+        raise click.UsageError("--tile and --tta are for images, and an input is a video")
     overlays = OverlayFiles(overlay_format, quality)
     overlays.check(kinds, images)
     page = ResultPage(folder) if "page" in kinds else None

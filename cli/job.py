@@ -163,6 +163,7 @@ def _run(
             backend=backend,
             proposals=how.proposals,
             short_side=how.short_side,
+            **how.views(),
             shard=options.shard,
             format=options.format,
         )

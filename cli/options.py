@@ -139,10 +139,12 @@ def _view_options() -> tuple[Callable[[Any], Any], ...]:
 def _augmentations(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[str, ...] | None:
-    names = tuple(dict.fromkeys(name.strip() for name in (value or "").split(",")))
-    if value is not None and (unknown := [name for name in names if name not in AUGMENTATIONS]):
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if unknown := [name for name in names if name not in AUGMENTATIONS]:
         raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(AUGMENTATIONS)}")
-    return names if value is not None else None
+    return tuple(name for name in AUGMENTATIONS if name in names)
 
 
 def precision_list(*known: str) -> Callable[..., tuple[str, ...]]:

@@ -27,7 +27,7 @@ from comask.structures import Detections
 Region: TypeAlias = tuple[int, int, int, int]
 Crop: TypeAlias = tuple[int, int, NDArray[np.bool_]]  # see `Detections.crop`
 
-SAME, MOST, FULL = 0.5, 0.7, 0.4  # least shares for `joined`
+SAME, MOST, FULL = 0.5, 0.75, 0.4  # least shares for `joined`
 # A border cuts a detection whose box comes this close to it, in pixels of the network's canvas: one cell
 # of its finest feature map.
 CUT_WITHIN = 4.0
@@ -42,7 +42,7 @@ def joined(whole: Detections, tiles: Mapping[Region, Detections], scale: float) 
 
     - with an IoU of at least `SAME` it is the same object, unless the group has one of its own region,
       which tells its own apart;
-    - if the group covers at least `MOST` of it, it is a part of the object if a border of its tile cuts
+    - if the group covers as large a share of it, it is a part of the object if a border of its tile cuts
       it, and a duplicate, which is left out, if none does.
 
     If there is none, it begins a group. If it belongs to further groups as well, they become one,
@@ -174,7 +174,7 @@ def _fit(
         return None
     iou = both / (own + theirs - both)
     same = iou >= SAME and all(member.region != instance.region for member in group)
-    return (same, iou) if same or both >= 0.7 * own else None
+    return (same, iou) if same or both >= SAME * own else None
 
 
 def _are_parts(group: Sequence[_Instance], other: Sequence[_Instance]) -> bool:

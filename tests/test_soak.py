@@ -238,14 +238,14 @@ def test_time_that_others_had_is_deducted(
     monkeypatch.setattr(soaking, "waited_seconds", lambda: 0.75 * time.perf_counter())
     calls = []
     with Predictor.load(micro_bundle, "onnxruntime", device="cpu") as predictor:
-        plain = predictor.predict_prepared
+        plain = predictor.predict_stages
 
         def slow(prepared: Any) -> Any:
             time.sleep(0.1)
             calls.append(plain(prepared))
             return calls[-1]
 
-        monkeypatch.setattr(predictor, "predict_prepared", slow)
+        monkeypatch.setattr(predictor, "predict_stages", slow)
         report = soak_predictor(predictor, [photo], 0.5)
     assert calls
     np.testing.assert_allclose(report.series["waited"], 0.75, atol=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tracemalloc
 from itertools import pairwise, permutations
 from math import ceil
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from made_masks import ColourNetwork, bounds, detections
 from PIL import Image
 
+from comask.bundle import Bundle
 from comask.cli import options
 from comask.data.shapes import ShapesSource
 from comask.errors import ConfigError
@@ -398,3 +400,45 @@ def test_the_help_names_the_options(command: str) -> None:
     assert {"--tile", "--tile-overlap", "--tta"} <= {
         name for parameter in COMMANDS[command].params for name in parameter.opts
     }
+
+
+def test_a_job_continues_with_its_own_views_only(micro_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="jobs need comask[jobs]")
+    where = ("--output", tmp_path / "job", "--backend", "onnxruntime", "--device", "cpu")
+    job = ("job", micro_bundle, shapes_folder(tmp_path / "photos", 1), *where)
+    assert run(*job, "--tile", 64, "--tta", "vflip,flip").exit_code == 0
+    assert "finished already" in run(*job, "--tile", 64, "--tta", "flip,vflip").output
+    terms = json.loads((tmp_path / "job/job.json").read_text())
+    assert [terms[name] for name in ("tile", "tile_overlap", "tta")] == [64, 0.2, "flip,vflip"]
+    other = run(*job, "--tile", 96)
+    assert other.exit_code == 1
+    assert "--tile 64 there, 96 here; --tta flip,vflip there, not given here" in other.output
+
+
+def test_an_evaluation_by_tiles_does_not_replace_that_of_whole_images(
+    micro_bundle: Path, own_truth: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(micro_bundle, tmp_path / "bundle")
+    where = ("--backend", "torch", "--backend", "onnxruntime", "--device", "cpu")
+    page = tmp_path / "page.html"
+    for views in ((), ("--tile", 64, "--report", page), ("--tta", "flip")):
+        result = run("eval", bundle, "--data", own_truth, *where, *views)
+        assert result.exit_code == 0, result.output
+    recorded = [(entry["tile"], entry["tta"]) for entry in Bundle.open(bundle).manifest.parity]
+    assert recorded[-3:] == [(None, None), (64, None), (None, "flip")]
+    assert "64 pixels, overlapping by 0.2" in page.read_text()
+
+
+@pytest.mark.parametrize("command", ["bench", "soak"])
+def test_commands_that_time_one_view_have_no_such_options(command: str, tmp_path: Path) -> None:
+    result = run(command, tmp_path, "--tile", 64)
+    assert result.exit_code == 2
+    assert "No such option" in result.output
+
+
+def test_a_video_is_refused_before_anything_runs(micro_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="videos need comask[video]")
+    result = run("infer", micro_bundle, "camera:0", "--output", tmp_path / "out", "--tile", 64)
+    assert result.exit_code == 2
+    assert "--tile and --tta are for images" in result.output
+    assert not (tmp_path / "out").exists()

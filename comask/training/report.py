@@ -146,6 +146,7 @@ def _verdict(last: Evaluation, collaboration: str) -> str:
         return "The gain cannot be measured, since the validation data holds no objects."
     return (
         f"Weighting the cells by the mask changes box AP by {gain:+.2f} points compared with the plain "
-        f"average of the same cells: this is the effect of the collaboration at test time. The rest of "
+        f"average of the same cells: this is the effect of the collaboration at test time, in a network "
+        f"that was trained with it. The rest of "
         f"the difference to the proposals comes from having a second stage at all."
     )

@@ -47,28 +47,22 @@ static void add_results(json &results, int image_id, Network &network, const Pre
     const auto boxes = network.output<float>("boxes"), scores = network.output<float>("scores"),
                masks = network.output<float>("masks");
     const auto labels = network.output<std::int32_t>("labels");
-    const bool framed = manifest.at("model").value("second_boxes", false); // masks have own boxes
-    const auto frames = framed ? network.output<float>("mask_boxes") : boxes;
+    const bool framed = manifest.at("model").value("second_boxes", false);
+    const auto frames = framed ? network.output<float>("mask_boxes") : boxes; // of the masks
     const std::size_t pixels = masks.size() / scores.size();
-    const float x_scale = float(double(image.size.width) / image.original.width);
-    const float y_scale = float(double(image.size.height) / image.original.height);
+    const float x = float(double(image.size.width) / image.original.width);
+    const float y = float(double(image.size.height) / image.original.height);
+    const auto in_image = [=](auto p) { return cv::Vec4f(p[0] / x, p[1] / y, p[2] / x, p[3] / y); };
     for (int i = 0; i < count; ++i) {
-        const auto in_image = [&](const float *corners) {
-            return cv::Vec4f(corners[0] / x_scale, corners[1] / y_scale, corners[2] / x_scale,
-                             corners[3] / y_scale);
-        };
-        const cv::Vec4f box = in_image(&boxes[4 * i]);
+        const cv::Vec4f box = in_image(&boxes[4 * i]), frame = in_image(&frames[4 * i]);
         const auto runs = runs_of_mask(&masks[i * pixels], int(std::lround(std::sqrt(pixels))),
-                                       in_image(&frames[4 * i]), image.original,
-                                       manifest.at("mask_threshold"));
+                                       frame, image.original, manifest.at("mask_threshold"));
         results.push_back(
-            {{"image_id", image_id},
+            {{"image_id", image_id}, {"score", scores[i]},
              {"category_id", manifest.at("categories").at(labels[i]).at("id")},
              {"bbox", {box[0], box[1], double(box[2]) - box[0], double(box[3]) - box[1]}},
-             {"score", scores[i]},
-             {"segmentation",
-              {{"size", {image.original.height, image.original.width}},
-               {"counts", compressed(runs)}}}});
+             {"segmentation", {{"size", {image.original.height, image.original.width}},
+                               {"counts", compressed(runs)}}}});
     }
 }
 

@@ -8,7 +8,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from comask.bundle import Bundle
 from comask.config import require_count
@@ -55,6 +55,11 @@ class LoadOptions:
     tile: int | None = None
     tile_overlap: float = OVERLAP
     tta: Sequence[str] = ()
+
+    def views(self) -> dict[str, Any]:
+        """Returns `tile`, `tile_overlap` and `tta` (flip,scale) as records name them, None if unused."""
+        overlap = None if self.tile is None else self.tile_overlap
+        return {"tile": self.tile, "tile_overlap": overlap, "tta": ",".join(self.tta) or None}
 
 
 def require_precision(bundle: Bundle, name: str, precision: str) -> None:

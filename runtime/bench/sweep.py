@@ -313,7 +313,7 @@ def usage(bundle: str, backend: str, options: LoadOptions) -> tuple[str, str]:
     given = {
         name: value
         for name, value in dataclasses.asdict(options).items()
-        if value is not None and name != "on_mismatch"
+        if value is not None and name not in ("on_mismatch", "tile", "tile_overlap", "tta")
     }
     names = {"max_batch": "batch", "short_side": "short-side"}  # names of the command's options
     flags = "".join(f" --{names.get(name, name)} {value}" for name, value in given.items())

@@ -119,6 +119,9 @@ class Terms:
         backend: the backend's name with its precision.
         proposals: the number of proposals, see `Predictor.load`.
         short_side: the length of the short side, see `Predictor.load`.
+        tile: side of the tiles, see `LoadOptions.views`.
+        tile_overlap: the share of a tile that the next one has, too.
+        tta: augmented views.
         shard: images per part.
         format: the file format of the parts.
         comask: comask's version.
@@ -130,6 +133,9 @@ class Terms:
     backend: str
     proposals: int | None
     short_side: int | None
+    tile: int | None = None
+    tile_overlap: float | None = None
+    tta: str | None = None
     shard: int
     format: Format
     comask: str = __version__
@@ -350,7 +356,8 @@ def _difference(folder: Folder, there: Terms, here: Terms) -> str:
         differing.append(f"other images, {there.images} there, {here.images} here")
     if there.bundle != here.bundle:
         differing.append("another network, preprocessing or classes in the bundle")
-    for name in ("backend", "proposals", "short_side", "shard", "format"):
+    knobs = "proposals", "short_side", "tile", "tile_overlap", "tta"
+    for name in ("backend", *knobs, "shard", "format"):
         values = [getattr(terms, name) or "not given" for terms in (there, here)]
         if values[0] != values[1]:
             option = name.replace("_", "-")

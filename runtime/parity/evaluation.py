@@ -149,6 +149,7 @@ class Evaluation:
             boxes=self.boxes,
             proposals=self.how.proposals,
             short_side=self.how.short_side,
+            **self.how.views(),
             when=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=describe_machine(self.how.device),
             skipped=self.skipped,

@@ -104,6 +104,9 @@ class ParityReport:
         boxes: the value of `--boxes`.
         proposals: the number of proposals that stage 2 took; None for all of the bundle's.
         short_side: shorter side of the resized images in pixels; None for the bundle's.
+        tile: side of the tiles in pixels of the image; None for whole images.
+        tile_overlap: the share of a tile that the next one has, too; None without tiles.
+        tta: the augmented views, as in `flip,scale`; None for none.
         when: date and time in UTC, ISO 8601.
         machine: the machine on which it was measured.
         skipped: the reason why a backend did not run, by name.
@@ -125,6 +128,9 @@ class ParityReport:
     boxes: str
     proposals: int | None
     short_side: int | None
+    tile: int | None
+    tile_overlap: float | None
+    tta: str | None
     when: str
     machine: Machine
     skipped: dict[str, str]
@@ -197,6 +203,8 @@ def parity_page(report: ParityReport, pictures: Mapping[str, Sequence[Picture]])
         ("reference", report.reference),
         ("proposals", report.proposals),
         ("short side", report.short_side),
+        ("tiles", report.tile and f"{report.tile} pixels, overlapping by {report.tile_overlap:g}"),
+        ("augmented views", report.tta),
         ("measured", when),
     ]
     return render(
