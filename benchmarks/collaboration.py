@@ -23,6 +23,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from shapes_runs import trained
 from torch import Tensor
 
 from comask.config import DataConfig, ModelConfig
@@ -36,8 +37,6 @@ from comask.progress import Progress
 from comask.runtime.backends.base import Stages
 from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.predictor import Predictor
-from comask.training import train
-from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
 from comask.training.targets import jitter
 
 AMOUNTS = (0.15, 0.25, 0.35)
@@ -70,7 +69,7 @@ def main(output: Path, seeds: int, images: int, plot: Path | None, only: str | N
     """Train what OUTPUT lacks, and print the tables; OUTPUT/rows.json gets the numbers."""
     if only:
         for seed in range(seeds):
-            trained(output, only, seed)
+            model_of(output, only, seed)
         return
     rows = [measure(output, seed, images) for seed in range(seeds)]
     (output / "rows.json").write_text(json.dumps(rows, indent=2))
@@ -79,18 +78,10 @@ def main(output: Path, seeds: int, images: int, plot: Path | None, only: str | N
         draw(rows, plot)
 
 
-def trained(output: Path, variant: str, seed: int) -> CoMask:
-    """Returns a trained model; trains it first if its folder has none."""
-    folder = output / f"{variant}-{seed}"
-    last = folder / "checkpoint-last.pt"
-    done = folder / "trained.txt"
-    if not done.exists():
-        changes = {"train.seed": seed, "train.evaluate_every": 0} | VARIANTS[variant]
-        train(
-            "shapes-clutter", folder, preset="shapes-tiny", settings=changes, resume=last.exists()
-        )
-        done.write_text("")
-    return model_from_checkpoint(load_checkpoint(last)).eval()
+def model_of(output: Path, variant: str, seed: int) -> CoMask:
+    """Returns the model of one variant and seed."""
+    settings = {"train.seed": seed, "train.evaluate_every": 0} | VARIANTS[variant]
+    return trained("shapes-clutter", output / f"{variant}-{seed}", settings)
 
 
 def measure(output: Path, seed: int, images: int) -> dict[str, Any]:
@@ -101,7 +92,7 @@ def measure(output: Path, seed: int, images: int) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"seed": seed, "iou": {}, "ap75": {}}
     for variant in VARIANTS:
-        model = trained(output, variant, seed)
+        model = model_of(output, variant, seed)
         tests = [model.config.collaboration] if variant == "fc_reg" else ["weighted", "uniform"]
         forms = {
             variant if variant == "fc_reg" else f"{variant}/{test}": dataclasses.replace(

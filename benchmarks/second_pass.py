@@ -23,6 +23,7 @@ import click
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+from shapes_runs import trained
 from torch.utils.flop_counter import FlopCounterMode
 
 from comask.data.shapes import ShapesSource
@@ -32,8 +33,6 @@ from comask.presets import preset
 from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.predictor import Predictor
 from comask.structures import Detections
-from comask.training import train
-from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
 
 TEST_SEED = 8_000_000  # of images that no training has seen
 AGREEMENT, BOXES, SCORING = "agreement_score", "second_boxes", "mask_scoring"
@@ -61,20 +60,15 @@ def main(output: Path, seeds: int, images: int, cost: bool) -> None:
     if cost:
         click.echo("\n".join(costs()))
         return
-    rows = [measure(trained(output, seed), images) for seed in range(seeds)]
+    rows = [measure(model_of(output, seed), images) for seed in range(seeds)]
     (output / "rows.json").write_text(json.dumps(rows, indent=2))
     click.echo("\n".join(table(rows, images)))
 
 
-def trained(output: Path, seed: int) -> CoMask:
-    """Returns a trained model; trains it first if its folder has none."""
-    folder = output / f"seed-{seed}"
-    last, done = folder / "checkpoint-last.pt", folder / "trained.txt"
-    if not done.exists():
-        changes = {"train.seed": seed, "train.evaluate_every": 0, f"model.{SCORING}": True}
-        train("shapes", folder, preset="shapes-tiny", settings=changes, resume=last.exists())
-        done.write_text("")
-    return model_from_checkpoint(load_checkpoint(last)).eval()
+def model_of(output: Path, seed: int) -> CoMask:
+    """Returns the model of one seed, with the branch of mask scoring."""
+    settings = {"train.seed": seed, "train.evaluate_every": 0, f"model.{SCORING}": True}
+    return trained("shapes", output / f"seed-{seed}", settings)
 
 
 def with_options(model: CoMask, options: tuple[str, ...]) -> None:

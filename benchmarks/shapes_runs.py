@@ -32,6 +32,8 @@ from comask.progress import Progress
 from comask.runtime.backends.pytorch import torch_stages
 from comask.runtime.predictor import Predictor
 from comask.structures import Detections
+from comask.training import train
+from comask.training.checkpoint import load_checkpoint, model_from_checkpoint
 from comask.training.losses import Objective
 from comask.training.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -159,6 +161,21 @@ def measured(output: Path, name: str, settings: tuple[str, ...], seeds: int) -> 
         key = {"variant": name, "seed": seed}
         rows.append(remembered(output / "rows.jsonl", key, config, comask))
     return rows
+
+
+def trained(data: str, folder: Path, settings: dict[str, Any]) -> CoMask:
+    """Returns `shapes-tiny` trained as by `comask train`; trains it first if its folder has none.
+
+    Args:
+        data: the value of `--data`.
+        folder: the run's folder; a run that was stopped goes on.
+        settings: by dotted names.
+    """
+    last, done = folder / "checkpoint-last.pt", folder / "trained.txt"
+    if not done.exists():
+        train(data, folder, preset="shapes-tiny", settings=settings, resume=last.exists())
+        done.write_text("")
+    return model_from_checkpoint(load_checkpoint(last)).eval()
 
 
 def comask(config: Config, name: str = "CoMask") -> Row:

@@ -32,12 +32,7 @@ if TYPE_CHECKING:
     Images = Callable[[], list[NDArray[np.uint8]]]
 
 PRECISIONS = ("fp32", "fp16")  # int8 is made by `comask quantize`
-CHECKPOINTS_ALONE = {  # options by parameter
-    "output": "--output",
-    "score_threshold": "--score-threshold",
-    "settings": "--set",
-    "diagnostics": "--diagnostics",
-}
+FOR_CHECKPOINTS = {"output", "score_threshold", "settings", "diagnostics"}  # parameters
 MOVED = {
     **dict.fromkeys(("--engine", "--plugin", "--profile", "--rebuild"), "comask build"),
     **dict.fromkeys(("--calib-data", "--calib-images", "--ap-budget"), "comask quantize"),
@@ -89,10 +84,12 @@ def main(
             raise ComaskError(f"{source}: neither a checkpoint nor a bundle (no {MANIFEST})")
         bundle = Bundle.open(source)
         context = click.get_current_context()
-        for parameter, name in CHECKPOINTS_ALONE.items():
-            if context.get_parameter_source(parameter) is not ParameterSource.DEFAULT:
+        for parameter in context.command.params:
+            name = str(parameter.name)
+            given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            if name in FOR_CHECKPOINTS and given:
                 raise click.UsageError(
-                    f"{name} is for checkpoints; an existing bundle is changed in place"
+                    f"{parameter.opts[0]} is for checkpoints; an existing bundle is changed in place"
                 )
         exported = add_missing(bundle, precisions, images)
     elif output is None:

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
     from comask.runtime.video import Where
 
 VIDEOS = "Videos"  # heading of options
+SAVED = ("overlay", "coco")  # kinds that are written unless others are named
 
 
 @command(moved=dict.fromkeys(("--runner", "--shard", "--format", "--actors"), "comask job"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @option("--output", required=True, metavar="DIR", help="Folder of the results.")
-@option("--save", default="overlay,coco", metavar="KINDS",
-        help="[overlay,coco], masks,labels,page,dataset,labelstudio")  # fmt: skip
+@option("--save", default=",".join(SAVED), metavar="KINDS",
+        help=f"[{','.join(SAVED)}], {','.join(k for k in IMAGE_KINDS if k not in SAVED)}")  # fmt: skip
 @option("--threshold", type=ThresholdType(), default=0.5, metavar="P|auto",
         help="Lowest score drawn; auto: each class's own. [0.5]")  # fmt: skip
 @option("--overlay-format", type=click.Choice(("auto", "jpeg", "png")), default="auto", metavar="AS",
@@ -129,16 +130,7 @@ def main(
             )
         for report in reports:
             click.echo(_video_line(report), err=to_stderr)
-        if results.left_out:
-            click.echo(
-                f"left out for other tools: {results.left_out} detections whose mask has no pixel",
-                err=True,
-            )
-        if whole and results.images and not results.detections:
-            click.echo(
-                "nothing was found: train longer, or export again with a lower --score-threshold",
-                err=True,
-            )
+        _warn_of(results, whole=whole)
     write_json(
         json_file,
         {
@@ -244,6 +236,20 @@ def _run_videos(
         if stop.signal:
             break
     return reports
+
+
+def _warn_of(results: ImageResults, *, whole: bool) -> None:
+    """Says what the images' results lack."""
+    if results.left_out:
+        click.echo(
+            f"left out for other tools: {results.left_out} detections whose mask has no pixel",
+            err=True,
+        )
+    if whole and results.images and not results.detections:
+        click.echo(
+            "nothing was found: train longer, or export again with a lower --score-threshold",
+            err=True,
+        )
 
 
 def _video_line(report: dict[str, Any]) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import click
 
 from comask.bundle import MANIFEST
-from comask.cli.threshold import Threshold, drawn
+from comask.cli.threshold import FOR_TOOLS, Threshold
 from comask.errors import ComaskError, ImageError
-from comask.files import is_folder_fault, whole_file, write_whole
+from comask.files import is_folder_fault, write_picture, write_whole
 from comask.media_files import JPEG_SUFFIXES
 from comask.parallel import ordered_map
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from comask.runtime.images import ImageResult
     from comask.structures import Detections
 
-FOR_TOOLS = ("dataset", "labelstudio")
 IMAGE_KINDS = ("overlay", "masks", "coco", "labels", "page", *FOR_TOOLS)
 _FILES = ("detections.json", "images.json", "dataset.json", "labelstudio.json", "labelstudio.xml")
 QUALITY = 90  # of a JPEG overlay, where nothing is said
@@ -79,7 +78,7 @@ class OverlayFiles:
         options: dict[str, Any] = {"compress_level": 1}  # three times as fast as 6, 6 % larger
         if kind == "jpeg":  # with full chroma, as lines and letters are one or two pixels wide
             options = {"quality": self.quality or QUALITY, "subsampling": 0}
-        _write_picture(path.with_name(f"{path.name}.{_SUFFIXES[kind]}"), overlay, kind, **options)
+        write_picture(path.with_name(f"{path.name}.{_SUFFIXES[kind]}"), overlay, kind, **options)
 
 
 class ImageResults:
@@ -175,10 +174,10 @@ class ImageResults:
         assert pixels is not None
         with self._writing(path):
             if "overlay" in self._kinds:
-                overlay = draw_overlay(pixels, found[drawn(found, self._threshold)])
+                overlay = draw_overlay(pixels, found[found.reach(self._threshold)])
                 self._overlays.write(self._folder / f"{name}.overlay", overlay, path)
             if "masks" in self._kinds:
-                _write_picture(self._folder / f"{name}.mask.png", _instance_map(found), "png")
+                write_picture(self._folder / f"{name}.mask.png", _instance_map(found), "png")
             if "labels" in self._kinds:
                 lines = _label_lines(found).encode()
                 write_whole(self._folder / f"{name}.labels.txt", lines, durable=False)
@@ -239,14 +238,6 @@ def _categories(found: Detections) -> tuple[Category, ...]:
 
     ids, names = found.category_ids or (), found.class_names or ()
     return tuple(Category(id=id_, name=name) for id_, name in zip(ids, names, strict=True))
-
-
-def _write_picture(path: Path, pixels: NDArray[Any], kind: OverlayFormat, **options: Any) -> None:
-    from PIL import Image
-
-    # not durable: waiting for the disk takes as long as a GPU needs for the image
-    with whole_file(path, durable=False) as file:
-        Image.fromarray(pixels).save(file, format=kind, **options)
 
 
 def _instance_map(found: Detections) -> Any:

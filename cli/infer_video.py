@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from comask.cli.options import Interruption, find_files
-from comask.cli.threshold import Threshold, drawn, lowest
+from comask.cli.threshold import Threshold, lowest
 from comask.errors import ComaskError, EngineError, ImageError, VideoError, one_line
 from comask.progress import LINE_SECONDS, Progress
 
@@ -170,7 +170,7 @@ def run_video(
             if "overlay" in options.kinds:
                 overlay = stack.enter_context(_overlay(source, name, options))
             sinks, tracker = _open_sinks(source, name, options, stack)
-            sinks += [_Reaching(overlay, options.threshold)] if overlay else []
+            sinks += [overlay] if overlay else []
             sinks += [shown] if shown else []
             pipeline = VideoPipeline(predictor, source, sinks, batch=options.batch, tracker=tracker)
             opened.pop_all()  # the pipeline closes the source
@@ -200,8 +200,7 @@ def _overlay(source: VideoSource, name: str, options: VideoOptions) -> OverlayWr
     from comask.runtime.video import OverlayWriter
 
     path = options.folder / f"{name}.overlay"
-    # of every score: `_Reaching` leaves out what is not drawn, as a writer knows one threshold only
-    return OverlayWriter(path, source, 0.0, encode=options.encode, gpu=options.gpu)
+    return OverlayWriter(path, source, options.threshold, encode=options.encode, gpu=options.gpu)
 
 
 def _open_sinks(
@@ -220,19 +219,6 @@ def _open_sinks(
     return sinks, tracker
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Reaching:
-    """A sink that passes on the detections whose scores reach the threshold of their class."""
-
-    sink: Sink
-    threshold: Threshold
-
-    def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
-        """Passes on one frame."""
-        chosen = drawn(found, self.threshold)
-        self.sink.add(frame, found[chosen], None if track_ids is None else track_ids[chosen])
-
-
 class _ForPage:
     """A sink that keeps what the page shows of a video: counts over time, and one frame."""
 
@@ -247,7 +233,7 @@ class _ForPage:
     def add(self, frame: SourceFrame, found: Detections, track_ids: Any) -> None:
         """Counts one frame."""
         self._timeline.add(frame.time, found)
-        count = int(drawn(found, self._threshold).sum())
+        count = int(found.reach(self._threshold).sum())
         if count > self._most:  # so that few frames of a GPU are copied to the host
             self._most, self._best = count, (frame.pixels, found)
 

@@ -18,6 +18,7 @@ import click
 
 from comask.bundle import PRECISIONS
 from comask.cli.command import option
+from comask.config import AUGMENTATIONS, LEAST_TILE, MOST_OVERLAP, TILE_OVERLAP
 from comask.errors import ComaskError
 from comask.files import write_whole
 from comask.media_files import Kind, PassedOver, find_media
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from comask.data.source import InstanceSource
 SHAPES_SEED = 3_000_000  # images that neither training, validation nor export saw
 SCORED_SHAPES = 200
-# The limits of `comask.runtime.views`, which is imported late.
-LEAST_TILE, MOST_OVERLAP, AUGMENTATIONS = 32, 0.9, ("flip", "vflip", "scale")
 VERIFIED_IMAGES = 3  # that graphs and engines are compared on, where nothing is said
 VERIFY_SEED = 2_000_000  # other images than training and validation see
 RUNS = "Where it runs"  # heading of options
@@ -130,9 +129,9 @@ def _view_options() -> tuple[Callable[[Any], Any], ...]:
         option("--tile", type=click.IntRange(LEAST_TILE), metavar="PIXELS", group=RUNS,
                help="Also run images in overlapping tiles of this side."),
         option("--tile-overlap", type=click.FloatRange(0, MOST_OVERLAP, min_open=True), group=RUNS,
-               metavar="SHARE", help="Share of a tile that the next has, too. [0.2]"),
+               metavar="SHARE", help=f"Share of a tile that the next has, too. [{TILE_OVERLAP}]"),
         option("--tta", metavar="VIEWS", callback=_augmentations, group=RUNS,
-               help="Merge several views: any of flip,vflip,scale."),
+               help=f"Merge several views: any of {','.join(AUGMENTATIONS)}."),
     )  # fmt: skip
 
 

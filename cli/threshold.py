@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import click
 
 from comask.bundle import Bundle
 from comask.errors import BundleError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from comask.structures import Detections
-
+FOR_TOOLS = ("dataset", "labelstudio")  # kinds of results that other tools import
+THRESHOLDED = ("overlay", "page", *FOR_TOOLS)  # kinds of results for which the threshold counts
 Threshold: TypeAlias = float | tuple[float, ...]  # of all classes, or of each label
 
 
@@ -39,14 +36,11 @@ def check_threshold(threshold: float | Literal["auto"], kinds: set[str], track: 
     Raises:
         click.UsageError: when nothing is drawn and nothing tracked.
     """
-    if (
-        threshold == "auto"
-        and not track
-        and not kinds & {"overlay", "page", "dataset", "labelstudio"}
-    ):
+    if threshold == "auto" and not track and kinds.isdisjoint(THRESHOLDED):
+        *names, last = THRESHOLDED
         raise click.UsageError(
-            "--threshold auto: nothing is drawn; add overlay, page, dataset or labelstudio to --save "
-            "(the other results hold all scores)"
+            f"--threshold auto: nothing is drawn; add {', '.join(names)} or {last} to --save (the other "
+            f"results hold all scores)"
         )
 
 
@@ -72,12 +66,3 @@ def thresholds_of(given: float | Literal["auto"], bundle: Path) -> Threshold:
 def lowest(threshold: Threshold) -> float:
     """Returns the lowest threshold of any class, for what knows no classes."""
     return min(threshold) if isinstance(threshold, tuple) else threshold
-
-
-def drawn(found: Detections, threshold: Threshold) -> NDArray[Any]:
-    """Returns [N] bool, whether each detection's score reaches the threshold of its class."""
-    import numpy as np
-
-    limits = np.array(threshold, np.float32)
-    reached: NDArray[Any] = found.scores >= (limits[found.labels] if limits.ndim else limits)
-    return reached

@@ -22,6 +22,11 @@ CANDIDATES = 1000  # (proposal, class) pairs per image that enter the detections
 # The largest maps have 16 values per pixel of the canvas; a TensorRT tensor has fewer than 2^31 values.
 MOST_PIXELS = 2**27 - 1
 SHOWN = 100  # characters that an error shows of a wrong value
+# Of `comask.runtime.views.Views`, which the command line checks before it imports the runtime.
+LEAST_TILE = 32  # pixels
+TILE_OVERLAP = 0.2  # of neighbouring tiles, as a share of a tile's side: SAHI's default
+MOST_OVERLAP = 0.9  # there, each pixel is run 100 times
+AUGMENTATIONS = ("flip", "vflip", "scale")
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:

@@ -94,10 +94,7 @@ def match(truth: Truth, results: Results, task: str) -> Matches:
         ValueError: when the number of images is not that of `truth`.
     """
     labels = {category.id: label for label, category in enumerate(truth.source.categories)}
-    annotations: list[list[Mapping[str, Any]]] = [[] for _ in truth.indices]
-    for annotation in truth.dataset["annotations"]:
-        annotations[annotation["image_id"] - 1].append(annotation)
-    images = zip(results, annotations, strict=True)
+    images = zip(results, truth.annotations, strict=True)
     return _joined([_match_image(rows, known, labels, task) for rows, known in images])
 
 

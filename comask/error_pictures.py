@@ -98,25 +98,21 @@ def worst_pictures(errors: TaskErrors, truth: Truth, results: Results) -> list[P
     Raises:
         ImageError: when an image cannot be decoded.
     """
-    annotations: dict[int, list[Mapping[str, Any]]] = {image.place: [] for image in errors.worst}
-    for annotation in truth.dataset["annotations"]:
-        if (place := annotation["image_id"] - 1) in annotations:
-            annotations[place].append(annotation)
+    categories = truth.source.categories
+    # The prepared truth numbers its categories from 1.
+    numbered = [Category(id=n, name=c.name) for n, c in enumerate(categories, start=1)]
     thresholds = {
         category.id: found.threshold
-        for category, found in zip(truth.source.categories, errors.classes, strict=True)
+        for category, found in zip(categories, errors.classes, strict=True)
     }
     pictures = []
     for image in errors.worst:
         index, rows = truth.indices[image.place], results[image.place]
-        objects = annotations[image.place]
-        info, categories = truth.source.info(index), truth.source.categories
+        objects = truth.annotations[image.place]
         shown = [r for r in rows if r["score"] >= thresholds.get(r["category_id"], np.inf)]
-        # The prepared truth numbers its categories from 1.
-        numbered = [Category(id=n, name=c.name) for n, c in enumerate(categories, start=1)]
         content = draw_pair(
             truth.source.image(index),
-            info,
+            truth.source.info(index),
             Side(objects, [objects[place] for place in image.not_found], numbered),
             Side(shown, [rows[place] for place in image.wrong], categories),
         )

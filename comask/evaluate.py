@@ -193,6 +193,14 @@ class Truth:
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     @cached_property
+    def annotations(self) -> list[list[dict[str, Any]]]:
+        """The annotations of each image, as in `dataset`."""
+        by_image: list[list[dict[str, Any]]] = [[] for _ in self.indices]
+        for annotation in self.dataset["annotations"]:
+            by_image[annotation["image_id"] - 1].append(annotation)
+        return by_image
+
+    @cached_property
     def _category_numbers(self) -> dict[int | str, int]:
         return {c.id: number for number, c in enumerate(self.source.categories, start=1)}
 

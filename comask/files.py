@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Such as a full disk, a folder without write permission, or too many open files.
 _FOLDER_FAULTS = {
@@ -78,6 +81,22 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Writes `content` to `path` atomically, as `whole_file` does."""
     with whole_file(path, durable=durable) as file:
         file.write(content)
+
+
+def write_picture(path: Path, pixels: NDArray[Any], kind: str, **options: Any) -> None:
+    """Encodes pixels and writes them like `whole_file`, to a picture that can be computed again.
+
+    Args:
+        path: the file.
+        pixels: [H, W, 3] u8 in RGB, or [H, W] u8 or u16.
+        kind: Pillow's name of the format: `jpeg` or `png`.
+        options: Pillow's for that format.
+    """
+    from PIL import Image
+
+    # not durable: waiting for the disk takes as long as a GPU needs for the image
+    with whole_file(path, durable=False) as file:
+        Image.fromarray(pixels).save(file, format=kind, **options)
 
 
 @contextlib.contextmanager

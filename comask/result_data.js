@@ -243,12 +243,20 @@ const comask = (() => {
     pen.globalAlpha = 1;
   }
 
+  function make(name, text = "", className = "") {
+    const made = document.createElement(name);
+    made.textContent = text;
+    made.className = className;
+    return made;
+  }
+
   return {
     // for the scripts of the run
     summary(content) { summary = content; },
     results, details,
     // for the page
     complete, entries, filter, usesOwnThresholds, chosen, limits, instancesOf, load, address, pathOf, draw,
+    make,
     get classes() { return summary.classes; },
     get colors() { return summary.colors; },
     get thresholds() { return summary.thresholds; },

@@ -8,7 +8,7 @@
 
   const at = (id) => document.getElementById(id);
   const grid = at("grid"), form = at("filters"), classList = at("class-list");
-  const filter = comask.filter;
+  const { filter, make } = comask;
   const cards = new Map(); // place in `found` → element
   let found = [], current = -1, columns = 1, cardWidth = 0, rowHeight = 1, scheduled = false;
 
@@ -50,26 +50,19 @@
     mark();
   }
 
-  function element(name, className, text = "") {
-    const made = document.createElement(name);
-    made.className = className;
-    made.textContent = text;
-    return made;
-  }
-
   function makeCard(place, pause) {
-    const entry = found[place], card = element("div", "card");
+    const entry = found[place], card = make("div", "", "card");
     card.id = `card-${place}`;
     card.setAttribute("role", "option");
     card.style.width = `${cardWidth}px`;
     card.style.height = `${rowHeight - GAP}px`;
     const x = (place % columns) * (cardWidth + GAP), y = Math.floor(place / columns) * rowHeight;
     card.style.transform = `translate(${x}px, ${y}px)`;
-    const picture = element("div", "picture");
+    const picture = make("div", "", "picture");
     picture.style.height = `${rowHeight - GAP - CAPTION}px`;
-    const name = element("p", "name", entry.name.replace(/^.*\//, ""));
+    const name = make("p", entry.name.replace(/^.*\//, ""), "name");
     name.title = entry.name;
-    card.append(picture, name, element("p", "note", described(entry)));
+    card.append(picture, name, make("p", described(entry), "note"));
     card.addEventListener("click", () => open(place));
     cards.set(place, card);
     setTimeout(() => { if (cards.get(place) === card) fill(picture, entry); }, pause);
@@ -84,7 +77,7 @@
     const height = rowHeight - GAP - CAPTION;
     const scale = Math.min(cardWidth / entry.width, height / entry.height);
     const size = [Math.max(1, entry.width * scale), Math.max(1, entry.height * scale)];
-    const image = element("img", ""), canvas = element("canvas", "");
+    const image = make("img"), canvas = make("canvas");
     image.alt = "";
     for (const one of [image, canvas]) [one.style.width, one.style.height] = size.map((side) => `${side}px`);
     image.src = `${comask.address(entry.number)}.thumb.jpg`;
@@ -192,8 +185,8 @@
 
   function listClasses() {
     comask.classes.forEach((name, label) => {
-      const item = element("li", ""), line = element("label", ""), box = element("input", "");
-      const swatch = element("span", "swatch");
+      const item = make("li"), line = make("label"), box = make("input");
+      const swatch = make("span", "", "swatch");
       box.type = "checkbox";
       box.checked = true;
       box.addEventListener("change", () => {
@@ -201,7 +194,7 @@
         chooseClasses(boxes.flatMap((one, place) => (one.checked ? [place] : [])));
       });
       swatch.style.background = comask.colors[label];
-      line.append(box, swatch, element("bdi", "", name), element("span", "note"));
+      line.append(box, swatch, make("bdi", name), make("span", "", "note"));
       item.append(line);
       classList.querySelector("ul").append(item);
     });
@@ -249,7 +242,7 @@
     box.querySelector("summary").textContent =
       failures.length === 1 ? "1 input failed" : `${failures.length.toLocaleString()} inputs failed`;
     box.addEventListener("toggle", () => { // thousands of lines only for whom wants to read them
-      if (!list.children.length) list.append(...failures.map(({ error }) => element("li", "", error)));
+      if (!list.children.length) list.append(...failures.map(({ error }) => make("li", error)));
     });
   }
 

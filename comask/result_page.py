@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from comask.errors import ComaskError, one_line
-from comask.files import whole_file, write_whole
+from comask.files import write_picture, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,8 +229,12 @@ class ResultPage:
         view = cv2.resize(pixels, view_size, interpolation=cv2.INTER_AREA)
         thumb = cv2.resize(view, _within(_THUMB_SIDE, *view_size), interpolation=cv2.INTER_AREA)
         with self._writing():
-            _write_jpeg(self._parts / f"{number:06}.view.jpg", view, _VIEW_QUALITY)
-            _write_jpeg(self._parts / f"{number:06}.thumb.jpg", thumb, _THUMB_QUALITY)
+            for kind, picture, quality in (
+                ("view", view, _VIEW_QUALITY),
+                ("thumb", thumb, _THUMB_QUALITY),
+            ):
+                path = self._parts / f"{number:06}.{kind}.jpg"
+                write_picture(path, picture, "jpeg", quality=quality)
         masks = [_mask(found, index, view_size) for index in range(len(found))]
         content = {
             "size": view_size,
@@ -290,14 +294,6 @@ def _within(side: int, width: int, height: int) -> tuple[int, int]:
     """Returns (width, height) scaled down so that neither exceeds `side`."""
     scale = min(1.0, side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _write_jpeg(path: Path, pixels: NDArray[Any], quality: int) -> None:
-    from PIL import Image
-
-    # not durable: waiting for the disk takes as long as a GPU needs for the image
-    with whole_file(path, durable=False) as file:
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
 
 
 def _mask(found: Detections, index: int, view_size: tuple[int, int]) -> tuple[int, str]:

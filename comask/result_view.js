@@ -15,19 +15,12 @@ comask.view = (() => {
   const MOST_ZOOM = 8; // of small images
   const STEPS = 100; // of scores in a timeline
 
-  const at = (id) => document.getElementById(id);
+  const at = (id) => document.getElementById(id), { make } = comask;
   const dialog = at("view"), stage = at("stage"), body = dialog.querySelector("tbody");
   const note = at("view-note"), bars = at("timeline"), tick = bars.querySelector("p");
   let list = [], place = 0, entry = null, closed = () => {};
   let details = null, instances = [], over = null, masks = true, actual = false;
   let image = null, canvas = null, video = null;
-
-  function make(name, text = "", className = "") {
-    const made = document.createElement(name);
-    made.textContent = text;
-    made.className = className;
-    return made;
-  }
 
   // ---- Opening ----
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from comask.errors import NotFiniteError
 from comask.masks import (
+    paste_mask,
     paste_masks,
     paste_probs,
     resized_mask,
@@ -137,6 +138,12 @@ class Detections:
         """The boxes over which the masks lie."""
         return self.boxes_xyxy if self.mask_boxes_xyxy is None else self.mask_boxes_xyxy
 
+    def reach(self, threshold: float | Sequence[float]) -> NDArray[np.bool_]:
+        """Returns [N] bool, whether each score reaches the threshold: of all classes, or of its label."""
+        limits = np.array(threshold, np.float32)
+        reached: NDArray[np.bool_] = self.scores >= (limits[self.labels] if limits.ndim else limits)
+        return reached
+
     def crop(self, index: int) -> tuple[int, int, NDArray[np.bool_]]:
         """Returns one mask, cut to the part of the image that it can touch; `masks` has whole images.
 
@@ -145,8 +152,8 @@ class Detections:
         """
         if self.run_length_masks is not None:
             return self.run_length_masks[index].crop()
-        x, y, probs = self.crop_probs(index)
-        return x, y, probs >= np.float32(self.mask_threshold)
+        box = self._frames[index].tolist()
+        return paste_mask(self.mask_probs[index], box, self.image_size, self.mask_threshold)
 
     def crop_probs(self, index: int) -> tuple[int, int, NDArray[np.float32]]:
         """Returns one mask's probabilities at the pixels that it can touch.
@@ -298,17 +305,15 @@ def detections_from_outputs(
                 require_finite(f"stage 2's {name}", outputs[name][i, :count])
         scale_y, scale_x = placement.scale
         scale = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
-        boxes, frames = (
-            np.asarray(outputs[name][i, :count], dtype=np.float32) / scale
-            if name in outputs
-            else None
+        boxes = {
+            name: np.asarray(outputs[name][i, :count], dtype=np.float32) / scale
             for name in ("boxes", "mask_boxes")
-        )
-        assert boxes is not None
+            if name in outputs
+        }
         results.append(
             Detections(
-                boxes_xyxy=boxes,
-                mask_boxes_xyxy=frames,
+                boxes_xyxy=boxes["boxes"],
+                mask_boxes_xyxy=boxes.get("mask_boxes"),
                 scores=np.array(outputs["scores"][i, :count], dtype=np.float32),
                 labels=np.array(outputs["labels"][i, :count], dtype=np.int64),
                 mask_probs=np.array(outputs["masks"][i, :count], dtype=np.float32),

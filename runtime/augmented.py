@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comask.masks import run_length_mask
+from comask.runtime.compare import box_ious
 from comask.structures import Detections
 
 Flips: TypeAlias = tuple[bool, bool]  # whether left and right, and top and bottom are exchanged
@@ -50,7 +51,7 @@ def averaged(views: Sequence[tuple[Flips, Detections]]) -> Detections:
     for i in np.argsort(-scores, kind="stable").tolist():
         count = len(groups)
         open_to = (group_labels[:count] == labels[i]) & ~members[:count, view_of[i]]
-        ious = np.where(open_to, _box_ious(boxes[i], fused[:count]), 0)
+        ious = np.where(open_to, box_ious(fused[:count], boxes[i]), 0)
         if count and ious.max() > SAME_BOX:
             place = int(ious.argmax())
         else:
@@ -113,12 +114,3 @@ def _average(
             height, width = probs.shape
             total[y - y1 : y - y1 + height, x - x1 : x - x1 + width] += weight * probs
     return x1, y1, total >= np.float32(threshold)
-
-
-def _box_ious(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the IoUs of one box [4] with others [N, 4]; 0 for boxes without area."""
-    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    both = shared.clip(0).prod(axis=1)
-    areas = (others[:, 2:] - others[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod() - both
-    ious: NDArray[np.float64] = both / np.maximum(areas, 1e-9)
-    return ious

@@ -105,7 +105,7 @@ def is_contested(
     score = rows.ranks[place]
     if any(abs(score - cut) <= tie for cut in cuts):
         return True
-    ious = _iou(rivals.boxes, rows.boxes[place])
+    ious = box_ious(rivals.boxes, rows.boxes[place])
     alike = rivals.labels == rows.labels[place]
     close = alike & (np.abs(rivals.ranks - score) <= tie)
     # Refinement has moved the boxes since NMS, so half of its threshold counts as an overlap.
@@ -115,7 +115,7 @@ def is_contested(
     return bool((np.abs(ious[higher] - nms_iou) <= iou_tie).any()) and iou_tie > 0
 
 
-def _iou(boxes: Array, box: Array) -> Array:
+def box_ious(boxes: Array, box: Array) -> Array:
     """Returns the IoU of each of the boxes [N, 4] with one box [4]."""
     side = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
     intersection = side.clip(min=0).prod(axis=1)

@@ -14,10 +14,10 @@ import numpy as np
 from typing_extensions import override
 
 from comask.bundle import Bundle, Manifest
-from comask.config import PreprocessConfig, require_count
+from comask.config import TILE_OVERLAP, PreprocessConfig, require_count
 from comask.errors import ConfigError
 from comask.preprocess import ImageLike, Pixels, Placement, Prepared, pixels_of, prepare, stacked
-from comask.runtime.backends import OVERLAP, LoadOptions, open_stages
+from comask.runtime.backends import LoadOptions, open_stages
 from comask.runtime.backends.base import Array, Closing, Stages
 from comask.runtime.backends.names import Device
 from comask.runtime.images import FOUND_AT, ImagePredictor, ImageResult, ImageRunner, batches
@@ -82,7 +82,7 @@ class Predictor(Closing):
         proposals: int | None = None,
         short_side: int | None = None,
         tile: int | None = None,
-        tile_overlap: float = OVERLAP,
+        tile_overlap: float = TILE_OVERLAP,
         tta: Sequence[str] = (),
     ) -> Predictor:
         """Opens a predictor that runs `bundle`.
@@ -225,17 +225,14 @@ class Predictor(Closing):
         for indices, outputs in self.outputs(prepared):
             batch = [prepared[i] for i in indices]
             for stage, instead in FOUND_AT.items():
-                if "boxes" in instead and instead["boxes"] not in outputs:
+                if instead.get("boxes", "boxes") not in outputs:
                     continue
-                changed = {
-                    name: outputs[other]
-                    for name, other in instead.items()
-                    if name in outputs and other in outputs
-                }
+                changed = {n: outputs[other] for n, other in instead.items() if other in outputs}
                 of_batch = self.detections({**outputs, **changed}, batch)
                 for i, detections in zip(indices, of_batch, strict=True):
-                    order = np.argsort(-detections.scores, kind="stable")
-                    results[i][stage] = detections[order] if "scores" in changed else detections
+                    if "scores" in changed:  # they are in the order of others
+                        detections = detections[np.argsort(-detections.scores, kind="stable")]
+                    results[i][stage] = detections
         return results
 
     def outputs(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[int], dict[str, Array]]]:

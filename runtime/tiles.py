@@ -45,7 +45,7 @@ def joined(whole: Detections, tiles: Mapping[Region, Detections], scale: float) 
     - if the group covers as large a share of it, it is a part of the object if a border of its tile cuts
       it, and a duplicate, which is left out, if none does.
 
-    If there is none, it begins a group. If it belongs to further groups as well, they become one,
+    A detection that belongs to no group begins one. If it belongs to several, these groups become one,
     provided that borders cut all of their detections and no region has detections in both. So a middle
     part links the ends of an object, and nothing links two objects that were seen whole.
 

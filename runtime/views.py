@@ -18,7 +18,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from comask.config import PreprocessConfig, require_count
+from comask.config import (
+    AUGMENTATIONS,
+    LEAST_TILE,
+    MOST_OVERLAP,
+    TILE_OVERLAP,
+    PreprocessConfig,
+    require_count,
+)
 from comask.errors import ConfigError
 from comask.kernels.launch import Size
 from comask.parallel import ordered_map
@@ -32,15 +39,11 @@ from comask.preprocess import (
     stacked,
 )
 from comask.runtime.augmented import Flips, averaged
-from comask.runtime.backends import OVERLAP
 from comask.runtime.backends.base import FramePredictor
 from comask.runtime.images import FoundAt, batches
 from comask.runtime.tiles import Region, joined
 from comask.structures import Detections
 
-MOST_OVERLAP = 0.9  # there, each pixel is run 100 times
-LEAST_TILE = 32  # pixels
-AUGMENTATIONS = ("flip", "vflip", "scale")
 FACTORS = (0.8, 1.25)  # of the short side, for `scale`
 
 Places: TypeAlias = list[tuple[int, int]]  # first pixel and the one after the last, along one side
@@ -62,7 +65,7 @@ class Views:
     """
 
     tile: int | None = None
-    tile_overlap: float = OVERLAP
+    tile_overlap: float = TILE_OVERLAP
     tta: Sequence[str] = ()
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def test_what_is_somebody_elses_is_kept(tmp_path: Path, taken: str) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three sound images, one of a name that is not UTF-8, and one that is none."""
+    """Three sound images, of which one has a name that is not UTF-8, and an empty file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for index, name in enumerate(("a.png", "b.jpg", os.fsdecode(b"\xff<b>.png"))):
@@ -222,18 +223,27 @@ def test_the_page_does_not_change_the_other_results(
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
+def before_batches(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Calls `act` with the number of each batch, from 1 on, before the batch runs."""
+    predict, count = Predictor.predict_stages, itertools.count(1)
+
+    def predict_stages(self: Predictor, prepared: Any) -> Any:
+        act(next(count))
+        return predict(self, prepared)
+
+    monkeypatch.setattr(Predictor, "predict_stages", predict_stages)
+
+
 def test_an_interrupted_run_has_a_page_of_what_it_did(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_coco(ShapesSource(num_images=12, seed=4), tmp_path)
-    predict, count = Predictor.predict_stages, itertools.count(1)
 
-    def interrupted(self: Predictor, prepared: Any) -> Any:
-        if next(count) == 2:
+    def interrupt(batch: int) -> None:
+        if batch == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return predict(self, prepared)
 
-    monkeypatch.setattr(Predictor, "predict_stages", interrupted)
+    before_batches(monkeypatch, interrupt)
     result = run("infer", micro_bundle, tmp_path / "images", "--output", tmp_path / "out",
                  "--batch", 1, "--save", "page,coco")  # fmt: skip
     assert result.exit_code == 130, result.output
@@ -247,14 +257,12 @@ def test_a_run_that_fails_keeps_the_page_of_what_it_did(
     micro_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_coco(ShapesSource(num_images=12, seed=4), tmp_path)
-    predict, count = Predictor.predict_stages, itertools.count(1)
 
-    def failing(self: Predictor, prepared: Any) -> Any:
-        if next(count) >= 4:
+    def fail(batch: int) -> None:
+        if batch >= 4:
             raise ComaskError("the backend is gone")
-        return predict(self, prepared)
 
-    monkeypatch.setattr(Predictor, "predict_stages", failing)
+    before_batches(monkeypatch, fail)
     result = run("infer", micro_bundle, tmp_path / "images", "--output", tmp_path / "out",
                  "--batch", 1, "--save", "page")  # fmt: skip
     assert result.exit_code == 1

@@ -73,7 +73,7 @@ def texts(driver: Any, selector: str) -> list[str]:
 
 
 def indices(names: list[str]) -> list[int]:
-    """Of the images among the names."""
+    """Returns the indices of the images; videos among the names are left out."""
     return [
         int(name.removeprefix("photos/").removesuffix(".png")) if "photos" in name else 1
         for name in names

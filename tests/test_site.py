@@ -16,10 +16,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from browsers import chromium
 from doc_blocks import ROOT
 from public_api import public
-
-BROWSER = Path(sys.prefix) / "chromium"  # report of install_debian.py
 
 
 class Links(HTMLParser):
@@ -117,18 +116,8 @@ def test_what_is_public_is_in_the_reference(site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    told = BROWSER.read_text().strip() if BROWSER.exists() else ""
-    if told != "ready":
-        pytest.skip(told or "no browser: tests/install_debian.py gets one")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comask.cli.threshold import drawn
 from comask.structures import Detections
 from comask.timeline import Timeline
 
@@ -83,7 +82,7 @@ def test_scores_fall_into_the_steps_of_the_slider() -> None:
         line = Timeline(Fraction(1))
         line.add(Fraction(0), frame([0], [step / 100]))
         assert line.content()["counts"] == {0: [0, step, 1]}
-        assert drawn(frame([0], [step / 100]), step / 100).all()
+        assert frame([0], [step / 100]).reach(step / 100).all()
     line = Timeline(Fraction(1))
     line.add(Fraction(0), frame([0, 0], [0.4999, 0.999]))
     assert line.content()["counts"] == {0: [0, 49, 1, 0, 99, 1]}
@@ -91,6 +90,6 @@ def test_scores_fall_into_the_steps_of_the_slider() -> None:
 
 def test_each_class_has_its_threshold() -> None:
     one = frame([0, 1, 2, 0, 1, 2], [0.5, 0.5, 0.5, 0.1, 0.1, 0.1])
-    assert drawn(one, (0.5, 0.6, 0.05)).tolist() == [True, False, True, False, False, True]
-    assert drawn(one, 0.3).tolist() == [True, True, True, False, False, False]
-    assert drawn(one[:0], (0.5, 0.6, 0.05)).tolist() == []
+    assert one.reach((0.5, 0.6, 0.05)).tolist() == [True, False, True, False, False, True]
+    assert one.reach(0.3).tolist() == [True, True, True, False, False, False]
+    assert one[:0].reach((0.5, 0.6, 0.05)).tolist() == []

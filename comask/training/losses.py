@@ -124,9 +124,12 @@ class Objective(nn.Module):
         # DDP averages gradients over processes, so each process divides by the mean number.
         share = mean_over_ranks(items)
         counts = torch.where(share > 0, share, 1.0)
+        # The mask's score has no setting, since its gradient reaches no other layer.
+        weights = {
+            name: getattr(config, f"{name}_weight") for name in terms if name != "mask_score"
+        }
         return {
-            # The mask's score has no weight, since its gradient reaches no other layer.
-            name: getattr(config, f"{name}_weight", 1.0) * term.total / count
+            name: weights.get(name, 1.0) * term.total / count
             for (name, term), count in zip(terms.items(), counts, strict=True)
         }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comask.bundle import Bundle
-from comask.config import require_count
+from comask.config import TILE_OVERLAP, require_count
 from comask.errors import (
     BackendUnavailableError,
     BundleError,
@@ -23,8 +23,6 @@ from comask.runtime.backends.base import Stages
 from comask.runtime.backends.choice import candidates
 from comask.runtime.backends.names import BACKENDS, Device, graph_precision, parse_backend
 from comask.runtime.gpu import find_gpu
-
-OVERLAP = 0.2  # of neighbouring tiles, as a share of a tile's side: SAHI's default
 
 OnMismatch = Literal["error", "rebuild"]
 
@@ -53,7 +51,7 @@ class LoadOptions:
     proposals: int | None = None
     short_side: int | None = None
     tile: int | None = None
-    tile_overlap: float = OVERLAP
+    tile_overlap: float = TILE_OVERLAP
     tta: Sequence[str] = ()
 
     def views(self) -> dict[str, Any]:

@@ -310,13 +310,11 @@ def verdict(chosen: Scored, reference: Scored, max_loss: float) -> str:
 
 def usage(bundle: str, backend: str, options: LoadOptions) -> tuple[str, str]:
     """Returns the `comask infer` command and the Python expression that run a setting."""
-    given = {
-        name: value
-        for name, value in dataclasses.asdict(options).items()
-        if value is not None and name not in ("on_mismatch", "tile", "tile_overlap", "tta")
-    }
-    names = {"max_batch": "batch", "short_side": "short-side"}  # names of the command's options
-    flags = "".join(f" --{names.get(name, name)} {value}" for name, value in given.items())
+    names = {  # what a setting changes, and the command's options for it
+        "device": "device", "max_batch": "batch", "proposals": "proposals", "short_side": "short-side",
+    }  # fmt: skip
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    flags = "".join(f" --{names[name]} {value}" for name, value in given.items())
     keywords = "".join(f", {name}={value!r}" for name, value in given.items())
     return (
         f"comask infer {shlex.quote(bundle)} INPUT --output DIR --backend {backend}{flags}",

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ class OverlayWriter(Closing):
         stem: the path to write, to which `.mp4` or `.mkv` is appended.
         source: the source of the frames, before its iteration; if it collects `audio_packets`, they are
             written. Audio that neither container supports is added to its `left_out`.
-        threshold: the lowest score that is drawn.
+        threshold: the lowest score that is drawn, of all classes or of each label.
         encode: `gpu` for NVENC, `cpu` for x264, `auto` for NVENC if available.
         gpu: index of the GPU that encodes; None for no GPU.
 
@@ -126,7 +127,7 @@ class OverlayWriter(Closing):
         self,
         stem: Path,
         source: VideoSource,
-        threshold: float = 0.5,
+        threshold: float | Sequence[float] = 0.5,
         *,
         encode: Where = "auto",
         gpu: int | None = 0,
@@ -162,7 +163,7 @@ class OverlayWriter(Closing):
     ) -> None:
         """Draws and encodes one frame, and copies the audio up to it."""
         av = import_av()
-        shown = found.scores >= self._threshold
+        shown = found.reach(self._threshold)
         drawn = draw_overlay(
             frame.pixels, found[shown], None if track_ids is None else track_ids[shown]
         )
